@@ -1,0 +1,131 @@
+"""The bundled model, from pictures to four-step pictures; experiments/openmoji/README.md has the commands."""
+
+from __future__ import annotations
+
+from lcm_jax.configs.registry import register
+from lcm_jax.nets import UNetConfig
+from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation, LatentConsistencyFinetuning
+from lcm_jax.schedules import DDPM
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.loop import LoopConfig
+from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.contrastive import ContrastiveTask
+from lcm_jax.train.tasks.diffusion import DiffusionTask
+from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig
+from mmdit.text import CLIPTextConfig, CLIPVisionConfig
+from vae16 import AutoencoderConfig, LossConfig
+
+TOKENS = 24
+SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+
+
+@register
+def openmoji_vae() -> TrainConfig:
+    """16 channels, f8. The full-resolution stages are narrow: there a picture's time goes."""
+    model = AutoencoderConfig(
+        latent_channels=16,
+        block_out_channels=(16, 24, 64, 128),
+        layers_per_block=1,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return TrainConfig(
+        task=AutoencoderTask(
+            model=model,
+            loss=LossConfig(reduction="mean", perceptual_weight=0.0, kl_weight=1e-3, gan_weight=0.0, gan_start=0),
+        ),
+        loop=LoopConfig(steps=2400, batch_size=16, ema=0.995, save_every=200, preview_every=400),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_clip() -> TrainConfig:
+    """Text and image tower of four layers, on 64 pixels in patches of eight."""
+    text = CLIPTextConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=128,
+        hidden_act="gelu",
+    )
+    vision = CLIPVisionConfig(
+        image_size=64,
+        patch_size=8,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        projection_dim=128,
+        hidden_act="gelu",
+    )
+    return TrainConfig(
+        task=ContrastiveTask(text=text, vision=vision),
+        loop=LoopConfig(steps=500, batch_size=128, ema=0.99, save_every=100, preview_every=100),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=50, decay="cosine", weight_decay=0.1, b2=0.98),
+    )
+
+
+@register
+def openmoji_teacher() -> TrainConfig:
+    """A UNet of two levels on 8x8x16 latents, v-prediction: x0 is well conditioned at every time, one step included."""
+    net = UNetConfig(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=4,
+        cross_attention_dim=192,
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+    return TrainConfig(
+        task=DiffusionTask(
+            net=net,
+            objective=Diffusion(schedule=SCHEDULE, kind="v_prediction", caption_dropout=0.1, min_snr_gamma=5.0),
+        ),
+        loop=LoopConfig(steps=2600, batch_size=64, ema=0.998, save_every=100, preview_every=500),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.01, b2=0.99),
+    )
+
+
+@register
+def openmoji_lcm() -> TrainConfig:
+    """The teacher's student with a w-embedding: latent consistency distillation as in the paper, at a mini model's pace."""
+    objective = LatentConsistencyDistillation(schedule=SCHEDULE, w_min=0.0, w_max=5.0, loss="huber", huber_c=1e-2)
+    return TrainConfig(
+        task=ConsistencyTask(objective=objective),
+        loop=LoopConfig(steps=1000, batch_size=32, ema=0.99, save_every=100, preview_every=250),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=50, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_lcm_lora() -> TrainConfig:
+    """LCM-LoRA of the teacher: fixed w, no w-embedding, adapters only."""
+    objective = LatentConsistencyDistillation(
+        schedule=SCHEDULE, w_min=2.0, w_max=2.0, loss="huber", huber_c=1e-2, target="online"
+    )
+    return TrainConfig(
+        task=ConsistencyTask(objective=objective, lora=LoraConfig(rank=16)),
+        loop=LoopConfig(steps=700, batch_size=32, ema=0.99, save_every=100, preview_every=250),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_lcf() -> TrainConfig:
+    """Latent consistency finetuning of the teacher on pictures alone: no teacher is asked."""
+    objective = LatentConsistencyFinetuning(schedule=SCHEDULE, w_min=0.0, w_max=5.0, loss="huber", huber_c=1e-2)
+    return TrainConfig(
+        task=ConsistencyTask(objective=objective),
+        loop=LoopConfig(steps=1000, batch_size=32, ema=0.99, save_every=100, preview_every=250),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=50, decay="cosine", b2=0.99),
+    )

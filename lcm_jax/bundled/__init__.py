@@ -1,0 +1,1 @@
+"""The bundled models: package data, found by `lcm_jax.weights.hub`."""

@@ -1,0 +1,253 @@
+"""The command line: lcm-jax demo | sample | train | distill | evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from lcm_jax import demo
+from lcm_jax.evaluate import ClipMetric, evaluate, reconstruction
+from lcm_jax.metrics.inception import inception_features
+from lcm_jax.pipeline import Pipeline, load
+from lcm_jax.sampling import SAMPLERS
+from lcm_jax.extras import require
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; bad input is one line on standard error and exit code 2."""
+    use_compilation_cache()
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        if rest and arguments.run is not _train:
+            raise ValueError(f"unknown argument {rest[0]}; see lcm-jax {arguments.command} --help")
+        arguments.run(arguments, rest)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, ModuleNotFoundError) as error:
+        if os.environ.get("LCM_JAX_TRACEBACK"):
+            raise
+        print(f"lcm-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in ~/.cache/lcm_jax/compiled (LCM_JAX_CACHE moves it), unless JAX is told another place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = Path(os.environ.get("LCM_JAX_CACHE") or Path.home() / ".cache" / "lcm_jax")
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models and Stable Diffusion in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("demo", _demo, "Teacher, LCM and LCM-LoRA side by side: a grid, a table, a JSON file.")
+    sub.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to")
+    sub.add_argument("--model", default="openmoji", help="bundled model")
+    sub.add_argument("--guidance", type=float, default=demo.GUIDANCE, help="guidance scale of teacher and student")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+
+    sub = command("sample", _sample, "Draw pictures of prompts.")
+    _add_model(sub)
+    sub.add_argument("--prompt", nargs="+", required=True, help="one or more texts")
+    sub.add_argument("--negative-prompt", default="", help="what not to draw")
+    sub.add_argument("--steps", type=int, default=4, help="solver steps")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sub.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
+    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
+    sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
+    sub.add_argument("--strength", type=float, help="how far the picture is noised, in (0, 1]; 0.6 by default")
+    sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
+
+    for name, text in (("train", "Train a registered config."), ("distill", "Distil a registered config.")):
+        sub = command(name, _train, text + " What follows are overrides; --config NAME --help lists them.")
+        sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
+        sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
+
+    sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
+    _add_model(sub)
+    sub.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of solver steps")
+    sub.add_argument("--data", default="openmoji", help='"openmoji", "folder:PATH" or "tfds:NAME"')
+    sub.add_argument("--split", default="validation", help="split of the data")
+    sub.add_argument("--limit", type=int, help="most pictures taken")
+    sub.add_argument("--clip", default="openmoji", help="model with text_encoder and image_encoder")
+    sub.add_argument("--inception", type=Path, help="Inception-v3 weights: Frechet distance on its features instead")
+    sub.add_argument("--batch-size", type=int, default=32)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--out", type=Path, help="JSON file to write the scores to")
+    return parser
+
+
+def _add_model(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", default="openmoji", help="bundled name, diffusers folder or hub id")
+    sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
+    sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
+    sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
+    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
+    """The pipeline, and the sampler and guidance to call it with."""
+    parts = [_lora_part(text) for text in arguments.lora]
+    pipe = load(arguments.model, dtype=arguments.dtype, lora=parts or None)
+    sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
+    plain = sampler == "lcm" and not pipe.generator.embeds_guidance
+    guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)
+    return pipe, {"sampler": sampler, "guidance": guidance}
+
+
+def _lora_part(text: str) -> tuple[str, float]:
+    path, colon, weight = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        return text, 1.0
+
+
+def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    start = time.perf_counter()
+    rows = demo.run(arguments.out, model=arguments.model, guidance=arguments.guidance, seed=arguments.seed)
+    print(demo.table(rows))
+    print(f"{arguments.out / 'grid.png'} and scores.json in {time.perf_counter() - start:.0f} s on {_device()}")
+
+
+def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    if arguments.num_images < 1:
+        raise ValueError(f"--num-images {arguments.num_images}: it must be at least 1")
+    image = None if arguments.image is None else read_image(arguments.image)
+    pipe, options = _load(arguments)
+    size = None if arguments.size is None else tuple(arguments.size)
+    pictures = pipe(
+        arguments.prompt, negative_prompt=arguments.negative_prompt, steps=arguments.steps, seed=arguments.seed,
+        num_images=arguments.num_images, size=size, image=image, strength=arguments.strength, **options,
+    )  # fmt: skip
+    for path, picture in zip(_names(arguments.out, arguments.prompt, arguments.num_images), pictures, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(picture).save(path)
+        print(path)
+
+
+def _names(out: Path, prompts: Sequence[str], each: int) -> list[Path]:
+    if out.suffix.lower() == ".png":
+        if len(prompts) * each > 1:
+            raise ValueError(f"--out {out}: {len(prompts) * each} pictures do not fit in one file; name a folder")
+        return [out]
+    slugs = ["-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture" for prompt in prompts]
+    return [out / f"{slug}-{i}.png" for slug in slugs for i in range(each)]
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture file as uint8 (h, w, 3), transparency on white."""
+    try:
+        with PILImage.open(path) as picture:
+            rgba = picture.convert("RGBA")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"--image {path}: no such file") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"--image {path}: not a picture that can be read ({error})") from None
+    white = PILImage.new("RGBA", rgba.size, "white")
+    return np.asarray(PILImage.alpha_composite(white, rgba).convert("RGB"))
+
+
+def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    require("train")
+    from lcm_jax.data import load_source
+
+    if min(arguments.steps) < 1:
+        raise ValueError(f"--steps {min(arguments.steps)}: it must be at least 1")
+    pipe, options = _load(arguments)
+    source = load_source(arguments.data, arguments.split, pipe.size[0])
+    records = [source[i] for i in range(min(len(source), arguments.limit or len(source)))]
+    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+    features = None if arguments.inception is None else inception_features(arguments.inception)
+    rows = evaluate(
+        pipe, ClipMetric.load(arguments.clip), images, captions, steps=arguments.steps, features=features,
+        batch_size=arguments.batch_size, seed=arguments.seed, **options,
+    )  # fmt: skip
+    title = f"{arguments.model} {options['sampler']}"
+    named = [{"method": f"{title} {row['steps']}", **row} for row in rows]
+    vae = reconstruction(pipe, images)
+    print(demo.table(named))
+    print(f"VAE reconstruction: PSNR {vae['psnr']:.2f} dB, SSIM {vae['ssim']:.3f} on {len(images)} pictures")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"model": arguments.model, "data": arguments.data, "split": arguments.split, **options}
+        arguments.out.write_text(json.dumps(result | {"rows": rows, "vae": vae, "device": _device()}, indent=2) + "\n")
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    require("train")
+    from lcm_jax import configs
+
+    config = override(configs.get(arguments.config), overrides, arguments.config)
+    workdir = arguments.workdir or Path("runs") / arguments.config
+    config.run(workdir)
+    print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
+
+
+def override(config: Any, overrides: Sequence[str], name: str) -> Any:
+    """`config` with typed overrides such as `--steps 200 --task.objective.skip 10`; unknown keys name the nearest."""
+    if any(o in ("-h", "--help") for o in overrides):
+        return tyro.cli(type(config), default=config, args=list(overrides), prog=f"lcm-jax train --config {name}")
+    known = set(_keys(config))
+    for text in overrides:
+        key = text.split("=")[0].removeprefix("--").replace("-", "_")
+        if text.startswith("--") and key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise ValueError(f"config {name} has no key {text.split('=')[0]}{hint}")
+    with _quiet() as said:
+        try:
+            return tyro.cli(type(config), default=config, args=list(overrides))
+        except SystemExit:
+            words = said.getvalue().translate(str.maketrans(dict.fromkeys("│╭╮╰╯─", " "))).split()
+    raise ValueError(f"config {name}: {' '.join(words)}")
+
+
+def _keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """The override keys of a config: loop's and optimizer's without prefix, task's with it."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        here = prefix if field.name in ("loop", "optimizer") and not prefix else f"{prefix}{field.name}."
+        yield here.removesuffix(".")
+        if dataclasses.is_dataclass(value):
+            yield from _keys(value, here)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        yield said
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return f"{device.device_kind} (jax {jax.__version__})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

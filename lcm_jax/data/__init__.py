@@ -1,0 +1,18 @@
+"""Captioned pictures in, batches out: sources of records, the loader that orders them, and arrays computed once."""
+
+from lcm_jax.data.cache import Cache, cached, open_cache, write_cache
+from lcm_jax.data.loader import Batch, Loader, LoaderIterator
+from lcm_jax.data.sources import Record, Source, load_source
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "Loader",
+    "LoaderIterator",
+    "Record",
+    "Source",
+    "cached",
+    "load_source",
+    "open_cache",
+    "write_cache",
+]

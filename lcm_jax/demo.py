@@ -1,0 +1,125 @@
+"""The demo: a teacher, its latent-consistency student and its LCM-LoRA, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+from jaxtyping import UInt8
+from safetensors.numpy import load_file
+
+from lcm_jax.evaluate import ClipMetric, generate
+from lcm_jax.pipeline import Pipeline, load
+from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.hub import locate
+
+# The first four are compositions that were held out of training; so are the validation captions behind the table.
+GUIDANCE = 3.0
+PROMPTS = (
+    "woman farmer, medium skin tone",
+    "red heart",
+    "grinning face",
+    "dog face",
+    "flag of france",
+    "man firefighter, dark skin tone",
+    "cactus",
+    "yellow heart",
+    "strawberry",
+    "rocket",
+    "cat face",
+    "snowman",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One way to draw: a model, a sampler and a number of steps."""
+
+    title: str
+    model: str  # "teacher", "student" or "lora"
+    sampler: str
+    steps: int
+    guidance: float
+
+
+def columns(guidance: float) -> list[Column]:
+    """Teacher DDIM at 1, 2, 4, 8, 50 steps; LCM at 1, 2, 4, 8; LCM-LoRA at 4."""
+    teacher = [
+        Column(title=f"teacher\nDDIM {n}", model="teacher", sampler="ddim", steps=n, guidance=guidance)
+        for n in (1, 2, 4, 8, 50)
+    ]
+    student = [
+        Column(title=f"LCM {n}", model="student", sampler="lcm", steps=n, guidance=guidance) for n in (1, 2, 4, 8)
+    ]
+    return [*teacher, *student, Column(title="LCM-LoRA\n4", model="lora", sampler="lcm", steps=4, guidance=1.0)]
+
+
+def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed: int = 0) -> list[dict[str, Any]]:
+    """Draw everything, write grid.png and scores.json under `out`, and return the rows of the table.
+
+    Frechet distance and CLIP score are on the validation captions (pictures never trained on), against the real ones'
+    features that come with the model.
+    """
+    reference = locate(model).path / "reference"
+    captions = read_json(reference / "validation.json")["captions"]
+    real = load_file(reference / "validation.safetensors")["features"].astype(np.float32)
+    out.mkdir(parents=True, exist_ok=True)
+    clip = ClipMetric.load(model)
+    pipes = {
+        "teacher": lambda: load(f"{model}-teacher"),
+        "student": lambda: load(model),
+        "lora": lambda: load(f"{model}-teacher", lora=f"{model}-lcm-lora"),
+    }
+    rows: list[dict[str, Any]] = []
+    strips: list[UInt8[np.ndarray, "n h w 3"]] = []
+    loaded: dict[str, Pipeline] = {}
+    for column in columns(guidance):
+        if column.model not in loaded:
+            loaded = {column.model: pipes[column.model]()}  # one model in memory at a time
+        options = {"sampler": column.sampler, "steps": column.steps, "guidance": column.guidance}
+        title = column.title.replace("\n", " ")
+        made, seconds = generate(loaded[column.model], [*PROMPTS, *captions], seed=seed, title=title, **options)
+        scores = clip.score(real, made[len(PROMPTS) :], captions)
+        rows.append({"method": title, **options, "seconds_per_image": seconds, **scores})
+        strips.append(made[: len(PROMPTS)])
+    labelled_grid([c.title for c in columns(guidance)], PROMPTS, strips).save(out / "grid.png")
+    write_json(out / "scores.json", {"model": model, "seed": seed, "pictures": len(captions), "rows": rows})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The scores as text, one row for each way to draw."""
+    lines = [f"{'':18}{'s/image':>10}{'Frechet':>10}{'CLIP':>8}{'precision':>11}{'recall':>8}"]
+    for row in rows:
+        lines.append(
+            f"{row['method']:18}{row['seconds_per_image']:>10.4f}{row['frechet']:>10.2f}{row['clip_score']:>8.2f}"
+            f"{row['precision']:>11.2f}{row['recall']:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def labelled_grid(
+    titles: Sequence[str], prompts: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
+) -> PILImage.Image:
+    """One row for each prompt, one column for each strip; pictures enlarged by `zoom`."""
+    side = strips[0].shape[1] * zoom
+    font = ImageFont.load_default(size=15)
+    gap, left, top = 6, 290, 48
+    canvas = PILImage.new("RGB", (left + len(strips) * (side + gap), top + len(prompts) * (side + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, (title, strip) in enumerate(zip(titles, strips, strict=True)):
+        x = left + j * (side + gap)
+        draw.multiline_text((x + side / 2, top / 2), title, fill="black", font=font, anchor="mm", align="center")
+        for i, picture in enumerate(strip):
+            tile = PILImage.fromarray(picture).resize((side, side), PILImage.Resampling.LANCZOS)
+            canvas.paste(tile, (x, top + i * (side + gap)))
+    for i, prompt in enumerate(prompts):
+        y = top + i * (side + gap) + side / 2
+        draw.text((left - 12, y), prompt, fill="black", font=font, anchor="rm")
+    return canvas

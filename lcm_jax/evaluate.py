@@ -1,0 +1,132 @@
+"""Scores of a pipeline on captioned pictures: Frechet distance, CLIP score, precision, recall, seconds per image."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from lcm_jax.generate import to_uint8
+from lcm_jax.metrics import FeatureExtractor, NetworkFeatures, psnr, report, ssim
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.typing import Array, Params
+from lcm_jax.weights.folders import Component, load_component
+from lcm_jax.weights.hub import locate
+from mmdit.text import Tokenizer, normalize_images
+from vae16 import unscale
+
+Pictures = UInt8[np.ndarray, "n h w 3"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClipMetric:
+    """Both towers of a CLIP: the image tower's pooled state is the Frechet distance's feature."""
+
+    text: Component
+    tokenizer: Tokenizer
+    images: NetworkFeatures  # (n, d + p): pooled state and embedding side by side
+    width: int  # d
+
+    @classmethod
+    def load(cls, name: str = "openmoji") -> ClipMetric:
+        """From a model folder with image_encoder, text_encoder (with projection) and tokenizer."""
+        path = locate(name).path
+        vision, text = load_component(path, "image_encoder"), load_component(path, "text_encoder")
+        side = vision.module.config.image_size
+
+        def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b f"]:
+            if images.shape[1:3] != (side, side):
+                images = jax.image.resize(images, (len(images), side, side, 3), "bicubic", antialias=True)
+            out = vision.module.apply({"params": params}, normalize_images(images))
+            return jnp.concatenate([out.pooled, out.image_embeds], axis=-1)
+
+        features = NetworkFeatures(apply=apply, params=vision.params)
+        tokenizer = Tokenizer.load(path / "tokenizer")
+        return cls(text=text, tokenizer=tokenizer, images=features, width=vision.module.config.hidden_size)
+
+    def features(self, images: Pictures) -> Float[np.ndarray, "n d"]:
+        return self.images(images)[:, : self.width]
+
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n p"]:
+        length = self.text.module.config.max_position_embeddings
+        ids = jnp.asarray(self.tokenizer(list(texts), length))
+        run = jax.jit(lambda params, ids: self.text.module.apply({"params": params}, ids).text_embeds)
+        return np.asarray(run(self.text.params, ids))
+
+    def score(
+        self,
+        real: Float[np.ndarray, "n d"],
+        images: Pictures,
+        texts: Sequence[str],
+        features: FeatureExtractor | None = None,
+    ) -> dict[str, float]:
+        """Scores of pictures and their texts against real features; `features` stands in for the CLIP's own."""
+        both = self.images(images)
+        fake = both[:, : self.width] if features is None else features(images)
+        return report(real, fake, both[:, self.width :], self.embed_texts(texts))
+
+
+def generate(
+    pipe: Pipeline, prompts: Sequence[str], *, batch_size: int = 32, seed: int = 0, title: str = "", **options: Any
+) -> tuple[Pictures, float]:
+    """A picture for each prompt, and the seconds per picture without compilation (the first batch is drawn twice).
+
+    Batch i has seed + i; the last one is filled up with empty prompts, so that one program serves all.
+    """
+    parts: list[np.ndarray] = []
+    seconds = 0.0
+    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    for i, batch in enumerate(tqdm(batches, title, unit="batch", leave=False, disable=None)):
+        filled = batch + [""] * (batch_size - len(batch))
+        if i == 0:
+            pipe(filled, seed=seed, **options)
+        start = time.perf_counter()
+        parts.append(pipe(filled, seed=seed + i, **options)[: len(batch)])
+        seconds += time.perf_counter() - start
+    return np.concatenate(parts), seconds / (len(batches) * batch_size)
+
+
+def evaluate(
+    pipe: Pipeline,
+    clip: ClipMetric,
+    images: Pictures,
+    captions: Sequence[str],
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8),
+    features: FeatureExtractor | None = None,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """One row of scores for each number of steps, on the captions of the real `images`."""
+    real = clip.features(images) if features is None else features(images)
+    rows = []
+    for n in steps:
+        made, seconds = generate(pipe, captions, steps=n, title=f"{n} steps", **options)
+        rows.append({"steps": n, **clip.score(real, made, captions, features), "seconds_per_image": seconds})
+    return rows
+
+
+def reconstruction(pipe: Pipeline, images: Pictures, *, batch_size: int = 32) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of pictures through the autoencoder: latent mean, decoded, as uint8."""
+    vae = pipe.generator.vae
+
+    @jax.jit
+    def decode(params: Params, z: Array) -> Array:
+        return to_uint8(vae.apply({"params": params}, unscale(z, vae.config), method="decode"))
+
+    made = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
+        made.append(np.asarray(decode(pipe.params["vae"], pipe.encode_image(padded)))[: len(batch)])
+    again = np.concatenate(made)
+    return {
+        "psnr": float(np.mean(psnr(images, again, data_range=255.0))),
+        "ssim": float(np.mean(ssim(images, again, data_range=255.0))),
+    }

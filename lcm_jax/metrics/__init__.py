@@ -1,0 +1,24 @@
+"""How good are the pictures? Distances between sets of features, and between pictures. Features are injected."""
+
+from lcm_jax.metrics.clip_score import clip_score, clip_scores
+from lcm_jax.metrics.features import FeatureExtractor, NetworkFeatures
+from lcm_jax.metrics.frechet import Moments, frechet_distance, gaussian_distance
+from lcm_jax.metrics.precision_recall import PrecisionRecall, precision_recall
+from lcm_jax.metrics.reconstruction import psnr, ssim
+from lcm_jax.metrics.report import report
+
+__all__ = [
+    "FeatureExtractor",
+
+    "Moments",
+    "NetworkFeatures",
+    "PrecisionRecall",
+    "clip_score",
+    "clip_scores",
+    "frechet_distance",
+    "gaussian_distance",
+    "precision_recall",
+    "psnr",
+    "report",
+    "ssim",
+]

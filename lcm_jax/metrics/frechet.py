@@ -1,0 +1,123 @@
+"""Frechet distance of Gaussians fitted to features (Heusel 2017, arXiv:1706.08500, eq. 6), in float64 on the host.
+
+Statistics are a monoid: `Moments.of(a).merge(Moments.of(b))` are the moments of `a` and `b` together, so shards,
+hosts and batches may be combined in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+
+def as_features(features: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"]:
+    """Features as a finite float64 matrix (n, d); ValueError naming `name` otherwise."""
+    x = np.asarray(features, dtype=np.float64)
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape (n, d), got {x.shape}")
+    bad = int(np.count_nonzero(~np.isfinite(x).all(axis=1)))
+    if bad:
+        raise ValueError(f"{name}: {bad} of {len(x)} rows contain NaN or infinity; drop them or fix their source")
+    return x
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Moments:
+    """Count, mean (d,) and scatter matrix sum (x - mean)(x - mean)^T (d, d) of a set of features, in float64."""
+
+    count: int
+    mean: Float[np.ndarray, " d"]
+    scatter: Float[np.ndarray, "d d"]
+
+    @classmethod
+    def of(cls, features: Float[np.ndarray, "n d"], *, name: str = "features") -> Moments:
+        x = as_features(features, name)
+        if not len(x):
+            raise ValueError(f"{name}: no rows; at least one is needed")
+        mean = x.mean(axis=0)
+        centred = x - mean
+        return cls(count=len(x), mean=mean, scatter=centred.T @ centred)
+
+    @classmethod
+    def of_batches(cls, batches: Iterable[Float[np.ndarray, "n d"]], *, name: str = "features") -> Moments:
+        """Moments of a stream of feature batches; memory is O(d^2) whatever the number of samples."""
+        total: Moments | None = None
+        for batch in batches:
+            part = cls.of(batch, name=name)
+            total = part if total is None else total.merge(part)
+        if total is None:
+            raise ValueError(f"{name}: the stream of batches is empty")
+        return total
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of the union (Chan, Golub & LeVeque 1979, the pairwise update)."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"feature dimensions differ: {self.mean.shape[0]} and {other.mean.shape[0]}")
+        count = self.count + other.count
+        shift = other.mean - self.mean
+        mean = self.mean + shift * (other.count / count)
+        between = np.outer(shift, shift) * (self.count * other.count / count)
+        return Moments(count=count, mean=mean, scatter=self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """Unbiased covariance (d, d), as in the reference code of FID."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write `mu`, `sigma` (the names used by published FID statistics) and `count` to an .npz file."""
+        with open(path, "wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.covariance, count=np.int64(self.count))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Read an .npz file of `mu` and `sigma`. Published statistics lack `count`: they can be compared, not merged
+        meaningfully, so they count as 2 samples."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file of Frechet statistics")
+        with np.load(path, allow_pickle=False) as file:
+            missing = {"mu", "sigma"} - set(file.files)
+            if missing:
+                raise ValueError(f"{path}: lacks {sorted(missing)}; expected the arrays mu (d,) and sigma (d, d)")
+            mean, cov = np.float64(file["mu"]), np.float64(file["sigma"])
+            count = int(file["count"]) if "count" in file.files else 2
+        if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
+            raise ValueError(f"{path}: mu has shape {mean.shape} and sigma {cov.shape}; expected (d,) and (d, d)")
+        return cls(count=count, mean=mean, scatter=cov * (count - 1))
+
+
+def _factor(cov: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """F (d, r) with F F^T = cov, r the numerical rank."""
+    values, vectors = np.linalg.eigh(cov)
+    keep = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    return vectors[:, keep] * np.sqrt(values[keep])
+
+
+def gaussian_distance(
+    mean1: Float[np.ndarray, " d"],
+    cov1: Float[np.ndarray, "d d"],
+    mean2: Float[np.ndarray, " d"],
+    cov2: Float[np.ndarray, "d d"],
+) -> float:
+    """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+
+    With S = F F^T from a symmetric eigendecomposition, Tr (S1 S2)^(1/2) is the sum of the singular values of F1^T F2.
+    Nothing non-symmetric is rooted, so covariances of fewer samples than dimensions need no jitter.
+    """
+    if mean1.shape != mean2.shape:
+        raise ValueError(f"feature dimensions differ: {mean1.shape[0]} and {mean2.shape[0]}")
+    cross = _factor(cov1).T @ _factor(cov2)
+    overlap = np.linalg.svd(cross, compute_uv=False).sum() if cross.size else 0.0
+    shift = mean1 - mean2
+    return max(float(shift @ shift + np.trace(cov1) + np.trace(cov2) - 2.0 * overlap), 0.0)
+
+
+def frechet_distance(real: Moments, fake: Moments) -> float:
+    """Frechet distance of the Gaussians fitted to two sets; FID when the features are those of `inception.py`."""
+    return gaussian_distance(real.mean, real.covariance, fake.mean, fake.covariance)

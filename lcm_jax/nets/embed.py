@@ -1,0 +1,48 @@
+"""Numbers (time, guidance, picture sizes) to vectors. All of it in float32."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from lcm_jax.nets.layers import dense
+
+
+def sinusoidal(
+    t: Float[Array, " b"], dim: int, *, flip_sin_to_cos: bool = False, freq_shift: float = 1.0, period: float = 1e4
+) -> Float[Array, "b dim"]:
+    """[sin(t w_i), cos(t w_i)] with w_i = period^(-i / (dim/2 - freq_shift)) (DDPM); flip puts the cosines first."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(period) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    first, second = (jnp.cos, jnp.sin) if flip_sin_to_cos else (jnp.sin, jnp.cos)
+    return jnp.pad(jnp.concatenate([first(angles), second(angles)], axis=-1), ((0, 0), (0, dim % 2)))
+
+
+def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b dim"]:
+    """The guidance scale w = guidance - 1 as a vector: the sinusoid of 1000 w (LCM, arXiv:2310.04378, section 4.3)."""
+    return sinusoidal(1000.0 * w.astype(jnp.float32), dim)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two layers on a sinusoid. cond_proj_dim: width of a second input, projected without bias (zero at first) and added."""
+
+    features: int
+    cond_proj_dim: int | None = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n"], condition: Float[Array, "b w"] | None = None) -> Float[Array, "b d"]:
+        if self.cond_proj_dim is not None and condition is None and self.is_initializing():
+            condition = jnp.zeros((x.shape[0], self.cond_proj_dim), jnp.float32)
+        if condition is not None:
+            zero = nn.initializers.zeros_init()
+            project = dense(x.shape[-1], "cond_proj", jnp.float32, self.param_dtype, use_bias=False, kernel_init=zero)
+            x = x + project(condition)
+        x = dense(self.features, "linear_1", jnp.float32, self.param_dtype)(x)
+        return dense(self.features, "linear_2", jnp.float32, self.param_dtype)(nn.silu(x))

@@ -1,0 +1,149 @@
+"""Latent consistency distillation and finetuning (Luo et al. 2023, LCM, arXiv:2310.04378; LCM-LoRA, arXiv:2311.05556).
+
+Both are d(f(z_t, w, c, t), f^-(z_s, w, c, s)) for a pair of times t > s and differ in one thing: where z_s comes from.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.consistency import consistency
+from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, drop_captions, without_caption
+from lcm_jax.parameterization import add_noise, bind, expand
+from lcm_jax.solvers import DDIM, DPMpp2S, DPMSolver2
+from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
+
+Target = Literal["ema", "online"]
+TEACHER_SOLVERS: Mapping[str, Solver] = MappingProxyType({"ddim": DDIM(), "dpm": DPMSolver2(), "dpm++": DPMpp2S()})
+
+
+def augmented_step(
+    solver: Solver, nets: Nets, schedule: Schedule, kind: Kind, z: Image, t: Array, s: Array, cond: Cond, w: Array
+) -> Image:
+    """One step t -> s of the teacher along the augmented PF-ODE (LCM Eq. 17): z + (1 + w) Psi(c) - w Psi(null).
+
+    Psi is the solver's increment. Both are taken in one call of 2n rows per evaluation, [null; cond]. For DDIM, affine
+    in the prediction, this is DDIM with the guided prediction eps(null) + (1 + w) (eps(c) - eps(null)), in any
+    parameterization. For a second-order solver it is the paper's form: each Psi evaluates its midpoint on its own
+    branch, so for w != 0 the pair is no longer of second order in the guided ODE (at w = 0 it is).
+    """
+    twice = {k: jnp.concatenate([without, cond[k]]) for k, without in without_caption(nets.null, cond).items()}
+    teacher = bind(nets.apply, nets.teacher, twice, schedule, kind)
+    zz, tt, ss = jnp.concatenate([z, z]), jnp.concatenate([t, t]), jnp.concatenate([s, s])
+    stepped, _ = solver.step(teacher, schedule, zz, tt, ss, solver.init(zz), jax.random.key(0))
+    uncond, conditional = jnp.split(stepped, 2)
+    return conditional + expand(w, z) * (conditional - uncond)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConsistency(ABC):
+    """What distillation and finetuning share. Trains `nets.student`; the defaults are the paper's.
+
+    grid_points: t is one of N points that end at t_max: 50 -> {19, 39, ..., 999} of a 1000-step table, 1000 -> any step.
+    skip: s = max(t - skip, 0), in the schedule's time (table steps for DDPM): the paper's k. It need not be the grid's.
+    w_min, w_max: w = guidance scale - 1, drawn uniformly per example; equal: fixed (LCM-LoRA: 7.5).
+    embed_w: feed w to the student as cond["guidance"]; False for LCM-LoRA, whose network has no w-embedding.
+    target: f^- is `nets.target`, the moving average ("ema"), or the student behind a stop_gradient ("online").
+    loss, huber_c: see `terms.distance`; the paper has l2, the released scripts l2 or huber.
+    kind: the parameterization of the teacher, which is also the student's.
+    """
+
+    schedule: Schedule
+    kind: Kind = "epsilon"
+    grid_points: int = 50
+    skip: float = 20.0
+    w_min: float = 2.0
+    w_max: float = 14.0
+    embed_w: bool = True
+    target: Target = "ema"
+    loss: Distance = "l2"
+    huber_c: float = 1e-3
+    caption_dropout: float = 0.0
+    sigma_data: float = 0.5
+    timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        check("kind", self.kind, Kind)
+        check("loss", self.loss, Distance)
+        check("target", self.target, Target)
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min={self.w_min} is above w_max={self.w_max}")
+        if self.grid_points < 1 or self.skip <= 0:
+            raise ValueError(f"grid_points={self.grid_points} and skip={self.skip} must be positive")
+
+    @abstractmethod
+    def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
+        """The point z_s to which z_t must agree."""
+
+    def times(self, key: Key, n: int) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """The pairs (t, s)."""
+        start, end = self.schedule.t_min, self.schedule.t_max
+        index = jax.random.randint(key, (n,), 1, self.grid_points + 1).astype(jnp.float32)
+        t = start + index * ((end - start) / self.grid_points)
+        return t, jnp.maximum(t - self.skip, 0.0)
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """batch: x0 (b, h, w, c) latents in the network's units, cond without "guidance" -> loss and scalar metrics."""
+        time_key, noise_key, w_key, drop_key = jax.random.split(key, 4)
+        x0, n = batch["x0"], batch["x0"].shape[0]
+        cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
+        t, s = self.times(time_key, n)
+        w = jax.random.uniform(w_key, (n,), minval=self.w_min, maxval=self.w_max)
+        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        z = add_noise(self.schedule, x0, eps, t)
+        z_s = jax.lax.stop_gradient(self.earlier(nets, x0, eps, z, t, s, cond, w))
+        student_cond = {**cond, "guidance": w} if self.embed_w else cond
+        slow = nets.student if self.target == "online" else nets.target
+        aim = jax.lax.stop_gradient(self.solution(nets, slow, student_cond, z_s, s))
+        difference = self.solution(nets, nets.student, student_cond, z, t) - aim
+        each = distance(self.loss, difference, self.huber_c)
+        loss = jnp.mean(each)
+        position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
+        error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
+        return loss, {"loss": loss, "error": error, **by_quarter(each, position)}
+
+    def solution(self, nets: Nets, params: Params, cond: Cond, z: Image, t: Array) -> Image:
+        """f(z, w, c, t) = c_skip(t) z + c_out(t) x0hat (LCM Eq. 9), the map to the start of the trajectory."""
+        denoise = bind(nets.apply, params, cond, self.schedule, self.kind)
+        scalings = {"sigma_data": self.sigma_data, "timestep_scaling": self.timestep_scaling}
+        return consistency(denoise, self.schedule, **scalings)(z, t).x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConsistencyDistillation(LatentConsistency):
+    """LCD (LCM Sec. 4.3, Alg. 1): z_s is one step of the teacher from z_t (see `augmented_step`).
+
+    solver: "ddim", "dpm" (DPM-Solver-2), "dpm++" (DPM-Solver++ 2S), both with the midpoint, or a deterministic Solver.
+    """
+
+    solver: Solver | str = "ddim"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.solver, str) and self.solver not in TEACHER_SOLVERS:
+            raise ValueError(f"solver={self.solver!r} is unknown; use one of {', '.join(TEACHER_SOLVERS)} or a Solver")
+
+    def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
+        """The teacher's step."""
+        solver = TEACHER_SOLVERS[self.solver] if isinstance(self.solver, str) else self.solver
+        return augmented_step(solver, nets, self.schedule, self.kind, z, t, s, cond, w)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConsistencyFinetuning(LatentConsistency):
+    """LCF (LCM Sec. 4.4, Alg. 4): no teacher; z_s is the same latent noised to s with the same noise.
+
+    w is drawn and embedded as in distillation, so that a distilled student keeps its input; it has no other part here.
+    """
+
+    def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
+        """Forward noising."""
+        return add_noise(self.schedule, x0, eps, s)

@@ -1,0 +1,82 @@
+"""The diffusion (denoising score matching, flow matching) objective: how a teacher is trained or a model finetuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, drop_captions
+from lcm_jax.parameterization import add_noise, rows, target
+from lcm_jax.schedules import DDPM
+from lcm_jax.typing import Array, Key, Kind, Nets, Schedule
+
+Times = Callable[[Key, int], Float[Array, " n"]]  # (key, n) -> times of the schedule
+
+
+def uniform_times(schedule: Schedule, key: Key, n: int) -> Float[Array, " n"]:
+    """Times drawn uniformly: from the integer timesteps 0 ... T-1 of a DDPM table, else from [t_min, t_max]."""
+    if isinstance(schedule, DDPM):
+        return jax.random.randint(key, (n,), 0, schedule.num_train_timesteps).astype(jnp.float32)
+    return jax.random.uniform(key, (n,), minval=schedule.t_min, maxval=schedule.t_max)
+
+
+def min_snr_weight(
+    kind: Kind, alpha: Float[Array, " b"], sigma: Float[Array, " b"], gamma: float
+) -> Float[Array, " b"]:
+    """Weight of the squared error of a `kind` output that amounts to min(SNR, gamma) on the squared error of x0.
+
+    Hang et al. 2023 (arXiv:2303.09556) Eq. 8, for any row y = a x0 + b eps: at a given x an error e of x0 is an error
+    (a - b alpha / sigma) e of y, so the weight is min(SNR, gamma) / (a - b alpha / sigma)^2, SNR = alpha^2 / sigma^2.
+    epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma). Multiplied out by sigma^2,
+    so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit 1.
+    """
+    a, b = rows(kind, alpha, sigma)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return (jnp.minimum(alpha**2, gamma * sigma**2) + tiny) / ((a * sigma - b * alpha) ** 2 + tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion:
+    """E d(net(x_t, t, c), y_t) with x_t = alpha x0 + sigma eps and y the target of `kind` (Ho et al. 2020 Eq. 14;
+    Salimans & Ho 2022 for v; Lipman et al. 2023 for flow). Trains `nets.student`; the other trees are not looked at.
+
+    times: the density of the training times, `(key, n) -> (n,)`; None: uniform (see `uniform_times`).
+    min_snr_gamma: None weighs every time by 1; Hang et al. use 5.
+    caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`, so that CFG has its branch.
+    """
+
+    schedule: Schedule
+    kind: Kind = "epsilon"
+    caption_dropout: float = 0.1
+    min_snr_gamma: float | None = None
+    loss: Distance = "l2"
+    huber_c: float = 1e-3
+    times: Times | None = None
+
+    def __post_init__(self) -> None:
+        check("kind", self.kind, Kind)
+        check("loss", self.loss, Distance)
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """batch: x0 (b, h, w, c) latents in the network's units, cond -> loss and scalar metrics."""
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        x0, n = batch["x0"], batch["x0"].shape[0]
+        cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
+        t = uniform_times(self.schedule, time_key, n) if self.times is None else self.times(time_key, n)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        x = add_noise(self.schedule, x0, eps, t)
+        y = nets.apply(nets.student, x, self.schedule.network_time(t), cond)
+        difference = y - target(self.kind, x0, eps, alpha, sigma)
+        each = distance(self.loss, difference, self.huber_c)
+        if self.min_snr_gamma is not None:
+            each = each * min_snr_weight(self.kind, alpha, sigma, self.min_snr_gamma)
+        loss = jnp.mean(each)
+        error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
+        position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
+        return loss, {"loss": loss, "error": error, **by_quarter(each, position)}

@@ -1,0 +1,62 @@
+"""The terms that every objective is built of: distances, caption dropout, and the split of a loss over time."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.parameterization import expand
+from lcm_jax.typing import Array, Cond, Key
+
+Distance = Literal["l2", "huber"]
+
+
+def check(name: str, value: object, allowed: object) -> None:
+    """Raise ValueError unless `value` is one of the strings of the Literal `allowed`."""
+    if value not in get_args(allowed):
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}")
+
+
+def distance(kind: Distance, difference: Float[Array, "b ..."], c: float = 1e-3) -> Float[Array, " b"]:
+    """Mean over the elements of each example, in float32.
+
+    "l2": d^2. "huber": the pseudo-Huber sqrt(d^2 + c^2) - c, element by element (Song & Dhariwal 2023 apply it to the
+    norm of the whole example; the released LCM code applies it to the elements, and so does this).
+    """
+    d = difference.astype(jnp.float32)
+    # d^2 / (sqrt(d^2 + c^2) + c) is the same without the cancellation
+    each = d * d if kind == "l2" else d * d / (jnp.sqrt(d * d + c * c) + c)
+    return jnp.mean(each.reshape(each.shape[0], -1), axis=1)
+
+
+def without_caption(null: Cond, cond: Cond) -> Cond:
+    """`cond` with the leaves of the empty prompt (batch 1, broadcast) in place of its own.
+
+    A leaf that `null` lacks stays the example's: SDXL's time_ids describe the picture, not the caption.
+    """
+    if not null or not set(null) <= set(cond):
+        raise ValueError(f"nets.null has the leaves {sorted(null)}, batch['cond'] {sorted(cond)}: encode both alike")
+    rows = {k: jnp.broadcast_to(v, (cond[k].shape[0], *v.shape[1:])).astype(cond[k].dtype) for k, v in null.items()}
+    return {**cond, **rows}
+
+
+def drop_captions(key: Key, cond: Cond, null: Cond, rate: float) -> Cond:
+    """Replace each example's conditioning, all leaves together, by that of the empty prompt with probability `rate`."""
+    if rate == 0.0:
+        return cond
+    empty = without_caption(null, cond)
+    dropped = jax.random.bernoulli(key, rate, next(iter(cond.values())).shape[:1])
+    return {k: jnp.where(expand(dropped, leaf), empty[k], leaf) for k, leaf in cond.items()}
+
+
+def by_quarter(values: Float[Array, " b"], position: Float[Array, " b"]) -> dict[str, Float[Array, ""]]:
+    """Split a mean over the four quarters of time: loss_t1 (clean) ... loss_t4 (noise), which average to the mean.
+
+    `position` is time scaled to [0, 1]. Each entry is 4 mean(values [t in quarter]): no division by a count, so it is
+    finite for any batch, averages rightly over steps and devices, and for uniform times estimates the quarter's mean.
+    """
+    quarter = jnp.clip(jnp.ceil(position * 4) - 1, 0, 3)
+    return {f"loss_t{i + 1}": 4 * jnp.mean(jnp.where(quarter == i, values, 0.0)) for i in range(4)}

@@ -1,0 +1,288 @@
+"""Sampling: time grids, made on the host with numpy, and the loop that walks a solver along one.
+
+A grid is the list of times t_0 > t_1 > ... > t_N of N steps. Its last entry is where the sample is delivered: the clean
+time, or the first trained timestep if the scheduler config says so (set_alpha_to_one, final_sigmas_type).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lcm_jax.schedules import RectifiedFlow
+from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMSolver2, Euler, Heun
+from lcm_jax.typing import Denoiser, Image, Key, Schedule, Solver
+
+CAPACITY = 1000
+"""Steps the padded grid holds: as many as the longest table has entries."""
+
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+class Grid(NamedTuple):
+    """A grid padded to a fixed length, so that its number of steps is data and not a shape."""
+
+    times: Float[Array, " capacity_plus_1"]
+    steps: Int[Array, ""]
+
+
+def pad(grid: Float[np.ndarray, " n_plus_1"], capacity: int = CAPACITY) -> Grid:
+    """The grid with its last time repeated up to `capacity` steps."""
+    steps = len(grid) - 1
+    _check_steps(steps, capacity)
+    times = np.concatenate([grid, np.full(capacity - steps, grid[-1])]).astype(np.float32)
+    return Grid(jnp.asarray(times), jnp.asarray(steps, jnp.int32))
+
+
+def sample(
+    denoise: Denoiser,
+    schedule: Schedule,
+    solver: Solver,
+    grid: Grid,
+    x: Image,
+    key: Key,
+    *,
+    noise: Float[Array, "n b h w c"] | None = None,
+) -> Image:
+    """Walk x from grid.times[0] to grid.times[grid.steps]. Under jit, grids of any length share one compilation.
+
+    Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given (for parity with others).
+    """
+
+    def body(i: Array, state: tuple[Image, Any]) -> tuple[Image, Any]:
+        x, carry = state
+        source = jax.random.fold_in(key, i) if noise is None else noise[i]
+        return solver.step(denoise, schedule, x, grid.times[i], grid.times[i + 1], carry, source)
+
+    x = jnp.asarray(x, jnp.float32)
+    return jax.lax.fori_loop(0, grid.steps, body, (x, solver.init(x)))[0]
+
+
+def trajectory(
+    denoise: Denoiser,
+    schedule: Schedule,
+    solver: Solver,
+    grid: Float[np.ndarray, " n_plus_1"],
+    x: Image,
+    key: Key,
+    *,
+    noise: Float[Array, "n b h w c"] | None = None,
+) -> Float[Array, "n_plus_1 b h w c"]:
+    """All states of `sample`, the first being x; a scan over the unpadded grid, so each length compiles anew."""
+    times = jnp.asarray(grid, jnp.float32)
+    steps = jnp.arange(len(times) - 1)
+    sources = jax.vmap(lambda i: jax.random.fold_in(key, i))(steps) if noise is None else noise
+
+    def body(state: tuple[Image, Any], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Image, Any], Image]:
+        x, carry = state
+        t, s, source = inputs
+        x, carry = solver.step(denoise, schedule, x, t, s, carry, source)
+        return (x, carry), x
+
+    x = jnp.asarray(x, jnp.float32)
+    states = jax.lax.scan(body, (x, solver.init(x)), (times[:-1], times[1:], sources))[1]
+    return jnp.concatenate([x[None], states])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spacing:
+    """The keys of a diffusers scheduler_config.json that place timesteps; names and meanings are diffusers'.
+
+    timestep_spacing None leaves each sampler its own default: leading for DDIM, linspace for the others.
+    set_alpha_to_one is read by DDIM, final_sigmas_type by Euler and the DPM solvers, original_inference_steps by LCM.
+    """
+
+    timestep_spacing: str | None = None
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    final_sigmas_type: str = "zero"
+    num_train_timesteps: int = 1000
+    original_inference_steps: int = 50
+
+    def __post_init__(self) -> None:
+        if self.timestep_spacing not in (None, *SPACINGS):
+            raise ValueError(f"timestep_spacing {self.timestep_spacing!r} is unknown: use one of {', '.join(SPACINGS)}")
+        if self.final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type {self.final_sigmas_type!r} is unknown: use zero or sigma_min")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Spacing:
+        """Read the known keys; ValueError for a value, or a noise spacing such as Karras', that is unsupported."""
+        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+            if config.get(key):
+                raise ValueError(f"{source}: {key} is unsupported: set it to false and use timestep_spacing")
+        try:
+            return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+def spaced_times(
+    steps: int,
+    *,
+    spacing: str,
+    steps_offset: int = 0,
+    num_train_timesteps: int = 1000,
+    fractional: bool = False,
+    skip_first: bool = False,
+) -> Float[np.ndarray, " n"]:
+    """The N descending times a network is evaluated at (2305.08891, table 2), without the final one.
+
+    leading: multiples of T // N, plus steps_offset. trailing: T - i T / N - 1. linspace: both ends of the table.
+    skip_first: space N + 1 times and drop the smallest (diffusers' DPM solvers, in leading and linspace).
+    fractional: leave linspace unrounded (diffusers' Euler and Heun).
+    """
+    total = num_train_timesteps
+    _check_steps(steps, total)
+    n = steps + 1 if skip_first else steps
+    if spacing == "trailing":
+        times: np.ndarray = np.round(total - np.arange(steps) * (total / steps)) - 1.0
+    elif spacing == "leading":
+        times = np.arange(n)[::-1] * float(total // n) + steps_offset
+    else:
+        times = np.linspace(0, total - 1, n)[::-1]
+        times = times if fractional else np.round(times)
+    if times[0] > total - 1:
+        raise ValueError(f"{steps} steps with steps_offset {steps_offset} start beyond timestep {total - 1}: use fewer")
+    return times[:steps]
+
+
+def lcm_grid(
+    steps: int,
+    *,
+    original_steps: int = 50,
+    strength: float = 1.0,
+    schedule: Literal["current", "old"] = "current",
+    num_train_timesteps: int = 1000,
+) -> Float[np.ndarray, " n_plus_1"]:
+    """LCM's own grid: N of the original_steps times {k - 1, 2k - 1, ...} it was distilled on, and the clean end -1.
+
+    The original list is cut to its first int(original_steps * strength) times, reversed, and indexed at
+    floor(linspace(0, len, N, endpoint=False)); "old" takes every (len // N)-th instead, as diffusers did before 0.23:
+    4 steps are 999, 759, 499, 259 now and were 999, 759, 519, 279.
+    """
+    _check_strength(strength)
+    if not 1 <= original_steps <= num_train_timesteps:
+        raise ValueError(f"original_steps is {original_steps}: it must be between 1 and {num_train_timesteps}")
+    origin = np.arange(int(original_steps * strength), 0, -1) * (num_train_timesteps // original_steps) - 1
+    _check_steps(steps, len(origin))
+    if schedule == "old":
+        times = origin[:: len(origin) // steps][:steps]
+    else:
+        times = origin[np.floor(np.linspace(0, len(origin), steps, endpoint=False)).astype(int)]
+    return np.append(times, -1.0)
+
+
+def flow_grid(
+    steps: int, schedule: RectifiedFlow, *, double_shift: bool = True, num_train_timesteps: int = 1000
+) -> Float[np.ndarray, " n_plus_1"]:
+    """N times of a rectified flow, evenly spaced from 1 down to its last nonzero time, and the clean end 0.
+
+    Both SD3 references shift twice: they space evenly between the shifted ends, and shift again. With double_shift the
+    last sigma of shift 3 is 0.00893 as theirs is; without, the ends are 1 and 1/T and it is 0.00299.
+    """
+    _check_steps(steps, num_train_timesteps)
+    last = 1.0 / num_train_timesteps
+    if double_shift:
+        last = schedule.shift * last / (1.0 + (schedule.shift - 1.0) * last)
+    return np.append(np.linspace(1.0, last, steps), 0.0)
+
+
+def truncate(grid: Float[np.ndarray, " n_plus_1"], strength: float) -> Float[np.ndarray, " m_plus_1"]:
+    """The last min(int(N strength), N) steps: image-to-image starts from the image noised to the first time left."""
+    _check_strength(strength)
+    steps = len(grid) - 1
+    kept = min(int(steps * strength), steps)
+    if kept < 1:
+        raise ValueError(f"strength {strength} of {steps} steps leaves none: raise the strength or the steps")
+    return grid[steps - kept :]
+
+
+def _ddim_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _table_grid(steps, spacing, strength, default="leading", clean=spacing.set_alpha_to_one)
+
+
+def _euler_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _table_grid(steps, spacing, strength, clean=spacing.final_sigmas_type == "zero", fractional=True)
+
+
+def _heun_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _table_grid(steps, spacing, strength, clean=True, fractional=True)
+
+
+def _dpm_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _table_grid(steps, spacing, strength, clean=spacing.final_sigmas_type == "zero", skip_first=True)
+
+
+def _consistency_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    original, total = spacing.original_inference_steps, spacing.num_train_timesteps
+    return lcm_grid(steps, original_steps=original, num_train_timesteps=total, strength=strength)
+
+
+def _table_grid(
+    steps: int, spacing: Spacing, strength: float, *, clean: bool, default: str = "linspace", **rule: bool
+) -> np.ndarray:
+    times = spaced_times(
+        steps,
+        spacing=spacing.timestep_spacing or default,
+        steps_offset=spacing.steps_offset,
+        num_train_timesteps=spacing.num_train_timesteps,
+        **rule,
+    )
+    return truncate(np.append(times, -1.0 if clean else 0.0), strength)
+
+
+def _check_steps(steps: int, most: int) -> None:
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps is {steps}: it must be between 1 and {most}")
+
+
+def _check_strength(strength: float) -> None:
+    if not 0.0 < strength <= 1.0:
+        raise ValueError(f"strength is {strength}: it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A solver with the grid and the starting noise that go with it.
+
+    grid(steps, spacing, strength) is for table schedules; `time_grid` serves all. spread_start: the noise starts at
+    sigma(t_0), not at 1, unless spacing is leading (diffusers' Euler and Heun). consistency: the denoiser must be one.
+    """
+
+    solver: Solver
+    grid: Callable[[int, Spacing, float], np.ndarray]
+    spread_start: bool = False
+    consistency: bool = False
+
+    def init_scale(self, schedule: Schedule, grid: np.ndarray, spacing: Spacing) -> float:
+        """What unit noise is multiplied by to be x at grid[0]."""
+        return float(schedule.sigma(grid[0])) if self.spread_start and spacing.timestep_spacing != "leading" else 1.0
+
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "lcm": Sampler(solver=LCM(), grid=_consistency_grid, consistency=True),
+    "ddim": Sampler(solver=DDIM(), grid=_ddim_grid),
+    "euler": Sampler(solver=Euler(), grid=_euler_grid, spread_start=True),
+    "heun": Sampler(solver=Heun(), grid=_heun_grid, spread_start=True),
+    "dpm++2m": Sampler(solver=DPMpp2M(), grid=_dpm_grid),
+    "dpm2": Sampler(solver=DPMSolver2(), grid=_dpm_grid),
+}
+
+
+def time_grid(
+    sampler: Sampler, schedule: Schedule, steps: int, *, spacing: Spacing = Spacing(), strength: float = 1.0
+) -> Float[np.ndarray, " n_plus_1"]:
+    """The grid of a sampler on a schedule; strength below 1 is image-to-image.
+
+    LCM spends all its steps below the strength, on the times it was distilled on; the others drop their first steps.
+    """
+    if isinstance(schedule, RectifiedFlow):
+        return truncate(flow_grid(steps, schedule), strength)
+    return sampler.grid(steps, spacing, strength)

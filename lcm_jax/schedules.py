@@ -1,0 +1,219 @@
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps.
+
+`DDPM` holds the discrete tables of Stable Diffusion 1, 2 and XL, `RectifiedFlow` the straight paths of SD3. Tables are
+made once with numpy, bit for bit as torch cumulates them, and enter a jitted function as constants.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lcm_jax.typing import Schedule, Time
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPM:
+    """Variance-preserving table over integer timesteps (Ho 2020, 2006.11239): alpha^2 = prod(1 - beta) = 1 - sigma^2.
+
+    Time t in [-1, num_train_timesteps - 1], in timesteps. t = -1 is the clean sample (alpha 1, sigma 0), an integer t
+    is an entry of the table, and between integers sigma/alpha is interpolated linearly (as diffusers' Euler does).
+
+    rescale_betas_zero_snr shifts and scales alpha so that the last entry is exactly 0 (2305.08891, Alg. 1). There
+    sigma/alpha is infinite; on the last open interval it is interpolated towards 4096, the value diffusers uses.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    rescale_betas_zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise ValueError(f"beta_schedule {self.beta_schedule!r} is unknown: use one of {', '.join(BETA_SCHEDULES)}")
+        if self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}: it must be at least 1")
+
+    @property
+    def t_min(self) -> float:
+        return -1.0
+
+    @property
+    def t_max(self) -> float:
+        return float(self.num_train_timesteps - 1)
+
+    @property
+    def gauge(self) -> float:
+        # x / alpha is infinite where the terminal SNR is zero
+        return 1.0 if self.rescale_betas_zero_snr else 0.0
+
+    def alpha(self, t: Time) -> Float[Array, "*b"]:
+        table, exact, ratio = self._look_up(t)
+        return jnp.where(exact, table.alpha, 1.0 / jnp.sqrt(1.0 + ratio**2))
+
+    def sigma(self, t: Time) -> Float[Array, "*b"]:
+        table, exact, ratio = self._look_up(t)
+        return jnp.where(exact, table.sigma, ratio / jnp.sqrt(1.0 + ratio**2))
+
+    def network_time(self, t: Time) -> Float[Array, "*b"]:
+        return jnp.asarray(t, jnp.float32)
+
+    def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
+        times = np.arange(-1, self.num_train_timesteps, dtype=np.float32)
+        return jnp.interp(jnp.exp(-jnp.asarray(log_snr, jnp.float32)), _tables(self).ratio, times)
+
+    def _look_up(self, t: Time) -> tuple[_Tables, Array, Array]:
+        """The entries at floor(t), whether t is that integer, and the interpolated sigma/alpha."""
+        t = jnp.asarray(t, jnp.float32)
+        low = jnp.clip(jnp.floor(t), self.t_min, self.t_max)
+        weight = jnp.clip(t - low, 0.0, 1.0)
+        index = low.astype(jnp.int32) + 1
+        tables = _Tables(*(jnp.asarray(table) for table in _tables(self)))
+        entries = _Tables(*(table[index] for table in tables))
+        above = tables.ratio[jnp.minimum(index + 1, self.num_train_timesteps)]
+        return entries, (weight == 0.0) | (low == self.t_max), (1.0 - weight) * entries.ratio + weight * above
+
+
+@dataclass(frozen=True, kw_only=True)
+class RectifiedFlow:
+    """Straight paths (2209.03003; SD3, 2403.03206): alpha = 1 - t', sigma = t', t' = shift t / (1 + (shift - 1) t).
+
+    Time t in [0, 1], no unit; the shift (2403.03206 eq. 23) belongs to the schedule, so a uniform grid in t is the
+    shifted one in sigma. The network is given 1000 t'.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0.0:
+            raise ValueError(f"shift is {self.shift}: it must be positive (1 for none, 3 for SD3)")
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def gauge(self) -> float:
+        return 1.0
+
+    def alpha(self, t: Time) -> Float[Array, "*b"]:
+        t = jnp.asarray(t, jnp.float32)
+        return (1.0 - t) / (1.0 + (self.shift - 1.0) * t)
+
+    def sigma(self, t: Time) -> Float[Array, "*b"]:
+        t = jnp.asarray(t, jnp.float32)
+        return self.shift * t / (1.0 + (self.shift - 1.0) * t)
+
+    def network_time(self, t: Time) -> Float[Array, "*b"]:
+        return 1000.0 * self.sigma(t)
+
+    def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
+        sigma = jax.nn.sigmoid(-jnp.asarray(log_snr, jnp.float32))
+        return sigma / (self.shift - (self.shift - 1.0) * sigma)
+
+
+def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
+    """lambda(t) = log(alpha / sigma) in nats (Lu 2022, 2206.00927); +inf at the clean end, -inf where alpha is 0."""
+    return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
+
+
+# The defaults of the diffusers classes, for configs that leave a key out.
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LCMScheduler": _LATENT,
+    "TCDScheduler": _LATENT,
+    "HeunDiscreteScheduler": _LATENT | {"beta_schedule": "linear"},
+}
+_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+
+
+def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
+    """The schedule a diffusers scheduler_config.json describes (betas or flow; spacing and prediction are elsewhere).
+
+    Raises ValueError for betas given as a list, for resolution-dependent shifting and for an unknown beta_schedule.
+    """
+    name = str(config.get("_class_name", ""))
+    if config.get("trained_betas") is not None:
+        raise ValueError(f"{source}: trained_betas is set: give beta_start, beta_end and beta_schedule instead")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(f"{source}: use_dynamic_shifting is unsupported: set it to false and give a fixed shift")
+    if name.startswith("FlowMatch"):
+        return RectifiedFlow(shift=float(config.get("shift", 1.0)))
+    if config.get("use_flow_sigmas"):
+        return RectifiedFlow(shift=float(config.get("flow_shift", 1.0)))
+    fields = {k: v for k, v in (*_CLASS_DEFAULTS.get(name, {}).items(), *config.items()) if k in _FIELDS}
+    try:
+        return DDPM(**fields)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+class _Tables(NamedTuple):
+    """float32 columns over t = -1, 0, ..., num_train_timesteps - 1."""
+
+    alpha: Any
+    sigma: Any
+    ratio: Any
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(ddpm: DDPM) -> _Tables:
+    alpha_bar = _alpha_bar(ddpm)
+    one = np.float32(1.0)
+    alpha = np.concatenate([[one], np.sqrt(alpha_bar)])
+    sigma = np.concatenate([[np.float32(0.0)], np.sqrt(one - alpha_bar)])
+    floored = np.maximum(alpha_bar, np.float32(2.0**-24))
+    ratio = np.concatenate([[np.float32(0.0)], np.sqrt((one - floored) / floored)])
+    return _Tables(alpha, sigma, ratio)
+
+
+def _alpha_bar(ddpm: DDPM) -> np.ndarray:
+    betas = _betas(ddpm)
+    if ddpm.rescale_betas_zero_snr:
+        root = np.sqrt(_cumprod(np.float32(1.0) - betas))
+        first, last = root[0], root[-1]
+        root = (root - last) * (first / (first - last))
+        bar = root**2
+        betas = np.float32(1.0) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
+    return _cumprod(np.float32(1.0) - betas)
+
+
+def _betas(ddpm: DDPM) -> np.ndarray:
+    n = ddpm.num_train_timesteps
+    if ddpm.beta_schedule == "linear":
+        return _linspace(ddpm.beta_start, ddpm.beta_end, n)
+    if ddpm.beta_schedule == "scaled_linear":
+        return _linspace(math.sqrt(ddpm.beta_start), math.sqrt(ddpm.beta_end), n) ** 2
+
+    def cosine(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2.0) ** 2
+
+    return np.array([min(1.0 - cosine((i + 1) / n) / cosine(i / n), 0.999) for i in range(n)], np.float32)
+
+
+def _linspace(start: float, end: float, n: int) -> np.ndarray:
+    """torch.linspace in float32: it counts from both ends and rounds once; numpy's differs in the last bit."""
+    a, b = float(np.float32(start)), float(np.float32(end))
+    step = float((np.float32(end) - np.float32(start)) / np.float32(max(n - 1, 1)))
+    i = np.arange(n)
+    return np.where((i < n // 2) | (n == 1), a + step * i, b - step * (n - 1 - i)).astype(np.float32)
+
+
+def _cumprod(values: np.ndarray) -> np.ndarray:
+    """torch.cumprod of float32, which accumulates in float64."""
+    return np.cumprod(values.astype(np.float64)).astype(np.float32)

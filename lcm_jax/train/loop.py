@@ -1,0 +1,175 @@
+"""The loop: batches in, checkpoints, scalars and pictures out. It knows no network and no loss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from lcm_jax.train.step import Loss, Metrics, TrainState, make_train_step
+from lcm_jax.typing import Key, Params
+
+
+class Batches(Protocol):
+    """An endless iterator whose position can be saved (lcm_jax.data.Loader)."""
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is trained: the trees, the loss, the data, and what to make of the result."""
+
+    init: Callable[[Key], Params]
+    loss: Loss
+    frozen: Params
+    batches: Callable[[int, int], Batches]  # (batch size, seed) -> iterator
+    # (ema, frozen) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
+    preview: Callable[[Params, Params], dict[str, float | np.ndarray]]
+    export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long, how much at a time, and what is written on the way."""
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulate: int = 1  # micro-batches to a step
+    ema: float = 0.999
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 200
+    preview_every: int = 500
+    keep: int = 2  # checkpoints on disk
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"loop.accumulate = {self.accumulate} does not divide loop.batch_size = {self.batch_size}")
+
+
+def checkpoints(workdir: Path, config: LoopConfig) -> ocp.CheckpointManager:
+    """Checkpoints of state and data position under `workdir`/checkpoints, written aside and renamed by orbax."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, save_interval_steps=1)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def _save(manager: ocp.CheckpointManager, state: TrainState, batches: Batches) -> None:
+    tree = ocp.args.PyTreeSave(state._asdict())
+    manager.save(int(state.step), args=ocp.args.Composite(state=tree, data=ocp.args.JsonSave(batches.get_state())))
+
+
+def _restore(manager: ocp.CheckpointManager, like: TrainState, batches: Batches) -> TrainState:
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(target, restore_args=restore_args), data=ocp.args.JsonRestore()
+    )
+    saved = manager.restore(manager.latest_step(), args=args)
+    batches.set_state(saved["data"])
+    return TrainState(**saved["state"])
+
+
+def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path) -> TrainState:
+    """Train `task` for `loop.steps` steps, continuing where an earlier run in `workdir` stopped.
+
+    A run that was killed and started again ends with the same parameters, bit for bit, as one that was not: the state,
+    the data position and the step number (which is the random stream) are all a checkpoint holds and all there is.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    tx = make_optimizer(optimizer, loop.steps)
+    rate = learning_rate(optimizer, loop.steps)
+    step_fn = make_train_step(task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate)
+    batches = task.batches(loop.batch_size, loop.seed)
+    state = TrainState.create(jax.jit(task.init)(jax.random.key(loop.seed)), tx)
+    manager = checkpoints(workdir, loop)
+    if manager.latest_step() is not None:
+        state = _restore(manager, state, batches)
+    start = int(state.step)
+    if start > loop.steps:
+        raise ValueError(f"{workdir} holds step {start}, beyond --loop.steps {loop.steps}; choose another --workdir")
+
+    with SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as log:
+        state = _run(task, loop, rate, step_fn, state, batches, manager, log, name=workdir.name)
+    manager.wait_until_finished()
+    manager.close()
+    task.export(state.ema, workdir / "export")
+    return state
+
+
+def _run(
+    task: Task,
+    loop: LoopConfig,
+    rate: optax.Schedule,
+    step_fn: Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    batches: Batches,
+    manager: ocp.CheckpointManager,
+    log: SummaryWriter,
+    name: str,
+) -> TrainState:
+    start = int(state.step)
+    bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=name)
+    timer = Timer(start)
+
+    def write(step: int, metrics: Metrics) -> None:
+        scalars = {key: float(value) for key, value in metrics.items()}
+        scalars |= {"learning_rate": float(rate(step - 1)), "samples_per_second": timer.rate(step) * loop.batch_size}
+        for key, value in scalars.items():
+            log.add_scalar(key, value, step)
+        bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {scalars['samples_per_second']:.0f} samples/s", refresh=False)
+        if not np.isfinite(scalars["loss"]):
+            raise FloatingPointError(f"the loss is {scalars['loss']} at step {step}: lower --learning-rate")
+
+    # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
+    pending: tuple[int, Metrics] | None = None
+    for step in range(start + 1, loop.steps + 1):
+        state, metrics = step_fn(state, task.frozen, next(batches))
+        if pending is not None:
+            write(*pending)
+        pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
+        bar.update()
+        last = step == loop.steps
+        if last or step % loop.save_every == 0:
+            _save(manager, state, batches)
+        if last or step % loop.preview_every == 0:
+            for title, value in task.preview(state.ema, task.frozen).items():
+                if isinstance(value, np.ndarray):
+                    log.add_image(title, value, step, dataformats="HWC")
+                else:
+                    log.add_scalar(title, value, step)
+            timer.restart(step)
+    if pending is not None:
+        write(*pending)
+    bar.close()
+    return state
+
+
+class Timer:
+    """Steps per second since the last reading."""
+
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._time = step, time.perf_counter()
+
+    def rate(self, step: int) -> float:
+        steps, seconds = step - self._step, time.perf_counter() - self._time
+        self.restart(step)
+        return steps / max(seconds, 1e-9)

@@ -1,0 +1,73 @@
+"""The training step: one pure function, compiled once, for every task of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcm_jax.typing import Array, Key, Params
+
+Metrics = dict[str, Array]
+# (params, ema, frozen, batch, key, step) -> (loss, metrics). `frozen` are the trees that never change (teacher, VAE ...):
+# they are arguments rather than closed-over constants, so that compilation does not copy them into the program.
+Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]]
+
+
+class TrainState(NamedTuple):
+    """All that changes while training. The random stream is `fold_in(key(seed), step)`, so a step number restores it."""
+
+    step: Array  # () int32
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+
+    @classmethod
+    def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step; the moving average starts as a copy of the parameters."""
+        return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def ema_decay(step: Array, decay: float) -> Array:
+    """Decay of the moving average at `step`: min(decay, (1 + step) / (10 + step)), so that the start is forgotten."""
+    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+
+
+def make_train_step(
+    loss: Loss, optimizer: optax.GradientTransformation, *, decay: float, seed: int, accumulate: int = 1
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+    """Compiled `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
+
+    With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update as
+    the whole batch at once (for losses that are means over examples), at 1/m of the activation memory.
+    """
+
+    def gradients(state: TrainState, frozen: Params, batch: Any, key: Key) -> tuple[Params, Metrics]:
+        grad = jax.grad(loss, has_aux=True)
+        if accumulate == 1:
+            return grad(state.params, state.ema, frozen, batch, key, state.step)
+
+        def micro(total: Any, part: Any) -> tuple[Any, None]:
+            one = grad(state.params, state.ema, frozen, part[0], part[1], state.step)
+            return jax.tree.map(lambda a, b: a + b / accumulate, total, one), None
+
+        parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+        keys = jax.random.split(key, accumulate)
+        first = (jax.tree.map(lambda a: a[0], parts), keys[0])
+        shapes = jax.eval_shape(grad, state.params, state.ema, frozen, *first, state.step)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+        return jax.lax.scan(micro, zeros, (parts, keys))[0]
+
+    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, metrics = gradients(state, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = 1.0 - ema_decay(state.step, decay)
+        ema = jax.tree.map(lambda e, p: (e + rate * (p - e)).astype(e.dtype), state.ema, params)
+        return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.global_norm(grads)}
+
+    return jax.jit(train_step, donate_argnums=0)

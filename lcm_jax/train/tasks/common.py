@@ -1,0 +1,41 @@
+"""What the tasks share: the pictures they read and the grids they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+
+from lcm_jax.data import Loader, LoaderIterator, Source, load_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Captioned pictures: "openmoji", "folder:PATH" or "tfds:NAME"."""
+
+    name: str = "openmoji"
+    split: str = "train"
+    size: int = 64  # pixels
+
+    def open(self) -> Source:
+        return load_source(self.name, self.split, self.size)
+
+
+def captions(data: DataConfig, most: int) -> list[str]:
+    """The first captions of a source."""
+    source = data.open()
+    return [source[i]["caption"] for i in range(min(most, len(source)))]
+
+
+def loader(source: Source, **options: object) -> Callable[[int, int], LoaderIterator]:
+    """(batch size, seed) -> resumable iterator over `source`."""
+    return lambda batch_size, seed: iter(Loader(source, batch_size, seed, **options))  # type: ignore[arg-type]
+
+
+def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:
+    """Rows of `columns` pictures as one picture; a last row that is not full is left out."""
+    rows = len(images) // columns
+    return rearrange(images[: rows * columns], "(r q) h w c -> (r h) (q w) c", r=rows)

@@ -1,0 +1,90 @@
+"""Training a CLIP from scratch: text tower and image tower under the symmetric contrastive loss."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from lcm_jax.data import Record
+from lcm_jax.generate import to_float
+from lcm_jax.objectives.contrastive import contrastive_loss
+from lcm_jax.train.loop import Task
+from lcm_jax.train.step import Metrics
+from lcm_jax.train.tasks.common import DataConfig, loader
+from lcm_jax.typing import Array, Key, Params
+from lcm_jax.weights.folders import Component, save_component
+from mmdit.text import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Tokenizer, normalize_images, train_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveTask:
+    """A CLIP and its tokenizer, both from the captions of `data`; the vocabulary size is set by the tokenizer's."""
+
+    text: CLIPTextConfig = CLIPTextConfig()
+    vision: CLIPVisionConfig = CLIPVisionConfig()
+    vocabulary: int = 2000  # most tokens of the byte-pair tokenizer
+    data: DataConfig = DataConfig()
+    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+    shift: int = 4  # pixels: pictures are moved at random by up to this many, on white
+
+    def build(self) -> Task:
+        source, held_out = self.data.open(), self.validation.open()
+        length = self.text.max_position_embeddings
+        captions = [source[i]["caption"] for i in range(len(source))]
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = train_tokenizer(captions, self.vocabulary, folder, length)
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        text = replace(self.text, vocab_size=tokenizer.vocab_size, **special)
+        clip = CLIPModel(config=CLIPConfig(text=text, vision=self.vision))
+
+        @cache
+        def ids(caption: str) -> np.ndarray:
+            return tokenizer(caption, length)[0]
+
+        def transform(record: Record) -> dict[str, np.ndarray]:
+            return {"image": record["image"], "ids": ids(record["caption"])}
+
+        def compare(params: Params, batch: dict[str, Array], key: Key | None) -> tuple[Array, Metrics]:
+            images = to_float(batch["image"])
+            images = images if key is None else move(key, images, self.shift)
+            image_features = clip.image_features(params, normalize_images(images))
+            return contrastive_loss(image_features, clip.text_features(params, batch["ids"]), params["logit_scale"])
+
+        def loss(
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            value, metrics = compare(params, batch, key)
+            return value, {"loss": value, **metrics}
+
+        unseen = [transform(held_out[i]) for i in range(len(held_out))]
+        unseen = {name: np.stack([row[name] for row in unseen]) for name in ("image", "ids")}
+        retrieve = jax.jit(lambda params, batch: compare(params, batch, None))
+
+        def preview(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
+            value, metrics = retrieve(ema, unseen)
+            return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
+
+        def export(ema: Params, folder: Path) -> None:
+            tree = jax.device_get(ema)
+            towers = {"text_encoder": (clip.text, ("text_model", "text_projection"))}
+            towers["image_encoder"] = (clip.vision, ("vision_model", "visual_projection"))
+            for name, (module, keys) in towers.items():
+                save_component(folder, name, Component(module, {key: tree[key] for key in keys}))
+            train_tokenizer(captions, self.vocabulary, folder / "tokenizer", length)
+
+        batches = loader(source, transform=transform)
+        return Task(init=clip.init, loss=loss, frozen={}, batches=batches, preview=preview, export=export)
+
+
+def move(key: Key, images: Float[Array, "b h w 3"], most: int) -> Float[Array, "b h w 3"]:
+    """Each picture moved by up to `most` pixels in both directions, white coming in at the edges."""
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
+    padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), constant_values=1.0)
+    return jax.vmap(lambda image, o: jax.lax.dynamic_slice(image, (o[0], o[1], 0), images.shape[1:]))(padded, offsets)

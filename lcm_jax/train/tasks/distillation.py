@@ -1,0 +1,121 @@
+"""Latent consistency models: distilled from a teacher (LCM, LCM-LoRA) or finetuned without one (LCF)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lcm_jax import lora
+from lcm_jax.generate import Generator
+from lcm_jax.nets import RULES_UNET, UNet, example_inputs
+from lcm_jax.objectives import LatentConsistencyDistillation, LatentConsistencyFinetuning
+from lcm_jax.schedules import DDPM
+from lcm_jax.train.loop import Task
+from lcm_jax.train.step import Metrics
+from lcm_jax.train.tasks.common import captions, loader
+from lcm_jax.train.tasks.diffusion import check_fit
+from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
+from lcm_jax.typing import Array, Image, Key, Nets, Params
+from lcm_jax.weights.files import read_json
+from lcm_jax.weights.folders import Component, load_component
+from lcm_jax.weights.hub import locate
+from lcm_jax.weights.lora import save_lora
+from lcm_jax.weights.scheduler import read_scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters instead of all weights."""
+
+    rank: int = 64
+    alpha: float | None = None  # None: the rank
+    targets: str = lora.DEFAULT_TARGETS  # regex on parameter paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyTask(LatentTask):
+    """A student of `teacher` (a bundled name, folder or hub id). The schedule and the kind are the teacher's.
+
+    With `lora` only adapters are trained, the student is the teacher with them merged and has no w-embedding: one
+    network in memory is teacher and student. Otherwise the student is a copy of the teacher with a zero-initialised
+    w-embedding of `guidance_dim`, so that it starts as the teacher.
+    """
+
+    teacher: str = "openmoji-teacher"
+    objective: LatentConsistencyDistillation | LatentConsistencyFinetuning = LatentConsistencyDistillation(
+        schedule=DDPM()
+    )
+    lora: LoraConfig | None = None
+    guidance_dim: int = 256
+    preview_guidance: float = 3.0
+    remat: bool = False
+    dtype: str = "float32"
+
+    def build(self) -> Task:
+        location = locate(self.teacher)
+        scheduler = location.path / location.place("scheduler") / "scheduler_config.json"
+        schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
+        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=self.lora is None)
+        conditioner = Conditioner.load(self.vae, self.text)
+        teacher: Component = load_component(location.path, location.place("unet"))
+        check_fit(teacher.module.config, conditioner)
+        records = self.records(conditioner)
+        null = conditioner.encode_text([""])
+        config = teacher.module.config
+        if self.lora is None and config.time_cond_proj_dim is None:
+            config = replace(config, time_cond_proj_dim=self.guidance_dim)
+        net = UNet(config, dtype=jnp.dtype(self.dtype), remat=self.remat)
+        adapted = self.lora
+
+        def init(key: Key) -> Params:
+            if adapted is not None:
+                return lora.init(key, teacher.params, rank=adapted.rank, alpha=adapted.alpha, targets=adapted.targets)
+            return graft(net.init(key, *example_inputs(config))["params"], teacher.params)
+
+        def student(params: Params, frozen: Params) -> Params:
+            return params if adapted is None else lora.merge(frozen["teacher"], params)
+
+        def apply(params: Params, x: Image, t: Array, cond: dict[str, Array]) -> Image:
+            return net.apply({"params": params}, x, t, cond)
+
+        def loss(
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            draw, rest = jax.random.split(key)
+            target = student(ema, frozen) if objective.target == "ema" else None
+            nets = Nets(apply, student(params, frozen), target, frozen["teacher"], frozen["null"])
+            return objective(nets, draw_latents(draw, batch), rest)
+
+        generator = Generator(
+            net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind, embeds_guidance=adapted is None
+        )
+        guidance = self.preview_guidance if adapted is None else 1.0
+        show = preview(
+            generator, conditioner, captions(self.prompts, 16), sampler="lcm", steps=4, guidance=guidance
+        )
+
+        def export(ema: Params, path: Path) -> None:
+            if adapted is not None:
+                path.mkdir(parents=True, exist_ok=True)
+                save_lora(path / "pytorch_lora_weights.safetensors", jax.device_get(ema), RULES_UNET)
+                return
+            export_folder(path, Component(net, jax.device_get(ema)), conditioner, schedule, kind, sampler="lcm")
+
+        return Task(
+            init=init,
+            loss=loss,
+            frozen={"teacher": teacher.params, "null": null, "vae": conditioner.vae.params},
+            batches=loader(records),
+            preview=lambda ema, frozen: show(student(ema, frozen), frozen["vae"]),
+            export=export,
+        )
+
+
+def graft(fresh: Params, trained: Params) -> Params:
+    """`fresh` with every leaf that `trained` has; what is new (the w-embedding) keeps its zero initialisation."""
+    if not isinstance(fresh, dict):
+        return trained
+    return {key: graft(value, trained[key]) if key in trained else value for key, value in fresh.items()}

@@ -1,0 +1,146 @@
+"""What training in latent space shares: frozen autoencoder and text encoder, encoded data, previews, export."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.data import Cache, Source, cached
+from lcm_jax.data.sources import cache_dir
+from lcm_jax.generate import Generator, to_float
+from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
+from lcm_jax.train.tasks.common import DataConfig, grid
+from lcm_jax.typing import Array, Key, Kind, Params, Schedule
+from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
+from lcm_jax.weights.hub import locate
+from lcm_jax.weights.scheduler import scheduler_config
+from mmdit.text import Encoding, Tokenizer, stable_diffusion
+from vae16 import AutoencoderKL, scale
+
+ENCODE_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioner:
+    """The frozen networks around the UNet, and how captions become its conditioning."""
+
+    vae: Component
+    text: Component
+    tokenizer: Tokenizer
+    length: int  # tokens of a caption
+    digest: str  # of the weights, to name what was encoded with them
+
+    @classmethod
+    def load(cls, vae: str, text: str) -> Conditioner:
+        """From two models (names or folders): one gives the autoencoder, one text encoder and tokenizer."""
+        vae_path, text_path = locate(vae).path, locate(text).path
+        encoder, tokenizer = load_component(text_path, "text_encoder"), Tokenizer.load(text_path / "tokenizer")
+        digest = hashlib.sha256()
+        for path in (vae_path / "vae", text_path / "text_encoder"):
+            for file in sorted(path.glob("*.safetensors")):
+                digest.update(file.read_bytes())
+        length = encoder.module.config.max_position_embeddings
+        vae_component = load_component(vae_path, "vae")
+        return cls(vae=vae_component, text=encoder, tokenizer=tokenizer, length=length, digest=digest.hexdigest())
+
+    def encode_text(self, captions: list[str]) -> dict[str, Array]:
+        """Captions to conditioning (len(captions), length, d)."""
+        ids = jnp.asarray(self.tokenizer(captions, self.length))
+        return self._encode_ids(self.text.params, ids)
+
+    @property
+    def _encode_ids(self) -> Any:
+        module = self.text.module
+        return jax.jit(lambda params, ids: stable_diffusion(Encoding(module, params, ids)))
+
+    def encode_source(self, source: Source, described: dict[str, Any]) -> Cache:
+        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once."""
+        vae: AutoencoderKL = self.vae.module
+
+        @jax.jit
+        def encode(params: Params, images: Array) -> tuple[Array, Array]:
+            mean, logvar = vae.apply({"params": params}, to_float(images), method="encode")
+            return scale(mean, vae.config), jnp.exp(0.5 * logvar) * vae.config.scaling_factor
+
+        text = self._encode_ids
+
+        def produce() -> Iterator[dict[str, Any]]:
+            for start in range(0, len(source), ENCODE_BATCH):
+                records = [source[i] for i in range(start, min(start + ENCODE_BATCH, len(source)))]
+                fill = ENCODE_BATCH - len(records)  # one shape, one compilation
+                images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
+                captions = [r["caption"] for r in records] + [""] * fill
+                mean, std = encode(self.vae.params, images)
+                cond = text(self.text.params, jnp.asarray(self.tokenizer(captions, self.length)))
+                columns = {"mean": mean, "std": std, **cond}
+                arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
+                for i in range(len(records)):
+                    yield {name: array[i] for name, array in arrays.items()}
+
+        produced_by = {"kind": "latents", "version": 1, "weights": self.digest, **described}
+        return cached(cache_dir() / "latents", produced_by, produce, total=len(source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentTask:
+    """Fields of every task that trains a network between these frozen ones."""
+
+    vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
+    text: str = "openmoji"  # likewise its text_encoder and tokenizer
+    data: DataConfig = DataConfig()
+    prompts: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))  # captions of the previews
+
+    def records(self, conditioner: Conditioner) -> Cache:
+        """The encoded training data."""
+        described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
+        return conditioner.encode_source(self.data.open(), described)
+
+
+def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
+    """A batch of encoded records to what objectives take: x0 drawn from the posterior, and cond."""
+    mean, std = batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32)
+    x0 = mean + std * jax.random.normal(key, mean.shape)
+    rest = {name: leaf.astype(jnp.float32) for name, leaf in batch.items() if name not in ("mean", "std")}
+    return {"x0": x0, "cond": rest}
+
+
+def preview(
+    generator: Generator, conditioner: Conditioner, captions: list[str], *, sampler: str, steps: int, guidance: float
+) -> Any:
+    """`(net params, frozen) -> {title: grid}`: the captions' pictures, the same noise every time."""
+    n, spec = len(captions), SAMPLERS[sampler]
+    cond, null = conditioner.encode_text(captions), conditioner.encode_text([""] * n)
+    times = time_grid(spec, generator.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
+    factor = generator.vae.config.downsample_factor
+    side = generator.vae.config.sample_size // factor
+    noise = jax.random.normal(jax.random.key(0), (n, side, side, generator.vae.config.latent_channels))
+
+    @jax.jit
+    def run(params: Params, vae_params: Params) -> Array:
+        x = generator.latents(
+            params, cond, null, noise, pad(times), guidance, jax.random.key(1), sampler=spec, guided=guidance != 1.0
+        )
+        return generator.decode(vae_params, x)
+
+    def show(params: Params, vae_params: Params) -> dict[str, float | np.ndarray]:
+        return {f"{sampler}, {steps} steps": grid(np.asarray(run(params, vae_params)), 8)}
+
+    return show
+
+
+def export_folder(
+    path: Path, net: Component, conditioner: Conditioner, schedule: Schedule, kind: Kind, *, sampler: str
+) -> None:
+    """The trained network with all it needs, as a diffusers folder."""
+    components = {"unet": net, "vae": conditioner.vae, "text_encoder": conditioner.text}
+    folder = Folder(
+        components=components, tokenizer=conditioner.tokenizer, scheduler=scheduler_config(schedule, kind, sampler)
+    )
+    save_folder(path, folder)

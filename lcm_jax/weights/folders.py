@@ -1,0 +1,214 @@
+"""Components of a diffusers folder: one sub-folder each, with a config.json and a safetensors file."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
+from lcm_jax.typing import Params
+from lcm_jax.weights.engine import Rules, from_torch, to_torch
+from lcm_jax.weights.files import load_tensors, read_json, save_tensors, write_json
+from lcm_jax.weights.hub import Location
+from mmdit.rules import OPTIONAL_CLIP, RULES_CLIP_TEXT, RULES_CLIP_VISION
+from mmdit.text import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, Tokenizer
+from vae16 import AutoencoderConfig, AutoencoderKL
+from vae16.rules import RULES as RULES_VAE
+
+
+class Component(NamedTuple):
+    """A network and its parameters."""
+
+    module: Any  # a flax module with a `config`
+    params: Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How a class named in config.json is read and written."""
+
+    config: Any  # class with from_dict and to_dict
+    build: Callable[..., nn.Module]  # (config, dtype=..., param_dtype=...) -> module
+    example: Callable[[Any], Sequence[Any]]  # config -> arguments of init
+    rules: Rules
+    stem: str  # file name without .safetensors
+    library: str  # what model_index.json names
+    optional: Sequence[str] = ()
+
+
+def _images(config: AutoencoderConfig) -> Sequence[Any]:
+    side = config.downsample_factor
+    return (jnp.zeros((1, side, side, config.in_channels)),)
+
+
+def _ids(config: CLIPTextConfig) -> Sequence[Any]:
+    return (jnp.zeros((1, 2), jnp.int32),)
+
+
+def _pixels(config: CLIPVisionConfig) -> Sequence[Any]:
+    return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),)
+
+
+def _text(projection: bool) -> Family:
+    def build(config: CLIPTextConfig, **types: Any) -> nn.Module:
+        return CLIPTextModel(config, projection=projection, **types)
+
+    return Family(
+        config=CLIPTextConfig,
+        build=build,
+        example=_ids,
+        rules=RULES_CLIP_TEXT,
+        stem="model",
+        library="transformers",
+        optional=OPTIONAL_CLIP,
+    )
+
+
+FAMILIES: Mapping[str, Family] = {
+    "AutoencoderKL": Family(
+        config=AutoencoderConfig,
+        build=AutoencoderKL,
+        example=_images,
+        rules=RULES_VAE,
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+    ),
+    "UNet2DConditionModel": Family(
+        config=UNetConfig,
+        build=UNet,
+        example=example_inputs,
+        rules=RULES_UNET,
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+    ),
+    "CLIPTextModel": _text(projection=False),
+    "CLIPTextModelWithProjection": _text(projection=True),
+    "CLIPVisionModelWithProjection": Family(
+        config=CLIPVisionConfig,
+        build=CLIPVisionModel,
+        example=_pixels,
+        rules=RULES_CLIP_VISION,
+        stem="model",
+        library="transformers",
+        optional=OPTIONAL_CLIP,
+    ),
+}
+
+
+def class_name(module: Any) -> str:
+    """The PyTorch class a module of ours corresponds to."""
+    if isinstance(module, CLIPTextModel):
+        return "CLIPTextModelWithProjection" if module.projection else "CLIPTextModel"
+    names = {AutoencoderKL: "AutoencoderKL", UNet: "UNet2DConditionModel"}
+    return names.get(type(module), "CLIPVisionModelWithProjection")
+
+
+def abstract_params(family: Family, module: nn.Module) -> Params:
+    """Shapes and dtypes of a module's parameters; nothing is computed."""
+
+    def init() -> Params:
+        return module.init(jax.random.key(0), *family.example(module.config))["params"]  # type: ignore[attr-defined]
+
+    return jax.eval_shape(init)
+
+
+def load_component(folder: Path, name: str, *, dtype: Any = jnp.float32, variant: str | None = None) -> Component:
+    """Read `folder`/`name`. dtype: of parameters and computation. Errors name the file and what does not fit."""
+    place = folder / name
+    values = read_json(place / "config.json")
+    kind = values.get("_class_name") or next(iter(values.get("architectures") or [None]))
+    if kind not in FAMILIES:
+        raise ValueError(f"{place / 'config.json'}: class {kind!r} is not supported; known are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    module = family.build(family.config.from_dict(values, source=str(place / "config.json")), dtype=dtype)
+    tensors = load_tensors(place, stem=family.stem, variant=variant)
+    like = abstract_params(family, module)
+    params = from_torch(tensors, like, family.rules, dtype=dtype, optional=family.optional, source=str(place))
+    return Component(module, params)
+
+
+def save_component(folder: Path, name: str, component: Component, *, dtype: Any = None) -> tuple[str, str]:
+    """Write `folder`/`name` as diffusers or transformers would; returns its (library, class) for model_index.json."""
+    kind = class_name(component.module)
+    family = FAMILIES[kind]
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    save_tensors(
+        place / f"{family.stem}.safetensors",
+        to_torch(component.params, family.rules, dtype=dtype),
+        metadata={"format": "pt"},
+    )
+    values = dict(component.module.config.to_dict())
+    if family.library == "transformers":
+        values["architectures"] = [kind]
+    write_json(place / "config.json", values)
+    return family.library, kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder:
+    """A whole pipeline as it lies on disk. `components` by their diffusers names: unet, vae, text_encoder ..."""
+
+    components: Mapping[str, Component]
+    tokenizer: Tokenizer
+    scheduler: Mapping[str, Any]  # scheduler_config.json
+
+
+def load_folder(location: Location, *, dtype: Any = jnp.float32, variant: str | None = None) -> Folder:
+    """Read a diffusers folder of the Stable Diffusion family: every component that its model_index.json names."""
+    index = read_json(location.path / "model_index.json")
+    known = ("unet", "vae", "text_encoder", "image_encoder")
+    names = [name for name in known if (index.get(name) or [None])[0] is not None]
+    for needed in known[:3]:
+        if needed not in names:
+            raise ValueError(f"{location.path / 'model_index.json'}: names no {needed}; a text-to-image model needs one")
+    return Folder(
+        components={
+            name: load_component(location.path, location.place(name), dtype=dtype, variant=variant) for name in names
+        },
+        tokenizer=Tokenizer.load(location.path / "tokenizer"),
+        scheduler=read_json(location.path / location.place("scheduler") / "scheduler_config.json"),
+    )
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place at the end, or is removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    try:
+        aside.mkdir()
+        yield aside
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+    finally:
+        for rest in (aside, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def save_folder(path: Path, folder: Folder, *, dtype: Any = None) -> None:
+    """Write a diffusers folder: aside first, then renamed, so `path` holds all of it or is as it was."""
+    with _replacing(path) as aside:
+        index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
+        for name, component in folder.components.items():
+            index[name] = save_component(aside, name, component, dtype=dtype)
+        folder.tokenizer.save(aside / "tokenizer")
+        write_json(aside / "scheduler" / "scheduler_config.json", folder.scheduler)
+        index |= {
+            "tokenizer": ("transformers", "CLIPTokenizer"),
+            "scheduler": ("diffusers", folder.scheduler["_class_name"]),
+            "safety_checker": (None, None),
+            "feature_extractor": (None, None),
+            "requires_safety_checker": False,
+        }
+        write_json(aside / "model_index.json", index)

@@ -1,0 +1,39 @@
+"""Text encoders: prompts -> embeddings."""
+
+from mmdit.text.clip import CLIPModel, CLIPTextModel, CLIPVisionModel, TextOutput, VisionOutput, normalize_images
+from mmdit.text.clip_config import (
+    CLIP_BIGG,
+    CLIP_H,
+    CLIP_H_VISION,
+    CLIP_L,
+    CLIP_L_VISION,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+)
+from mmdit.text.conditioning import Encoding, sdxl, size_ids, stable_diffusion, zero_prompt
+from mmdit.text.tokenize import Tokenizer, train_tokenizer
+
+__all__ = [
+    "CLIP_BIGG",
+    "CLIP_H",
+    "CLIP_H_VISION",
+    "CLIP_L",
+    "CLIP_L_VISION",
+    "CLIPConfig",
+    "CLIPModel",
+    "CLIPTextConfig",
+    "CLIPTextModel",
+    "CLIPVisionConfig",
+    "CLIPVisionModel",
+    "Encoding",
+    "TextOutput",
+    "Tokenizer",
+    "VisionOutput",
+    "normalize_images",
+    "sdxl",
+    "size_ids",
+    "stable_diffusion",
+    "train_tokenizer",
+    "zero_prompt",
+]

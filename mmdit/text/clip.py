@@ -1,0 +1,229 @@
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): the text and image towers, in transformers' parameter layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mmdit.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
+from mmdit.text.clip_layers import Encoder, TextEmbeddings, VisionEmbeddings
+
+# Per-channel statistics of CLIP's training images, for pixels in [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class TextOutput(NamedTuple):
+    last_hidden: Float[Array, "b l d"]  # the last layer after the final norm
+    hidden: Float[Array, "b l d"]  # the layer asked for by hidden_layer and final_norm
+    pooled: Float[Array, "b d"]  # last_hidden at the end-of-text token
+    text_embeds: Float[Array, "b p"] | None  # pooled, projected
+
+
+class VisionOutput(NamedTuple):
+    last_hidden: Float[Array, "b n d"]  # the last layer without the post norm; row 0 is the class token
+    hidden: Float[Array, "b n d"]  # the layer asked for by hidden_layer, without the post norm
+    pooled: Float[Array, "b d"]  # the class token after the post norm
+    image_embeds: Float[Array, "b p"] | None  # pooled, projected
+
+
+def eos_position(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
+    """Where each text ends: the first `eos_token_id`; position 0 if there is none, as in transformers.
+
+    Checkpoints exported before 2023 declare eos_token_id 2 although their tokenizer writes 49407, the largest id;
+    for them the end is the first position of the largest id.
+    """
+    return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, axis=-1)
+
+
+def normalize_images(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """From this library's [-1, 1] to what the image tower was trained on: (pixels in [0, 1] - mean) / std."""
+    return ((images + 1) / 2 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
+
+
+class TextTower(nn.Module):
+    """torch's `text_model`: (b, l) ids -> last and chosen hidden states and the pooled state."""
+
+    config: CLIPTextConfig
+    hidden_layer: int = -1
+    final_norm: bool = True
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"]) -> tuple[Array, Array, Array]:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = TextEmbeddings(self.config, name="embeddings", **types)(ids)
+        last, hidden = Encoder(
+            self.config,
+            causal=True,
+            hidden_layer=self.hidden_layer,
+            scan=self.scan,
+            remat=self.remat,
+            name="encoder",
+            **types,
+        )(x)
+        norm = nn.LayerNorm(
+            epsilon=self.config.layer_norm_eps, use_fast_variance=False, name="final_layer_norm", **types
+        )
+        last = norm(last)
+        ends = eos_position(ids, self.config.eos_token_id)
+        return last, norm(hidden) if self.final_norm else hidden, last[jnp.arange(len(ids)), ends]
+
+
+class VisionTower(nn.Module):
+    """torch's `vision_model`: (b, h, w, c) images -> last and chosen hidden states and the pooled state."""
+
+    config: CLIPVisionConfig
+    hidden_layer: int = -1
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> tuple[Array, Array, Array]:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = dict(epsilon=self.config.layer_norm_eps, use_fast_variance=False, **types)
+        x = VisionEmbeddings(self.config, name="embeddings", **types)(images)
+        x = nn.LayerNorm(name="pre_layrnorm", **norm)(x)
+        last, hidden = Encoder(
+            self.config,
+            causal=False,
+            hidden_layer=self.hidden_layer,
+            scan=self.scan,
+            remat=self.remat,
+            name="encoder",
+            **types,
+        )(x)
+        return last, hidden, nn.LayerNorm(name="post_layernorm", **norm)(last[:, 0])
+
+
+class CLIPTextModel(nn.Module):
+    """The text encoder; with `projection` it is transformers' CLIPTextModelWithProjection.
+
+    `hidden_layer` picks TextOutput.hidden (-1 the last layer, -2 the penultimate), `final_norm` whether the final
+    norm is applied to it. `scan` stacks the layers' parameters under encoder/layers, else encoder/layers_i.
+    """
+
+    config: CLIPTextConfig
+    projection: bool = False
+    hidden_layer: int = -1
+    final_norm: bool = True
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"]) -> TextOutput:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        last, hidden, pooled = TextTower(
+            self.config,
+            hidden_layer=self.hidden_layer,
+            final_norm=self.final_norm,
+            scan=self.scan,
+            remat=self.remat,
+            name="text_model",
+            **types,
+        )(ids)
+        embeds = None
+        if self.projection:
+            embeds = nn.Dense(
+                self.config.projection_dim,
+                use_bias=False,
+                name="text_projection",
+                kernel_init=nn.initializers.normal(self.config.hidden_size**-0.5),
+                **types,
+            )(pooled)
+        return TextOutput(last, hidden, pooled, embeds)
+
+
+class CLIPVisionModel(nn.Module):
+    """The image encoder on images from `normalize_images`; with `projection`, CLIPVisionModelWithProjection."""
+
+    config: CLIPVisionConfig
+    projection: bool = True
+    hidden_layer: int = -1
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> VisionOutput:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        last, hidden, pooled = VisionTower(
+            self.config, hidden_layer=self.hidden_layer, scan=self.scan, remat=self.remat, name="vision_model", **types
+        )(images)
+        embeds = None
+        if self.projection:
+            embeds = nn.Dense(
+                self.config.projection_dim,
+                use_bias=False,
+                name="visual_projection",
+                kernel_init=nn.initializers.normal(self.config.hidden_size**-0.5),
+                **types,
+            )(pooled)
+        return VisionOutput(last, hidden, pooled, embeds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPModel:
+    """Both encoders over one tree in transformers' CLIPModel layout:
+
+    {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}.
+    """
+
+    config: CLIPConfig
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @property
+    def text(self) -> CLIPTextModel:
+        return CLIPTextModel(
+            self.config.text,
+            projection=True,
+            scan=self.scan,
+            remat=self.remat,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+    @property
+    def vision(self) -> CLIPVisionModel:
+        return CLIPVisionModel(
+            self.config.vision,
+            projection=True,
+            scan=self.scan,
+            remat=self.remat,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+    def init(self, key: Array) -> dict[str, Any]:
+        text_key, image_key = jax.random.split(key)
+        size = self.config.vision.image_size
+        images = jnp.zeros((1, size, size, self.config.vision.num_channels))
+        return {
+            **self.text.init(text_key, jnp.zeros((1, 1), jnp.int32))["params"],
+            **self.vision.init(image_key, images)["params"],
+            "logit_scale": jnp.asarray(self.config.logit_scale_init_value, self.param_dtype),
+        }
+
+    def text_features(self, params: Any, ids: Int[Array, "b l"]) -> Float[Array, "b p"]:
+        """Projected and not yet normalised."""
+        return self.text.apply({"params": params}, ids).text_embeds
+
+    def image_features(self, params: Any, images: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
+        """Projected and not yet normalised; images as `normalize_images` gives them."""
+        return self.vision.apply({"params": params}, images).image_embeds

@@ -1,0 +1,196 @@
+"""The layers of CLIP's two towers (Radford et al. 2021, arXiv:2103.00020, section 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int
+
+from mmdit.attention import attention
+from mmdit.text.clip_config import CLIPTextConfig, CLIPVisionConfig
+
+
+def quick_gelu(x: Array) -> Array:
+    """x sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": _gelu}
+
+
+class SelfAttention(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        c = self.config
+
+        def linear(name: str, std: float) -> nn.Dense:
+            return nn.Dense(
+                c.hidden_size,
+                kernel_init=nn.initializers.normal(std),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        std_in = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5
+        q, k, v = (
+            rearrange(linear(name, std_in)(x), "b l (h d) -> b l h d", h=c.num_attention_heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        out = rearrange(attention(q, k, v, causal=self.causal), "b l h d -> b l (h d)")
+        return linear("out_proj", c.hidden_size**-0.5)(out)
+
+
+class MLP(nn.Module):
+    config: CLIPTextConfig | CLIPVisionConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        c = self.config
+
+        def linear(width: int, name: str, std: float) -> nn.Dense:
+            return nn.Dense(
+                width,
+                kernel_init=nn.initializers.normal(std),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        x = ACTIVATIONS[c.hidden_act](linear(c.intermediate_size, "fc1", (2 * c.hidden_size) ** -0.5)(x))
+        return linear(c.hidden_size, "fc2", (2 * c.num_hidden_layers * c.hidden_size) ** -0.5)(x)
+
+
+class EncoderLayer(nn.Module):
+    """A pre-norm transformer layer; shaped as a scan body that keeps a copy of its output where `keep` says so."""
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, Array], keep: Array) -> tuple[tuple[Array, Array], None]:
+        x, kept = carry
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = dict(epsilon=self.config.layer_norm_eps, use_fast_variance=False, **types)
+        h = nn.LayerNorm(name="layer_norm1", **norm)(x)
+        x = x + SelfAttention(self.config, self.causal, name="self_attn", **types)(h)
+        h = nn.LayerNorm(name="layer_norm2", **norm)(x)
+        x = x + MLP(self.config, name="mlp", **types)(h)
+        return (x, jnp.where(keep, x, kept)), None
+
+
+class Encoder(nn.Module):
+    """The stack of layers -> (last layer's output, the output chosen by `hidden_layer`).
+
+    hidden_layer counts as transformers' hidden_states does: 0 is the input, -1 the last layer, -2 the one before.
+    """
+
+    config: CLIPTextConfig | CLIPVisionConfig
+    causal: bool
+    hidden_layer: int = -1
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+        n = self.config.num_hidden_layers
+        if not -n - 1 <= self.hidden_layer <= n:
+            raise ValueError(f"hidden_layer={self.hidden_layer} is outside [{-n - 1}, {n}] for {n} layers")
+        chosen = self.hidden_layer % (n + 1)
+        keep = jnp.arange(1, n + 1) == chosen
+        options = dict(config=self.config, causal=self.causal, dtype=self.dtype, param_dtype=self.param_dtype)
+        layer = nn.remat(EncoderLayer, prevent_cse=not self.scan) if self.remat else EncoderLayer
+        carry = (x, x)
+        if self.scan:
+            stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=n)
+            carry, _ = stack(name="layers", **options)(carry, keep)
+        else:
+            for i in range(n):
+                carry, _ = layer(name=f"layers_{i}", **options)(carry, keep[i])
+        return carry
+
+
+class TextEmbeddings(nn.Module):
+    config: CLIPTextConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        c = self.config
+        if ids.shape[-1] > c.max_position_embeddings:
+            raise ValueError(
+                f"the text has {ids.shape[-1]} tokens, this CLIP takes {c.max_position_embeddings}: "
+                "truncate it in the tokenizer"
+            )
+        table = dict(
+            features=c.hidden_size,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        tokens = nn.Embed(c.vocab_size, name="token_embedding", **table)(ids)
+        return tokens + nn.Embed(c.max_position_embeddings, name="position_embedding", **table)(
+            jnp.arange(ids.shape[-1])
+        )
+
+
+class PatchEmbedding(nn.Module):
+    """The convolution whose stride is its kernel, as one matrix product: torch's patch_embedding, (p, p, c, d)."""
+
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        c, p = self.config, self.config.patch_size
+        kernel = self.param(
+            "kernel", nn.initializers.normal(0.02), (p, p, c.num_channels, c.hidden_size), self.param_dtype
+        )
+        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+        return patches.astype(self.dtype) @ rearrange(kernel, "p q c d -> (p q c) d").astype(self.dtype)
+
+
+class VisionEmbeddings(nn.Module):
+    config: CLIPVisionConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        c = self.config
+        if images.shape[1:] != (c.image_size, c.image_size, c.num_channels):
+            raise ValueError(
+                f"images are {images.shape[1:]} (height, width, channels), this CLIP takes "
+                f"{(c.image_size, c.image_size, c.num_channels)}: resize them first"
+            )
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        patches = PatchEmbedding(c, name="patch_embedding", **types)(images)
+        first = self.param(
+            "class_embedding", nn.initializers.normal(c.hidden_size**-0.5), (c.hidden_size,), self.param_dtype
+        ).astype(self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (len(patches), 1, c.hidden_size)), patches], axis=1)
+        return x + nn.Embed(
+            x.shape[1], c.hidden_size, embedding_init=nn.initializers.normal(0.02), name="position_embedding", **types
+        )(jnp.arange(x.shape[1]))

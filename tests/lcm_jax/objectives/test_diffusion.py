@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight, uniform_times
+from lcm_jax.parameterization import KINDS
+from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.typing import Nets
+
+
+def test_posterior_mean_has_the_known_loss_and_no_gradient(gaussian, make_batch) -> None:
+    """E|eps - E[eps|x]|^2 = alpha^2 v^2 / S^2 for a Gaussian, and the loss is stationary there."""
+    batch = make_batch(20_000)
+    objective = Diffusion(schedule=gaussian.schedule, caption_dropout=0.0, times=lambda key, n: jnp.full((n,), 500.0))
+    nets = gaussian.nets("epsilon", student=gaussian.teacher())
+    value = jax.jit(jax.value_and_grad(lambda p: objective(nets._replace(student=p), batch, jax.random.key(0))[0]))
+    loss, grad = value(gaussian.teacher())
+    a, s = float(gaussian.schedule.alpha(500.0)), float(gaussian.schedule.sigma(500.0))
+    np.testing.assert_allclose(loss, a**2 * 0.49 / (a**2 * 0.49 + s**2), rtol=0.01)
+    wrong = value(gaussian.teacher(m=0.6, v=0.9))[1]
+    for name in ("m", "v"):
+        assert abs(grad[name]) < 0.03 * abs(wrong[name])
+        assert wrong[name] > 0  # both are too large
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_agree_in_x0_space_under_min_snr(kind, gaussian, make_batch) -> None:
+    """min-SNR weighs the error of x0 by min(SNR, gamma), whatever the output: equivalent networks have one loss."""
+    batch = make_batch(256)
+    nets = gaussian.nets("sample", student=gaussian.teacher(m=0.5))
+    losses = [
+        Diffusion(schedule=gaussian.schedule, kind=k, min_snr_gamma=5.0)(
+            nets._replace(apply=gaussian.network(k)), batch, jax.random.key(3)
+        )[0]
+        for k in ("sample", kind)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+def test_min_snr_weights_of_the_paper() -> None:
+    schedule, t = DDPM(), jnp.arange(0.0, 1000.0, 37.0)
+    a, s = schedule.alpha(t), schedule.sigma(t)
+    snr = a**2 / s**2
+    top = np.minimum(snr, 5.0)
+    np.testing.assert_allclose(min_snr_weight("epsilon", a, s, 5.0), top / snr, rtol=1e-4)
+    np.testing.assert_allclose(min_snr_weight("v_prediction", a, s, 5.0), top / (snr + 1), rtol=1e-4)
+    np.testing.assert_allclose(min_snr_weight("sample", a, s, 5.0), top, rtol=1e-4)
+    ends = jnp.array([0.0, 1.0])
+    for kind in KINDS:
+        assert jnp.isfinite(min_snr_weight(kind, ends[::-1], ends, 5.0)[1]), kind  # zero terminal SNR
+    assert min_snr_weight("epsilon", ends[:1], ends[1:], 5.0) == 1.0
+
+
+def test_times() -> None:
+    t = uniform_times(DDPM(), jax.random.key(0), 20_000)
+    assert t.dtype == jnp.float32
+    assert (t.min(), t.max()) == (0, 999)
+    assert (t == jnp.floor(t)).all()
+    np.testing.assert_allclose(t.mean(), 499.5, atol=8)
+    t = uniform_times(RectifiedFlow(), jax.random.key(0), 20_000)
+    assert 0 <= t.min() < 0.01
+    assert 0.99 < t.max() <= 1
+    assert abs(t.mean() - 0.5) < 0.01
+
+
+def test_flow_target_and_network_time(recorder, make_batch) -> None:
+    batch = make_batch(8)
+    record = recorder(lambda net, x, t, cond: x * 0)
+    objective = Diffusion(
+        schedule=RectifiedFlow(), kind="flow", caption_dropout=1.0, times=lambda key, n: jnp.full((n,), 0.25)
+    )
+    nets = Nets(apply=record, student={"name": "student", "net": None}, null={"context": jnp.zeros((1, 1, 1))})
+    loss, metrics = objective(nets, batch, jax.random.key(0))
+    ((x, t, cond),) = record.calls["student"]
+    eps = (x - 0.75 * batch["x0"]) / 0.25
+    np.testing.assert_allclose(t, 250.0)
+    np.testing.assert_allclose(loss, jnp.mean((eps - batch["x0"]) ** 2), rtol=1e-5)
+    assert not cond["context"].any()
+    assert set(metrics) == {"loss", "error", "loss_t1", "loss_t2", "loss_t3", "loss_t4"}
+    assert all(v.shape == () and v.dtype == jnp.float32 for v in metrics.values())
+    np.testing.assert_allclose(metrics["loss_t1"], 4 * loss, rtol=1e-6)
+
+
+def test_options_are_checked_and_static() -> None:
+    with pytest.raises(ValueError, match=r"kind='eps'.*epsilon"):
+        Diffusion(schedule=DDPM(), kind="eps")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"loss='l1'.*huber"):
+        Diffusion(schedule=DDPM(), loss="l1")  # type: ignore[arg-type]
+    one = Diffusion(schedule=DDPM())
+    assert len({one, dataclasses.replace(one)}) == 1

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.objectives.terms import by_quarter, distance, drop_captions, without_caption
+
+
+def test_distances_are_means_over_elements() -> None:
+    d = np.random.default_rng(0).normal(size=(3, 2, 2, 4)).astype(np.float32)
+    np.testing.assert_allclose(distance("l2", jnp.asarray(d)), (d**2).mean((1, 2, 3)), rtol=1e-6)
+    huber = (np.sqrt(d.astype(np.float64) ** 2 + 1e-6) - 1e-3).mean((1, 2, 3))
+    np.testing.assert_allclose(distance("huber", jnp.asarray(d), 1e-3), huber, rtol=1e-5)
+    assert distance("l2", jnp.asarray(d, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_huber_is_quadratic_then_linear() -> None:
+    np.testing.assert_allclose(distance("huber", jnp.full((1, 1), 1e-2), 1.0), 0.5e-4, rtol=1e-4)
+    np.testing.assert_allclose(distance("huber", jnp.full((1, 1), 10.0), 1e-3), 10.0, rtol=1e-3)
+
+
+def test_captions_drop_whole_examples_at_the_rate() -> None:
+    n, rate = 20_000, 0.1
+    cond = {"context": jnp.ones((n, 2, 3)), "pooled": jnp.ones((n, 5)), "time_ids": jnp.full((n, 6), 7.0)}
+    null = {"context": jnp.zeros((1, 2, 3)), "pooled": jnp.zeros((1, 5))}
+    dropped = drop_captions(jax.random.key(0), cond, null, rate)
+    kept = np.asarray(dropped["pooled"][:, 0])
+    np.testing.assert_array_equal(dropped["context"], np.broadcast_to(kept[:, None, None], (n, 2, 3)))
+    np.testing.assert_array_equal(dropped["pooled"], np.broadcast_to(kept[:, None], (n, 5)))
+    np.testing.assert_array_equal(dropped["time_ids"], cond["time_ids"])  # not of the caption: null lacks it
+    assert abs(1 - kept.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / n)
+
+
+def test_null_of_another_make_is_refused() -> None:
+    with pytest.raises(ValueError, match="pooled"):
+        without_caption({"pooled": jnp.zeros((1, 5))}, {"context": jnp.ones((2, 2, 3))})
+
+
+def test_quarters_average_to_the_mean() -> None:
+    values = jnp.asarray(np.random.default_rng(0).random(1000), jnp.float32)
+    quarters = by_quarter(values, (jnp.arange(1000) + 1) / 1000)
+    np.testing.assert_allclose(np.mean(list(quarters.values())), values.mean(), rtol=1e-5)
+    np.testing.assert_allclose(quarters["loss_t2"], values[250:500].mean(), rtol=1e-5)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.parameterization import KINDS, add_noise, bind, expand, rows, target, to_prediction
+from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.typing import Kind, Schedule
+
+X0 = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
+EPS = jax.random.normal(jax.random.key(1), (3, 2, 2, 4))
+SCHEDULES = [DDPM(), RectifiedFlow(shift=3.0)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back(schedule: Schedule, kind: Kind) -> None:
+    t = jnp.asarray([0.1, 0.4, 0.6]) * schedule.t_max
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    x = add_noise(schedule, X0, EPS, t)
+    x0, eps = to_prediction(kind, target(kind, X0, EPS, alpha, sigma), x, alpha, sigma)
+    np.testing.assert_allclose(x0, X0, atol=1e-4)
+    np.testing.assert_allclose(eps, EPS, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [DDPM(rescale_betas_zero_snr=True), RectifiedFlow()])
+@pytest.mark.parametrize("kind", ["sample", "v_prediction", "flow"])
+def test_pure_noise_is_regular(schedule: Schedule, kind: Kind) -> None:
+    alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
+    x0, eps = to_prediction(kind, target(kind, X0, EPS, alpha, sigma), EPS, alpha, sigma)
+    np.testing.assert_allclose(x0, X0, atol=1e-6)
+    np.testing.assert_allclose(eps, EPS, atol=1e-6)
+
+
+def test_flow_is_v_up_to_scale_at_the_middle() -> None:
+    half = jnp.sqrt(0.5)
+    np.testing.assert_allclose(
+        target("flow", X0, EPS, half, half) * half, target("v_prediction", X0, EPS, half, half), atol=1e-6
+    )
+
+
+def test_bind_passes_network_time_and_cond() -> None:
+    schedule = RectifiedFlow()
+    seen = {}
+
+    def apply(params: dict, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
+        seen.update(t=t, cond=cond)
+        return (params["scale"] * x).astype(jnp.bfloat16)
+
+    prediction = bind(apply, {"scale": 2.0}, {"context": EPS}, schedule, "flow")(X0, 0.25)
+    assert float(seen["t"]) == 250.0 and seen["cond"]["context"] is EPS
+    assert prediction.x0.dtype == jnp.float32
+    np.testing.assert_allclose(0.75 * prediction.x0 + 0.25 * prediction.eps, X0, rtol=1e-5, atol=1e-6)
+
+
+def test_expand() -> None:
+    assert expand(jnp.ones(3), X0).shape == (3, 1, 1, 1)
+    assert expand(0.5, X0).shape == ()
+
+
+def test_unknown_kind() -> None:
+    with pytest.raises(ValueError, match="prediction type 'score' is unknown: use one of epsilon"):
+        rows("score", jnp.ones(()), jnp.ones(()))  # type: ignore[arg-type]

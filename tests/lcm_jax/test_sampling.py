@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.sampling import (
+    CAPACITY,
+    SAMPLERS,
+    Spacing,
+    flow_grid,
+    lcm_grid,
+    pad,
+    sample,
+    spaced_times,
+    time_grid,
+    trajectory,
+    truncate,
+)
+from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.solvers import DDIM, LCM
+from lcm_jax.typing import Prediction
+
+SCHEDULE = DDPM(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+FLOW = RectifiedFlow(shift=3.0)
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 2, 2, 3))
+
+
+def denoise(x: jax.Array, t: jax.Array) -> Prediction:
+    eps = jnp.tanh(x + 0.001 * t)
+    return Prediction((x - SCHEDULE.sigma(t) * eps) / SCHEDULE.alpha(t), eps)
+
+
+def test_one_compilation_for_any_number_of_steps() -> None:
+    traces = []
+
+    @jax.jit
+    def run(grid, x, key):  # noqa: ANN001, ANN202
+        traces.append(None)
+        return sample(denoise, SCHEDULE, LCM(), grid, x, key)
+
+    results = [run(pad(lcm_grid(steps)), X, KEY) for steps in (1, 2, 4, 50)]
+    assert len(traces) == 1
+    for steps, got in zip((1, 2, 4, 50), results, strict=True):
+        want = trajectory(denoise, SCHEDULE, LCM(), lcm_grid(steps), X, KEY)[-1]
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_is_drawn_per_step_from_the_key() -> None:
+    grid = lcm_grid(4)
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(KEY, i), X.shape) for i in range(4)])
+    drawn = trajectory(denoise, SCHEDULE, LCM(), grid, X, KEY)
+    np.testing.assert_allclose(drawn, trajectory(denoise, SCHEDULE, LCM(), grid, X, KEY, noise=noise), rtol=1e-5)
+    np.testing.assert_allclose(
+        drawn[-1], sample(denoise, SCHEDULE, LCM(), pad(grid), X, KEY, noise=noise), rtol=1e-4, atol=1e-4
+    )
+    other = trajectory(denoise, SCHEDULE, LCM(), grid, X, jax.random.key(5))
+    assert float(jnp.abs(drawn - other)[-1].max()) > 0.1
+
+
+def test_one_lcm_step_adds_no_noise() -> None:
+    results = [sample(denoise, SCHEDULE, LCM(), pad(lcm_grid(1)), X, jax.random.key(i)) for i in range(2)]
+    np.testing.assert_array_equal(*results)
+    np.testing.assert_allclose(results[0], denoise(X, 999.0).x0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"),
+    [(1, [999]), (2, [999, 499]), (4, [999, 759, 499, 259]), (8, [999, 879, 759, 639, 499, 379, 259, 139])],
+)
+def test_lcm_grid(steps: int, times: list[int]) -> None:
+    np.testing.assert_array_equal(lcm_grid(steps), [*times, -1])
+
+
+def test_lcm_grid_of_old_releases_and_strength() -> None:
+    np.testing.assert_array_equal(lcm_grid(4, schedule="old"), [999, 759, 519, 279, -1])
+    np.testing.assert_array_equal(lcm_grid(4, strength=0.5), [499, 379, 259, 139, -1])
+    assert lcm_grid(25, strength=0.5)[0] == 499
+
+
+def test_stable_diffusion_grids() -> None:
+    # SD 1.5's scheduler config: leading, offset 1, final alpha of step 0
+    folder = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
+    spacing = Spacing.from_config(folder)
+    ddim = time_grid(SAMPLERS["ddim"], SCHEDULE, 4, spacing=spacing)
+    np.testing.assert_array_equal(ddim, [751, 501, 251, 1, 0])
+    euler = time_grid(SAMPLERS["euler"], SCHEDULE, 4, spacing=spacing)
+    np.testing.assert_array_equal(euler, [751, 501, 251, 1, -1])
+    dpm = time_grid(SAMPLERS["dpm++2m"], SCHEDULE, 4, spacing=spacing)
+    np.testing.assert_array_equal(dpm, [801, 601, 401, 201, -1])
+    np.testing.assert_array_equal(spaced_times(4, spacing="trailing"), [999, 749, 499, 249])
+    np.testing.assert_array_equal(spaced_times(4, spacing="linspace"), [999, 666, 333, 0])
+
+
+def test_flow_grid() -> None:
+    twice, once = flow_grid(50, FLOW), flow_grid(50, FLOW, double_shift=False)
+    assert float(FLOW.sigma(twice[-2])) == pytest.approx(0.00893, abs=1e-5)
+    assert float(FLOW.sigma(once[-2])) == pytest.approx(0.00299, abs=1e-5)
+    assert twice[0] == 1.0 and twice[-1] == 0.0
+
+
+def test_strength_drops_the_first_steps() -> None:
+    grid = time_grid(SAMPLERS["ddim"], SCHEDULE, 10)
+    np.testing.assert_array_equal(truncate(grid, 0.5), grid[5:])
+    np.testing.assert_array_equal(truncate(grid, 0.39), grid[7:])
+    np.testing.assert_array_equal(truncate(grid, 1.0), grid)
+    np.testing.assert_array_equal(time_grid(SAMPLERS["ddim"], SCHEDULE, 10, strength=0.5), grid[5:])
+    assert len(time_grid(SAMPLERS["euler"], FLOW, 10, strength=0.3)) == 4
+    assert len(time_grid(SAMPLERS["lcm"], SCHEDULE, 4, strength=0.5)) == 5
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
+def test_every_sampler_descends_on_every_schedule(name: str, spacing: str | None) -> None:
+    for schedule in (SCHEDULE, FLOW):
+        for steps in (1, 3, 50):
+            grid = time_grid(SAMPLERS[name], schedule, steps, spacing=Spacing(timestep_spacing=spacing))
+            assert len(grid) == steps + 1
+            assert np.all(np.diff(grid) < 0)
+            assert grid[-1] == schedule.t_min
+            assert grid[0] <= schedule.t_max
+
+
+def test_init_scale() -> None:
+    linspace, leading = Spacing(), Spacing(timestep_spacing="leading")
+    for name in ("euler", "heun"):
+        grid = time_grid(SAMPLERS[name], SCHEDULE, 10)
+        want = float(SCHEDULE.sigma(999))
+        assert SAMPLERS[name].init_scale(SCHEDULE, grid, linspace) == pytest.approx(want)
+        assert SAMPLERS[name].init_scale(SCHEDULE, grid, leading) == 1.0
+    assert SAMPLERS["ddim"].init_scale(SCHEDULE, grid, linspace) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: time_grid(SAMPLERS["ddim"], SCHEDULE, 0), "steps is 0: it must be between 1 and 1000"),
+        (lambda: time_grid(SAMPLERS["ddim"], SCHEDULE, -3), "steps is -3"),
+        (lambda: time_grid(SAMPLERS["euler"], SCHEDULE, 1001), "steps is 1001: it must be between 1 and 1000"),
+        (lambda: time_grid(SAMPLERS["lcm"], SCHEDULE, 51), "steps is 51: it must be between 1 and 50"),
+        (lambda: time_grid(SAMPLERS["lcm"], SCHEDULE, 26, strength=0.5), "steps is 26: it must be between 1 and 25"),
+        (lambda: time_grid(SAMPLERS["ddim"], FLOW, 0), "steps is 0"),
+        (lambda: spaced_times(1000, spacing="leading", steps_offset=1), "steps_offset 1"),
+        (lambda: truncate(np.arange(5), 0.0), "strength is 0.0"),
+        (lambda: truncate(np.arange(5), 1.5), "strength is 1.5"),
+        (lambda: truncate(np.arange(5), 0.1), "strength 0.1 of 4 steps leaves none"),
+        (lambda: lcm_grid(1, original_steps=0), "original_steps is 0"),
+        (lambda: pad(np.arange(CAPACITY + 2)), "steps is 1001"),
+        (lambda: Spacing.from_config({"timestep_spacing": "karras"}), "timestep_spacing 'karras' is unknown"),
+        (lambda: Spacing.from_config({"final_sigmas_type": "last"}), "final_sigmas_type 'last' is unknown"),
+        (lambda: Spacing.from_config({"use_karras_sigmas": True}), "use_karras_sigmas is unsupported"),
+    ],
+)
+def test_bad_input(call, message: str) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def test_gradients_pass_through_a_trajectory() -> None:
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.mean(trajectory(denoise, SCHEDULE, DDIM(), np.array([999.0, 500.0, -1.0]), x, KEY)[-1] ** 2)
+
+    assert bool(jnp.all(jnp.isfinite(jax.grad(loss)(X))))

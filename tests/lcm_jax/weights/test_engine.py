@@ -1,0 +1,96 @@
+"""The rule-table engine: there and back is the identity, and every misfit is named."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.weights.engine import from_torch, to_torch, torch_name
+
+RULES = ((r"layers/", "layers/*/"), (r"_(\d+)(?=/)", r".\1"))
+
+
+def tree(rng: np.random.Generator) -> dict:
+    def f(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return {
+        "conv": {"kernel": f(3, 3, 4, 5), "bias": f(5)},
+        "blocks_0": {"norm": {"scale": f(5), "bias": f(5)}},
+        "blocks_11": {"fc": {"kernel": f(5, 7)}},
+        "layers": {"fc": {"kernel": f(3, 5, 7), "bias": f(3, 7)}, "gate": f(3)},
+        "table": {"embedding": f(6, 5)},
+        "logit_scale": f(),
+    }
+
+
+@pytest.fixture
+def params() -> dict:
+    return tree(np.random.default_rng(0))
+
+
+def like(params: dict) -> dict:
+    return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
+
+
+def test_names() -> None:
+    assert torch_name("down_blocks_0/resnets_1/conv1/kernel", RULES) == "down_blocks.0.resnets.1.conv1.weight"
+    assert torch_name("layers/fc/kernel", RULES) == "layers.*.fc.weight"
+    assert torch_name("logit_scale", RULES) == "logit_scale"
+
+
+def test_there_and_back(params: dict) -> None:
+    tensors = to_torch(params, RULES)
+    assert tensors["conv.weight"].shape == (5, 4, 3, 3)
+    assert tensors["layers.2.fc.weight"].shape == (7, 5)
+    assert tensors["layers.1.gate"].shape == ()
+    assert all(t.flags.c_contiguous for t in tensors.values())
+    np.testing.assert_array_equal(tensors["conv.weight"][1, 2], params["conv"]["kernel"][:, :, 2, 1])
+    np.testing.assert_array_equal(tensors["layers.1.fc.weight"], params["layers"]["fc"]["kernel"][1].T)
+    back = from_torch(tensors, like(params), RULES)
+    jax.tree.map(np.testing.assert_array_equal, params, back)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(back))
+    again = to_torch(back, RULES)
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor)
+
+
+def test_dtype_policy(params: dict) -> None:
+    tensors = to_torch(params, RULES, dtype=jnp.bfloat16)
+    assert all(t.dtype == jnp.bfloat16 for t in tensors.values())
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(from_torch(tensors, like(params), RULES)))
+    kept = from_torch(tensors, like(params), RULES, dtype=jnp.bfloat16, place=np.asarray)
+    assert all(x.dtype == jnp.bfloat16 and isinstance(x, np.ndarray) for x in jax.tree.leaves(kept))
+
+
+def test_every_misfit_is_named_in_one_error(params: dict) -> None:
+    tensors = to_torch(params, RULES)
+    del tensors["layers.1.fc.bias"]
+    tensors["conv.weight"] = tensors["conv.weight"][:, :, :1]
+    tensors |= {f"extra.{i:02d}.weight": np.zeros(1) for i in range(12)}
+    with pytest.raises(ValueError, match=r"unet\.safetensors: does not fit the network") as error:
+        from_torch(tensors, like(params), RULES, source="unet.safetensors")
+    message = str(error.value)
+    assert "1 missing (layers.1.fc.bias)" in message
+    assert "12 unexpected (extra.00.weight" in message
+    assert "and 2 more" in message
+    assert "extra.10" not in message
+    assert "1 mis-shaped (conv.weight: file (5, 4, 1, 3), network (5, 4, 3, 3))" in message
+    assert "\n" not in message
+
+
+def test_optional_keys_are_dropped(params: dict) -> None:
+    tensors = to_torch(params, RULES) | {"text.position_ids": np.arange(4)}
+    from_torch(tensors, like(params), RULES, optional=(r"position_ids$",))
+    with pytest.raises(ValueError, match="1 unexpected"):
+        from_torch(tensors, like(params), RULES)
+
+
+def test_rules_that_collide_or_stack_a_scalar_are_refused() -> None:
+    with pytest.raises(ValueError, match="another parameter already has"):
+        to_torch({"a": {"bias": np.zeros(2)}, "b": {"bias": np.zeros(2)}}, ((r"^b/", "a/"),))
+    with pytest.raises(ValueError, match="stacked axes"):
+        to_torch({"layers": {"gate": np.zeros(())}}, RULES)

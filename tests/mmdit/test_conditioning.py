@@ -1,0 +1,101 @@
+"""What each model family reads from its text encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdit.text.clip import CLIPTextModel
+from mmdit.text.clip_config import CLIPTextConfig
+from mmdit.text.conditioning import Encoding, sdxl, size_ids, stable_diffusion, zero_prompt
+
+L = CLIPTextConfig(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    projection_dim=12,
+    vocab_size=64,
+    max_position_embeddings=8,
+    bos_token_id=62,
+    eos_token_id=63,
+)
+G = dataclasses.replace(L, hidden_size=24, hidden_act="gelu", projection_dim=20)
+IDS = jnp.asarray([[62, 5, 9, 11, 63, 63, 63, 63], [62, 30, 63, 63, 63, 63, 63, 63]])
+TIME = size_ids((512, 640), (8, 16), (256, 320), batch=2)
+
+
+def run(module, params):
+    return jax.jit(module.apply)({"params": params}, IDS)
+
+
+def context(encoding, **options):
+    return jax.jit(lambda p: stable_diffusion(encoding._replace(params=p), **options)["context"])(encoding.params)
+
+
+@pytest.fixture(scope="module")
+def first(random_params):
+    module = CLIPTextModel(L)
+    return Encoding(module, random_params(module.init, IDS)["params"], IDS)
+
+
+@pytest.fixture(scope="module")
+def second(random_params):
+    module = CLIPTextModel(G, projection=True)
+    return Encoding(module, random_params(module.init, IDS, seed=1)["params"], IDS)
+
+
+@pytest.fixture(scope="module")
+def condition(first, second):
+    def together(p, q):
+        return sdxl([first._replace(params=p), second._replace(params=q)], TIME)
+
+    return jax.jit(together)(first.params, second.params)
+
+
+def test_stable_diffusion_reads_the_last_normed_layer_whatever_the_module_was_built_for(first):
+    other = first._replace(module=first.module.clone(hidden_layer=-2, final_norm=False))
+    wanted = run(first.module, first.params).last_hidden
+    np.testing.assert_allclose(context(other), wanted, atol=1e-5)
+
+
+def test_skipping_layers_keeps_the_final_norm(first):
+    skipped = context(first, clip_skip=1)
+    out = run(first.module.clone(hidden_layer=-2, final_norm=True), first.params)
+    np.testing.assert_allclose(skipped, out.hidden, atol=1e-5)
+    assert jnp.abs(skipped - out.last_hidden).max() > 1e-3
+
+
+def test_sdxl_joins_penultimate_layers_and_pools_the_second_encoder(first, second, condition):
+    assert condition["context"].shape == (2, 8, 16 + 24)
+    assert condition["pooled"].shape == (2, 20)
+    for e, part in ((first, condition["context"][..., :16]), (second, condition["context"][..., 16:])):
+        out = run(e.module.clone(hidden_layer=-2, final_norm=False), e.params)
+        np.testing.assert_allclose(part, out.hidden, atol=1e-5)
+    np.testing.assert_allclose(condition["pooled"], out.text_embeds, atol=1e-5)
+    np.testing.assert_array_equal(condition["time_ids"], TIME)
+
+
+def test_size_ids_are_height_before_width():
+    np.testing.assert_array_equal(TIME, [[512, 640, 8, 16, 256, 320]] * 2)
+    np.testing.assert_array_equal(size_ids((64, 32)), [[64, 32, 0, 0, 64, 32]])
+
+
+def test_the_zero_prompt_keeps_the_sizes(condition):
+    null = zero_prompt(condition)
+    assert not null["context"].any()
+    assert not null["pooled"].any()
+    np.testing.assert_array_equal(null["time_ids"], TIME)
+
+
+def test_wrong_encoders_are_named(first, second):
+    with pytest.raises(ValueError, match="projection=True"):
+        sdxl([second, first], TIME)
+    with pytest.raises(ValueError, match="differ in shape"):
+        sdxl([first, second._replace(ids=IDS[:, :4])], TIME)
+    with pytest.raises(ValueError, match="no text encoder"):
+        sdxl([], TIME)

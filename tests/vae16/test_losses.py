@@ -1,0 +1,192 @@
+"""The autoencoder's objective: its terms, the adaptive weight, and who receives which gradient."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vae16 import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    DiscriminatorConfig,
+    LossConfig,
+    PatchDiscriminator,
+    adaptive_weight,
+    autoencoder_loss,
+    hinge_discriminator,
+    hinge_generator,
+    kl_divergence,
+    sample_latent,
+)
+
+VAE = AutoencoderKL(AutoencoderConfig(block_out_channels=(8, 8), norm_num_groups=4, mid_block_add_attention=False))
+CRITIC = PatchDiscriminator(DiscriminatorConfig(ndf=8, n_layers=1, group_size=4))
+KEY = jax.random.key(7)
+
+
+def distance(x, y):
+    """A stand-in for LPIPS."""
+    return jnp.square(x - y).mean((1, 2, 3)) ** 0.7
+
+
+@pytest.fixture(scope="module")
+def setup():
+    x = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1.0)
+    params = {
+        "vae": jax.jit(VAE.init)(jax.random.key(1), x)["params"],
+        "discriminator": jax.jit(CRITIC.init)(jax.random.key(2), x)["params"],
+    }
+    return params, x
+
+
+CONFIG = LossConfig(kl_weight=1e-3, gan_weight=0.5, gan_start=10, perceptual_weight=0.3)
+
+
+@pytest.fixture(scope="module")
+def trained(setup):
+    """Loss, metrics and gradient of the whole objective as a function of the step."""
+    _, x = setup
+
+    @jax.jit
+    def run(params, step):
+        return jax.value_and_grad(
+            lambda p: autoencoder_loss(VAE, CRITIC, distance, p, x, KEY, step, CONFIG), has_aux=True
+        )(params)
+
+    return run
+
+
+def by_hand(vae_params, critic_params, x, gan_weight):
+    """The generator's side as one plain expression, with a constant weight on the adversarial term."""
+    mean, logvar = VAE.apply({"params": vae_params}, x, method="encode")
+    y = VAE.apply({"params": vae_params}, sample_latent(mean, logvar, KEY), method="decode")
+    nll = (jnp.abs(x - y) + 0.3 * distance(x, y)[:, None, None, None]).sum() / len(x)
+    gan = hinge_generator(CRITIC.apply({"params": critic_params}, y))
+    return nll + 1e-3 * kl_divergence(mean, logvar).mean() + gan_weight * gan, (nll, gan, y)
+
+
+def close(a, b, tolerance=1e-3):
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(p, q, atol=tolerance * float(jnp.abs(q).max()) + 1e-7)
+
+
+def test_gradients_are_those_of_the_plain_expression(setup, trained):
+    params, x = setup
+    (loss, metrics), gradient = trained(params, 10)
+
+    def kernel_gradient(index):
+        def value(kernel):
+            decoder = params["vae"]["decoder"]
+            decoder = decoder | {"conv_out": decoder["conv_out"] | {"kernel": kernel}}
+            return by_hand(params["vae"] | {"decoder": decoder}, params["discriminator"], x, 0.0)[1][index]
+
+        return jax.jit(jax.grad(value))(params["vae"]["decoder"]["conv_out"]["kernel"])
+
+    weight = 0.5 * adaptive_weight(kernel_gradient(0), kernel_gradient(1))
+    np.testing.assert_allclose(metrics["gan_weight"], weight, rtol=1e-3)
+    plain = jax.jit(jax.value_and_grad(by_hand, has_aux=True))
+    (value, (_, _, y)), want = plain(params["vae"], params["discriminator"], x, weight)
+    close(gradient["vae"], want)
+
+    def critic(p):
+        return hinge_discriminator(CRITIC.apply({"params": p}, x), CRITIC.apply({"params": p}, y))
+
+    critic_value, critic_gradient = jax.value_and_grad(critic)(params["discriminator"])
+    close(gradient["discriminator"], critic_gradient)
+    np.testing.assert_allclose(loss, value + critic_value, rtol=1e-4)
+
+
+def test_before_its_start_the_gan_is_off(setup, trained):
+    params, x = setup
+    (loss, metrics), gradient = trained(params, 9)
+    assert metrics["gan_weight"] == 0.0
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["discriminator"]))
+
+    def alone(p):
+        return autoencoder_loss(VAE, None, distance, p, x, KEY, 9, CONFIG)[0]
+
+    want, want_gradient = jax.jit(jax.value_and_grad(alone))({"vae": params["vae"]})
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    close(gradient["vae"], want_gradient["vae"])
+
+
+def test_each_network_is_trained_by_its_own_terms(setup):
+    """The critic's gradient does not depend on the weights of the autoencoder's terms, nor the reverse."""
+    params, x = setup
+
+    def gradient(config):
+        return jax.jit(jax.grad(lambda p: autoencoder_loss(VAE, CRITIC, None, p, x, KEY, 1, config)[0]))(params)
+
+    base = gradient(LossConfig(gan_start=0))
+    other = gradient(LossConfig(gan_start=0, gan_weight=2.0, kl_weight=1.0))
+    close(base["discriminator"], other["discriminator"], 1e-5)
+    with pytest.raises(AssertionError):
+        close(base["vae"], other["vae"], 1e-2)
+
+
+def test_without_a_gan_the_critic_is_not_part_of_the_program(setup):
+    params, x = setup
+    off = LossConfig(gan_weight=0.0)
+    with_critic = jax.make_jaxpr(lambda p: autoencoder_loss(VAE, CRITIC, None, p, x, KEY, 0, off)[0])(params)
+    without = jax.make_jaxpr(lambda p: autoencoder_loss(VAE, None, None, p, x, KEY, 0, CONFIG)[0])(params)
+    assert len(with_critic.eqns) == len(without.eqns)
+
+
+def test_mean_reduction_is_the_sum_divided_by_the_size(setup):
+    params, x = setup
+    losses = [
+        autoencoder_loss(VAE, None, distance, params, x, KEY, 0, LossConfig(reduction=r))[0] for r in ("sum", "mean")
+    ]
+    np.testing.assert_allclose(losses[0], losses[1] * x[0].size, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("l1", jnp.abs), ("l2", jnp.square)])
+def test_a_perfect_reconstruction_costs_nothing_and_errors_count_by_their_norm(setup, name, norm):
+    """With z = 0 the decoder is a constant image, so the loss is computable by hand."""
+    params, x = setup
+    mean, logvar = VAE.apply({"params": params["vae"]}, x, method="encode")
+    y = VAE.apply({"params": params["vae"]}, sample_latent(mean, logvar, KEY), method="decode")
+    config = LossConfig(reconstruction=name, kl_weight=0.0)
+    loss, metrics = autoencoder_loss(VAE, None, None, params, x, KEY, 0, config)
+    np.testing.assert_allclose(loss, norm(x - y).sum() / len(x), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reconstruction"], norm(x - y).mean(), rtol=1e-5)
+
+
+def test_adaptive_weight_is_clamped():
+    ones = jnp.ones((3, 3))
+    np.testing.assert_allclose(adaptive_weight(2 * ones, ones), 2.0, rtol=1e-3)
+    assert adaptive_weight(ones, 0 * ones) == 1e4
+    assert adaptive_weight(0 * ones, ones) == 0.0
+
+
+def test_hinge():
+    assert hinge_discriminator(jnp.full(4, 1.5), jnp.full(4, -1.5)) == 0.0
+    assert hinge_discriminator(jnp.zeros(4), jnp.zeros(4)) == 1.0
+    assert hinge_generator(jnp.full(4, 2.0)) == -2.0
+
+
+def test_a_discriminator_logit_sees_seventy_pixels():
+    critic = PatchDiscriminator(DiscriminatorConfig(ndf=8, group_size=16))
+    x = jnp.zeros((1, 128, 128, 3))
+    params = jax.jit(critic.init)(jax.random.key(0), x)["params"]
+    out = jax.eval_shape(critic.apply, {"params": params}, x)
+    assert out.shape == (1, 14, 14, 1)
+    assert {k: v["kernel"].shape[-1] for k, v in params.items() if "kernel" in v} == {
+        "conv_in": 8, "convs_0": 16, "convs_1": 32, "convs_2": 64, "conv_out": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: LossConfig(reconstruction="l3"), "l3"),
+        (lambda: LossConfig(reduction="max"), "max"),
+        (lambda: DiscriminatorConfig(n_layers=0), "n_layers"),
+        (lambda: DiscriminatorConfig(ndf=10, group_size=16), "group_size"),
+    ],
+)
+def test_bad_settings_are_named(make, named):
+    with pytest.raises(ValueError, match=named):
+        make()

@@ -1,0 +1,244 @@
+"""AutoencoderKL: images in [-1, 1] to Gaussian latents and back (Rombach et al. 2022, section 3.1).
+
+One geometry covers SD1 and SDXL (4 channels, 1x1 quantisation convolutions), SD3 and FLUX (16 channels, without) and
+any smaller network: the number of blocks, their widths and depth come from the config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from vae16.layers import Downsample, GroupNorm, ResnetBlock, SelfAttention, Types, Upsample, conv
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """The keys of diffusers' AutoencoderKL config.json, with its defaults for absent ones."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    act_fn: str = "silu"
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    sample_size: int = 32
+    force_upcast: bool = True  # advice to callers: these weights overflow in float16
+
+    def __post_init__(self) -> None:
+        if not self.block_out_channels:
+            raise ValueError("block_out_channels: needs at least one width")
+        if self.act_fn != "silu":
+            raise ValueError(f"act_fn: {self.act_fn!r} is not supported; only 'silu' is")
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels: {width} is no multiple of {self.norm_num_groups} (norm_num_groups)"
+                )
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per latent position along one side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any], *, source: str = "config.json") -> AutoencoderConfig:
+        """Read a config.json; ValueError names any key whose value would change the result and is not supported."""
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in d.items():
+            if key in known:
+                values[key] = tuple(value) if key == "block_out_channels" else value
+            elif key in _BLOCK_TYPES:
+                odd = sorted({str(v) for v in value} - {_BLOCK_TYPES[key]})
+                if odd:
+                    raise ValueError(f"{source}: {key}: {odd[0]!r} is not supported; only {_BLOCK_TYPES[key]!r} is")
+            elif not key.startswith("_") and value is not None:
+                raise ValueError(f"{source}: {key}={value!r} is not supported by AutoencoderKL; remove it if unused")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that diffusers loads."""
+        n = len(self.block_out_channels)
+        blocks = {key: [kind] * n for key, kind in _BLOCK_TYPES.items()}
+        widths = {"block_out_channels": list(self.block_out_channels)}
+        return {"_class_name": "AutoencoderKL"} | asdict(self) | widths | blocks
+
+
+_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+
+
+def sample_latent(
+    mean: Float[Array, "b h w z"], logvar: Float[Array, "b h w z"], key: Key[Array, ""]
+) -> Float[Array, "b h w z"]:
+    """z ~ N(mean, exp(logvar)), reparameterised (Kingma & Welling 2014, eq. 10)."""
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
+
+
+def scale(z: Float[Array, "*b h w z"], config: AutoencoderConfig) -> Float[Array, "*b h w z"]:
+    """Autoencoder latent to diffusion latent of about unit variance: (z - shift) * scaling."""
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def unscale(z: Float[Array, "*b h w z"], config: AutoencoderConfig) -> Float[Array, "*b h w z"]:
+    """Inverse of `scale`."""
+    return z / config.scaling_factor + (config.shift_factor or 0.0)
+
+
+class _Stage(nn.Module):
+    """The resolution-keeping modules of one block: `depth` residual blocks."""
+
+    features: int
+    depth: int
+    num_groups: int
+    resample: type[nn.Module] | None = None
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        for i in range(self.depth):
+            x = block(self.features, self.num_groups, **types, name=f"resnets_{i}")(x)
+        if self.resample is not None:
+            name = "downsamplers_0" if self.resample is Downsample else "upsamplers_0"
+            x = self.resample(**types, name=name)(x)
+        return x
+
+
+class _Middle(nn.Module):
+    """Residual block, self-attention, residual block at the lowest resolution."""
+
+    num_groups: int
+    attention: bool
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = ResnetBlock(x.shape[-1], self.num_groups, **types, name="resnets_0")(x)
+        if self.attention:
+            x = SelfAttention(self.num_groups, **types, name="attentions_0")(x)
+        return ResnetBlock(x.shape[-1], self.num_groups, **types, name="resnets_1")(x)
+
+
+class Encoder(nn.Module):
+    """Image (b, h, w, 3) to moments (b, h/f, w/f, 2 z)."""
+
+    config: AutoencoderConfig
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 2*z"]:
+        c = self.config
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        last = len(c.block_out_channels) - 1
+        h = conv(c.block_out_channels[0], **types, name="conv_in")(x)
+        for i, width in enumerate(c.block_out_channels):
+            resample = Downsample if i < last else None
+            stage = _Stage(
+                width, c.layers_per_block, c.norm_num_groups, resample, self.remat, **types, name=f"down_blocks_{i}"
+            )
+            h = stage(h)
+        h = _Middle(c.norm_num_groups, c.mid_block_add_attention, **types, name="mid_block")(h)
+        h = nn.silu(GroupNorm(c.norm_num_groups, **types, name="conv_norm_out")(h))
+        return conv(2 * c.latent_channels, **types, name="conv_out")(h)
+
+
+class Decoder(nn.Module):
+    """Latent (b, h, w, z) to image (b, f h, f w, 3), or to the features that `conv_out` reads."""
+
+    config: AutoencoderConfig
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, z: Float[Array, "b h w z"], features: bool = False) -> Float[Array, "b h2 w2 c"]:
+        c = self.config
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        widths = c.block_out_channels[::-1]
+        h = conv(widths[0], **types, name="conv_in")(z)
+        h = _Middle(c.norm_num_groups, c.mid_block_add_attention, **types, name="mid_block")(h)
+        for i, width in enumerate(widths):
+            resample = Upsample if i < len(widths) - 1 else None
+            stage = _Stage(
+                width, c.layers_per_block + 1, c.norm_num_groups, resample, self.remat, **types, name=f"up_blocks_{i}"
+            )
+            h = stage(h)
+        h = nn.silu(GroupNorm(c.norm_num_groups, **types, name="conv_norm_out")(h))
+        if features:
+            return h
+        return conv(c.out_channels, **types, name="conv_out")(h)
+
+
+class AutoencoderKL(nn.Module):
+    """The autoencoder. Latents here are unscaled; `scale` and `unscale` convert to and from diffusion latents.
+
+    `remat` recomputes the residual blocks in the backward pass, trading a third more compute for memory.
+    """
+
+    config: AutoencoderConfig
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.encoder = Encoder(c, self.remat, **types)
+        self.decoder = Decoder(c, self.remat, **types)
+        if c.use_quant_conv:
+            self.quant_conv = conv(2 * c.latent_channels, 1, **types)
+        if c.use_post_quant_conv:
+            self.post_quant_conv = conv(c.latent_channels, 1, **types)
+
+    def encode(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 z"], Float[Array, "b h2 w2 z"]]:
+        """Mean and log-variance, in float32, of q(z | x) for images in [-1, 1] with sides divisible by the factor."""
+        factor = self.config.downsample_factor
+        if x.shape[1] % factor or x.shape[2] % factor:
+            raise ValueError(f"image {x.shape[1]}x{x.shape[2]}: sides must be multiples of {factor}; pad or crop it")
+        h = self.encoder(x)
+        if self.config.use_quant_conv:
+            h = self.quant_conv(h)
+        mean, logvar = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+    def decode(self, z: Float[Array, "b h w z"], features: bool = False) -> Float[Array, "b h2 w2 c"]:
+        """Image of a latent; with `features`, the activations just before the decoder's last convolution."""
+        if self.config.use_post_quant_conv:
+            z = self.post_quant_conv(z)
+        return self.decoder(z, features)
+
+    def __call__(self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b h w c"]:
+        """Reconstruction from the posterior mean, or from a sample when a key is given."""
+        mean, logvar = self.encode(x)
+        return self.decode(mean if key is None else sample_latent(mean, logvar, key))
+
+
+def last_convolution(vae: AutoencoderKL) -> nn.Conv:
+    """The decoder's `conv_out` alone: apply it to `decode(z, features=True)` with params["decoder"]["conv_out"]."""
+    return conv(vae.config.out_channels, dtype=vae.dtype, param_dtype=vae.param_dtype)

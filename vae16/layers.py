@@ -1,0 +1,157 @@
+"""Building blocks of the autoencoder: convolutions, group norm from moments, residual block, attention, resampling.
+
+Everything is (b, h, w, c). Parameter paths follow the PyTorch names (see rules.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Types = dict[str, Any]  # the dtype and param_dtype of a module, handed on to its children
+
+
+def conv(features: int, size: int = 3, *, dtype: DTypeLike, param_dtype: DTypeLike, name: str | None = None) -> nn.Conv:
+    """Stride-1 convolution with PyTorch's symmetric padding ``size // 2``."""
+    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, param_dtype=param_dtype, name=name)
+
+
+def attend(q: Float[Array, "b n c"], k: Float[Array, "b n c"], v: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """Single-head attention, softmax in float32; the one place where this package attends."""
+    return jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018, eq. 1) folded into one multiply-add on the activation.
+
+    First and second moments per channel give those of the group, and mean, variance, scale and bias fold into
+    ``x * a + b`` with a, b of shape (b, 1, 1, c). Statistics are float32. The second moment is taken about a sample
+    of the channel itself (any constant shift cancels in exact arithmetic), which avoids the cancellation of
+    E[x^2] - E[x]^2 when the mean is large.
+    """
+
+    num_groups: int
+    epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = x.shape
+        if c % self.num_groups:
+            raise ValueError(
+                f"{self.name}: {c} channels do not divide into {self.num_groups} groups; change the groups"
+            )
+        gamma = self.param("scale", nn.initializers.ones_init(), (c,), self.param_dtype).astype(jnp.float32)
+        beta = self.param("bias", nn.initializers.zeros_init(), (c,), self.param_dtype).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        origin = jax.lax.stop_gradient(x32[:, h // 2, w // 2])
+        centred = x32 - origin[:, None, None]
+        first = centred.mean((1, 2))
+        variance = jnp.square(centred).mean((1, 2)) - jnp.square(first)
+        mean = (first + origin).reshape(b, self.num_groups, -1)
+        group_mean = mean.mean(-1, keepdims=True)
+        spread = jnp.square(mean - group_mean).mean(-1, keepdims=True)
+        group_variance = jnp.maximum(variance.reshape(mean.shape).mean(-1, keepdims=True) + spread, 0.0)
+        shape = mean.shape
+        a = jnp.broadcast_to(jax.lax.rsqrt(group_variance + self.epsilon), shape).reshape(b, c) * gamma
+        shift = beta - jnp.broadcast_to(group_mean, shape).reshape(b, c) * a
+        return (x32 * a[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, 3x3 twice, plus the input (through a 1x1 convolution where the width changes)."""
+
+    features: int
+    num_groups: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = nn.silu(GroupNorm(self.num_groups, **types, name="norm1")(x))
+        h = conv(self.features, **types, name="conv1")(h)
+        h = nn.silu(GroupNorm(self.num_groups, **types, name="norm2")(h))
+        h = conv(self.features, **types, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, **types, name="conv_shortcut")(x)
+        return x + h
+
+
+class SelfAttention(nn.Module):
+    """Single-head self-attention over all positions, with its residual."""
+
+    num_groups: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        b, h, w, c = x.shape
+        y = GroupNorm(self.num_groups, **types, name="group_norm")(x).reshape(b, h * w, c)
+        q, k, v = (nn.Dense(c, **types, name=name)(y) for name in ("to_q", "to_k", "to_v"))
+        y = nn.Dense(c, **types, name="to_out_0")(attend(q, k, v))
+        return x + y.reshape(b, h, w, c)
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2, padded below and to the right only, as the published weights expect."""
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=((0, 1), (0, 1)), **types, name="conv")(x)
+
+
+class _NearestConv(nn.Module):
+    """3x3 convolution of the image doubled by nearest neighbour, computed at the original resolution.
+
+    Each of the four output phases sees two rows and two columns of the input: it is a 2x2 convolution whose kernel
+    adds the taps that fall on the same input pixel. That is 16 instead of 36 products for each input pixel.
+    """
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w d"]:
+        b, h, w, c = x.shape
+        init = nn.linear.default_kernel_init
+        kernel = self.param("kernel", init, (3, 3, c, self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), self.param_dtype)
+        x = x.astype(self.dtype)
+
+        def fold(kernel: Array, phase: int) -> Array:
+            """The two taps of a phase along the first axis: [k0, k1 + k2] or [k0 + k1, k2]."""
+            taps = (kernel[0], kernel[1] + kernel[2]) if phase == 0 else (kernel[0] + kernel[1], kernel[2])
+            return jnp.stack(taps)
+
+        def phase(i: int, j: int) -> Array:
+            folded = fold(fold(kernel, i).swapaxes(0, 1), j).swapaxes(0, 1).astype(self.dtype)
+            padding = ((1 - i, i), (1 - j, j))
+            return jax.lax.conv_general_dilated(x, folded, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        rows = [jnp.stack([phase(i, 0), phase(i, 1)], axis=3) for i in range(2)]
+        return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, self.features) + bias.astype(self.dtype)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
+        return _NearestConv(x.shape[-1], dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
