@@ -36,7 +36,7 @@ def openmoji_vae() -> TrainConfig:
             model=model,
             loss=LossConfig(reduction="mean", perceptual_weight=0.0, kl_weight=1e-3, gan_weight=0.0, gan_start=0),
         ),
-        loop=LoopConfig(steps=2400, batch_size=16, ema=0.995, save_every=200, preview_every=400),
+        loop=LoopConfig(steps=8000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
     )
 

@@ -9,6 +9,7 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,8 +224,9 @@ def override(config: Any, overrides: Sequence[str], name: str) -> Any:
         try:
             return tyro.cli(type(config), default=config, args=list(overrides))
         except SystemExit:
-            words = said.getvalue().translate(str.maketrans(dict.fromkeys("│╭╮╰╯─", " "))).split()
-    raise ValueError(f"config {name}: {' '.join(words)}")
+            words = " ".join(said.getvalue().translate(str.maketrans(dict.fromkeys("│╭╮╰╯─", " "))).split())
+    reason = re.search(r"(Error parsing .*?|Missing value.*?|Unrecognized .*?)(?= -{4,}|$)", words)
+    raise ValueError(f"config {name}: {reason.group(1) if reason else words}")
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:

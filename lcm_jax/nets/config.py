@@ -156,6 +156,13 @@ class UNetConfig:
         """Number of attention heads of each level, finest first."""
         return tuple(self.level("attention_head_dim", i) for i in range(len(self.block_out_channels)))
 
+    @property
+    def text_time(self) -> tuple[int, int] | None:
+        """Width of each picture size's embedding, and of pooled text and sizes together, where there are any."""
+        if self.addition_embed_type is None:
+            return None
+        return self.addition_time_embed_dim or 0, self.projection_class_embeddings_input_dim or 0
+
     def down_depths(self, level: int) -> tuple[int, ...]:
         """Transformer blocks after each residual block of a down level."""
         return self._depths(self.level("transformer_layers_per_block", level), self.level("layers_per_block", level))
@@ -183,7 +190,7 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "UNet config") -> UNetConfig:
-        """From a config.json. Raises ValueError for a key or value that would change the result and is not supported."""
+        """From a config.json; a key or value that changes the result and is not supported raises ValueError."""
         fields = {field.name for field in dataclasses.fields(cls)}
         kept: dict[str, Any] = {}
         for key, value in d.items():

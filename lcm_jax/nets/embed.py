@@ -30,7 +30,7 @@ def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b
 
 
 class TimestepEmbedding(nn.Module):
-    """Two layers on a sinusoid. cond_proj_dim: width of a second input, projected without bias (zero at first) and added."""
+    """Two layers on a sinusoid. cond_proj_dim: width of a second input, whose projection (zero at first) is added."""
 
     features: int
     cond_proj_dim: int | None = None

@@ -62,7 +62,7 @@ class UNet(nn.Module):
             depths = config.up_depths(i)
             mine, skips = skips[-len(depths) :], skips[: -len(depths)]
             stage = self._stage(levels - 1 - i, kind.startswith("CrossAttn"))
-            size = skips[-1].shape[1:3] if skips else None
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             y = UpBlock(depths=depths, name=f"up_blocks_{i}", **stage)(y, mine, time, context, size)
 
         y = nn.silu(GroupNorm(config.norm_num_groups, config.norm_eps, name="conv_norm_out", **types)(y))
@@ -106,17 +106,17 @@ class UNet(nn.Module):
 
         embed = TimestepEmbedding(features, config.time_cond_proj_dim, self.param_dtype, name="time_embedding")
         time = embed(sinusoid(jnp.broadcast_to(jnp.asarray(t), (batch,)), width), guidance)
-        if config.addition_time_embed_dim is None or config.addition_embed_type is None:
+        if config.text_time is None:
             return time
         if cond.get("pooled") is None or cond.get("time_ids") is None:
             raise ValueError("the UNet config has addition_embed_type='text_time': cond needs 'pooled' and 'time_ids'")
-        ids = sinusoid(cond["time_ids"].reshape(-1), config.addition_time_embed_dim)
-        extra = jnp.concatenate([cond["pooled"].astype(jnp.float32), ids.reshape(batch, -1)], axis=-1)
-        if extra.shape[-1] != config.projection_class_embeddings_input_dim:
+        width, total = config.text_time
+        sizes = sinusoid(cond["time_ids"].reshape(-1), width).reshape(batch, -1)
+        extra = jnp.concatenate([cond["pooled"].astype(jnp.float32), sizes], axis=-1)
+        if extra.shape[-1] != total:
             raise ValueError(
                 f"cond: 'pooled' {cond['pooled'].shape} and 'time_ids' {cond['time_ids'].shape} embed to width "
-                f"{extra.shape[-1]}; the UNet's projection_class_embeddings_input_dim is "
-                f"{config.projection_class_embeddings_input_dim}"
+                f"{extra.shape[-1]}; the UNet's projection_class_embeddings_input_dim is {total}"
             )
         return time + TimestepEmbedding(features, param_dtype=self.param_dtype, name="add_embedding")(extra)
 
@@ -128,10 +128,10 @@ def example_inputs(
     cond = {"context": jnp.zeros((batch, tokens, config.level("cross_attention_dim", 0)))}
     if config.time_cond_proj_dim is not None:
         cond["guidance"] = jnp.zeros((batch,))
-    if config.addition_embed_type is not None:
-        ids = 5 if config.projection_class_embeddings_input_dim == 2560 else 6  # the refiner has an aesthetic score
-        pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        cond |= {"pooled": jnp.zeros((batch, pooled)), "time_ids": jnp.zeros((batch, ids))}
+    if config.text_time is not None:
+        width, total = config.text_time
+        ids = 5 if total == 2560 else 6  # the refiner has one aesthetic score for two target sizes
+        cond |= {"pooled": jnp.zeros((batch, total - ids * width)), "time_ids": jnp.zeros((batch, ids))}
     return jnp.zeros((batch, *size, config.in_channels)), jnp.zeros((batch,)), cond
 
 

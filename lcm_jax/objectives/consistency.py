@@ -47,7 +47,7 @@ def augmented_step(
 class LatentConsistency(ABC):
     """What distillation and finetuning share. Trains `nets.student`; the defaults are the paper's.
 
-    grid_points: t is one of N points that end at t_max: 50 -> {19, 39, ..., 999} of a 1000-step table, 1000 -> any step.
+    grid_points: t is one of N points that end at t_max: of a 1000-step table 50 -> {19, 39, ..., 999}, 1000 -> any.
     skip: s = max(t - skip, 0), in the schedule's time (table steps for DDPM): the paper's k. It need not be the grid's.
     w_min, w_max: w = guidance scale - 1, drawn uniformly per example; equal: fixed (LCM-LoRA: 7.5).
     embed_w: feed w to the student as cond["guidance"]; False for LCM-LoRA, whose network has no w-embedding.

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -94,29 +95,45 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     workdir.mkdir(parents=True, exist_ok=True)
     tx = make_optimizer(optimizer, loop.steps)
     rate = learning_rate(optimizer, loop.steps)
+    whole, split = shardings(loop.batch_size)
     step_fn = make_train_step(task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate)
     batches = task.batches(loop.batch_size, loop.seed)
-    state = TrainState.create(jax.jit(task.init)(jax.random.key(loop.seed)), tx)
+    create = jax.jit(lambda key: TrainState.create(task.init(key), tx), out_shardings=whole)
+    state = create(jax.random.key(loop.seed))
     manager = checkpoints(workdir, loop)
     if manager.latest_step() is not None:
         state = _restore(manager, state, batches)
     start = int(state.step)
     if start > loop.steps:
-        raise ValueError(f"{workdir} holds step {start}, beyond --loop.steps {loop.steps}; choose another --workdir")
+        raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
 
     with SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as log:
-        state = _run(task, loop, rate, step_fn, state, batches, manager, log, name=workdir.name)
+        frozen = jax.device_put(task.frozen, whole)
+
+        def advance(state: TrainState) -> tuple[TrainState, Metrics]:
+            return step_fn(state, frozen, jax.device_put(next(batches), split))
+
+        state = _run(task, loop, rate, advance, state, batches, manager, log, name=workdir.name)
     manager.wait_until_finished()
     manager.close()
     task.export(state.ema, workdir / "export")
     return state
 
 
+def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
+    """(replicated, split over devices along the batch) on one mesh of all devices; XLA places the collectives."""
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise ValueError(f"loop.batch_size {batch_size} is no multiple of the {devices} devices")
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
 def _run(
     task: Task,
     loop: LoopConfig,
     rate: optax.Schedule,
-    step_fn: Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]],
+    advance: Callable[[TrainState], tuple[TrainState, Metrics]],
     state: TrainState,
     batches: Batches,
     manager: ocp.CheckpointManager,
@@ -139,7 +156,7 @@ def _run(
     # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
     pending: tuple[int, Metrics] | None = None
     for step in range(start + 1, loop.steps + 1):
-        state, metrics = step_fn(state, task.frozen, next(batches))
+        state, metrics = advance(state)
         if pending is not None:
             write(*pending)
         pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None

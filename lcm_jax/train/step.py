@@ -68,6 +68,6 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         rate = 1.0 - ema_decay(state.step, decay)
         ema = jax.tree.map(lambda e, p: (e + rate * (p - e)).astype(e.dtype), state.ema, params)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(train_step, donate_argnums=0)

@@ -119,7 +119,7 @@ def from_torch(
 
 
 def to_torch(params: Any, rules: Rules, *, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Named PyTorch arrays (contiguous, on the host) of a parameter tree. dtype: of floating ones; None keeps theirs."""
+    """Named PyTorch arrays (contiguous, on the host) of a parameter tree. dtype: of floating ones; None: their own."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         array = _cast(np.asarray(jax.device_get(leaf)), dtype)

@@ -6,7 +6,8 @@
 
 Reading tells the styles apart key by key. Alpha comes from a `.alpha` tensor, else from the adapter config in the
 file's header (diffusers) or beside it (PEFT), else it is the rank. Writing puts alpha in the header, for kohya in
-`.alpha`: programs that do not read the header take alpha for the rank, so give those kohya files.
+`.alpha`: programs that do not read the header take alpha for the rank, so give those kohya files. (diffusers up to
+0.42 loses the `.alpha` of attention layers in kohya files where alphas differ: give it one of the other formats.)
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _config_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _to_kernel(array: np.ndarray, kernel: Any) -> np.ndarray:
-    """A torch weight (out, in[, h, w]) with the axes of ours; 1 x 1 convolutions and dense layers are interchangeable."""
+    """A torch weight (out, in[, h, w]) with the axes of ours; dense and 1 x 1 convolutions are interchangeable."""
     array = np.asarray(array, np.float32)
     if kernel.ndim >= 4:
         array = array[..., None, None] if array.ndim == 2 else array

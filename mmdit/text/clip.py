@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -222,8 +222,8 @@ class CLIPModel:
 
     def text_features(self, params: Any, ids: Int[Array, "b l"]) -> Float[Array, "b p"]:
         """Projected and not yet normalised."""
-        return self.text.apply({"params": params}, ids).text_embeds
+        return cast(Array, cast(TextOutput, self.text.apply({"params": params}, ids)).text_embeds)
 
     def image_features(self, params: Any, images: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
         """Projected and not yet normalised; images as `normalize_images` gives them."""
-        return self.vision.apply({"params": params}, images).image_embeds
+        return cast(Array, cast(VisionOutput, self.vision.apply({"params": params}, images)).image_embeds)

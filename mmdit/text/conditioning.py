@@ -7,12 +7,12 @@ parameters serve any of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mmdit.text.clip import CLIPTextModel
+from mmdit.text.clip import CLIPTextModel, TextOutput
 
 
 class Encoding(NamedTuple):
@@ -23,14 +23,18 @@ class Encoding(NamedTuple):
     ids: Int[Array, "b l"]
 
 
+def _encode(encoding: Encoding, hidden_layer: int, final_norm: bool) -> TextOutput:
+    module = encoding.module.clone(hidden_layer=hidden_layer, final_norm=final_norm)
+    return cast(TextOutput, module.apply({"params": encoding.params}, encoding.ids))
+
+
 def stable_diffusion(encoding: Encoding, *, clip_skip: int = 0) -> dict[str, Array]:
     """SD1 and SD2 -> {"context": (b, l, d)}: the last hidden state after the final norm.
 
     SD2 was trained on OpenCLIP-H's penultimate layer; its checkpoint leaves the last one out, so nothing differs here.
     clip_skip: number of last layers to skip (the final norm stays), as some finetunes of SD1 ask for.
     """
-    module = encoding.module.clone(hidden_layer=-1 - clip_skip, final_norm=True)
-    return {"context": module.apply({"params": encoding.params}, encoding.ids).hidden}
+    return {"context": _encode(encoding, -1 - clip_skip, True).hidden}
 
 
 def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b 6"], *, clip_skip: int = 0) -> dict[str, Array]:
@@ -41,17 +45,15 @@ def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b 6"], *, clip_s
     """
     if not encodings:
         raise ValueError("sdxl: no text encoder given; SDXL takes CLIP-L and bigG")
-    if not encodings[-1].module.projection:
-        raise ValueError("sdxl: the last text encoder needs projection=True, its text_embeds are SDXL's pooled vector")
     if len({e.ids.shape for e in encodings}) > 1:
         raise ValueError(f"sdxl: the encoders' ids differ in shape: {', '.join(str(e.ids.shape) for e in encodings)}")
-    outputs = [
-        e.module.clone(hidden_layer=-2 - clip_skip, final_norm=False).apply({"params": e.params}, e.ids)
-        for e in encodings
-    ]
+    outputs = [_encode(e, -2 - clip_skip, False) for e in encodings]
+    pooled = outputs[-1].text_embeds
+    if pooled is None:
+        raise ValueError("sdxl: the last text encoder needs projection=True, its text_embeds are SDXL's pooled vector")
     return {
         "context": jnp.concatenate([out.hidden for out in outputs], axis=-1),
-        "pooled": outputs[-1].text_embeds,
+        "pooled": pooled,
         "time_ids": time_ids,
     }
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -77,21 +78,26 @@ class Tokenizer:
         encoded = self.backend(batch, padding="max_length", truncation=True, max_length=length)
         return np.asarray(encoded["input_ids"], np.int32)
 
-    def save(self, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Written as a CLIPTokenizer folder, and read back from there."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        self.backend.save_pretrained(str(path))
-        # transformers 5 writes tokenizer.json only; older readers, and people, want the pair.
-        model = json.loads(self.backend.backend_tokenizer.to_str())["model"]
-        (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
-        (path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return Tokenizer.load(path)
-
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " l"]) -> str:
         """The text without special tokens; the case and the spacing of the original are lost."""
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def save(self, folder: str | os.PathLike[str]) -> Tokenizer:
+        """A folder that transformers and older readers of vocab.json with merges.txt take; read back from there."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        fast = self.backend.backend_tokenizer
+        fast.no_padding()  # the last call's settings, and below how it was loaded, would be written along
+        fast.no_truncation()
+        for key in ("is_local", "local_files_only"):
+            self.backend.init_kwargs.pop(key, None)
+        self.backend.save_pretrained(str(path))
+        # transformers 5 writes tokenizer.json only; older readers, and people, want the pair.
+        model = json.loads(fast.to_str())["model"]
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+        (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return Tokenizer.load(path)
 
 
 def train_tokenizer(
@@ -115,7 +121,7 @@ def train_tokenizer(
         vocab_size=vocab_size - 2, special_tokens=symbols, end_of_word_suffix=SUFFIX, show_progress=False
     )
     learner.train_from_iterator(captions, trainer)
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
 
     words = [*symbols, *dict.fromkeys(a + b for a, b in merges), BOS, EOS]
     vocabulary = {word: i for i, word in enumerate(words)}

@@ -124,6 +124,12 @@ def test_training_is_deterministic_and_text_comes_back(folder, tokenizer, tmp_pa
     assert tokenizer.decode(tokenizer("The Red cat, smiling")[0]) == "the red cat , smiling"
 
 
+def test_a_saved_tokenizer_is_the_same_folder_whatever_it_was_used_for(folder, tokenizer, tmp_path):
+    tokenizer(CAPTIONS, 7)
+    tokenizer.save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
 def test_empty_batches_and_bad_sizes(tokenizer, tmp_path):
     assert tokenizer([], 5).shape == (0, 5)
     with pytest.raises(ValueError, match="length=1"):

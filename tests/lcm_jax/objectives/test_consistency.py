@@ -14,8 +14,12 @@ from lcm_jax.objectives.consistency import (
     LatentConsistencyFinetuning,
     augmented_step,
 )
+from lcm_jax.parameterization import KINDS
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Nets
+
+# most of the time here is compilation
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def tree(name: str, net: object = None) -> dict[str, object]:
@@ -30,7 +34,7 @@ def recorded(recorder, objective, inner, batch, null, net=None, seed=0):
         nets = Nets(record, tree("student", net), tree("target", net), tree("teacher", net), null)
         return (*objective(nets, batch, key), record.calls)
 
-    return jax.jit(run)(batch, jax.random.key(seed))
+    return jit(run)(batch, jax.random.key(seed))
 
 
 # -- The closed form: an exact teacher and an exact student disagree by the solver's local error alone.
@@ -42,7 +46,7 @@ def test_exact_student_differs_by_the_local_error_of_the_solver(solver, order, g
     batch, nets = make_batch(64), gaussian.nets("v_prediction")
     z, cond, w = batch["x0"], batch["cond"], jnp.linspace(2.0, 14.0, 64)
 
-    @jax.jit
+    @jit
     def error(skip):
         t = jnp.full((64,), 600.0)
         z_s = augmented_step(TEACHER_SOLVERS[solver], nets, gaussian.schedule, "v_prediction", z, t, t - skip, cond, w)
@@ -57,14 +61,11 @@ def test_exact_student_differs_by_the_local_error_of_the_solver(solver, order, g
 
 def test_distillation_loss_of_the_exact_student_is_that_error(gaussian, make_batch) -> None:
     batch, nets = make_batch(64), gaussian.nets("epsilon")
-    losses = [
-        jax.jit(partial(LatentConsistencyDistillation(schedule=gaussian.schedule, grid_points=4, skip=skip), nets))(
-            batch, jax.random.key(0)
-        )[0]
-        for skip in (50.0, 25.0)
-    ]
-    assert losses[1] < 1e-5
-    np.testing.assert_allclose(losses[0] / losses[1], 2.0**4, rtol=0.25)  # squared, local order 2
+    objective = LatentConsistencyDistillation(schedule=gaussian.schedule, grid_points=4, skip=25.0)
+    loss = jit(lambda student: objective(nets._replace(student=student), batch, jax.random.key(0))[0])
+    assert loss(nets.student) < 1e-5
+    assert loss(gaussian.student(m=0.32)) > 1e-4
+    assert loss(gaussian.student(v=0.72)) > 1e-4
 
 
 def test_gradient_finite_differences_and_frozen_trees(gaussian, make_batch) -> None:
@@ -72,7 +73,7 @@ def test_gradient_finite_differences_and_frozen_trees(gaussian, make_batch) -> N
     objective = LatentConsistencyDistillation(schedule=gaussian.schedule, w_min=0.0, w_max=3.0)
     start = gaussian.nets("epsilon", student=gaussian.student(m=0.5, v=0.8))
 
-    @jax.jit
+    @jit
     def value(student, target, teacher):
         def loss(s, t, p):
             return objective(start._replace(student=s, target=t, teacher=p), batch, jax.random.key(0))[0]
@@ -98,7 +99,7 @@ def test_online_target_is_the_student_without_gradient(gaussian, make_batch) -> 
         objective = LatentConsistencyDistillation(
             schedule=gaussian.schedule, kind="sample", target=target, loss="huber"
         )
-        return jax.jit(jax.grad(lambda p: objective(nets._replace(student=p), batch, jax.random.key(0))[0]))(student)
+        return jit(jax.grad(lambda p: objective(nets._replace(student=p), batch, jax.random.key(0))[0]))(student)
 
     online, ema = grad("online", nets._replace(target=None)), grad("ema", nets)
     assert abs(ema["m"]) > 1e-3
@@ -106,15 +107,14 @@ def test_online_target_is_the_student_without_gradient(gaussian, make_batch) -> 
         np.testing.assert_allclose(online[name], ema[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_equivalent_networks_of_any_kind_have_one_loss(kind, gaussian, make_batch) -> None:
+def test_equivalent_networks_of_any_kind_have_one_loss(gaussian, make_batch) -> None:
     batch = make_batch(32)
     losses = []
-    for k in ("sample", kind):
-        nets = gaussian.nets(k, student=gaussian.teacher(m=0.5), target=gaussian.teacher(m=0.4))
-        objective = LatentConsistencyDistillation(schedule=gaussian.schedule, kind=k, w_min=8.0, w_max=8.0)
-        losses.append(jax.jit(partial(objective, nets))(batch, jax.random.key(0))[0])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    for kind in KINDS:
+        nets = gaussian.nets(kind, student=gaussian.teacher(m=0.5), target=gaussian.teacher(m=0.4))
+        objective = LatentConsistencyDistillation(schedule=gaussian.schedule, kind=kind, w_min=8.0, w_max=8.0)
+        losses.append(jit(partial(objective, nets))(batch, jax.random.key(0))[0])
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-4)
 
 
 def test_finetuning_has_the_gradient_of_distillation_from_the_exact_teacher(gaussian, make_batch) -> None:
@@ -129,7 +129,7 @@ def test_finetuning_has_the_gradient_of_distillation_from_the_exact_teacher(gaus
         def loss(p, batch, objective=objective):
             return objective(nets._replace(student=p), batch, jax.random.key(5))[0]
 
-        grads.append(jax.jit(jax.grad(loss))(nets.student, batch))
+        grads.append(jit(jax.grad(loss))(nets.student, batch))
     for name in ("m", "v"):
         np.testing.assert_allclose(grads[0][name], grads[1][name], rtol=0.02)
         assert abs(grads[0][name]) > 0.01
@@ -214,16 +214,19 @@ def test_fixed_w_without_embedding_and_dropped_captions(recorder, gaussian, make
 def test_solution_at_the_start_is_the_identity(gaussian, make_batch) -> None:
     z = make_batch(4)["x0"]
     nets = Nets(apply=lambda p, x, t, cond: jnp.full_like(x, 1e3), student={})
-    for kind in ("epsilon", "v_prediction", "sample", "flow"):
-        for schedule in (gaussian.schedule, RectifiedFlow()):
-            objective = LatentConsistencyFinetuning(schedule=schedule, kind=kind)
-            np.testing.assert_array_equal(objective.solution(nets, {}, {}, z, jnp.zeros(4)), z)
+    for kind, schedule in (
+        ("v_prediction", gaussian.schedule),
+        ("epsilon", RectifiedFlow()),
+        ("sample", RectifiedFlow()),
+    ):
+        objective = LatentConsistencyFinetuning(schedule=schedule, kind=kind)  # x0hat may be infinite there
+        np.testing.assert_array_equal(objective.solution(nets, {}, {}, z, jnp.zeros(4)), z)
 
 
 def test_the_pair_at_the_start_has_no_loss(gaussian, make_batch) -> None:
     objective = LatentConsistencyDistillation(schedule=DDPM(num_train_timesteps=1), grid_points=1)  # t = s = 0 only
     nets = gaussian.nets("epsilon", student=gaussian.teacher(m=5.0), target=gaussian.teacher(m=-5.0))
-    loss, _ = jax.jit(partial(objective, nets))(make_batch(8), jax.random.key(0))
+    loss, _ = jit(partial(objective, nets))(make_batch(8), jax.random.key(0))
     assert loss < 1e-9
 
 

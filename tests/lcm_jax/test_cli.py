@@ -1,0 +1,94 @@
+"""The command line: files it writes, and one clear line with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_jax import cli, configs
+
+
+def test_sample_writes_pictures(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["sample", "--model", str(tiny_model), "--prompt", "dog face", "cat face", "--steps", "2"]
+    assert cli.main([*arguments, "--guidance", "1", "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["cat-face-0.png", "dog-face-0.png"]
+    assert "dog-face-0.png" in capsys.readouterr().out
+
+
+def test_sample_image_to_image(tiny_model: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16, 4), 128, np.uint8)).save(tmp_path / "in.png")
+    out = tmp_path / "one.png"
+    arguments = ["sample", "--model", str(tiny_model), "--prompt", "dog face", "--image", str(tmp_path / "in.png")]
+    assert cli.main([*arguments, "--steps", "4", "--guidance", "1", "--out", str(out)]) == 0
+    assert Image.open(out).size == (16, 16)
+
+
+def test_evaluate_writes_scores(tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", "--model", str(tiny_model), "--clip", str(tiny_model), "--data", f"folder:{pictures}"]
+    options = ["--split", "train", "--steps", "1", "2", "--guidance", "1", "--batch-size", "4", "--out", str(out)]
+    assert cli.main([*arguments, *options]) == 0
+    scores = json.loads(out.read_text())
+    assert [row["steps"] for row in scores["rows"]] == [1, 2]
+    assert all(np.isfinite(row["frechet"]) and row["frechet"] >= 0 for row in scores["rows"])
+    assert scores["vae"]["psnr"] > 0
+    assert "PSNR" in capsys.readouterr().out
+
+
+def test_train_passes_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = {}
+    monkeypatch.setattr("lcm_jax.train.config.TrainConfig.run", lambda self, workdir: seen.update(config=self, workdir=workdir))
+    arguments = ["train", "--config", "openmoji_teacher", "--workdir", str(tmp_path), "--steps", "7"]
+    assert cli.main([*arguments, "--task.objective.caption-dropout", "0.3", "--learning-rate", "0.5"]) == 0
+    assert seen["workdir"] == tmp_path
+    assert seen["config"].loop.steps == 7
+    assert seen["config"].optimizer.learning_rate == 0.5
+    assert seen["config"].task.objective.caption_dropout == 0.3
+
+
+@pytest.mark.parametrize("name", sorted(configs.CONFIGS))
+def test_every_config_takes_overrides(name: str) -> None:
+    config = configs.get(name)
+    assert cli.override(config, [], name) == config
+    assert cli.override(config, ["--seed", "5"], name).loop.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "--model", "nothing", "--prompt", "x"], "nothing"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--steps", "0"], "steps is 0"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--steps", "-3"], "steps is -3"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--size", "15", "16"], "multiples of 4"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--image", "none.png"], "none.png"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--lora", "none.safetensors"], "none.safetensors"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--nonsense"], "--nonsense"),
+        (["train", "--config", "nothing"], "no such config"),
+        (["train", "--config", "openmoji_vae", "--stepz", "3"], "did you mean --steps"),
+        (["train", "--config", "openmoji_vae", "--steps", "x"], "--steps"),
+        (["train", "--config", "openmoji_vae", "--steps", "-1"], "steps"),
+        (["train", "--config", "openmoji_vae", "--task.data.name", "folder:nowhere"], "nowhere"),
+        (["train", "--config", "openmoji_teacher", "--task.vae", "nowhere"], "nowhere"),
+        (["evaluate", "--model", "TINY", "--steps", "0"], "--steps 0"),
+        (["evaluate", "--model", "TINY", "--inception", "none.safetensors"], "none.safetensors"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, tiny_model: Path, pictures: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(tiny_model) if a == "TINY" else a for a in arguments]
+    if arguments[0] == "evaluate":
+        arguments += ["--clip", str(tiny_model), "--data", f"folder:{pictures}", "--split", "train"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lcm-jax: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()], "something was written"

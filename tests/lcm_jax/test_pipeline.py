@@ -1,0 +1,131 @@
+"""The pipeline: what it promises for prompts, seeds, steps, sizes, image-to-image, saving, and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lcm_jax
+from lcm_jax import Pipeline, lora
+from lcm_jax.nets import RULES_UNET
+from lcm_jax.weights.lora import save_lora
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model: Path) -> Pipeline:
+    return lcm_jax.load(tiny_model)
+
+
+def test_shape_type_and_number(pipe: Pipeline) -> None:
+    images = pipe(["red heart", "dog face"], steps=2, sampler="ddim", num_images=2)
+    assert images.shape == (4, 16, 16, 3)
+    assert images.dtype == np.uint8
+
+
+def test_same_seed_same_pictures(pipe: Pipeline) -> None:
+    first, again, other = (pipe("dog face", steps=2, sampler="ddim", seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_steps_guidance_and_prompt_do_not_recompile(pipe: Pipeline) -> None:
+    pipe("dog face", steps=1, sampler="ddim", guidance=2.0)
+    before = pipe._draw._cache_size()
+    pipe("cat face", steps=7, sampler="ddim", guidance=3.0)
+    assert pipe._draw._cache_size() == before
+
+
+def test_guidance_one_is_the_conditional_model(pipe: Pipeline) -> None:
+    plain, guided = (pipe("dog face", steps=3, sampler="ddim", guidance=g) for g in (1.0, 1.0 + 1e-6))
+    assert np.abs(plain.astype(int) - guided).max() <= 1
+
+
+def test_negative_prompt_takes_the_empty_prompts_place(pipe: Pipeline) -> None:
+    plain = pipe("dog face", steps=2, sampler="ddim", guidance=4.0)
+    np.testing.assert_array_equal(plain, pipe("dog face", negative_prompt="", steps=2, sampler="ddim", guidance=4.0))
+    assert (plain != pipe("dog face", negative_prompt="red heart", steps=2, sampler="ddim", guidance=4.0)).any()
+
+
+def test_latents_are_the_initial_noise(pipe: Pipeline) -> None:
+    noise = np.random.default_rng(0).standard_normal((1, 4, 4, 4)).astype(np.float32)
+    one, two = (pipe("dog face", steps=2, sampler="ddim", latents=noise, seed=s) for s in (0, 1))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_weak_image_to_image_keeps_the_picture(pipe: Pipeline) -> None:
+    image = np.full((16, 16, 3), 200, np.uint8)
+    through_vae = np.asarray(pipe.generator.decode(pipe.params["vae"], pipe.encode_image(image[None])))
+    near = pipe("dog face", image=image, strength=0.04, steps=50, sampler="ddim").astype(int)
+    far = pipe("dog face", image=image, strength=1.0, steps=50, sampler="ddim").astype(int)
+    assert np.abs(near - through_vae).mean() < np.abs(far - through_vae).mean()
+
+
+def test_other_sizes(pipe: Pipeline) -> None:
+    assert pipe("dog face", steps=1, sampler="ddim", size=(16, 24)).shape == (1, 16, 24, 3)
+
+
+def test_save_and_load_give_the_same_pictures(pipe: Pipeline, tmp_path: Path) -> None:
+    pipe.save(tmp_path / "copy")
+    again = lcm_jax.load(tmp_path / "copy")
+    np.testing.assert_array_equal(
+        pipe("dog face", steps=2, sampler="ddim"), again("dog face", steps=2, sampler="ddim")
+    )
+
+
+def test_lora_is_merged_with_its_weight(pipe: Pipeline, tiny_model: Path, tmp_path: Path) -> None:
+    adapters = lora.init(jax.random.key(0), pipe.params["unet"], rank=2)
+    adapters = jax.tree.map(lambda a: a + 0.3, adapters)
+    save_lora(tmp_path / "pytorch_lora_weights.safetensors", adapters, RULES_UNET)
+    merged = lcm_jax.load(tiny_model, lora=[(tmp_path, 0.5)]).params["unet"]
+    want = lora.merge(pipe.params["unet"], adapters, 0.5)
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_denoiser_is_what_the_sampler_sees(pipe: Pipeline) -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+    prediction = pipe.denoiser("dog face")(x, 500.0)
+    alpha, sigma = (float(f(500.0)) for f in (pipe.generator.schedule.alpha, pipe.generator.schedule.sigma))
+    np.testing.assert_allclose(alpha * prediction.x0 + sigma * prediction.eps, x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"size": (15, 16)}, "multiples of 4"),
+        ({"size": (0, 16)}, "multiples of 4"),
+        ({"sampler": "magic"}, "sampler 'magic' is unknown"),
+        ({"strength": 0.5}, "without an image"),
+        ({"latents": np.zeros((1, 2, 2, 4))}, "latents have shape"),
+        ({"image": np.zeros((16, 16, 4), np.uint8)}, "image: expected uint8"),
+        ({"num_images": 0}, "nothing to draw"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts"),
+    ],
+)
+def test_bad_input_is_one_line(pipe: Pipeline, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe("dog face", **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json"])
+def test_missing_or_truncated_checkpoint_names_the_file(tiny_model: Path, tmp_path: Path, file: str) -> None:
+    import shutil
+
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    data = (broken / file).read_bytes()
+    (broken / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=Path(file).name):
+        lcm_jax.load(broken)
+    (broken / file).unlink()
+    with pytest.raises(FileNotFoundError, match=Path(file).name.split(".")[0]):
+        lcm_jax.load(broken)
+
+
+def test_unknown_model_lists_the_bundled_ones() -> None:
+    with pytest.raises(FileNotFoundError, match="openmoji-teacher"):
+        lcm_jax.load("no-such-model")

@@ -1,0 +1,120 @@
+"""The loop's laws, on a line fitted by gradient descent: exact resume, accumulation, moving average, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lcm_jax.data import Loader
+from lcm_jax.train.loop import LoopConfig, Task, fit
+from lcm_jax.train.optimizer import OptimizerConfig, learning_rate
+from lcm_jax.train.step import TrainState, ema_decay, make_train_step
+
+POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]
+
+
+def line_task(stop_at: int | None = None) -> Task:
+    """y = a x + b, with noise on x that only the step's key decides. Stops with an error after `stop_at` batches."""
+
+    class Interrupted:
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.count = inner, 0
+
+        def __next__(self) -> Any:
+            self.count += 1
+            if stop_at is not None and self.count > stop_at:
+                raise KeyboardInterrupt
+            return next(self.inner)
+
+        def get_state(self) -> dict[str, Any]:
+            return self.inner.get_state()
+
+        def set_state(self, state: dict[str, Any]) -> None:
+            self.inner.set_state(state)
+
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        x = batch["x"] + frozen["noise"] * jax.random.normal(key, batch["x"].shape)
+        error = jnp.mean((params["a"] * x + params["b"] - batch["y"]) ** 2)
+        return error, {"loss": error}
+
+    return Task(
+        init=lambda key: {"a": jax.random.normal(key), "b": jnp.zeros(())},
+        loss=loss,
+        frozen={"noise": jnp.float32(0.01)},
+        batches=lambda batch_size, seed: Interrupted(iter(Loader(POINTS, batch_size, seed))),
+        preview=lambda ema, frozen: {"a": float(ema["a"]), "grid": np.zeros((4, 4, 3), np.uint8)},
+        export=lambda ema, folder: (
+            folder.mkdir(exist_ok=True),
+            np.save(folder / "a.npy", np.asarray(ema["a"])),
+        ),
+    )
+
+
+LOOP = LoopConfig(steps=30, batch_size=8, log_every=5, save_every=10, preview_every=15, ema=0.9)
+OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=5, decay="cosine")
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(line_task(stop_at=17), LOOP, OPTIMIZER, tmp_path / "killed")
+    resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "killed")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert (tmp_path / "killed" / "export" / "a.npy").is_file()
+    assert list((tmp_path / "killed" / "tensorboard").glob("events*"))
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    state = fit(line_task(), LoopConfig(steps=300, batch_size=8, save_every=300), OPTIMIZER, tmp_path)
+    np.testing.assert_allclose([state.ema["a"], state.ema["b"]], [2.0, 1.0], atol=0.1)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        value = jnp.mean((params - batch) ** 2)
+        return value, {"loss": value}
+
+    batch = jnp.arange(8.0)
+    results = []
+    for parts in (1, 4):
+        tx = optax.sgd(0.1)
+        step = make_train_step(loss, tx, decay=0.9, seed=0, accumulate=parts)
+        results.append(step(TrainState.create(jnp.float32(1.0), tx), {}, batch)[0].params)
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+
+
+def test_the_average_forgets_its_start() -> None:
+    assert float(ema_decay(jnp.int32(0), 0.999)) == pytest.approx(0.1)
+    assert float(ema_decay(jnp.int32(10**6), 0.999)) == pytest.approx(0.999)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero() -> None:
+    rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup=10, decay="cosine"), 100)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.5, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 0}, "loop.steps is 0"), ({"batch_size": 8, "accumulate": 3}, "does not divide")],
+)
+def test_bad_loops_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoopConfig(**options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="learning-rate"):
+        fit(line_task(), LOOP, OptimizerConfig(learning_rate=1e30, warmup=0, clip=0), tmp_path)
+
+
+def test_fewer_steps_than_done_is_refused(tmp_path: Path) -> None:
+    fit(line_task(), LOOP, OPTIMIZER, tmp_path)
+    with pytest.raises(ValueError, match="beyond --steps 20"):
+        fit(line_task(), LoopConfig(steps=20, batch_size=8), OPTIMIZER, tmp_path)

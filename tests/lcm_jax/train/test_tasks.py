@@ -1,0 +1,159 @@
+"""Every task of the library, and every registered config, for a few tiny steps from pictures to an export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import lcm_jax
+from lcm_jax import configs
+from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation, LatentConsistencyFinetuning
+from lcm_jax.schedules import DDPM
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.loop import LoopConfig
+from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.train.tasks.contrastive import ContrastiveTask, move
+from lcm_jax.train.tasks.diffusion import DiffusionTask
+from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig, graft
+from lcm_jax.weights.folders import Component, load_component
+from mmdit.text import Tokenizer
+from vae16 import DiscriminatorConfig, LossConfig
+
+LOOP = LoopConfig(steps=2, batch_size=4, log_every=1, save_every=2, preview_every=2)
+SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LCM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def data(pictures: Path) -> DataConfig:
+    return DataConfig(name=f"folder:{pictures}", size=16)
+
+
+def run(task: object, workdir: Path) -> Path:
+    TrainConfig(task=task, loop=LOOP, optimizer=OptimizerConfig(warmup=1)).run(workdir)
+    return workdir / "export"
+
+
+def test_autoencoder_with_a_discriminator(
+    tiny_components: dict[str, Component], data: DataConfig, tmp_path: Path
+) -> None:
+    task = AutoencoderTask(
+        model=tiny_components["vae"].module.config,
+        data=data,
+        validation=data,
+        loss=LossConfig(perceptual_weight=0.0, gan_start=0),
+        discriminator=DiscriminatorConfig(ndf=8, n_layers=1, group_size=4),
+    )
+    vae = load_component(run(task, tmp_path), "vae")
+    mean, _ = vae.module.apply({"params": vae.params}, np.zeros((1, 16, 16, 3), np.float32), method="encode")
+    assert mean.shape == (1, 4, 4, 4)
+    assert vae.module.config.scaling_factor != task.model.scaling_factor
+
+
+def test_clip(tiny_components: dict[str, Component], data: DataConfig, tmp_path: Path) -> None:
+    task = ContrastiveTask(
+        text=tiny_components["text_encoder"].module.config,
+        vision=tiny_components["image_encoder"].module.config,
+        vocabulary=600,
+        data=data,
+        validation=data,
+        shift=1,
+    )
+    export = run(task, tmp_path)
+    text, tokenizer = load_component(export, "text_encoder"), Tokenizer.load(export / "tokenizer")
+    assert text.module.config.eos_token_id == tokenizer.eos_token_id
+    assert load_component(export, "image_encoder").module.config.image_size == 16
+
+
+def test_moved_pictures_bring_white_in() -> None:
+    images = np.zeros((8, 16, 16, 3), np.float32)
+    moved = np.asarray(move(jax.random.key(0), images, 2))
+    assert set(np.unique(moved)) == {0.0, 1.0}
+    np.testing.assert_array_equal(np.asarray(move(jax.random.key(0), images, 0)), images)
+
+
+def teacher_task(model: Path, net: object, data: DataConfig, **options: object) -> DiffusionTask:
+    objective = Diffusion(schedule=SCHEDULE, kind="v_prediction")
+    return DiffusionTask(
+        vae=str(model), text=str(model), net=net, data=data, prompts=data, objective=objective, preview_steps=2, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(
+    tiny_model: Path, tiny_components: dict[str, Component], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    data = DataConfig(name=f"folder:{pictures}", size=16)
+    net = tiny_components["unet"].module.config
+    return run(teacher_task(tiny_model, net, data), tmp_path_factory.mktemp("teacher"))
+
+
+def test_teacher_is_a_pipeline_that_keeps_its_parameterization(teacher: Path) -> None:
+    pipe = lcm_jax.load(teacher)
+    assert pipe.generator.kind == "v_prediction"
+    assert pipe.default_sampler == "ddim"
+    assert pipe("dog face", steps=2, sampler="ddim", guidance=2.0).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("objective", [LatentConsistencyDistillation, LatentConsistencyFinetuning])
+def test_student_embeds_guidance(
+    objective: type, teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path
+) -> None:
+    task = ConsistencyTask(
+        teacher=str(teacher), vae=str(tiny_model), text=str(tiny_model), data=data, prompts=data,
+        objective=objective(schedule=DDPM(), w_min=0.0, w_max=4.0),
+    )  # fmt: skip
+    pipe = lcm_jax.load(run(task, tmp_path))
+    assert pipe.generator.embeds_guidance
+    assert pipe.generator.kind == "v_prediction"
+    assert pipe.default_sampler == "lcm"
+    assert pipe("dog face", steps=4, guidance=3.0).shape == (1, 16, 16, 3)
+
+
+def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:
+    task = ConsistencyTask(
+        teacher=str(teacher), vae=str(tiny_model), text=str(tiny_model), data=data, prompts=data, lora=LoraConfig(rank=2),
+        objective=LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0, target="online"),
+    )  # fmt: skip
+    adapters = run(task, tmp_path)
+    pipe = lcm_jax.load(teacher, lora=adapters)
+    assert not pipe.generator.embeds_guidance
+    assert pipe("dog face", steps=4).shape == (1, 16, 16, 3)
+
+
+def test_student_starts_as_its_teacher(teacher: Path) -> None:
+    trained = load_component(teacher, "unet").params
+    fresh = jax.tree.map(np.zeros_like, trained) | {"new": {"kernel": np.zeros(3)}}
+    grafted = graft(fresh, trained)
+    assert set(grafted) == set(trained) | {"new"}
+    for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves({k: grafted[k] for k in trained}), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_net_for_other_latents_is_refused(tiny_model: Path, tiny_components: dict[str, Component], data: DataConfig) -> None:
+    net = replace(tiny_components["unet"].module.config, in_channels=8, out_channels=8)
+    with pytest.raises(ValueError, match="in_channels is 8, but the VAE has 4"):
+        teacher_task(tiny_model, net, data).build()
+
+
+@pytest.mark.parametrize("name", sorted(configs.CONFIGS))
+def test_registered_configs_are_made_and_named(name: str) -> None:
+    assert isinstance(configs.get(name), TrainConfig)
+
+
+def test_an_unknown_config_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean openmoji_teacher"):
+        configs.get("openmoji_teache")
