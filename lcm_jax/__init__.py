@@ -5,5 +5,6 @@
 """
 
 from lcm_jax.pipeline import Pipeline, load
+from lcm_jax.weights.lora import load_lora, save_lora
 
-__all__ = ["Pipeline", "load"]
+__all__ = ["Pipeline", "load", "load_lora", "save_lora"]

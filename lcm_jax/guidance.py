@@ -52,5 +52,4 @@ def cfg(
 
 
 def _std(y: Image) -> Float[Array, "b 1 1 1"]:
-    # ddof=1 is torch's default, hence diffusers'
-    return jnp.std(y, axis=tuple(range(1, y.ndim)), keepdims=True, ddof=1)
+    return jnp.std(y, axis=tuple(range(1, y.ndim)), keepdims=True)

@@ -43,6 +43,7 @@ class Family:
     stem: str  # file name without .safetensors
     library: str  # what model_index.json names
     optional: Sequence[str] = ()
+    prefix: str = ""  # of the tower's names; transformers 5 leaves it out in some files
 
 
 def _images(config: AutoencoderConfig) -> Sequence[Any]:
@@ -70,6 +71,7 @@ def _text(projection: bool) -> Family:
         stem="model",
         library="transformers",
         optional=OPTIONAL_CLIP,
+        prefix="text_model.",
     )
 
 
@@ -100,8 +102,10 @@ FAMILIES: Mapping[str, Family] = {
         stem="model",
         library="transformers",
         optional=OPTIONAL_CLIP,
+        prefix="vision_model.",
     ),
 }
+_TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
 def class_name(module: Any) -> str:
@@ -131,6 +135,8 @@ def load_component(folder: Path, name: str, *, dtype: Any = jnp.float32, variant
     family = FAMILIES[kind]
     module = family.build(family.config.from_dict(values, source=str(place / "config.json")), dtype=dtype)
     tensors = load_tensors(place, stem=family.stem, variant=variant)
+    if family.prefix:
+        tensors = {family.prefix + key if key.startswith(_TOWER) else key: tensor for key, tensor in tensors.items()}
     like = abstract_params(family, module)
     params = from_torch(tensors, like, family.rules, dtype=dtype, optional=family.optional, source=str(place))
     return Component(module, params)

@@ -19,11 +19,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from lcm_jax.lora import Adapters, few, shapes
+from lcm_jax.nets import RULES_UNET
 from lcm_jax.weights.engine import Rules, torch_name
 from lcm_jax.weights.files import read_json, read_metadata, read_safetensors, save_tensors
 
@@ -171,10 +173,13 @@ def _to_kernel(array: np.ndarray, kernel: Any) -> np.ndarray:
     return array.T
 
 
-def load_lora(path: str | Path, like: Any, rules: Rules, *, component: str = "unet") -> Adapters:
+def load_lora(
+    path: str | Path, like: Any = None, rules: Rules = RULES_UNET, *, component: str = "unet"
+) -> Adapters:
     """Adapters for the network whose parameters are shaped as `like`, in float32, from a LoRA file or its folder.
 
-    like: nested dicts of arrays or ShapeDtypeStruct. component: whose keys to take where a file holds several.
+    like: nested dicts of arrays or ShapeDtypeStruct; None takes paths (of a network without stacked layers) and shapes
+    from the file itself, which kohya's names do not allow. component: whose keys to take where a file holds several.
     Layers stacked in one kernel may differ in rank or lack an adapter: they are padded with zeros to the largest rank.
     Raises ValueError that names what the network does not have, what is incomplete and what is mis-shaped.
     """
@@ -183,6 +188,7 @@ def load_lora(path: str | Path, like: Any, rules: Rules, *, component: str = "un
     path = _find(path)
     groups = _split(read_safetensors(path), component, path)
     config = _config(path, component)
+    like = _skeleton(groups, path) if like is None else like
     places, kernels = _places(like, rules), traverse_util.flatten_dict(like, sep="/")
     parts: dict[str, list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]] = {}
     unknown, incomplete, misshaped = [], [], []
@@ -211,6 +217,20 @@ def load_lora(path: str | Path, like: Any, rules: Rules, *, component: str = "un
     return {name: _assemble(kernels[name], layers) for name, layers in parts.items()}
 
 
+def _skeleton(groups: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> Any:
+    """The kernels that a file with dotted module names adapts, as ShapeDtypeStruct."""
+    kernels = {}
+    for module, group in groups.items():
+        if "." not in module:
+            raise ValueError(f"{path}: the name {module} does not say where it belongs; pass like=pipe.params['unet']")
+        if "down" not in group or "up" not in group:
+            raise ValueError(f"{path}: does not fit the network: {few('modules without both halves', [module])}")
+        shape = (*group["down"].shape[2:], group["down"].shape[1], group["up"].shape[0])
+        name = re.sub(r"\.(\d+)", r"_\1", module).replace(".", "/")
+        kernels[f"{name}/kernel"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return traverse_util.unflatten_dict(kernels, sep="/")
+
+
 def _assemble(kernel: Any, layers: list[tuple[tuple[int, ...], np.ndarray, np.ndarray, float]]) -> dict[str, Any]:
     """The adapter of a kernel from (index, down, up, alpha) of its layers; alpha grows with the rank padded to."""
     rank = max(down.shape[-1] for _, down, _, _ in layers)
@@ -228,7 +248,7 @@ def _assemble(kernel: Any, layers: list[tuple[tuple[int, ...], np.ndarray, np.nd
 def save_lora(
     path: str | Path,
     adapters: Adapters,
-    rules: Rules,
+    rules: Rules = RULES_UNET,
     *,
     format: Format = "peft",
     component: str = "unet",

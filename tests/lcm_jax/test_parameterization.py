@@ -50,7 +50,8 @@ def test_bind_passes_network_time_and_cond() -> None:
         return (params["scale"] * x).astype(jnp.bfloat16)
 
     prediction = bind(apply, {"scale": 2.0}, {"context": EPS}, schedule, "flow")(X0, 0.25)
-    assert float(seen["t"]) == 250.0 and seen["cond"]["context"] is EPS
+    assert float(seen["t"]) == 250.0
+    assert seen["cond"]["context"] is EPS
     assert prediction.x0.dtype == jnp.float32
     np.testing.assert_allclose(0.75 * prediction.x0 + 0.25 * prediction.eps, X0, rtol=1e-5, atol=1e-6)
 

@@ -37,7 +37,7 @@ def test_one_compilation_for_any_number_of_steps() -> None:
     traces = []
 
     @jax.jit
-    def run(grid, x, key):  # noqa: ANN001, ANN202
+    def run(grid, x, key):
         traces.append(None)
         return sample(denoise, SCHEDULE, LCM(), grid, x, key)
 
@@ -98,7 +98,8 @@ def test_flow_grid() -> None:
     twice, once = flow_grid(50, FLOW), flow_grid(50, FLOW, double_shift=False)
     assert float(FLOW.sigma(twice[-2])) == pytest.approx(0.00893, abs=1e-5)
     assert float(FLOW.sigma(once[-2])) == pytest.approx(0.00299, abs=1e-5)
-    assert twice[0] == 1.0 and twice[-1] == 0.0
+    assert twice[0] == 1.0
+    assert twice[-1] == 0.0
 
 
 def test_strength_drops_the_first_steps() -> None:
@@ -153,7 +154,7 @@ def test_init_scale() -> None:
         (lambda: Spacing.from_config({"use_karras_sigmas": True}), "use_karras_sigmas is unsupported"),
     ],
 )
-def test_bad_input(call, message: str) -> None:  # noqa: ANN001
+def test_bad_input(call, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)

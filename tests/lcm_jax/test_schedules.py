@@ -52,7 +52,8 @@ def test_time_at_inverts_log_snr(schedule: Schedule) -> None:
 def test_batches_jit_and_hash(schedule: Schedule) -> None:
     t = jnp.asarray([0.3, 0.9]) * schedule.t_max
     once = jax.jit(lambda schedule, t: schedule.alpha(t), static_argnums=0)(schedule, t)
-    assert once.shape == (2,) and once.dtype == jnp.float32
+    assert once.shape == (2,)
+    assert once.dtype == jnp.float32
     np.testing.assert_allclose(once, [schedule.alpha(t[0]), schedule.alpha(t[1])], rtol=1e-6)
     assert hash(schedule) == hash(type(schedule)(**vars(schedule)))
 

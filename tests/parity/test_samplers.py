@@ -30,7 +30,7 @@ LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 X = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
 NOISE = np.random.default_rng(1).standard_normal((50, *SHAPE)).astype(np.float32)
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True)

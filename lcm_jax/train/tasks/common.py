@@ -36,6 +36,8 @@ def loader(source: Source, **options: object) -> Callable[[int, int], LoaderIter
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:
-    """Rows of `columns` pictures as one picture; a last row that is not full is left out."""
-    rows = len(images) // columns
-    return rearrange(images[: rows * columns], "(r q) h w c -> (r h) (q w) c", r=rows)
+    """Rows of at most `columns` pictures as one picture, white where the last row ends early."""
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    filled = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], constant_values=255)
+    return rearrange(filled, "(r q) h w c -> (r h) (q w) c", q=columns)

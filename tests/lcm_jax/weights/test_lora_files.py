@@ -48,6 +48,15 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_without_a_network_the_file_says_where(tmp_path, adapters):
+    dense = {k: v for k, v in adapters.items() if "transformer_blocks" not in k}
+    save_lora(tmp_path / "a.safetensors", dense)
+    assert_same(load_lora(tmp_path / "a.safetensors"), dense)
+    save_lora(tmp_path / "k.safetensors", dense, format="kohya")
+    with pytest.raises(ValueError, match="like="):
+        load_lora(tmp_path / "k.safetensors")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
 def test_there_and_back(tmp_path, params, adapters, format, component):
