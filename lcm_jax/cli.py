@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in ~/.cache/lcm_jax/compiled (LCM_JAX_CACHE moves it), unless JAX is told another place."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("LCM_JAX_CACHE") or Path.home() / ".cache" / "lcm_jax")
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -201,7 +201,7 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     require("train")
-    from lcm_jax import configs
+    import lcm_jax.configs as configs
 
     config = override(configs.get(arguments.config), overrides, arguments.config)
     workdir = arguments.workdir or Path("runs") / arguments.config
@@ -224,7 +224,7 @@ def override(config: Any, overrides: Sequence[str], name: str) -> Any:
         try:
             return tyro.cli(type(config), default=config, args=list(overrides))
         except SystemExit:
-            words = " ".join(said.getvalue().translate(str.maketrans(dict.fromkeys("│╭╮╰╯─", " "))).split())
+            words = " ".join(re.sub("[│╭╮╰╯─]", " ", said.getvalue()).split())
     reason = re.search(r"(Error parsing .*?|Missing value.*?|Unrecognized .*?)(?= -{4,}|$)", words)
     raise ValueError(f"config {name}: {reason.group(1) if reason else words}")
 

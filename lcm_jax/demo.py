@@ -82,7 +82,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
     for column in columns(guidance):
         if column.model not in loaded:
             loaded = {column.model: pipes[column.model]()}  # one model in memory at a time
-        options = {"sampler": column.sampler, "steps": column.steps, "guidance": column.guidance}
+        options: dict[str, Any] = {"sampler": column.sampler, "steps": column.steps, "guidance": column.guidance}
         title = column.title.replace("\n", " ")
         made, seconds = generate(loaded[column.model], [*PROMPTS, *captions], seed=seed, title=title, **options)
         scores = clip.score(real, made[len(PROMPTS) :], captions)

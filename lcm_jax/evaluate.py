@@ -114,7 +114,7 @@ def evaluate(
 
 def reconstruction(pipe: Pipeline, images: Pictures, *, batch_size: int = 32) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of pictures through the autoencoder: latent mean, decoded, as uint8."""
-    vae = pipe.generator.vae
+    vae: Any = pipe.generator.vae
 
     @jax.jit
     def decode(params: Params, z: Array) -> Array:
@@ -127,6 +127,6 @@ def reconstruction(pipe: Pipeline, images: Pictures, *, batch_size: int = 32) ->
         made.append(np.asarray(decode(pipe.params["vae"], pipe.encode_image(padded)))[: len(batch)])
     again = np.concatenate(made)
     return {
-        "psnr": float(np.mean(psnr(images, again, data_range=255.0))),
-        "ssim": float(np.mean(ssim(images, again, data_range=255.0))),
+        "psnr": float(np.mean(psnr(jnp.asarray(images), jnp.asarray(again), data_range=255.0))),
+        "ssim": float(np.mean(ssim(jnp.asarray(images), jnp.asarray(again), data_range=255.0))),
     }

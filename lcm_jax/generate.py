@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lcm_jax.consistency import consistency
 from lcm_jax.guidance import cfg
 from lcm_jax.parameterization import bind
 from lcm_jax.sampling import Grid, Sampler, sample
-from lcm_jax.typing import Cond, Denoiser, Image, Key, Kind, Params, Schedule
+from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule
 from vae16 import AutoencoderKL, unscale
+
+
+def as_apply(net: Any) -> Apply:
+    """A flax module as the pure function that the mathematics takes."""
+    return lambda params, x, t, cond: net.apply({"params": params}, x, t, cond)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +43,7 @@ class Generator:
         guided: static, whether classifier-free guidance is run (two rows for each picture).
         """
 
-        def apply(params: Params, x: Image, t: Array, cond: Cond) -> Image:
-            return self.net.apply({"params": params}, x, t, cond)
-
+        apply = as_apply(self.net)
         if self.embeds_guidance:
             rows = next(iter(cond.values())).shape[0]
             w = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32) - 1.0, (rows,))
@@ -72,11 +74,11 @@ class Generator:
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
         """Pictures of clean latents."""
-        images = self.vae.apply({"params": vae_params}, unscale(latents, self.vae.config), method="decode")
-        return to_uint8(images)
+        vae: Any = self.vae
+        return to_uint8(vae.apply({"params": vae_params}, unscale(latents, vae.config), method="decode"))
 
 
-def to_float(images: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+def to_float(images: UInt8[Array, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:
     """0 ... 255 to [-1, 1]."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
@@ -86,6 +88,3 @@ def to_uint8(images: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
     return jnp.clip(jnp.round((images.astype(jnp.float32) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def repeat(cond: Mapping[str, Array], rows: int) -> dict[str, Array]:
-    """One row of conditioning for each of `rows` pictures."""
-    return jax.tree.map(lambda a: jnp.broadcast_to(a[:1], (rows, *a.shape[1:])), dict(cond))

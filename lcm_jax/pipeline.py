@@ -116,7 +116,7 @@ class Pipeline:
         length = self.folder.components["text_encoder"].module.config.max_position_embeddings
         return self._encode_ids(self.params["text_encoder"], jnp.asarray(self.folder.tokenizer(list(prompts), length)))
 
-    def encode_image(self, image: UInt8[Array, "n h w 3"]) -> Image:
+    def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
         """Pictures to latents in the UNet's units (the posterior's mean)."""
         return self._encode_image(self.params["vae"], jnp.asarray(image))
 

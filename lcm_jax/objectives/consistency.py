@@ -99,7 +99,7 @@ class LatentConsistency(ABC):
         w = jax.random.uniform(w_key, (n,), minval=self.w_min, maxval=self.w_max)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         z = add_noise(self.schedule, x0, eps, t)
-        z_s = jax.lax.stop_gradient(self.earlier(nets, x0, eps, z, t, s, cond, w))
+        z_s = self.earlier(nets, x0, eps, z, t, s, cond, w)
         student_cond = {**cond, "guidance": w} if self.embed_w else cond
         slow = nets.student if self.target == "online" else nets.target
         aim = jax.lax.stop_gradient(self.solution(nets, slow, student_cond, z_s, s))

@@ -120,7 +120,7 @@ def abstract_params(family: Family, module: nn.Module) -> Params:
     """Shapes and dtypes of a module's parameters; nothing is computed."""
 
     def init() -> Params:
-        return module.init(jax.random.key(0), *family.example(module.config))["params"]  # type: ignore[attr-defined]
+        return module.init(jax.random.key(0), *family.example(module.config))["params"]
 
     return jax.eval_shape(init)
 

@@ -64,7 +64,7 @@ def test_every_config_takes_overrides(name: str) -> None:
         (["sample", "--model", "nothing", "--prompt", "x"], "nothing"),
         (["sample", "--model", "TINY", "--prompt", "x", "--steps", "0"], "steps is 0"),
         (["sample", "--model", "TINY", "--prompt", "x", "--steps", "-3"], "steps is -3"),
-        (["sample", "--model", "TINY", "--prompt", "x", "--size", "15", "16"], "multiples of 4"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--size", "15", "16"], "multiples of 2"),
         (["sample", "--model", "TINY", "--prompt", "x", "--image", "none.png"], "none.png"),
         (["sample", "--model", "TINY", "--prompt", "x", "--lora", "none.safetensors"], "none.safetensors"),
         (["sample", "--model", "TINY", "--prompt", "x", "--nonsense"], "--nonsense"),

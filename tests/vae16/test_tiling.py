@@ -56,28 +56,37 @@ def test_a_tile_that_holds_the_image_is_exactly_whole(vae):
     np.testing.assert_array_equal(jax.jit(lambda z: decode_tiled(module, params, z, tile=8, overlap=2))(z), whole)
 
 
+def waves(size: int, period: int, c: int) -> jax.Array:
+    """Smooth and stationary: every tile of whole periods has the same norm statistics as the whole image."""
+    angle = 2 * jnp.pi * jnp.arange(size) / period
+    phase = jnp.arange(c) * 0.7
+    return (jnp.sin(angle[:, None, None] + phase) + jnp.cos(angle[None, :, None] - phase))[None]
+
+
 def test_tiled_decode_of_a_smooth_latent_has_no_seams(vae):
-    """Norm statistics differ from tile to tile, so equality is not exact; a seam would show as a jump of gradients."""
+    """What remains is the random network's response to the zero padding at tile borders, faded out by the ramps."""
     module, params = vae
-    z = smooth(40, 40, 4)
+    z = waves(48, 8, 4)
     whole = jax.jit(lambda z: module.apply({"params": params}, z, method="decode"))(z)
-    got = jax.jit(lambda z: decode_tiled(module, params, z, tile=24, overlap=12))(z)
-    assert got.shape == whole.shape
-    spread = float(whole.std())
-    assert float(jnp.abs(got - whole).mean()) < 0.25 * spread
-    inner = np.s_[:, 4:-4, 4:-4]  # a random network's response to the zero padding at the image's border
-    for axis in (1, 2):
-        assert jnp.abs(jnp.diff(got[inner], axis=axis)).max() < 2 * jnp.abs(jnp.diff(whole[inner], axis=axis)).max()
+    blended, butted = (
+        jax.jit(lambda z, overlap=overlap: decode_tiled(module, params, z, tile=32, overlap=overlap))(z) - whole
+        for overlap in (16, 0)
+    )
+    assert blended.shape == whole.shape
+    assert float(jnp.abs(blended).mean()) < 0.1 * float(whole.std())
+    for axis in (1, 2):  # a seam is a jump of the error from one pixel to the next
+        jump, seam = (jnp.abs(jnp.diff(y[:, 4:-4, 4:-4], axis=axis)).max() for y in (blended, butted))
+        assert jump < 0.5 * seam
 
 
 def test_tiled_encode_is_close_to_whole(vae):
     module, params = vae
-    x = smooth(64, 48, 3)
+    x = waves(64, 16, 3)[:, :, :48]
     mean, logvar = jax.jit(lambda x: encode_tiled(module, params, x, tile=32, overlap=12))(x)
     want, want_logvar = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))(x)
     assert mean.shape == logvar.shape == want.shape
     for a, b in ((mean, want), (logvar, want_logvar)):
-        assert float(jnp.abs(a - b).mean()) < 0.25 * float(b.std())
+        assert float(jnp.abs(a - b).mean()) < 0.2 * float(b.std())
 
 
 def test_sliced_equals_batched(vae):

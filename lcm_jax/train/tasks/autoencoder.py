@@ -54,13 +54,13 @@ class AutoencoderTask:
 
         def preview(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
             made = np.asarray(to_uint8(reconstruct(ema, to_float(shown))))
-            quality = float(jnp.mean(psnr(shown, made, data_range=255.0)))
+            quality = float(jnp.mean(psnr(jnp.asarray(shown), jnp.asarray(made), data_range=255.0)))
             return {"validation": grid(np.concatenate([shown, made]), 8), "validation_psnr": quality}
 
         def export(ema: Params, folder: Path) -> None:
             encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
             pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
-            means = np.concatenate([encode(ema, to_float(p))[0] for p in np.array_split(pictures, 8)])
+            means = np.concatenate([encode(ema, to_float(pictures[i : i + 64]))[0] for i in range(0, len(pictures), 64)])
             config = replace(
                 self.model, shift_factor=float(means.mean()), scaling_factor=float(1.0 / means.std()), sample_size=size
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
 
 from lcm_jax.data import Loader, LoaderIterator, Source, load_source
+from lcm_jax.data.loader import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +32,9 @@ def captions(data: DataConfig, most: int) -> list[str]:
     return [source[i]["caption"] for i in range(min(most, len(source)))]
 
 
-def loader(source: Source, **options: object) -> Callable[[int, int], LoaderIterator]:
-    """(batch size, seed) -> resumable iterator over `source`."""
-    return lambda batch_size, seed: iter(Loader(source, batch_size, seed, **options))  # type: ignore[arg-type]
+def loader(source: Any, transform: Transform | None = None) -> Callable[[int, int], LoaderIterator]:
+    """(batch size, seed) -> resumable iterator over random-access records, each passed through `transform`."""
+    return lambda batch_size, seed: iter(Loader(source, batch_size, seed, transform=transform))
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:

@@ -63,8 +63,8 @@ class ContrastiveTask:
             value, metrics = compare(params, batch, key)
             return value, {"loss": value, **metrics}
 
-        unseen = [transform(held_out[i]) for i in range(len(held_out))]
-        unseen = {name: np.stack([row[name] for row in unseen]) for name in ("image", "ids")}
+        rows = [transform(held_out[i]) for i in range(len(held_out))]
+        unseen = {name: np.stack([row[name] for row in rows]) for name in ("image", "ids")}
         retrieve = jax.jit(lambda params, batch: compare(params, batch, None))
 
         def preview(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
@@ -73,10 +73,10 @@ class ContrastiveTask:
 
         def export(ema: Params, folder: Path) -> None:
             tree = jax.device_get(ema)
-            towers = {"text_encoder": (clip.text, ("text_model", "text_projection"))}
-            towers["image_encoder"] = (clip.vision, ("vision_model", "visual_projection"))
-            for name, (module, keys) in towers.items():
-                save_component(folder, name, Component(module, {key: tree[key] for key in keys}))
+            text_tree = {key: tree[key] for key in ("text_model", "text_projection")}
+            vision_tree = {key: tree[key] for key in ("vision_model", "visual_projection")}
+            save_component(folder, "text_encoder", Component(clip.text, text_tree))
+            save_component(folder, "image_encoder", Component(clip.vision, vision_tree))
             train_tokenizer(captions, self.vocabulary, folder / "tokenizer", length)
 
         batches = loader(source, transform=transform)

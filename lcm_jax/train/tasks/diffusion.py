@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lcm_jax.generate import Generator
+from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
 from lcm_jax.objectives import Diffusion
 from lcm_jax.schedules import DDPM
@@ -16,7 +16,7 @@ from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions, loader
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
-from lcm_jax.typing import Array, Image, Key, Nets, Params
+from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.folders import Component
 
 
@@ -41,14 +41,11 @@ class DiffusionTask(LatentTask):
         def init(key: Key) -> Params:
             return net.init(key, *example_inputs(self.net))["params"]
 
-        def apply(params: Params, x: Image, t: Array, cond: dict[str, Array]) -> Image:
-            return net.apply({"params": params}, x, t, cond)
-
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
             draw, rest = jax.random.split(key)
-            return self.objective(Nets(apply, params, null=frozen["null"]), draw_latents(draw, batch), rest)
+            return self.objective(Nets(as_apply(net), params, null=frozen["null"]), draw_latents(draw, batch), rest)
 
         generator = Generator(
             net=net, vae=conditioner.vae.module, schedule=self.objective.schedule, kind=self.objective.kind

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax import lora
-from lcm_jax.generate import Generator
+from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets import RULES_UNET, UNet, example_inputs
 from lcm_jax.objectives import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.schedules import DDPM
@@ -18,7 +18,7 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions, loader
 from lcm_jax.train.tasks.diffusion import check_fit
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
-from lcm_jax.typing import Array, Image, Key, Nets, Params
+from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
@@ -78,15 +78,12 @@ class ConsistencyTask(LatentTask):
         def student(params: Params, frozen: Params) -> Params:
             return params if adapted is None else lora.merge(frozen["teacher"], params)
 
-        def apply(params: Params, x: Image, t: Array, cond: dict[str, Array]) -> Image:
-            return net.apply({"params": params}, x, t, cond)
-
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
             draw, rest = jax.random.split(key)
             target = student(ema, frozen) if objective.target == "ema" else None
-            nets = Nets(apply, student(params, frozen), target, frozen["teacher"], frozen["null"])
+            nets = Nets(as_apply(net), student(params, frozen), target, frozen["teacher"], frozen["null"])
             return objective(nets, draw_latents(draw, batch), rest)
 
         generator = Generator(

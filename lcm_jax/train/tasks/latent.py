@@ -22,7 +22,7 @@ from lcm_jax.weights.folders import Component, Folder, load_component, save_fold
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.scheduler import scheduler_config
 from mmdit.text import Encoding, Tokenizer, stable_diffusion
-from vae16 import AutoencoderKL, scale
+from vae16 import scale
 
 ENCODE_BATCH = 32
 
@@ -62,7 +62,7 @@ class Conditioner:
 
     def encode_source(self, source: Source, described: dict[str, Any]) -> Cache:
         """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once."""
-        vae: AutoencoderKL = self.vae.module
+        vae = self.vae.module
 
         @jax.jit
         def encode(params: Params, images: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""The UNet's laws: stacking and recomputing change nothing, the w-embedding starts as nothing, sizes are as published."""
+"""Laws of the UNet: stacking and recomputing change nothing, the w-embedding starts as nothing, sizes are as published."""
 
 from __future__ import annotations
 

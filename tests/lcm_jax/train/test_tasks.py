@@ -59,7 +59,7 @@ def test_autoencoder_with_a_discriminator(
     )
     vae = load_component(run(task, tmp_path), "vae")
     mean, _ = vae.module.apply({"params": vae.params}, np.zeros((1, 16, 16, 3), np.float32), method="encode")
-    assert mean.shape == (1, 4, 4, 4)
+    assert mean.shape == (1, 8, 8, 4)
     assert vae.module.config.scaling_factor != task.model.scaling_factor
 
 
