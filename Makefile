@@ -1,5 +1,7 @@
 # make demo: from a bare clone to pictures.  make test: the fast tests.  Only python3 and make are needed.
 PYTHON ?= python3
+# Two processes: most of a test is compilation, which runs on one core.
+PARALLEL ?= -n 2 --dist loadfile
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip
 PY     := $(VENV)/bin/python
@@ -10,10 +12,10 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/lcm-jax demo --out out/demo
 
 test: $(VENV)/.tests lint
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/.tests lint
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .

@@ -36,7 +36,7 @@ def openmoji_vae() -> TrainConfig:
             model=model,
             loss=LossConfig(reduction="mean", perceptual_weight=0.0, kl_weight=1e-3, gan_weight=0.0, gan_start=0),
         ),
-        loop=LoopConfig(steps=8000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
+        loop=LoopConfig(steps=5000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
     )
 
@@ -98,7 +98,7 @@ def openmoji_teacher() -> TrainConfig:
 
 @register
 def openmoji_lcm() -> TrainConfig:
-    """The teacher's student with a w-embedding: latent consistency distillation as in the paper, at a mini model's pace."""
+    """The teacher's student with a w-embedding: distilled as in the paper, at a mini model's pace."""
     objective = LatentConsistencyDistillation(schedule=SCHEDULE, w_min=0.0, w_max=5.0, loss="huber", huber_c=1e-2)
     return TrainConfig(
         task=ConsistencyTask(objective=objective),

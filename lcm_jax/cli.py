@@ -24,10 +24,10 @@ from PIL import UnidentifiedImageError
 
 from lcm_jax import demo
 from lcm_jax.evaluate import ClipMetric, evaluate, reconstruction
+from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.pipeline import Pipeline, load
 from lcm_jax.sampling import SAMPLERS
-from lcm_jax.extras import require
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,11 +55,13 @@ def use_compilation_cache() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models and Stable Diffusion in JAX.")
+    parser = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
         sub.set_defaults(run=run)
         return sub
 
@@ -156,7 +158,9 @@ def _names(out: Path, prompts: Sequence[str], each: int) -> list[Path]:
         if len(prompts) * each > 1:
             raise ValueError(f"--out {out}: {len(prompts) * each} pictures do not fit in one file; name a folder")
         return [out]
-    slugs = ["-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture" for prompt in prompts]
+    slugs = [
+        "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture" for prompt in prompts
+    ]
     return [out / f"{slug}-{i}.png" for slug in slugs for i in range(each)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -100,7 +100,9 @@ class Pipeline:
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
         noise = jax.random.normal(noise_key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
         if noise.shape != shape:
-            raise ValueError(f"latents have shape {noise.shape}; {shape} is needed for {len(prompts)} pictures of this size")
+            raise ValueError(
+                f"latents have shape {noise.shape}; {shape} is needed for {len(prompts)} pictures of this size"
+            )
         if image is None:
             x = noise * spec.init_scale(self.generator.schedule, times, self.spacing)
         else:
@@ -108,7 +110,16 @@ class Pipeline:
         guided = guidance != 1.0 and not self.generator.embeds_guidance
         cond = self.encode_prompt(prompts)
         null = self.encode_prompt(negatives) if guided else cond
-        arguments = (self.params["unet"], self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
+        arguments = (
+            self.params["unet"],
+            self.params["vae"],
+            cond,
+            null,
+            x,
+            pad(times),
+            jnp.float32(guidance),
+            sample_key,
+        )
         return np.asarray(self._draw(*arguments, sampler=spec, guided=guided))
 
     def encode_prompt(self, prompts: Sequence[str]) -> dict[str, Array]:
@@ -149,7 +160,9 @@ class Pipeline:
             raise ValueError(f"image: expected uint8 (h, w, 3) or (n, h, w, 3), got {image.dtype} {image.shape}")
         image = image[None] if image.ndim == 3 else image
         if image.shape[1:3] != size:
-            raise ValueError(f"image is {image.shape[1]}x{image.shape[2]}, size asks for {size[0]}x{size[1]}: resize it")
+            raise ValueError(
+                f"image is {image.shape[1]}x{image.shape[2]}, size asks for {size[0]}x{size[1]}: resize it"
+            )
         if len(noise) % len(image):
             raise ValueError(f"image: {len(image)} pictures for {len(noise)} prompts")
         x0 = jnp.repeat(self.encode_image(image), len(noise) // len(image), axis=0)

@@ -92,7 +92,9 @@ def tiny_model(tiny_components: dict[str, Component], tmp_path_factory: pytest.T
     text = tiny_components["text_encoder"].module.config
     assert tokenizer.eos_token_id <= text.vocab_size
     parts = {name: tiny_components[name] for name in ("unet", "vae", "text_encoder")}
-    config = scheduler_config(DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), "epsilon", "ddim")
+    config = scheduler_config(
+        DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), "epsilon", "ddim"
+    )
     save_folder(folder / "model", Folder(components=parts, tokenizer=tokenizer, scheduler=config))
     save_component(folder / "model", "image_encoder", tiny_components["image_encoder"])
     return folder / "model"

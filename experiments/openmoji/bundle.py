@@ -34,7 +34,9 @@ def main(runs: Path) -> None:
     unet = load_component(teacher, "unet")
     save_component(TARGET, "unet_teacher", unet, dtype=half)
     shutil.copytree(teacher / "scheduler", TARGET / "scheduler_teacher")
-    save_component(TARGET, "image_encoder", load_component(runs / "openmoji_clip" / "export", "image_encoder"), dtype=half)
+    save_component(
+        TARGET, "image_encoder", load_component(runs / "openmoji_clip" / "export", "image_encoder"), dtype=half
+    )
     adapters = load_lora(runs / "openmoji_lcm_lora" / "export", unet.params, RULES_UNET)
     save_lora(TARGET / "lora" / "pytorch_lora_weights.safetensors", adapters, RULES_UNET, dtype=half)
 

@@ -12,13 +12,13 @@ import optax
 from lcm_jax.typing import Array, Key, Params
 
 Metrics = dict[str, Array]
-# (params, ema, frozen, batch, key, step) -> (loss, metrics). `frozen` are the trees that never change (teacher, VAE ...):
-# they are arguments rather than closed-over constants, so that compilation does not copy them into the program.
+# (params, ema, frozen, batch, key, step) -> (loss, metrics). `frozen` are the trees that never change (teacher, VAE):
+# arguments rather than closed-over constants, so that compilation does not copy them into the program.
 Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]]
 
 
 class TrainState(NamedTuple):
-    """All that changes while training. The random stream is `fold_in(key(seed), step)`, so a step number restores it."""
+    """What changes while training. The random stream is `fold_in(key(seed), step)`: the step number restores it."""
 
     step: Array  # () int32
     params: Params
@@ -41,8 +41,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Compiled `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
 
-    With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update as
-    the whole batch at once (for losses that are means over examples), at 1/m of the activation memory.
+    With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update
+    as the whole batch at once (for losses that are means over examples), at 1/m of the activation memory.
     """
 
     def gradients(state: TrainState, frozen: Params, batch: Any, key: Key) -> tuple[Params, Metrics]:

@@ -176,7 +176,9 @@ def load_folder(location: Location, *, dtype: Any = jnp.float32, variant: str | 
     names = [name for name in known if (index.get(name) or [None])[0] is not None]
     for needed in known[:3]:
         if needed not in names:
-            raise ValueError(f"{location.path / 'model_index.json'}: names no {needed}; a text-to-image model needs one")
+            raise ValueError(
+                f"{location.path / 'model_index.json'}: names no {needed}; a text-to-image model needs one"
+            )
     return Folder(
         components={
             name: load_component(location.path, location.place(name), dtype=dtype, variant=variant) for name in names

@@ -173,9 +173,7 @@ def _to_kernel(array: np.ndarray, kernel: Any) -> np.ndarray:
     return array.T
 
 
-def load_lora(
-    path: str | Path, like: Any = None, rules: Rules = RULES_UNET, *, component: str = "unet"
-) -> Adapters:
+def load_lora(path: str | Path, like: Any = None, rules: Rules = RULES_UNET, *, component: str = "unet") -> Adapters:
     """Adapters for the network whose parameters are shaped as `like`, in float32, from a LoRA file or its folder.
 
     like: nested dicts of arrays or ShapeDtypeStruct; None takes paths (of a network without stacked layers) and shapes

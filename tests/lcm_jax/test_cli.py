@@ -28,7 +28,9 @@ def test_sample_image_to_image(tiny_model: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (16, 16)
 
 
-def test_evaluate_writes_scores(tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_writes_scores(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "scores.json"
     arguments = ["evaluate", "--model", str(tiny_model), "--clip", str(tiny_model), "--data", f"folder:{pictures}"]
     options = ["--split", "train", "--steps", "1", "2", "--guidance", "1", "--batch-size", "4", "--out", str(out)]
@@ -42,7 +44,9 @@ def test_evaluate_writes_scores(tiny_model: Path, pictures: Path, tmp_path: Path
 
 def test_train_passes_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = {}
-    monkeypatch.setattr("lcm_jax.train.config.TrainConfig.run", lambda self, workdir: seen.update(config=self, workdir=workdir))
+    monkeypatch.setattr(
+        "lcm_jax.train.config.TrainConfig.run", lambda self, workdir: seen.update(config=self, workdir=workdir)
+    )
     arguments = ["train", "--config", "openmoji_teacher", "--workdir", str(tmp_path), "--steps", "7"]
     assert cli.main([*arguments, "--task.objective.caption-dropout", "0.3", "--learning-rate", "0.5"]) == 0
     assert seen["workdir"] == tmp_path

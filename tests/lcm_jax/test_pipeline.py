@@ -70,9 +70,7 @@ def test_other_sizes(pipe: Pipeline) -> None:
 def test_save_and_load_give_the_same_pictures(pipe: Pipeline, tmp_path: Path) -> None:
     pipe.save(tmp_path / "copy")
     again = lcm_jax.load(tmp_path / "copy")
-    np.testing.assert_array_equal(
-        pipe("dog face", steps=2, sampler="ddim"), again("dog face", steps=2, sampler="ddim")
-    )
+    np.testing.assert_array_equal(pipe("dog face", steps=2, sampler="ddim"), again("dog face", steps=2, sampler="ddim"))
 
 
 def test_lora_is_merged_with_its_weight(pipe: Pipeline, tiny_model: Path, tmp_path: Path) -> None:

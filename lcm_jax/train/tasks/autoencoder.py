@@ -16,7 +16,14 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.folders import Component, save_component
-from vae16 import AutoencoderConfig, AutoencoderKL, DiscriminatorConfig, LossConfig, PatchDiscriminator, autoencoder_loss
+from vae16 import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    DiscriminatorConfig,
+    LossConfig,
+    PatchDiscriminator,
+    autoencoder_loss,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,9 @@ class AutoencoderTask:
         def export(ema: Params, folder: Path) -> None:
             encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
             pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
-            means = np.concatenate([encode(ema, to_float(pictures[i : i + 64]))[0] for i in range(0, len(pictures), 64)])
+            means = np.concatenate(
+                [encode(ema, to_float(pictures[i : i + 64]))[0] for i in range(0, len(pictures), 64)]
+            )
             config = replace(
                 self.model, shift_factor=float(means.mean()), scaling_factor=float(1.0 / means.std()), sample_size=size
             )
@@ -68,4 +77,3 @@ class AutoencoderTask:
 
         batches = loader(source, transform=lambda record: {"image": record["image"]})
         return Task(init=init, loss=loss, frozen={}, batches=batches, preview=preview, export=export)
-

@@ -20,7 +20,14 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.folders import Component, save_component
-from mmdit.text import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Tokenizer, normalize_images, train_tokenizer
+from mmdit.text import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    normalize_images,
+    train_tokenizer,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Laws of the UNet: stacking and recomputing change nothing, the w-embedding starts as nothing, sizes are as published."""
+"""Laws of the UNet: stacking and recomputing change nothing, the w-embedding starts as nothing, published sizes."""
 
 from __future__ import annotations
 

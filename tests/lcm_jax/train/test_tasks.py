@@ -88,7 +88,14 @@ def test_moved_pictures_bring_white_in() -> None:
 def teacher_task(model: Path, net: object, data: DataConfig, **options: object) -> DiffusionTask:
     objective = Diffusion(schedule=SCHEDULE, kind="v_prediction")
     return DiffusionTask(
-        vae=str(model), text=str(model), net=net, data=data, prompts=data, objective=objective, preview_steps=2, **options
+        vae=str(model),
+        text=str(model),
+        net=net,
+        data=data,
+        prompts=data,
+        objective=objective,
+        preview_steps=2,
+        **options,
     )
 
 
@@ -113,9 +120,13 @@ def test_student_embeds_guidance(
     objective: type, teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path
 ) -> None:
     task = ConsistencyTask(
-        teacher=str(teacher), vae=str(tiny_model), text=str(tiny_model), data=data, prompts=data,
+        teacher=str(teacher),
+        vae=str(tiny_model),
+        text=str(tiny_model),
+        data=data,
+        prompts=data,
         objective=objective(schedule=DDPM(), w_min=0.0, w_max=4.0),
-    )  # fmt: skip
+    )
     pipe = lcm_jax.load(run(task, tmp_path))
     assert pipe.generator.embeds_guidance
     assert pipe.generator.kind == "v_prediction"
@@ -125,9 +136,14 @@ def test_student_embeds_guidance(
 
 def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:
     task = ConsistencyTask(
-        teacher=str(teacher), vae=str(tiny_model), text=str(tiny_model), data=data, prompts=data, lora=LoraConfig(rank=2),
+        teacher=str(teacher),
+        vae=str(tiny_model),
+        text=str(tiny_model),
+        data=data,
+        prompts=data,
+        lora=LoraConfig(rank=2),
         objective=LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0, target="online"),
-    )  # fmt: skip
+    )
     adapters = run(task, tmp_path)
     pipe = lcm_jax.load(teacher, lora=adapters)
     assert not pipe.generator.embeds_guidance
@@ -143,7 +159,9 @@ def test_student_starts_as_its_teacher(teacher: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_net_for_other_latents_is_refused(tiny_model: Path, tiny_components: dict[str, Component], data: DataConfig) -> None:
+def test_a_net_for_other_latents_is_refused(
+    tiny_model: Path, tiny_components: dict[str, Component], data: DataConfig
+) -> None:
     net = replace(tiny_components["unet"].module.config, in_channels=8, out_channels=8)
     with pytest.raises(ValueError, match="in_channels is 8, but the VAE has 4"):
         teacher_task(tiny_model, net, data).build()
