@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import difflib
-import io
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
@@ -26,6 +20,7 @@ from lcm_jax import demo
 from lcm_jax.evaluate import ClipMetric, evaluate, reconstruction
 from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
+from lcm_jax.overrides import override
 from lcm_jax.pipeline import Pipeline, load
 from lcm_jax.sampling import SAMPLERS
 
@@ -38,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest and arguments.run is not _train:
             raise ValueError(f"unknown argument {rest[0]}; see lcm-jax {arguments.command} --help")
         arguments.run(arguments, rest)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         if os.environ.get("LCM_JAX_TRACEBACK"):
             raise
         print(f"lcm-jax: {' '.join(str(error).split())}", file=sys.stderr)
@@ -47,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs in ~/.cache/lcm_jax/compiled (LCM_JAX_CACHE moves it), unless JAX is told another place."""
+    """Keep compiled programs in ~/.cache/lcm_jax/compiled (LCM_JAX_CACHE moves it), unless JAX has a place already."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         root = Path(os.environ.get("LCM_JAX_CACHE") or Path.home() / ".cache" / "lcm_jax")
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
@@ -211,43 +206,6 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     workdir = arguments.workdir or Path("runs") / arguments.config
     config.run(workdir)
     print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
-
-
-def override(config: Any, overrides: Sequence[str], name: str) -> Any:
-    """`config` with typed overrides such as `--steps 200 --task.objective.skip 10`; unknown keys name the nearest."""
-    if any(o in ("-h", "--help") for o in overrides):
-        return tyro.cli(type(config), default=config, args=list(overrides), prog=f"lcm-jax train --config {name}")
-    known = set(_keys(config))
-    for text in overrides:
-        key = text.split("=")[0].removeprefix("--").replace("-", "_")
-        if text.startswith("--") and key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
-            raise ValueError(f"config {name} has no key {text.split('=')[0]}{hint}")
-    with _quiet() as said:
-        try:
-            return tyro.cli(type(config), default=config, args=list(overrides))
-        except SystemExit:
-            words = " ".join(re.sub("[│╭╮╰╯─]", " ", said.getvalue()).split())
-    reason = re.search(r"(Error parsing .*?|Missing value.*?|Unrecognized .*?)(?= -{4,}|$)", words)
-    raise ValueError(f"config {name}: {reason.group(1) if reason else words}")
-
-
-def _keys(config: Any, prefix: str = "") -> Iterator[str]:
-    """The override keys of a config: loop's and optimizer's without prefix, task's with it."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        here = prefix if field.name in ("loop", "optimizer") and not prefix else f"{prefix}{field.name}."
-        yield here.removesuffix(".")
-        if dataclasses.is_dataclass(value):
-            yield from _keys(value, here)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        yield said
 
 
 def _device() -> str:

@@ -18,22 +18,16 @@ from lcm_jax.pipeline import Pipeline, load
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.hub import locate
 
-# The first four are compositions that were held out of training; so are the validation captions behind the table.
 GUIDANCE = 3.0
-PROMPTS = (
-    "woman farmer, medium skin tone",
-    "red heart",
-    "grinning face",
-    "dog face",
-    "flag of france",
-    "man firefighter, dark skin tone",
-    "cactus",
-    "yellow heart",
-    "strawberry",
-    "rocket",
-    "cat face",
-    "snowman",
+# Of the compositional hold-out: role and skin tone both occur in training, never together.
+UNSEEN = (
+    "man farmer, medium skin tone",
+    "woman pilot, dark skin tone",
+    "princess, medium-light skin tone",
+    "man superhero, medium skin tone",
 )
+SEEN = ("red heart", "grinning face", "dog face", "flag of france", "cactus", "strawberry", "rocket", "pizza")
+PROMPTS = UNSEEN + SEEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +69,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
         "student": lambda: load(model),
         "lora": lambda: load(f"{model}-teacher", lora=f"{model}-lcm-lora"),
     }
+    labels = [f"{text}\n(composition not trained on)" for text in UNSEEN] + list(SEEN)
     rows: list[dict[str, Any]] = []
     strips: list[UInt8[np.ndarray, "n h w 3"]] = []
     loaded: dict[str, Pipeline] = {}
@@ -87,7 +82,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
         scores = clip.score(real, made[len(PROMPTS) :], captions)
         rows.append({"method": title, **options, "seconds_per_image": seconds, **scores})
         strips.append(made[: len(PROMPTS)])
-    labelled_grid([c.title for c in columns(guidance)], PROMPTS, strips).save(out / "grid.png")
+    labelled_grid([c.title for c in columns(guidance)], labels, strips).save(out / "grid.png")
     write_json(out / "scores.json", {"model": model, "seed": seed, "pictures": len(captions), "rows": rows})
     return rows
 
@@ -104,13 +99,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def labelled_grid(
-    titles: Sequence[str], prompts: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
+    titles: Sequence[str], labels: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
 ) -> PILImage.Image:
-    """One row for each prompt, one column for each strip; pictures enlarged by `zoom`."""
+    """One row for each label, one column for each strip; pictures enlarged by `zoom`."""
     side = strips[0].shape[1] * zoom
     font = ImageFont.load_default(size=15)
     gap, left, top = 6, 290, 48
-    canvas = PILImage.new("RGB", (left + len(strips) * (side + gap), top + len(prompts) * (side + gap)), "white")
+    canvas = PILImage.new("RGB", (left + len(strips) * (side + gap), top + len(labels) * (side + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for j, (title, strip) in enumerate(zip(titles, strips, strict=True)):
         x = left + j * (side + gap)
@@ -118,7 +113,7 @@ def labelled_grid(
         for i, picture in enumerate(strip):
             tile = PILImage.fromarray(picture).resize((side, side), PILImage.Resampling.LANCZOS)
             canvas.paste(tile, (x, top + i * (side + gap)))
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(labels):
         y = top + i * (side + gap) + side / 2
-        draw.text((left - 12, y), prompt, fill="black", font=font, anchor="rm")
+        draw.multiline_text((left - 12, y), prompt, fill="black", font=font, anchor="rm", align="right")
     return canvas

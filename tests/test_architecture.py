@@ -13,7 +13,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
-    {"typing", "extras"},
+    {"typing", "extras", "overrides"},
     {"schedules", "nets", "lora"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},

@@ -14,10 +14,26 @@ from jaxtyping import Float
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def _flat_dot(x: Array, kernel: Array, *_: Any, precision: Any = None, **options: Any) -> Array:
+    """x @ kernel with the leading axes of x as one: XLA:CPU takes a third less time, mostly for the kernel's gradient."""
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]), precision=precision, **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _pointwise(x: Array, kernel: Array, *_: Any, precision: Any = None, **__: Any) -> Array:
+    """A 1 x 1 convolution as the matrix product that it is."""
+    return _flat_dot(x, kernel, precision=precision)
+
+
 def dense(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any) -> nn.Dense:
     """A dense layer under PyTorch's name and initial distribution."""
     return nn.Dense(
-        features, name=name, dtype=dtype, param_dtype=param_dtype, **({"kernel_init": kernel_init} | options)
+        features,
+        name=name,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dot_general=_flat_dot,
+        **({"kernel_init": kernel_init} | options),
     )
 
 
@@ -32,6 +48,7 @@ def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int 
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=kernel_init,
+        conv_general_dilated=_pointwise if kernel == 1 else None,
     )
 
 

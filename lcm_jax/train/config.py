@@ -8,9 +8,14 @@ from typing import Annotated, Any
 
 import tyro
 
+from lcm_jax.overrides import flatten
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.step import TrainState
+from lcm_jax.weights.files import read_json, write_json
+
+# What may change between a run and its continuation: none of it touches the parameters.
+WATCHING = ("log_every", "save_every", "preview_every", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +27,20 @@ class TrainConfig:
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
 
     def run(self, workdir: Path) -> TrainState:
-        """Train, or go on training, in `workdir`; the result is in `workdir`/export."""
-        return fit(self.task.build(), self.loop, self.optimizer, workdir)
+        """Train, or go on training, in `workdir`; the result is in `workdir`/export.
+
+        Raises ValueError if `workdir` holds a run of another config, naming the first key that differs.
+        """
+        record = workdir / "config.json"
+        mine = {key: repr(value) for key, value in flatten(self) if key not in WATCHING}
+        if record.is_file():
+            theirs = read_json(record)
+            for key in sorted(mine.keys() | theirs.keys()):
+                if mine.get(key) != theirs.get(key):
+                    raise ValueError(
+                        f"{workdir} holds a run with {key} = {theirs.get(key)}, not {mine.get(key)}: "
+                        "give the same value, or another --workdir"
+                    )
+        task = self.task.build()
+        write_json(record, mine)
+        return fit(task, self.loop, self.optimizer, workdir)

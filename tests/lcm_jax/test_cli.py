@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax import cli, configs
+from lcm_jax.overrides import override
 
 
 def test_sample_writes_pictures(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,8 +59,8 @@ def test_train_passes_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize("name", sorted(configs.CONFIGS))
 def test_every_config_takes_overrides(name: str) -> None:
     config = configs.get(name)
-    assert cli.override(config, [], name) == config
-    assert cli.override(config, ["--seed", "5"], name).loop.seed == 5
+    assert override(config, [], name) == config
+    assert override(config, ["--seed", "5"], name).loop.seed == 5
 
 
 @pytest.mark.parametrize(

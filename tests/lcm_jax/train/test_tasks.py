@@ -12,8 +12,9 @@ import pytest
 import lcm_jax
 from lcm_jax import configs
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation, LatentConsistencyFinetuning
+from lcm_jax.overrides import flatten
 from lcm_jax.schedules import DDPM
-from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
@@ -21,6 +22,7 @@ from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask, move
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig, graft
+from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import Component, load_component
 from mmdit.text import Tokenizer
 from vae16 import DiscriminatorConfig, LossConfig
@@ -76,6 +78,14 @@ def test_clip(tiny_components: dict[str, Component], data: DataConfig, tmp_path:
     text, tokenizer = load_component(export, "text_encoder"), Tokenizer.load(export / "tokenizer")
     assert text.module.config.eos_token_id == tokenizer.eos_token_id
     assert load_component(export, "image_encoder").module.config.image_size == 16
+
+
+def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    config = configs.get("openmoji_clip")
+    other = replace(config, optimizer=replace(config.optimizer, learning_rate=0.5))
+    write_json(tmp_path / "config.json", {key: repr(value) for key, value in flatten(config) if key not in WATCHING})
+    with pytest.raises(ValueError, match=r"learning_rate = 0.001, not 0.5: .*--workdir"):
+        other.run(tmp_path)
 
 
 def test_moved_pictures_bring_white_in() -> None:

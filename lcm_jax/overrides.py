@@ -1,0 +1,49 @@
+"""Configs from the command line: `--steps 200 --task.objective.skip 10` over a frozen dataclass, by tyro."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tyro
+
+BARE = ("loop", "optimizer")  # parts of a run whose keys need no prefix
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(override key, value) of every leaf of a config, in order."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        bare = not prefix and field.name in BARE
+        if dataclasses.is_dataclass(value):
+            yield from flatten(value, "" if bare else f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value
+
+
+def override(config: Any, overrides: Sequence[str], name: str) -> Any:
+    """`config` with typed overrides. Raises ValueError in one line; an unknown key names the nearest there is."""
+    if any(text in ("-h", "--help") for text in overrides):
+        return tyro.cli(type(config), default=config, args=list(overrides), prog=f"lcm-jax train --config {name}")
+    known = {key for key, _ in flatten(config)}
+    for text in overrides:
+        flag = text.split("=")[0]
+        key = flag.removeprefix("--").replace("-", "_")
+        if text.startswith("--") and key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+            raise ValueError(f"config {name} has no key {flag}{hint}")
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            return tyro.cli(type(config), default=config, args=list(overrides))
+        except SystemExit:
+            pass
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", said.getvalue()).split())
+    reason = re.search(r"(Error parsing .*?|Missing value.*?|Unrecognized .*?)(?= -{4,}|$)", words)
+    raise ValueError(f"config {name}: {reason.group(1) if reason else words}")

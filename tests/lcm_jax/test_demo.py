@@ -1,0 +1,39 @@
+"""The demo's prompts are what it says, and its picture has the size of its parts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lcm_jax import demo
+from lcm_jax.data import openmoji
+
+
+def test_unseen_prompts_are_held_out_and_seen_ones_are_not() -> None:
+    captions = {split: {item.caption for item in openmoji.split_items(split)} for split in openmoji.SPLITS}
+    assert set(demo.UNSEEN) <= captions["compositional"]
+    assert set(demo.SEEN) <= captions["train"]
+
+
+def test_columns_are_the_comparison_asked_for() -> None:
+    found = [(c.model, c.sampler, c.steps) for c in demo.columns(3.0)]
+    teacher = [("teacher", "ddim", n) for n in (1, 2, 4, 8, 50)]
+    assert found == [*teacher, *(("student", "lcm", n) for n in (1, 2, 4, 8)), ("lora", "lcm", 4)]
+
+
+def test_grid_holds_every_picture() -> None:
+    strips = [np.full((3, 8, 8, 3), value, np.uint8) for value in (0, 50, 100, 150)]
+    picture = np.asarray(demo.labelled_grid(["a", "b", "c", "d"], ["x", "y", "z"], strips, zoom=2))
+    for value in (50, 100, 150):
+        assert (picture == value).all(axis=-1).sum() == 3 * 16 * 16
+
+
+def test_table_has_a_line_for_each_row() -> None:
+    row = {
+        "method": "LCM 4",
+        "seconds_per_image": 0.1,
+        "frechet": 2.0,
+        "clip_score": 30.0,
+        "precision": 1.0,
+        "recall": 0.5,
+    }
+    assert len(demo.table([row, row]).splitlines()) == 3
