@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,9 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.folders import Component, save_component
+from lcm_jax.weights.perceptual import load_lpips
 from vae16 import (
+    LPIPS,
     AutoencoderConfig,
     AutoencoderKL,
     DiscriminatorConfig,
@@ -33,6 +37,7 @@ class AutoencoderTask:
     model: AutoencoderConfig = AutoencoderConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig(perceptual_weight=0.0)
+    lpips: str | None = None  # a .safetensors file of LPIPS weights, where loss.perceptual_weight is not zero
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
 
@@ -40,6 +45,13 @@ class AutoencoderTask:
         factor = self.model.downsample_factor
         if self.data.size % factor:
             raise ValueError(f"task.data.size is {self.data.size}; it must be a multiple of the VAE's factor {factor}")
+        if (self.lpips is None) != (self.loss.perceptual_weight == 0.0):
+            raise ValueError(
+                f"task.loss.perceptual_weight is {self.loss.perceptual_weight} and task.lpips is {self.lpips}: "
+                "the perceptual term needs both a weight and a file of LPIPS weights"
+            )
+        lpips: Any = LPIPS()
+        frozen = {} if self.lpips is None else {"lpips": load_lpips(self.lpips, lpips)}
         vae, source, held_out = AutoencoderKL(self.model), self.data.open(), self.validation.open()
         critic = PatchDiscriminator(self.discriminator) if self.loss.gan_weight else None
         size = self.data.size
@@ -54,7 +66,8 @@ class AutoencoderTask:
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
-            return autoencoder_loss(vae, critic, None, params, to_float(batch["image"]), key, step, self.loss)
+            distance = partial(lpips.apply, {"params": frozen["lpips"]}) if "lpips" in frozen else None
+            return autoencoder_loss(vae, critic, distance, params, to_float(batch["image"]), key, step, self.loss)
 
         reconstruct = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x))
         shown = np.stack([held_out[i]["image"] for i in range(min(16, len(held_out)))])
@@ -76,4 +89,4 @@ class AutoencoderTask:
             save_component(folder, "vae", Component(AutoencoderKL(config), jax.device_get(ema["vae"])))
 
         batches = loader(source, transform=lambda record: {"image": record["image"]})
-        return Task(init=init, loss=loss, frozen={}, batches=batches, preview=preview, export=export)
+        return Task(init=init, loss=loss, frozen=frozen, batches=batches, preview=preview, export=export)

@@ -65,6 +65,11 @@ def test_autoencoder_with_a_discriminator(
     assert vae.module.config.scaling_factor != task.model.scaling_factor
 
 
+def test_a_perceptual_term_without_weights_is_refused(data: DataConfig) -> None:
+    with pytest.raises(ValueError, match=r"perceptual_weight is 1.0 and task.lpips is None"):
+        AutoencoderTask(data=data, validation=data, loss=LossConfig(perceptual_weight=1.0)).build()
+
+
 def test_clip(tiny_components: dict[str, Component], data: DataConfig, tmp_path: Path) -> None:
     task = ContrastiveTask(
         text=tiny_components["text_encoder"].module.config,
