@@ -213,6 +213,8 @@ def save_folder(path: Path, folder: Folder, *, dtype: Any = None) -> None:
         folder.tokenizer.save(aside / "tokenizer")
         write_json(aside / "scheduler" / "scheduler_config.json", folder.scheduler)
         index |= {
+            # The pipeline takes the first output, which with a projection would be the pooled one.
+            "text_encoder": ("transformers", "CLIPTextModel"),
             "tokenizer": ("transformers", "CLIPTokenizer"),
             "scheduler": ("diffusers", folder.scheduler["_class_name"]),
             "safety_checker": (None, None),

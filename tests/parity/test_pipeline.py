@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -53,4 +54,4 @@ def test_saved_again_by_diffusers(both: tuple[lcm_jax.Pipeline, object], tmp_pat
     for name in ("unet", "vae", "text_encoder"):
         ours, theirs = pipe.params[name], again.params[name]
         ours = {k: v for k, v in ours.items() if k != "text_projection"}  # diffusers loads the plain text model
-        np.testing.assert_equal(theirs, ours)
+        jax.tree.map(np.testing.assert_array_equal, theirs, ours)
