@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ class ClipMetric:
     width: int  # d
 
     @classmethod
-    def load(cls, name: str = "openmoji") -> ClipMetric:
+    def load(cls, name: str | Path = "openmoji") -> ClipMetric:
         """From a model folder with image_encoder, text_encoder (with projection) and tokenizer."""
         path = locate(name).path
         vision, text = load_component(path, "image_encoder"), load_component(path, "text_encoder")

@@ -1,8 +1,8 @@
-"""Puts the trained parts of the bundled model together: `python experiments/openmoji/bundle.py RUNS`.
+"""Puts trained parts into the bundled model: `python experiments/openmoji/bundle.py RUNS`.
 
-RUNS holds the work folders of openmoji_clip, openmoji_teacher, openmoji_lcm and openmoji_lcm_lora. The result, half
-precision, is lcm_jax/bundled/openmoji: the student as a diffusers folder, the teacher's UNet and scheduler, the LoRA,
-the image tower and the validation captions with their pictures' features beside it.
+RUNS holds work folders named after their configs; of each that has an export, the parts named here are written in half
+precision to lcm_jax/bundled/openmoji, and the rest of the bundle is left as it is. The student makes it a diffusers
+folder; the teacher's UNet and scheduler, the LoRA, the image tower and the reference features lie beside.
 """
 
 from __future__ import annotations
@@ -18,36 +18,58 @@ from safetensors.numpy import save_file
 import lcm_jax
 from lcm_jax.data import load_source
 from lcm_jax.evaluate import ClipMetric
-from lcm_jax.nets import RULES_UNET
 from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import load_component, save_component
-from lcm_jax.weights.lora import load_lora, save_lora
 
 TARGET = Path(lcm_jax.__file__).parent / "bundled" / "openmoji"
+# config -> networks and plain files of its export -> where they go
+NETWORKS = {
+    "openmoji_vae": {"vae": "vae"},
+    "openmoji_clip": {"text_encoder": "text_encoder", "image_encoder": "image_encoder"},
+    "openmoji_teacher": {"unet": "unet_teacher"},
+    "openmoji_lcm": {"unet": "unet"},
+}
+COPIES = {
+    "openmoji_clip": {"tokenizer": "tokenizer"},
+    "openmoji_teacher": {"scheduler": "scheduler_teacher"},
+    "openmoji_lcm": {"scheduler": "scheduler", "model_index.json": "model_index.json"},
+}
 
 
 def main(runs: Path) -> None:
-    """Assemble TARGET from the exports under `runs`."""
-    half = jnp.float16
-    lcm_jax.load(runs / "openmoji_lcm" / "export").save(TARGET, dtype="float16")
-    teacher = runs / "openmoji_teacher" / "export"
-    unet = load_component(teacher, "unet")
-    save_component(TARGET, "unet_teacher", unet, dtype=half)
-    shutil.copytree(teacher / "scheduler", TARGET / "scheduler_teacher")
-    save_component(
-        TARGET, "image_encoder", load_component(runs / "openmoji_clip" / "export", "image_encoder"), dtype=half
-    )
-    adapters = load_lora(runs / "openmoji_lcm_lora" / "export", unet.params, RULES_UNET)
-    save_lora(TARGET / "lora" / "pytorch_lora_weights.safetensors", adapters, RULES_UNET, dtype=half)
-
-    source = load_source("openmoji", "validation", 64)
-    records = [source[i] for i in range(len(source))]
-    features = ClipMetric.load(str(TARGET)).features(np.stack([r["image"] for r in records]))
-    (TARGET / "reference").mkdir()
-    write_json(TARGET / "reference" / "validation.json", {"captions": [r["caption"] for r in records]})
-    save_file({"features": features.astype(np.float32)}, TARGET / "reference" / "validation.safetensors")
+    """Write every part that has been trained."""
+    TARGET.mkdir(parents=True, exist_ok=True)
+    for config, parts in NETWORKS.items():
+        export = runs / config / "export"
+        for source, place in parts.items() if export.is_dir() else ():
+            network = load_component(export, source)
+            shutil.rmtree(TARGET / place, ignore_errors=True)
+            save_component(TARGET, place, network, dtype=jnp.float16)
+    for config, parts in COPIES.items():
+        for source, place in parts.items():
+            path = runs / config / "export" / source
+            if path.is_dir():
+                shutil.rmtree(TARGET / place, ignore_errors=True)
+                shutil.copytree(path, TARGET / place)
+            elif path.is_file():
+                shutil.copyfile(path, TARGET / place)
+    if (runs / "openmoji_lcm_lora" / "export").is_dir():
+        adapters = lcm_jax.load_lora(runs / "openmoji_lcm_lora" / "export")
+        lcm_jax.save_lora(TARGET / "lora" / "pytorch_lora_weights.safetensors", adapters, dtype=jnp.float16)
+    if (TARGET / "image_encoder").is_dir():
+        write_reference()
     size = sum(file.stat().st_size for file in TARGET.rglob("*") if file.is_file())
     print(f"{TARGET}: {size / 2**20:.1f} MiB")
+
+
+def write_reference() -> None:
+    """Captions of the validation pictures and the features of the pictures, so that the demo needs no data set."""
+    source = load_source("openmoji", "validation", 64)
+    records = [source[i] for i in range(len(source))]
+    features = ClipMetric.load(TARGET).features(np.stack([r["image"] for r in records]))
+    (TARGET / "reference").mkdir(exist_ok=True)
+    write_json(TARGET / "reference" / "validation.json", {"captions": [r["caption"] for r in records]})
+    save_file({"features": features.astype(np.float32)}, TARGET / "reference" / "validation.safetensors")
 
 
 if __name__ == "__main__":
