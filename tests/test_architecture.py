@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,3 +93,11 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
 def test_every_module_is_ranked() -> None:
     parts = {module.split(".")[1] for _, module in sources() if module.startswith("lcm_jax.") and module.count(".")}
     assert parts - set().union(*RANKS) <= {"__init__", "bundled", "stream"}
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts) for name in PACKAGES for p in (ROOT / name).rglob("__init__.py")
+    }
+    assert set(listed) == found | {"lcm_jax.configs"}

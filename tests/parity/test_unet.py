@@ -133,7 +133,10 @@ def their_output(theirs, cfg: UNetConfig, x: np.ndarray, t: np.ndarray, cond: di
 
 
 def compare(cfg: UNetConfig, size: tuple[int, int], scan: bool) -> float:
+    """The relative error of our output; converting their weights and back is checked to be exact."""
     theirs = random_unet(cfg)
+    x, t, cond = inputs(cfg, size)
+    expected = their_output(theirs, cfg, x, t, cond)
     state = {name: p.numpy() for name, p in theirs.state_dict().items()}
     net = UNet(cfg, scan=scan)
     params = from_torch(state, abstract_params(net), RULES_UNET)
@@ -141,10 +144,9 @@ def compare(cfg: UNetConfig, size: tuple[int, int], scan: bool) -> float:
     assert back.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(back[name], value, err_msg=name)
-    x, t, cond = inputs(cfg, size)
+    del theirs, state, back  # the full-width network has to fit in memory once
     fast = {"xla_backend_optimization_level": 0}  # halves the compilation, which is nearly all of the time here
     y = jax.jit(net.apply, compiler_options=fast if size[0] < 32 else {})({"params": params}, x, t, cond)
-    expected = their_output(theirs, cfg, x, t, cond)
     assert y.shape == expected.shape
     assert y.dtype == jnp.float32
     return float(np.abs(y - expected).max() / np.abs(expected).max())
