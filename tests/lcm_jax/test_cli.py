@@ -97,3 +97,34 @@ def test_bad_input(
     assert message in error
     assert error.count("\n") == 1
     assert not [p for p in tmp_path.rglob("*") if p.is_file()], "something was written"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "empty"),
+        ({"a.txt": b"a caption"}, "a"),
+        ({"a.png": b"", "a.txt": b"nothing"}, "a.png"),
+        ({"a.png": "float", "a.txt": b"heights"}, "a.png"),
+        ({"a.png": "rgb"}, "a.png"),
+    ],
+    ids=["no pictures", "caption without picture", "zero-sized", "not RGB", "picture without caption"],
+)
+def test_bad_data_is_refused_before_training(
+    files: dict[str, bytes | str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (data / name).write_bytes(content)
+        elif content == "rgb":
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(data / name)
+        else:
+            Image.fromarray(np.zeros((8, 8), np.uint16)).save(data / name)
+    arguments = ["train", "--config", "openmoji_vae", "--workdir", str(workdir)]
+    assert cli.main([*arguments, "--task.data.name", f"folder:{data}"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not workdir.exists()
