@@ -138,6 +138,15 @@ def load_tensors(
     return read_safetensors(path)
 
 
+def _umask() -> int:
+    mask = os.umask(0)  # can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # once, at import: setting it is seen by every thread
+
+
 @contextlib.contextmanager
 def _aside(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, renamed to it at the end and removed on failure."""
@@ -145,6 +154,7 @@ def _aside(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         yield aside
+        aside.chmod(0o666 & ~_UMASK)  # safetensors gives new files to their owner alone
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

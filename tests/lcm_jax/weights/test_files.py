@@ -162,3 +162,9 @@ def test_json(tmp_path: Path) -> None:
         one_line(error, path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_json(tmp_path / "none.json")
+
+
+def test_files_are_readable_by_others_as_the_umask_allows(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a.safetensors", {"x": np.zeros(2, np.float32)})
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
