@@ -77,10 +77,10 @@ def openmoji_teacher() -> TrainConfig:
         sample_size=8,
         in_channels=16,
         out_channels=16,
-        block_out_channels=(64, 128),
+        block_out_channels=(96, 160),
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=2,
+        layers_per_block=1,
         attention_head_dim=4,
         cross_attention_dim=192,
         norm_num_groups=16,
@@ -91,7 +91,7 @@ def openmoji_teacher() -> TrainConfig:
             net=net,
             objective=Diffusion(schedule=SCHEDULE, kind="v_prediction", caption_dropout=0.1, min_snr_gamma=5.0),
         ),
-        loop=LoopConfig(steps=2600, batch_size=64, ema=0.998, save_every=100, preview_every=500),
+        loop=LoopConfig(steps=5000, batch_size=64, ema=0.998, save_every=100, preview_every=500),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.01, b2=0.99),
     )
 
