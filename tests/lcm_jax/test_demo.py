@@ -21,10 +21,11 @@ def test_columns_are_the_comparison_asked_for() -> None:
 
 
 def test_grid_holds_every_picture() -> None:
-    strips = [np.full((3, 8, 8, 3), value, np.uint8) for value in (0, 50, 100, 150)]
+    # Red, which the black and grey of the labels is not.
+    strips = [np.full((3, 8, 8, 3), (value, 0, 0), np.uint8) for value in (50, 100, 150, 200)]
     picture = np.asarray(demo.labelled_grid(["a", "b", "c", "d"], ["x", "y", "z"], strips, zoom=2))
-    for value in (50, 100, 150):
-        assert (picture == value).all(axis=-1).sum() == 3 * 16 * 16
+    for value in (50, 100, 150, 200):
+        assert (picture == (value, 0, 0)).all(axis=-1).sum() == 3 * 16 * 16
 
 
 def test_table_has_a_line_for_each_row() -> None:
