@@ -62,7 +62,8 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
     reference = locate(model).path / "reference"
     captions = read_json(reference / "validation.json")["captions"]
     real = load_file(reference / "validation.safetensors")["features"].astype(np.float32)
-    out.mkdir(parents=True, exist_ok=True)
+    for name in (f"{model}-teacher", f"{model}-lcm-lora"):
+        locate(name)  # what is missing is said before minutes of drawing
     clip = ClipMetric.load(model)
     pipes = {
         "teacher": lambda: load(f"{model}-teacher"),
@@ -82,6 +83,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
         scores = clip.score(real, made[len(PROMPTS) :], captions)
         rows.append({"method": title, **options, "seconds_per_image": seconds, **scores})
         strips.append(made[: len(PROMPTS)])
+    out.mkdir(parents=True, exist_ok=True)
     labelled_grid([c.title for c in columns(guidance)], labels, strips).save(out / "grid.png")
     write_json(out / "scores.json", {"model": model, "seed": seed, "pictures": len(captions), "rows": rows})
     return rows
