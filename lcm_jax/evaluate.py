@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ class ClipMetric:
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n p"]:
         length = self.text.module.config.max_position_embeddings
         ids = jnp.asarray(self.tokenizer(list(texts), length))
-        run = jax.jit(lambda params, ids: self.text.module.apply({"params": params}, ids).text_embeds)
-        return np.asarray(run(self.text.params, ids))
+        return np.asarray(self._embed_ids(self.text.params, ids))
+
+    @cached_property
+    def _embed_ids(self) -> Any:
+        module = self.text.module
+        return jax.jit(lambda params, ids: module.apply({"params": params}, ids).text_embeds)
 
     def score(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Conditioner:
         ids = jnp.asarray(self.tokenizer(captions, self.length))
         return self._encode_ids(self.text.params, ids)
 
-    @property
+    @cached_property
     def _encode_ids(self) -> Any:
         module = self.text.module
         return jax.jit(lambda params, ids: stable_diffusion(Encoding(module, params, ids)))
