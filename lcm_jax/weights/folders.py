@@ -5,24 +5,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
-from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
 from lcm_jax.typing import Params
-from lcm_jax.weights.engine import Rules, from_torch, to_torch
+from lcm_jax.weights.engine import from_torch, to_torch
+from lcm_jax.weights.families import FAMILIES, TOWER, abstract_params, class_name
 from lcm_jax.weights.files import load_tensors, read_json, save_tensors, write_json
 from lcm_jax.weights.hub import Location
-from mmdit.rules import OPTIONAL_CLIP, RULES_CLIP_TEXT, RULES_CLIP_VISION
-from mmdit.text import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, Tokenizer
-from vae16 import AutoencoderConfig, AutoencoderKL
-from vae16.rules import RULES as RULES_VAE
+from mmdit.text import Tokenizer
 
 
 class Component(NamedTuple):
@@ -30,99 +25,6 @@ class Component(NamedTuple):
 
     module: Any  # a flax module with a `config`
     params: Params
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How a class named in config.json is read and written."""
-
-    config: Any  # class with from_dict and to_dict
-    build: Callable[..., nn.Module]  # (config, dtype=..., param_dtype=...) -> module
-    example: Callable[[Any], Sequence[Any]]  # config -> arguments of init
-    rules: Rules
-    stem: str  # file name without .safetensors
-    library: str  # what model_index.json names
-    optional: Sequence[str] = ()
-    prefix: str = ""  # of the tower's names; transformers 5 leaves it out in some files
-
-
-def _images(config: AutoencoderConfig) -> Sequence[Any]:
-    side = config.downsample_factor
-    return (jnp.zeros((1, side, side, config.in_channels)),)
-
-
-def _ids(config: CLIPTextConfig) -> Sequence[Any]:
-    return (jnp.zeros((1, 2), jnp.int32),)
-
-
-def _pixels(config: CLIPVisionConfig) -> Sequence[Any]:
-    return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),)
-
-
-def _text(projection: bool) -> Family:
-    def build(config: CLIPTextConfig, **types: Any) -> nn.Module:
-        return CLIPTextModel(config, projection=projection, **types)
-
-    return Family(
-        config=CLIPTextConfig,
-        build=build,
-        example=_ids,
-        rules=RULES_CLIP_TEXT,
-        stem="model",
-        library="transformers",
-        optional=OPTIONAL_CLIP,
-        prefix="text_model.",
-    )
-
-
-FAMILIES: Mapping[str, Family] = {
-    "AutoencoderKL": Family(
-        config=AutoencoderConfig,
-        build=AutoencoderKL,
-        example=_images,
-        rules=RULES_VAE,
-        stem="diffusion_pytorch_model",
-        library="diffusers",
-    ),
-    "UNet2DConditionModel": Family(
-        config=UNetConfig,
-        build=UNet,
-        example=example_inputs,
-        rules=RULES_UNET,
-        stem="diffusion_pytorch_model",
-        library="diffusers",
-    ),
-    "CLIPTextModel": _text(projection=False),
-    "CLIPTextModelWithProjection": _text(projection=True),
-    "CLIPVisionModelWithProjection": Family(
-        config=CLIPVisionConfig,
-        build=CLIPVisionModel,
-        example=_pixels,
-        rules=RULES_CLIP_VISION,
-        stem="model",
-        library="transformers",
-        optional=OPTIONAL_CLIP,
-        prefix="vision_model.",
-    ),
-}
-_TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
-
-
-def class_name(module: Any) -> str:
-    """The PyTorch class a module of ours corresponds to."""
-    if isinstance(module, CLIPTextModel):
-        return "CLIPTextModelWithProjection" if module.projection else "CLIPTextModel"
-    names = {AutoencoderKL: "AutoencoderKL", UNet: "UNet2DConditionModel"}
-    return names.get(type(module), "CLIPVisionModelWithProjection")
-
-
-def abstract_params(family: Family, module: nn.Module) -> Params:
-    """Shapes and dtypes of a module's parameters; nothing is computed."""
-
-    def init() -> Params:
-        return module.init(jax.random.key(0), *family.example(module.config))["params"]
-
-    return jax.eval_shape(init)
 
 
 def load_component(folder: Path, name: str, *, dtype: Any = jnp.float32, variant: str | None = None) -> Component:
@@ -136,7 +38,7 @@ def load_component(folder: Path, name: str, *, dtype: Any = jnp.float32, variant
     module = family.build(family.config.from_dict(values, source=str(place / "config.json")), dtype=dtype)
     tensors = load_tensors(place, stem=family.stem, variant=variant)
     if family.prefix:
-        tensors = {family.prefix + key if key.startswith(_TOWER) else key: tensor for key, tensor in tensors.items()}
+        tensors = {family.prefix + key if key.startswith(TOWER) else key: tensor for key, tensor in tensors.items()}
     like = abstract_params(family, module)
     params = from_torch(tensors, like, family.rules, dtype=dtype, optional=family.optional, source=str(place))
     return Component(module, params)
