@@ -1,4 +1,4 @@
-"""The command line: lcm-jax demo | sample | train | distill | evaluate."""
+"""The command line: lcm-jax demo | sample | train | distill | evaluate | convert."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from lcm_jax import demo
+from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, evaluate, reconstruction
 from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
-from lcm_jax.pipeline import Pipeline, load
+from lcm_jax.pipeline import DTYPES, Pipeline, load
 from lcm_jax.sampling import SAMPLERS
 
 
@@ -94,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, help="JSON file to write the scores to")
+
+    sub = command("convert", _convert, "Write a model or a LoRA in another format.")
+    sub.add_argument("source", metavar="SRC", help="bundled name, diffusers or orbax folder, single file, LoRA, hub id")
+    sub.add_argument("target", metavar="DST", type=Path, help="a folder, or a .safetensors file for single and lora-*")
+    sub.add_argument("--to", required=True, choices=FORMATS)
+    sub.add_argument("--dtype", choices=sorted(DTYPES), help="of floating tensors; their own by default")
+    sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
+    sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
+    sub.add_argument("--base", help="for LoRA: the model it is for; to extract one: the model SRC was made from")
+    sub.add_argument("--rank", type=int, default=64, help="of an extracted LoRA")
     return parser
 
 
@@ -196,6 +207,17 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"model": arguments.model, "data": arguments.data, "split": arguments.split, **options}
         arguments.out.write_text(json.dumps(result | {"rows": rows, "vae": vae, "device": _device()}, indent=2) + "\n")
+
+
+def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    options = {"dtype": dtype, "config": arguments.config}
+    if arguments.to in LORAS:
+        options |= {"base": arguments.base, "rank": arguments.rank}
+        summary = convert_lora(arguments.source, arguments.target, arguments.to, **options)
+    else:
+        summary = convert(arguments.source, arguments.target, arguments.to, variant=arguments.variant, **options)
+    print(f"{arguments.target}: {summary}")
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

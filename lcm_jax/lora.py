@@ -7,20 +7,22 @@ save; `merge` gives parameters that any network takes unchanged. Shapes follow t
     convolution   kernel (h, w, i, o)   down (h, w, i, r)   up (1, 1, r, o)    alpha ()
     stacked       one leading axis more on each of them, alpha too
 
-alpha is a constant that travels with the weights: `merge` passes it no gradient.
+alpha is a constant that travels with the weights: `merge` passes it no gradient. `extract` is the way back, from the
+difference of two checkpoints to adapters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from lcm_jax.messages import few
 from lcm_jax.typing import Array, Key, Params
 
 Adapters = dict[str, dict[str, Array]]
@@ -31,11 +33,11 @@ DEFAULT_TARGETS = (
 )
 """The layers of LCM-LoRA (Luo 2023, arXiv:2311.05556, and its code): 67.25M parameters on SD1.5 at rank 64."""
 
+MMDIT_TARGETS = r"(^|/)attn2?/(to_q|to_k|to_v|to_out_0|add_q_proj|add_k_proj|add_v_proj|to_add_out)/kernel$"
+"""Every attention of SD3's MMDiT, of the picture's tokens and of the text's, as in diffusers' training script."""
 
-def few(what: str, items: Sequence[str], shown: int = 5) -> str:
-    """`3 what: a, b, c`, cut after a few."""
-    more = f", and {len(items) - shown} more" if len(items) > shown else ""
-    return f"{len(items)} {what}: {', '.join(items[:shown])}{more}"
+CLIP_TARGETS = r"(^|/)self_attn/(q_proj|k_proj|v_proj|out_proj)/kernel$"
+"""The attentions of a CLIP text encoder."""
 
 
 def stacked_axes(kernel: Any) -> int:
@@ -66,10 +68,7 @@ def init(
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     flat = traverse_util.flatten_dict(params, sep="/")
-    paths = sorted(path for path in flat if path.endswith("kernel") and re.search(targets, path))
-    if not paths:
-        kernels = [path for path in flat if path.endswith("kernel")]
-        raise ValueError(f"targets {targets!r} match none of {few('kernels', kernels)}")
+    paths = _targeted(flat, targets)
     adapters: Adapters = {}
     for path, path_key in zip(paths, jax.random.split(key, len(paths)), strict=True):
         shape = shapes(flat[path], rank)
@@ -80,6 +79,15 @@ def init(
             "alpha": jnp.full(shape["alpha"], rank if alpha is None else alpha, jnp.float32),
         }
     return adapters
+
+
+def _targeted(flat: Mapping[str, Any], targets: str) -> list[str]:
+    """The paths of the kernels that `targets` finds."""
+    kernels = [path for path in sorted(flat) if path.endswith("kernel")]
+    paths = [path for path in kernels if re.search(targets, path)]
+    if not paths:
+        raise ValueError(f"targets {targets!r} match none of {few('kernels', kernels)}")
+    return paths
 
 
 def delta(adapter: dict[str, Array]) -> Array:
@@ -132,3 +140,61 @@ def merge(params: Params, adapters: Adapters, scale: float | Array = 1.0) -> Par
 def count(adapters: Adapters) -> int:
     """Number of trained parameters (down and up)."""
     return sum(int(np.prod(adapter[name].shape)) for adapter in adapters.values() for name in ("down", "up"))
+
+
+class Extraction(NamedTuple):
+    """What `extract` found. residual: kernel -> |change - LoRA| / |change| in the Frobenius norm, 0 if nothing is lost.
+    untouched: the parameters that changed and have no adapter, which the LoRA therefore leaves as they were."""
+
+    adapters: Adapters
+    residual: dict[str, float]
+    untouched: list[str]
+
+
+def extract(
+    base: Params, tuned: Params, *, rank: int, targets: str = DEFAULT_TARGETS, energy: float | None = None
+) -> Extraction:
+    """The LoRA that leads from one checkpoint to another: for each kernel the change's best approximation of its rank
+    in the Frobenius norm, by truncated SVD (Eckart and Young 1936), on the host. Kernels that did not change get none.
+
+    energy: keep the fewest singular values that hold this share (0, 1] of the change's squared norm, at most `rank`; a
+    stack of layers takes what the neediest one does. alpha is the rank that is kept: the factor is one.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy is a share of the squared norm in (0, 1], got {energy}")
+    old, new = (traverse_util.flatten_dict(params, sep="/") for params in (base, tuned))
+    strange = sorted(old.keys() ^ new.keys()) + [p for p in old if p in new and old[p].shape != new[p].shape]
+    if strange:
+        raise ValueError(f"the checkpoints are of two networks: {few('parameters of one alone or reshaped', strange)}")
+    paths = set(_targeted(old, targets))
+    found = Extraction({}, {}, [])
+    for path in sorted(old):
+        change = np.asarray(new[path], np.float32) - np.asarray(old[path], np.float32)
+        if not np.isfinite(change).all():
+            raise ValueError(f"{path}: the difference of the checkpoints holds NaN or infinity")
+        if not change.any():
+            continue
+        if path in paths:
+            found.adapters[path], found.residual[path] = _factorise(change, rank, energy)
+        else:
+            found.untouched.append(path)
+    return found
+
+
+def _factorise(change: np.ndarray, rank: int, energy: float | None) -> tuple[dict[str, Array], float]:
+    """An adapter for a kernel's change, and the share of its norm that is lost."""
+    stack, outputs = change.shape[: stacked_axes(change)], change.shape[-1]
+    matrix = change.reshape(*stack, -1, outputs)
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    r = min(rank, s.shape[-1])
+    if energy is not None:
+        held = np.cumsum(np.square(s, dtype=np.float64), axis=-1)
+        r = min(r, 1 + int((held < energy * held[..., -1:]).sum(axis=-1).max()))
+    root = np.sqrt(s[..., :r])
+    down, up = u[..., :r] * root[..., None, :], root[..., :, None] * v[..., :r, :]
+    shape = shapes(change, r)
+    adapter = {"down": jnp.asarray(down.reshape(shape["down"])), "up": jnp.asarray(up.reshape(shape["up"]))}
+    adapter["alpha"] = jnp.full(shape["alpha"], r, jnp.float32)
+    return adapter, float(np.linalg.norm(matrix - down @ up) / np.linalg.norm(matrix))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,16 +14,20 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lcm_jax.generate import Generator, to_float
-from lcm_jax.lora import Adapters, merge_all
-from lcm_jax.nets import RULES_UNET
+from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
-from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid
+from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
-from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
+from lcm_jax.weights.families import class_name
+from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora import load_lora
-from lcm_jax.weights.scheduler import read_scheduler
-from mmdit.text import Encoding, stable_diffusion
+from lcm_jax.weights.lora import load_loras
+from lcm_jax.weights.lora_places import Network
+from lcm_jax.weights.model import lora_networks, read_model
+from lcm_jax.weights.scheduler import SCHEDULERS, read_scheduler
+from lcm_jax.weights.tiny import load_tiny
+from mmdit.text import Encoding, sdxl, stable_diffusion, zero_prompt
+from mmdit.text.conditioning import size_pair
 from vae16 import scale
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -32,11 +36,15 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 class Pipeline:
     """A text-to-image model: networks, parameters and schedule. Made by `load`."""
 
-    def __init__(self, folder: Folder, *, source: str = "model") -> None:
+    def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
+        """source: the scheduler config's name in errors."""
         self.folder = folder
         self.params: dict[str, Params] = {name: part.params for name, part in folder.components.items()}
-        schedule, kind = read_scheduler(folder.scheduler, source=source)
-        self.spacing = Spacing.from_config(folder.scheduler, source=source)
+        config = dict(folder.scheduler)
+        if folder.pipeline in SD and "steps_offset" in config:
+            config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
+        schedule, kind = read_scheduler(config, source=source)
+        self.spacing = Spacing.from_config(config, source=source)
         net, vae = folder.components["unet"].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
         self.generator = Generator(net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds)
@@ -45,15 +53,15 @@ class Pipeline:
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained at."""
         side = self.folder.components["unet"].module.config.sample_size
+        if side is None:
+            raise ValueError("the UNet's config has no sample_size: give size=(height, width) in pixels")
         factor = self.generator.vae.config.downsample_factor
         return (side * factor, side * factor) if isinstance(side, int) else tuple(s * factor for s in side)
 
     @property
     def default_sampler(self) -> str:
-        """What the folder's scheduler config asks for."""
-        names = {"LCMScheduler": "lcm", "EulerDiscreteScheduler": "euler", "HeunDiscreteScheduler": "heun"}
-        names["DPMSolverMultistepScheduler"] = "dpm++2m"
-        return names.get(self.folder.scheduler.get("_class_name", ""), "ddim")
+        """What the folder's scheduler config asks for, or what comes closest."""
+        return SCHEDULERS.get(self.folder.scheduler.get("_class_name", ""), "ddim")
 
     def __call__(
         self,
@@ -69,63 +77,58 @@ class Pipeline:
         latents: Float[Array, "n h w c"] | None = None,
         image: UInt8[np.ndarray, "*n h w 3"] | None = None,
         strength: float | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        aesthetic_score: float | None = None,
     ) -> UInt8[np.ndarray, "n h w 3"]:
         """Pictures of the prompts, `num_images` for each, as uint8.
 
         prompt, negative_prompt: one text or a list. steps: network evaluations (twice that for heun and dpm2).
         guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding is told w = guidance - 1.
-        sampler: "lcm", "ddim", "euler", "heun", "dpm++2m" or "dpm2". seed: of the noise. size: (height, width) in
-        pixels, the model's own by default. latents: the initial unit noise, for parity with other systems.
+        sampler: "lcm", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". seed: of the noise. size: (height,
+        width) in pixels, the model's own by default. latents: the initial unit noise, for parity with other systems.
         image, strength: image-to-image; the picture is noised up to `strength` (0.6 by default) of the way and redrawn.
+
+        What SDXL is told of its training pictures: original_size (height, width) before they were scaled, `size` by
+        default, and crop, the (top, left) that was cut off, (0, 0) by default; its refiner aesthetic_score (1 to 10), 6
+        by default. In its negative prompt the score is 2.5 and, for the refiner, nothing cut off.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        prompts = [text for text in prompts for _ in range(num_images)]
-        if not prompts:
-            raise ValueError(f"nothing to draw: {'prompt is empty' if num_images > 0 else f'num_images={num_images}'}")
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(negatives) * num_images == len(prompts) and not isinstance(negative_prompt, str):
-            negatives = [text for text in negatives for _ in range(num_images)]
-        if len(negatives) != len(prompts):
-            raise ValueError(f"negative_prompt: {len(negatives)} texts for {len(prompts) // num_images} prompts")
+        prompts, negatives = _texts(prompt, negative_prompt, num_images)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}")
         if strength is not None and image is None:
             raise ValueError("strength is given without an image; image-to-image needs both")
+        if image is None and self.folder.is_refiner:
+            raise ValueError("this is SDXL's refiner, which redraws pictures: give it an image, and a strength")
         strength = 1.0 if image is None else (0.6 if strength is None else strength)
-        height, width = self._check_size(image.shape[-3:-1] if image is not None and size is None else size)
-        spec = SAMPLERS[sampler]
-        times = time_grid(spec, self.generator.schedule, steps, spacing=self.spacing, strength=strength)
-        factor = self.generator.vae.config.downsample_factor
-        shape = (len(prompts), height // factor, width // factor, self.generator.vae.config.latent_channels)
+        size = self._check_size(image.shape[-3:-1] if image is not None and size is None else size)
+        sizes = self._sizes(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
+        spec = SAMPLERS[sampler].at(steps, self.spacing)
+        times = self._times(spec, steps, strength)
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
-        noise = jax.random.normal(noise_key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
-        if noise.shape != shape:
-            raise ValueError(
-                f"latents have shape {noise.shape}; {shape} is needed for {len(prompts)} pictures of this size"
-            )
+        noise = self._noise(noise_key, len(prompts), size, latents)
         if image is None:
             x = noise * spec.init_scale(self.generator.schedule, times, self.spacing)
         else:
-            x = self._noised(image, noise, times[0], (height, width))
+            x = self._noised(image, noise, times[0], size)
         guided = guidance != 1.0 and not self.generator.embeds_guidance
-        cond = self.encode_prompt(prompts)
-        null = self.encode_prompt(negatives) if guided else cond
-        arguments = (
-            self.params["unet"],
-            self.params["vae"],
-            cond,
-            null,
-            x,
-            pad(times),
-            jnp.float32(guidance),
-            sample_key,
-        )
-        return np.asarray(self._draw(*arguments, sampler=spec, guided=guided))
+        cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
+        parts = (self.params["unet"], self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
+        return np.asarray(self._draw(*parts, sampler=spec, guided=guided))
 
-    def encode_prompt(self, prompts: Sequence[str]) -> dict[str, Array]:
-        """Texts to the UNet's conditioning, {"context": (n, l, d)}."""
-        length = self.folder.components["text_encoder"].module.config.max_position_embeddings
-        return self._encode_ids(self.params["text_encoder"], jnp.asarray(self.folder.tokenizer(list(prompts), length)))
+    def encode_prompt(self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None) -> dict[str, Array]:
+        """Texts to the UNet's conditioning: {"context": (n, l, d)}, for SDXL "pooled" (n, p) and "time_ids" too.
+
+        sizes: SDXL's size conditioning in pixels (`mmdit.text.size_ids`); that of the model's own size by default.
+        """
+        ids = []
+        for name, tokenizer in self.folder.texts:
+            length = self.folder.components[name].module.config.max_position_embeddings
+            ids.append(jnp.asarray(tokenizer(list(prompts), min(length, tokenizer.max_length))))
+        if self.folder.is_sdxl:
+            sizes = self._sizes(self.size)[0] if sizes is None else sizes
+            sizes = jnp.tile(jnp.asarray(sizes, jnp.float32), (len(ids[0]), 1))
+        return self._encode_ids([self.params[name] for name, _ in self.folder.texts], ids, sizes)
 
     def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
         """Pictures to latents in the UNet's units (the posterior's mean)."""
@@ -133,19 +136,74 @@ class Pipeline:
 
     def denoiser(self, prompt: str | Sequence[str], *, guidance: float = 1.0, negative_prompt: str = "") -> Denoiser:
         """(x_t, t) -> Prediction(x0, eps), prompts and parameters bound: what solvers and new ideas are built on."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        null = self.encode_prompt([negative_prompt] * len(prompts))
-        cond = self.encode_prompt(prompts)
-        return self.generator.denoiser(self.params["unet"], cond, null, guidance, guided=guidance != 1.0)
+        prompts, negatives = _texts(prompt, negative_prompt, 1)
+        guided, sizes = guidance != 1.0, self._sizes(self.size) if self.folder.is_sdxl else (None, None)
+        cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
+        return self.generator.denoiser(self.params["unet"], cond, null, guidance, guided=guided)
 
-    def save(self, path: str | Path, *, dtype: str | None = None) -> None:
-        """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own."""
+    def save(self, path: str | Path, *, dtype: str | None = None, variant: str | None = None) -> None:
+        """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
+
+        variant: such as "fp16", put into the files' names, as hubs that keep several precisions side by side do.
+        """
         parts = {name: Component(part.module, self.params[name]) for name, part in self.folder.components.items()}
-        save_folder(Path(path), replace(self.folder, components=parts), dtype=None if dtype is None else _dtype(dtype))
+        kind = None if dtype is None else _dtype(dtype)
+        save_folder(Path(path), replace(self.folder, components=parts), dtype=kind, variant=variant)
 
-    def add_lora(self, parts: Sequence[tuple[Adapters, float]]) -> None:
-        """Merge adapters, each with its weight, into the UNet."""
-        self.params["unet"] = merge_all(self.params["unet"], parts)
+    @property
+    def networks(self) -> dict[str, Network]:
+        """How LoRA files name the modules of UNet and text encoders."""
+        return lora_networks(
+            {
+                name: (class_name(part.module), part.module.config, self.params[name])
+                for name, part in self.folder.components.items()
+            }
+        )
+
+    def add_lora(self, adapters: Mapping[str, Adapters], weight: float = 1.0) -> None:
+        """Merge the adapters of some components, {"unet": ..., "text_encoder": ...}, times `weight`."""
+        for name, own in adapters.items():
+            self.params[name] = merge(self.params[name], own, weight)
+
+    def _times(self, spec: Sampler, steps: int, strength: float) -> Float[np.ndarray, " n_plus_1"]:
+        """The grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
+        schedule, whole = self.generator.schedule, self.folder.pipeline not in LCM
+        times = time_grid(spec, schedule, steps, spacing=self.spacing, strength=1.0 if whole else strength)
+        times = truncate(times, strength) if whole else times
+        if self.generator.kind == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
+            raise ValueError(
+                f"the grid begins at timestep {times[0]:.0f}, which is pure noise (rescale_betas_zero_snr), where "
+                "prediction_type 'epsilon' says nothing about the picture: use timestep_spacing 'leading'"
+            )
+        return times
+
+    def _noise(self, key: Key, n: int, size: tuple[int, int], latents: Any) -> Image:
+        config = self.generator.vae.config
+        shape = (n, *(side // config.downsample_factor for side in size), config.latent_channels)
+        noise = jax.random.normal(key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
+        if noise.shape != shape:
+            raise ValueError(f"latents have shape {noise.shape}; {shape} is needed for {n} pictures of this size")
+        return noise
+
+    def _sizes(self, size: tuple[int, int], **options: Any) -> tuple[Array, Array] | tuple[None, None]:
+        """SDXL's size conditioning (`size_pair`) of a prompt and of its negative prompt; None for models without."""
+        sdxl, refiner = self.folder.is_sdxl, self.folder.is_refiner
+        for name, value in options.items():
+            fits, whose = (refiner, "SDXL's refiner") if name == "aesthetic_score" else (sdxl, "SDXL")
+            if value is not None and not fits:
+                raise ValueError(f"{name} is an option of {whose}, and this is a {self.folder.pipeline}: leave it out")
+        return size_pair(size, refiner=refiner, **options) if sdxl else (None, None)
+
+    def _conditions(
+        self, prompts: list[str], negatives: list[str], sizes: tuple[Any, Any], *, empty: bool, guided: bool
+    ) -> tuple[Cond, Cond]:
+        """Of the prompts and of the negative prompts; `empty`: none was given. Not guided, the second goes unused."""
+        cond = self.encode_prompt(prompts, sizes=sizes[0])
+        if not guided:
+            return cond, cond
+        if empty and self.folder.zeros_for_empty_prompt:
+            return cond, zero_prompt({**cond, "time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
+        return cond, self.encode_prompt(negatives, sizes=sizes[1])
 
     def _check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
         height, width = self.size if size is None else tuple(size)
@@ -182,8 +240,13 @@ class Pipeline:
 
     @cached_property
     def _encode_ids(self) -> Any:
-        module = self.folder.components["text_encoder"].module
-        return jax.jit(lambda params, ids: stable_diffusion(Encoding(module, params, ids)))
+        modules = [self.folder.components[name].module for name, _ in self.folder.texts]
+
+        def encode(params: Sequence[Params], ids: Sequence[Array], sizes: Array | None) -> dict[str, Array]:
+            encodings = [Encoding(*parts) for parts in zip(modules, params, ids, strict=True)]
+            return stable_diffusion(encodings[0]) if sizes is None else sdxl(encodings, sizes)
+
+        return jax.jit(encode)
 
     @cached_property
     def _encode_image(self) -> Any:
@@ -200,19 +263,28 @@ def load(
     *,
     dtype: str = "float32",
     lora: str | Path | Sequence[tuple[str | Path, float]] | None = None,
+    tiny_vae: str | Path | None = None,
     variant: str | None = None,
+    config: str | Path | None = None,
 ) -> Pipeline:
-    """A pipeline from a bundled name ("openmoji", "openmoji-teacher"), a diffusers folder or a hub id.
+    """A pipeline from a bundled name ("openmoji", "openmoji-teacher"), a diffusers or orbax folder, a single
+    .safetensors file, or a hub id.
 
     dtype: of parameters and computation. lora: an adapter file, folder or bundled name ("openmoji-lcm-lora"), or a list
-    of (adapter, weight) pairs, merged into the UNet.
+    of (adapter, weight) pairs, merged into UNet and text encoders. tiny_vae: a TAESD in the autoencoder's place.
+    variant: such as "fp16", of files kept in several precisions. config: the diffusers folder or hub id with the
+    configs, tokenizers and scheduler of a single file; the published one of its family by default.
     """
-    location = locate(name)
-    pipe = Pipeline(load_folder(location, dtype=_dtype(dtype), variant=variant), source=str(name))
+    model = read_model(name, config=config, variant=variant)
+    folder = to_folder(model, dtype=_dtype(dtype))
+    if tiny_vae is not None:
+        tiny = load_tiny(locate(tiny_vae).path, dtype=_dtype(dtype))
+        folder = replace(folder, components={**folder.components, "vae": tiny})
+    pipe = Pipeline(folder, source=str(model.small["scheduler"] / "scheduler_config.json"))
     if lora is not None:
-        parts = [(lora, 1.0)] if isinstance(lora, (str, Path)) else list(lora)
-        like = pipe.params["unet"]
-        pipe.add_lora([(load_lora(locate(path).path, like, RULES_UNET), weight) for path, weight in parts])
+        networks = pipe.networks
+        for path, weight in [(lora, 1.0)] if isinstance(lora, (str, Path)) else lora:
+            pipe.add_lora(load_loras(locate(path).path, networks), weight)
     return pipe
 
 
@@ -220,3 +292,20 @@ def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _texts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """One prompt and one negative prompt for each picture."""
+    prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
+    if not prompts:
+        raise ValueError(f"nothing to draw: {'prompt is empty' if num_images > 0 else f'num_images={num_images}'}")
+    if isinstance(negative_prompt, str):
+        return prompts, [negative_prompt] * len(prompts)
+    negatives = list(negative_prompt)
+    if len(negatives) * num_images == len(prompts):
+        negatives = [text for text in negatives for _ in range(num_images)]
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: {len(negatives)} texts for {len(prompts) // num_images} prompts")
+    return prompts, negatives

@@ -7,7 +7,7 @@ time, or the first trained timestep if the scheduler config says so (set_alpha_t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -95,7 +95,8 @@ class Spacing:
     """The keys of a diffusers scheduler_config.json that place timesteps; names and meanings are diffusers'.
 
     timestep_spacing None leaves each sampler its own default: leading for DDIM, linspace for the others.
-    set_alpha_to_one is read by DDIM, final_sigmas_type by Euler and the DPM solvers, original_inference_steps by LCM.
+    set_alpha_to_one is read by DDIM, final_sigmas_type by Euler and the DPM solvers, original_inference_steps by LCM,
+    lower_order_final and euler_at_final by DPM++(2M) where the final sigma is above 0.
     """
 
     timestep_spacing: str | None = None
@@ -104,6 +105,8 @@ class Spacing:
     final_sigmas_type: str = "zero"
     num_train_timesteps: int = 1000
     original_inference_steps: int = 50
+    lower_order_final: bool = True
+    euler_at_final: bool = False
 
     def __post_init__(self) -> None:
         if self.timestep_spacing not in (None, *SPACINGS):
@@ -116,7 +119,7 @@ class Spacing:
         """Read the known keys; ValueError for a value, or a noise spacing such as Karras', that is unsupported."""
         for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
             if config.get(key):
-                raise ValueError(f"{source}: {key} is unsupported: set it to false and use timestep_spacing")
+                raise ValueError(f"{source}: {key} is unsupported (its value is {config[key]!r}): set it to false")
         try:
             return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
         except ValueError as error:
@@ -261,6 +264,13 @@ class Sampler:
     spread_start: bool = False
     consistency: bool = False
 
+    def at(self, steps: int, spacing: Spacing) -> Sampler:
+        """The sampler of a grid of so many steps: to a final sigma above 0 a short DPM++(2M) ends in first order."""
+        lower = spacing.euler_at_final or (spacing.lower_order_final and steps < 15)
+        if isinstance(self.solver, DPMpp2M) and spacing.final_sigmas_type == "sigma_min" and lower:
+            return replace(self, solver=replace(self.solver, lower_final=True))
+        return self
+
     def init_scale(self, schedule: Schedule, grid: np.ndarray, spacing: Spacing) -> float:
         """What unit noise is multiplied by to be x at grid[0]."""
         return float(schedule.sigma(grid[0])) if self.spread_start and spacing.timestep_spacing != "leading" else 1.0
@@ -270,6 +280,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     "lcm": Sampler(solver=LCM(), grid=_consistency_grid, consistency=True),
     "ddim": Sampler(solver=DDIM(), grid=_ddim_grid),
     "euler": Sampler(solver=Euler(), grid=_euler_grid, spread_start=True),
+    "euler_a": Sampler(solver=DDIM(eta=1.0), grid=_heun_grid, spread_start=True),  # ancestral: DDPM's noise
     "heun": Sampler(solver=Heun(), grid=_heun_grid, spread_start=True),
     "dpm++2m": Sampler(solver=DPMpp2M(), grid=_dpm_grid),
     "dpm2": Sampler(solver=DPMSolver2(), grid=_dpm_grid),

@@ -148,10 +148,12 @@ class DPMpp2M:
 
     x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) (x0 + (h / 2 h_prev) (x0 - x0_prev)), one evaluation a step.
 
-    The carry is (x0_prev, lambda_prev). The first step, a step to sigma_s = 0 and the one after alpha_t = 0 are first
-    order: there h_prev or h is infinite. diffusers also lowers the order of the last of fewer than 15 steps to a final
-    sigma above 0 (final_sigmas_type "sigma_min"), a rule about the grid that is not followed here.
+    The carry is (x0_prev, lambda_prev). The first step and a step to sigma_s = 0 are first order: there h_prev or h is
+    infinite. So is h_prev after alpha_t = 0, where lambda_prev counts as diffusers' -log 4096. lower_final: the step to
+    timestep 0 is first order as well (diffusers, in fewer than 15 steps that end there).
     """
+
+    lower_final: bool = False
 
     def init(self, x: Image) -> Carry:
         return jnp.zeros_like(x), jnp.full(x.shape[:1], -jnp.inf, jnp.float32)
@@ -163,7 +165,10 @@ class DPMpp2M:
         prediction = denoise(x, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(schedule, t, x), _scales(schedule, s, x)
         lambda_t, lambda_s = (jnp.broadcast_to(log_snr(schedule, u), x.shape[:1]) for u in (t, s))
+        lambda_t = jnp.where(lambda_t == -jnp.inf, -jnp.log(4096.0), lambda_t)
         finite = jnp.isfinite(lambda_prev) & jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
+        if self.lower_final:
+            finite &= s > 0.0
         ratio = (lambda_s - lambda_t) / jnp.where(finite, lambda_t - lambda_prev, 1.0)
         slope = 0.5 * expand(jnp.where(finite, ratio, 0.0), x)
         bend = slope * (prediction.x0 - previous)

@@ -11,5 +11,23 @@ RULES_CLIP_TEXT: Rules = (
 )
 RULES_CLIP_VISION: Rules = RULES_CLIP_TEXT
 
+RULES_MMDIT: Rules = (
+    (r"(?<=transformer_blocks)/", "/*/"),  # stacked by nn.scan, always from block 0 on
+    (r"(?<!linear)_(\d+)(?=/)", r".\1"),
+)
+
 # Keys of older checkpoints that hold no parameter.
 OPTIONAL_CLIP: tuple[str, ...] = (r"embeddings\.position_ids$",)
+
+# The first block's position bias serves all: here it lies beside them, so that the stacked blocks are alike.
+RULES_T5: Rules = (
+    (r"^encoder/relative_attention_bias/", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^encoder/block/", "encoder.block.*."),
+    (r"(block|layer)_(\d+)/", r"\1.\2."),
+)
+
+# The embedding under its second name, and the other half of a whole T5.
+OPTIONAL_T5: tuple[str, ...] = (r"^encoder\.embed_tokens\.weight$", r"^decoder\.", r"^lm_head\.")
+
+# Another name of a file's tensor -> the name above: files hold either or both of a tied pair.
+ALIASES_T5: dict[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}

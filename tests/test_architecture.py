@@ -14,7 +14,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
-    {"typing", "extras", "overrides"},
+    {"typing", "extras", "overrides", "messages"},
     {"schedules", "nets", "lora"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},
@@ -23,12 +23,12 @@ RANKS = [
     {"train"},
     {"configs"},
     {"pipeline"},
-    {"evaluate"},
+    {"evaluate", "convert"},
     {"demo"},
     {"cli"},
 ]
 # Networks are known only here.
-KNOWS_NETWORKS = {"nets", "weights", "pipeline", "configs", "train", "generate", "evaluate", "metrics"}
+KNOWS_NETWORKS = {"nets", "weights", "pipeline", "configs", "train", "generate", "evaluate", "metrics", "convert"}
 
 
 def sources() -> Iterator[tuple[Path, str]]:

@@ -1,11 +1,12 @@
-"""Images to latents and back: the KL autoencoder with 4, 8 or 16 channels, and what it takes to train one."""
+"""Images to latents and back: the KL autoencoder with 4, 8 or 16 channels, what trains one, and the tiny one."""
 
 from vae16.autoencoder import AutoencoderConfig, AutoencoderKL, sample_latent, scale, unscale
 from vae16.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_discriminator, hinge_generator
 from vae16.losses import LossConfig, adaptive_weight, autoencoder_loss, kl_divergence
 from vae16.perceptual import LPIPS, LPIPSConfig
-from vae16.rules import LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES, RULES
+from vae16.rules import LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES, RULES, TINY_ORIGINAL_RULES, TINY_RULES
 from vae16.tiling import decode_tiled, encode_tiled, sliced, tiled
+from vae16.tiny import TAESD, TAESD3, AutoencoderTiny, TinyConfig
 
 __all__ = [
     "LPIPS",
@@ -13,12 +14,18 @@ __all__ = [
     "LPIPS_PACKAGE_RULES",
     "LPIPS_RULES",
     "RULES",
+    "TAESD",
+    "TAESD3",
+    "TINY_ORIGINAL_RULES",
+    "TINY_RULES",
     "AutoencoderConfig",
     "AutoencoderKL",
+    "AutoencoderTiny",
     "DiscriminatorConfig",
     "LPIPSConfig",
     "LossConfig",
     "PatchDiscriminator",
+    "TinyConfig",
     "adaptive_weight",
     "autoencoder_loss",
     "decode_tiled",

@@ -7,6 +7,17 @@ _INDEX = (r"_(\d+)(?=/)", r".\1")
 # diffusers' AutoencoderKL: down_blocks_0/resnets_1/conv1 -> down_blocks.0.resnets.1.conv1
 RULES: tuple[tuple[str, str], ...] = (_INDEX,)
 
+# diffusers' AutoencoderTiny: encoder/layers_1/conv_0 -> encoder.layers.1.conv.0
+TINY_RULES: tuple[tuple[str, str], ...] = (_INDEX,)
+
+# The original TAESD, a file for each half, told apart by the first word: encoder/layers_1/conv_0 -> encoder.1.conv.0
+# Its decoder begins with the clamp of the latents, which is no layer in diffusers: all that follows is one place later.
+TINY_ORIGINAL_RULES: tuple[tuple[str, str], ...] = (
+    (r"^encoder/layers_", "encoder/"),
+    *((rf"^decoder/layers_{i}/", f"decoder/{i + 1}/") for i in range(100)),
+    _INDEX,
+)
+
 # VGG16 as torchvision names it, with the linear heads of the lpips package: lin0/kernel -> lin0.model.1.weight
 LPIPS_RULES: tuple[tuple[str, str], ...] = ((r"^lin(\d)/", r"lin\1.model.1/"), _INDEX)
 

@@ -1,8 +1,9 @@
 """Puts trained parts into the bundled model: `python experiments/openmoji/bundle.py RUNS`.
 
-RUNS holds work folders named after their configs; of each that has an export, the parts named here are written in half
-precision to lcm_jax/bundled/openmoji, and the rest of the bundle is left as it is. The student makes it a diffusers
-folder; the teacher's UNet and scheduler, the LoRA, the image tower and the reference features lie beside.
+RUNS holds work folders named after their configs (openmoji_lcm_fine is the student's second stage); of each that has an
+export, the parts named here are written in half precision to lcm_jax/bundled/openmoji, and the rest of the bundle is
+left as it is. The student makes it a diffusers folder; the teacher's UNet and scheduler, the LoRA, the image tower and
+the reference features lie beside.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ NETWORKS = {
     "openmoji_vae": {"vae": "vae"},
     "openmoji_clip": {"text_encoder": "text_encoder", "image_encoder": "image_encoder"},
     "openmoji_teacher": {"unet": "unet_teacher"},
-    "openmoji_lcm": {"unet": "unet"},
+    "openmoji_lcm_fine": {"unet": "unet"},
 }
 COPIES = {
     "openmoji_clip": {"tokenizer": "tokenizer"},
     "openmoji_teacher": {"scheduler": "scheduler_teacher"},
-    "openmoji_lcm": {"scheduler": "scheduler", "model_index.json": "model_index.json"},
+    "openmoji_lcm_fine": {"scheduler": "scheduler", "model_index.json": "model_index.json"},
 }
 
 

@@ -165,14 +165,15 @@ def _run(
         if last or step % loop.save_every == 0:
             _save(manager, state, batches)
         if last or step % loop.preview_every == 0:
+            if pending is not None:  # before the preview, which is not to count as training time
+                write(*pending)
+                pending = None
             for title, value in task.preview(state.ema, task.frozen).items():
                 if isinstance(value, np.ndarray):
                     log.add_image(title, value, step, dataformats="HWC")
                 else:
                     log.add_scalar(title, value, step)
             timer.restart(step)
-    if pending is not None:
-        write(*pending)
     bar.close()
     return state
 

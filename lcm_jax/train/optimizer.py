@@ -39,8 +39,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, rest], [config.warmup])
 
 
-def _is_matrix(params: Params) -> Params:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def _decays(params: Params) -> Params:
+    """By name: in layers stacked by a scan norms and biases are matrices too, and a position grid is no weight."""
+    names = ("kernel", "embedding", "down", "up")
+    return jax.tree.map_with_path(lambda path, _: bool(path) and getattr(path[-1], "key", None) in names, params)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -51,6 +53,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=_is_matrix,
+        mask=_decays,
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam

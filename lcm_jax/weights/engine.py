@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,7 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from lcm_jax.messages import few
+from lcm_jax.weights.files import is_finite
+
 Rules = Sequence[tuple[str, str]]
+# (path, shape) -> where the parameter lies; each device is then given its slice alone.
+Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -27,7 +33,7 @@ def torch_name(path: str, rules: Rules) -> str:
     return head + dot + _LEAVES.get(leaf, leaf)
 
 
-def _unstack(name: str, shape: Sequence[int], path: str) -> list[str]:
+def unstack(name: str, shape: Sequence[int], path: str) -> list[str]:
     """The names of all layers in a stacked parameter, in row-major order of its leading axes."""
     stars = name.count("*")
     if stars > len(shape):
@@ -37,6 +43,84 @@ def _unstack(name: str, shape: Sequence[int], path: str) -> list[str]:
         numbers = iter(index)
         names.append(re.sub(r"\*", lambda _: str(next(numbers)), name))  # noqa: B023 (used at once)
     return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Leaf:
+    """A parameter, and the tensors it is made of."""
+
+    names: np.ndarray  # of the tensors, one axis for each stacked axis
+    shape: tuple[int, ...]
+    dtype: Any
+    kernel: bool
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each of its tensors in PyTorch."""
+        own = self.shape[self.names.ndim :]
+        return (own[-1], own[-2], *own[:-2]) if self.kernel and len(own) >= 2 else own
+
+    def read(self, tensors: Mapping[str, np.ndarray], index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The parameter, or its slice `index`; only that is read where the tensors are memory maps."""
+        index = index or (slice(None),) * len(self.shape)
+        n = self.names.ndim
+        stacked: Any = (*index[:n], ...)
+        names, within = self.names[stacked], index[n:]
+        parts = [_to_flax(tensors[name], self.kernel)[within] for name in names.flat]
+        whole = np.empty((*names.shape, *parts[0].shape), self.dtype)
+        layers = whole.reshape(len(parts), *parts[0].shape)
+        with np.errstate(over="ignore"):  # what a narrower type cannot hold is infinite, and `from_torch` finds it
+            for i, part in enumerate(parts):
+                layers[i] = part
+        return whole
+
+
+def _leaves(like: Any, rules: Rules, dtype: Any) -> dict[str, _Leaf]:
+    leaves = {}
+    for path, leaf in traverse_util.flatten_dict(like, sep="/").items():
+        name = torch_name(path, rules)
+        names = np.array(unstack(name, leaf.shape, path), object).reshape(leaf.shape[: name.count("*")])
+        # Floating parameters take the dtype asked for; integers keep theirs.
+        own = leaf.dtype if dtype is None or not _floating(leaf.dtype) else jnp.dtype(dtype)
+        leaves[path] = _Leaf(names=names, shape=tuple(leaf.shape), dtype=own, kernel=_is_kernel(path))
+    return leaves
+
+
+def torch_shapes(like: Any, rules: Rules) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a file for the network `like` holds."""
+    leaves = _leaves(like, rules, None).values()
+    return {name: leaf.tensor_shape for leaf in leaves for name in leaf.names.flat}
+
+
+def check(
+    tensors: Mapping[str, Any], like: Any, rules: Rules, *, optional: Sequence[str] = (), source: str = ""
+) -> None:
+    """One ValueError that lists every missing, unexpected and mis-shaped key (ten of each and their number)."""
+    leaves = _leaves(like, rules, None).values()
+    want = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names.flat}
+    wrong = [
+        f"{name}: file {tuple(tensors[name].shape)}, network {shape}"
+        for name, shape in want.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults = {
+        "missing": sorted(want.keys() - tensors.keys()),
+        "unexpected": sorted(k for k in tensors.keys() - want.keys() if not any(re.search(p, k) for p in optional)),
+        "mis-shaped": wrong,
+        "of whole numbers": [
+            name
+            for leaf in leaves
+            for name in leaf.names.flat
+            if name in tensors and _floating(leaf.dtype) != _floating(tensors[name].dtype)
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(few(what, items) for what, items in faults.items() if items)
+        raise ValueError(f"{source or 'weights'}: does not fit the network: {listed}")
+
+
+def _floating(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _is_kernel(path: str) -> bool:
@@ -54,18 +138,6 @@ def _to_torch(array: np.ndarray, kernel: bool) -> np.ndarray:
     return array.transpose(n - 1, n - 2, *range(n - 2)) if kernel and n >= 2 else array
 
 
-def _cast(array: np.ndarray, dtype: Any) -> np.ndarray:
-    """Floating arrays take the dtype asked for; integers keep theirs."""
-    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
-        return array
-    return array.astype(dtype, copy=False)
-
-
-def _few(what: str, items: Sequence[str]) -> str:
-    more = f", and {len(items) - 10} more" if len(items) > 10 else ""
-    return f"{len(items)} {what} ({', '.join(items[:10])}{more})"
-
-
 def from_torch(
     tensors: Mapping[str, np.ndarray],
     like: Any,
@@ -74,57 +146,48 @@ def from_torch(
     dtype: Any = None,
     optional: Sequence[str] = (),
     source: str = "",
-    place: Callable[[np.ndarray], Any] = jnp.asarray,
+    shardings: Shardings | None = None,
 ) -> Any:
     """A parameter tree shaped as `like` (nested dicts of ShapeDtypeStruct or arrays) from named PyTorch tensors.
 
     dtype: of the floating parameters; None takes each one from `like`. optional: regexes (searched) of keys that may be
-    left over. source: the file named in errors. place: what is done with each finished leaf; pass `np.asarray` to keep
-    it on the host, or a `jax.device_put` with a sharding for networks larger than one device.
-    Raises one ValueError that lists every missing, unexpected and mis-shaped key (ten of each and their number).
+    left over. source: the file named in errors. shardings: where each parameter goes; from memory-mapped tensors every
+    device's slice is read alone, so a network larger than this host is never whole on it.
+    Raises one ValueError that lists every misfit (`check`), or the tensors that hold infinity or NaN.
     """
-    flat = traverse_util.flatten_dict(like, sep="/")
-    names = {path: _unstack(torch_name(path, rules), leaf.shape, path) for path, leaf in flat.items()}
-    expected = {name for group in names.values() for name in group}
-    missing = sorted(expected - tensors.keys())
-    unexpected = sorted(k for k in tensors.keys() - expected if not any(re.search(p, k) for p in optional))
-    misshaped: list[str] = []
+    check(tensors, like, rules, optional=optional, source=source)
     params: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        kernel, stars = _is_kernel(path), torch_name(path, rules).count("*")
-        want = tuple(leaf.shape[stars:])
-        want = tuple(_to_torch(np.broadcast_to(np.int8(0), want), kernel).shape)
-        parts = []
-        for name in names[path]:
-            if name not in tensors:
-                continue
-            part = np.asarray(tensors[name])
-            if part.shape != want:
-                misshaped.append(f"{name}: file {part.shape}, network {want}")
-            else:
-                parts.append(_cast(_to_flax(part, kernel), leaf.dtype if dtype is None else dtype))
-        if missing or unexpected or misshaped:
-            params.clear()  # the load fails: go on only to list the shapes
-            continue
-        whole = np.stack(parts).reshape(leaf.shape) if stars else parts[0]
-        params[path] = place(np.ascontiguousarray(whole) if whole.ndim else whole)
-    faults = [
-        _few(what, items)
-        for what, items in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-        if items
-    ]
-    if faults:
-        raise ValueError(f"{source or 'weights'}: does not fit the network: {'; '.join(faults)}")
+    broken: list[str] = []
+
+    def read(path: str, leaf: _Leaf, index: tuple[slice, ...] | None) -> np.ndarray:
+        array = leaf.read(tensors, index)
+        if not is_finite(array):
+            broken.append(path)
+        return array
+
+    for path, leaf in _leaves(like, rules, dtype).items():
+        if shardings is None:
+            params[path] = jnp.asarray(read(path, leaf, None))
+        else:
+            place = shardings(path, leaf.shape)
+            slices = lambda index, path=path, leaf=leaf: read(path, leaf, index)  # noqa: E731
+            params[path] = jax.make_array_from_callback(leaf.shape, place, slices)
+    if broken:
+        names = sorted({torch_name(path, rules) for path in broken})
+        kind = "" if dtype is None else f" in {jnp.dtype(dtype).name}"
+        raise ValueError(f"{source or 'weights'}: {few('tensors', names)} hold values that are not finite{kind}")
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def to_torch(params: Any, rules: Rules, *, dtype: Any = None) -> dict[str, np.ndarray]:
     """Named PyTorch arrays (contiguous, on the host) of a parameter tree. dtype: of floating ones; None: their own."""
     tensors: dict[str, np.ndarray] = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        array = _cast(np.asarray(jax.device_get(leaf)), dtype)
+    for path, value in traverse_util.flatten_dict(params, sep="/").items():
+        array = np.asarray(jax.device_get(value))
+        if dtype is not None and _floating(array.dtype):
+            array = array.astype(dtype, copy=False)
         name = torch_name(path, rules)
-        stars, group = name.count("*"), _unstack(name, array.shape, path)
+        stars, group = name.count("*"), unstack(name, array.shape, path)
         for key, part in zip(group, array.reshape(len(group), *array.shape[stars:]), strict=True):
             if key in tensors:
                 raise ValueError(f"{path}: the rules name it {key}, which another parameter already has")

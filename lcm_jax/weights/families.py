@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
 from lcm_jax.typing import Params
 from lcm_jax.weights.engine import Rules
-from mmdit.rules import OPTIONAL_CLIP, RULES_CLIP_TEXT, RULES_CLIP_VISION
-from mmdit.text import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
-from vae16 import AutoencoderConfig, AutoencoderKL
+from mmdit import RULES_MMDIT, MMDiT, MMDiTConfig
+from mmdit import example_inputs as mmdit_inputs
+from mmdit.rules import ALIASES_T5, OPTIONAL_CLIP, OPTIONAL_T5, RULES_CLIP_TEXT, RULES_CLIP_VISION, RULES_T5
+from mmdit.text import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5Encoder
+from vae16 import TINY_RULES, AutoencoderConfig, AutoencoderKL, AutoencoderTiny, TinyConfig
 from vae16.rules import RULES as RULES_VAE
 
 
@@ -32,14 +34,15 @@ class Family:
     library: str  # what model_index.json names
     optional: Sequence[str] = ()
     prefix: str = ""  # of the tower's names; transformers 5 leaves it out in some files
+    aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor's other name in files -> its name
 
 
-def _images(config: AutoencoderConfig) -> Sequence[Any]:
+def _images(config: AutoencoderConfig | TinyConfig) -> Sequence[Any]:
     side = config.downsample_factor
     return (jnp.zeros((1, side, side, config.in_channels)),)
 
 
-def _ids(config: CLIPTextConfig) -> Sequence[Any]:
+def _ids(config: CLIPTextConfig | T5Config) -> Sequence[Any]:
     return (jnp.zeros((1, 2), jnp.int32),)
 
 
@@ -74,6 +77,15 @@ FAMILIES: Mapping[str, Family] = {
         stem="diffusion_pytorch_model",
         library="diffusers",
     ),
+    "AutoencoderTiny": Family(
+        config=TinyConfig,
+        build=AutoencoderTiny,
+        fits=lambda module: isinstance(module, AutoencoderTiny),
+        example=_images,
+        rules=TINY_RULES,
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+    ),
     "UNet2DConditionModel": Family(
         config=UNetConfig,
         build=UNet,
@@ -83,8 +95,28 @@ FAMILIES: Mapping[str, Family] = {
         stem="diffusion_pytorch_model",
         library="diffusers",
     ),
+    "SD3Transformer2DModel": Family(
+        config=MMDiTConfig,
+        build=MMDiT,
+        fits=lambda module: isinstance(module, MMDiT),
+        example=mmdit_inputs,
+        rules=RULES_MMDIT,
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+    ),
     "CLIPTextModel": _text(projection=False),
     "CLIPTextModelWithProjection": _text(projection=True),
+    "T5EncoderModel": Family(
+        config=T5Config,
+        build=T5Encoder,
+        fits=lambda module: isinstance(module, T5Encoder),
+        example=_ids,
+        rules=RULES_T5,
+        stem="model",
+        library="transformers",
+        optional=OPTIONAL_T5,
+        aliases=ALIASES_T5,
+    ),
     "CLIPVisionModelWithProjection": Family(
         config=CLIPVisionConfig,
         build=CLIPVisionModel,

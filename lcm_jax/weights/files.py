@@ -1,41 +1,58 @@
 """Files of tensors and configs: safetensors, whole or sharded, and JSON. Nothing here ever unpickles.
 
 Tensors are views of the memory-mapped file, so a checkpoint larger than memory can be converted one tensor at a time.
-Everything is written aside in the same folder and then renamed: a reader sees the old file or the new one.
+A header is believed only where it accounts for every byte of its file: read are at most the header and what is asked
+for. Everything is written aside in the same folder and then renamed: a reader sees the old file or the new one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import re
+import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-_DTYPES: dict[str, Any] = {
+from lcm_jax.messages import few
+
+_DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which writes the last ones first
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
-    "U16": np.uint16,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
+    "U16": np.uint16,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "I32": np.int32,
+    "U32": np.uint32,
     "F32": np.float32,
     "F64": np.float64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "U64": np.uint64,
 }
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_ORDER = {code: i for i, code in enumerate(_DTYPES)}
+# The bits of infinity, or of NaN where there is no infinity: all that follow, up to the sign, are not finite either.
+_NOT_FINITE = {
+    np.dtype(dtype): int(np.array(np.inf).astype(dtype).view(f"u{np.dtype(dtype).itemsize}"))
+    for code, dtype in _DTYPES.items()
+    if "F" in code
+}
+_CHUNK = 1 << 18  # elements: the second look at them finds them in the cache
+_HEADER_LIMIT = 100_000_000  # bytes, the format's own
+_JSON_LIMIT = 4 << 20  # bytes; configs have a few thousand
+_INDEX_LIMIT = 64 << 20
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _CONVERT = (
     'convert it where you trust it: python -c "import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], '
@@ -44,80 +61,145 @@ _CONVERT = (
 )
 
 
+class _Entry(NamedTuple):
+    """A tensor in a file: where it lies in the data, in bytes, and what it is."""
+
+    begin: int
+    end: int
+    code: str
+    shape: tuple[int, ...]
+
+
 def _pickle_error(path: Path) -> ValueError:
-    return ValueError(f"{path}: a pickle can run code when it is read, so {path.suffix} files are refused; {_CONVERT}")
+    return ValueError(f"{path}: a pickle, which can run code when it is read, so it is refused; {_CONVERT}")
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begins, and its header, once the whole file has been checked."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix in _PICKLES:
+def _absent(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"it has {Counter(key for key, _ in pairs).most_common(1)[0][0]!r:.160} twice")
+    return value
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
+    """The tensors of a header, which must fill `size` bytes of data without overlap or hole; ValueError if not."""
+    entries = {}
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(code), "shape": [*axes], "data_offsets": [begin, end]}:
+                if all(type(n) is int and n >= 0 for n in (*axes, begin, end)):
+                    entries[name] = _Entry(begin, end, code, tuple(axes))
+        if name not in entries:
+            raise ValueError(f"its header does not say what {name!r:.160} is")
+    reached = 0
+    for name, (begin, end, code, shape) in sorted(entries.items(), key=lambda item: item[1]):
+        if begin != reached or end < begin:
+            raise ValueError(f"{name!r:.160} does not begin where the tensor before it ends")
+        if code in _DTYPES and math.prod(shape) * np.dtype(_DTYPES[code]).itemsize != end - begin:
+            raise ValueError(f"{name!r:.160} has {end - begin} bytes, which do not make {code} of shape {shape!s:.160}")
+        reached = end
+    if reached != size:
+        raise ValueError(f"it has {size} bytes of tensors, its header speaks of {reached}")
+    return entries
+
+
+def _header(path: Path) -> tuple[int, dict[str, _Entry], dict[str, str]]:
+    """Where the data of a safetensors file begins, its tensors and its metadata, once the layout has been checked."""
+    if path.suffix.lower() in _PICKLES and os.path.isfile(path):
         raise _pickle_error(path)
+    if not os.path.isfile(path):
+        raise _absent(path)
     with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
+        size, start = os.fstat(file.fileno()).st_size, file.read(23)
+        if start == b"version https://git-lfs":
             raise ValueError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` beside it")
+        if start[8:9] != b"{" and re.match(
+            rb"PK\x03\x04|\x80[\x02-\x05]", start
+        ):  # a zip or a bare pickle, as torch saves
+            raise _pickle_error(path)
+        length = int.from_bytes(start[:8], "little")
         try:
-            with safe_open(path, framework="np"):  # checks the header, the offsets and that the data is all there
-                pass
-        except (SafetensorError, OSError) as error:
+            if start[8:9] != b"{":
+                raise ValueError("it does not begin with a header")
+            if length > min(size - 8, _HEADER_LIMIT):
+                raise ValueError(f"its header would have {length} bytes of {size}, at most {_HEADER_LIMIT} are allowed")
+            file.seek(8)
+            header = _parse(file.read(length))
+            metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+            if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+                raise ValueError("its __metadata__ is not text")
+            return 8 + length, _entries(header, size - 8 - length), metadata
+        except ValueError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
-        file.seek(0)
-        size = int.from_bytes(file.read(8), "little")
-        return 8 + size, json.loads(file.read(size))
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The text that a safetensors file carries beside its tensors."""
-    return _header(Path(path))[1].get("__metadata__", {})
+    return _header(Path(path))[2]
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Every tensor of one file, as read-only views of its memory map."""
     path = Path(path)
-    start, header = _header(path)
-    header.pop("__metadata__", None)
+    start, entries, _ = _header(path)
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))
     tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}, which is not supported; cast it to F32")
-        begin, end = entry["data_offsets"]
-        tensor = data[start + begin : start + end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    for name, (begin, end, code, shape) in entries.items():
+        if code not in _DTYPES:
+            raise ValueError(f"{path}: {name!r:.160} has dtype {code!r:.20}, which is not supported; cast it to F32")
+        try:
+            tensor = data[start + begin : start + end].view(_DTYPES[code]).reshape(shape)
+        except ValueError as error:  # more axes, or longer ones, than numpy has
+            raise ValueError(f"{path}: {name!r:.160} cannot be read ({error})") from None
         tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
     return tensors
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    """The tensors that a model.safetensors.index.json spreads over files of its own folder."""
-    weight_map = read_json(index).get("weight_map")
+    """The tensors of all files, of its own folder, that a model.safetensors.index.json names."""
+    weight_map = read_json(index, limit=_INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map, so not the index of a sharded checkpoint")
     shards: dict[str, dict[str, np.ndarray]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard == "..":
-            raise ValueError(f"{index}: {name} points to {shard!r}; shards must be file names in the same folder")
+        if not isinstance(shard, str) or not re.fullmatch(r"(?!\.\.?$)[^/\\]{1,255}", shard) or not shard.isprintable():
+            where = "shards must be file names in the same folder"
+            raise ValueError(f"{index}: {name!r:.160} points to {shard!r:.160}; {where}")
         if shard not in shards:
             shards[shard] = read_safetensors(index.parent / shard)
         if name not in shards[shard]:
-            raise ValueError(f"{index}: {name} is not in {shard}; the index and its shards do not belong together")
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+            raise ValueError(
+                f"{index}: {name!r:.160} is not in {shard}; the index and its shards do not belong together"
+            )
+    # What the index does not name is kept too: whether it may be left over is for the network to say.
+    every = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    return every | {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def _find(folder: Path, stem: str, variant: str | None) -> Path:
     """The safetensors file, or the index of shards, that holds a network in its folder."""
-    names = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-    if variant is not None:
-        names = [f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    others = sorted(p.name for p in folder.glob("*") if p.name.endswith((".safetensors", ".safetensors.index.json")))
-    pickles = sorted(p for p in folder.glob("*") if p.suffix in _PICKLES)
+    whole = folder / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
+    index = _index(whole)
+    for path in (whole, index):
+        if path.is_file():
+            return path
+    others = sorted(p.name for p in folder.glob("*") if re.search(r"\.safetensors(\.index(\.\w+)?\.json)?$", p.name))
+    pickles = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICKLES)
     if pickles and not others:
         raise _pickle_error(pickles[0])
-    there = f"there are {', '.join(others)} (choose by variant= or by path)" if others else "it has no safetensors"
-    raise FileNotFoundError(f"{folder}: neither {names[0]} nor {names[1]}; {there}")
+    there = f"there are {few('others', others)}; choose by variant= or by path" if others else "it has no safetensors"
+    raise FileNotFoundError(f"{folder}: neither {whole.name} nor {index.name}; {there}")
 
 
 def load_tensors(
@@ -126,56 +208,155 @@ def load_tensors(
     """Named tensors of a .safetensors file, an index of shards, or a network's folder.
 
     stem: the file name in a folder, "model" for text encoders. variant: such as "fp16", for stem.fp16.safetensors.
-    Raises FileNotFoundError or ValueError, naming the file, where it is absent, cut off, corrupt or a pickle.
+    Raises FileNotFoundError or ValueError, naming the file, where it is absent, cut off, corrupt or a pickle. Values
+    are not looked at, and nothing in the format would tell a damaged one, save that it may not be finite: `is_finite`.
     """
     path = Path(path)
     if path.is_dir():
         path = _find(path, stem, variant)
     if path.suffix == ".json":
         return _read_shards(path)
-    if path.is_file() and path.suffix not in (".safetensors", *_PICKLES):
+    if path.is_file() and path.suffix.lower() not in (".safetensors", *_PICKLES):
         raise ValueError(f"{path}: unknown kind of weights {path.suffix!r}; give a .safetensors file or its folder")
     return read_safetensors(path)
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # can only be read by setting it
-    os.umask(mask)
-    return mask
+def is_finite(array: np.ndarray) -> bool:
+    """Whether an array holds neither infinity nor NaN. Takes no memory of the array's size, whatever its strides."""
+    first = _NOT_FINITE.get(array.dtype)
+    if first is None:
+        return array.dtype.kind in "biu" or bool(np.isfinite(array).all())
+    # Read as integers, what is not finite is the largest there is: signed where positive, unsigned where negative.
+    # Two maxima run at the speed of memory; np.isfinite is eight times slower and has no fast path for 16 bits.
+    size = array.dtype.itemsize
+    sign = 1 << (8 * size - 1)
+    chunks: Any = np.nditer(
+        array.view(f"u{size}"), flags=["external_loop", "buffered", "zerosize_ok"], buffersize=_CHUNK, order="K"
+    )
+    for bits in chunks:
+        if bits.size and (bits.max() >= first | sign or bits.view(f"i{size}").max() >= first):
+            return False
+    return True
 
 
-_UMASK = _umask()  # once, at import: setting it is seen by every thread
+def check_finite(tensors: Mapping[str, np.ndarray], source: str | os.PathLike[str]) -> None:
+    """One ValueError that names the tensors with infinity or NaN in them (ten, and their number)."""
+    names = [repr(name) for name in tensors if not is_finite(tensors[name])]
+    if names:
+        raise ValueError(f"{source}: {few('tensors', names)} hold infinity or NaN; copy or download it again")
+
+
+def _index(path: Path) -> Path:
+    """The index of shards that can stand for x.safetensors or x.fp16.safetensors, named as diffusers does."""
+    stem = path.name.removesuffix(".safetensors")
+    base, _, variant = stem.rpartition(".")
+    if base and variant.isidentifier():
+        return path.with_name(f"{base}.safetensors.index.{variant}.json")
+    return path.with_name(f"{stem}.safetensors.index.json")
 
 
 @contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, renamed to it at the end and removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+def _aside(*paths: Path) -> Iterator[list[Path]]:
+    """Names beside `paths` (of one folder) to write to, renamed to them in order at the end and removed on failure."""
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    asides = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
     try:
-        yield aside
-        aside.chmod(0o666 & ~_UMASK)  # safetensors gives new files to their owner alone
-        os.replace(aside, path)
+        yield asides
+        for aside, path in zip(asides, paths, strict=True):
+            os.replace(aside, path)
     finally:
-        aside.unlink(missing_ok=True)
+        for aside in asides:
+            aside.unlink(missing_ok=True)
+
+
+def _describe(name: str, tensor: Any) -> _Entry:
+    """dtype, shape and size of what is to be written, without fetching it."""
+    tensor = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
+    code = _CODES.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{name!r:.160} has dtype {tensor.dtype}, which safetensors files do not hold; cast it")
+    return _Entry(0, math.prod(tensor.shape) * tensor.dtype.itemsize, code, tuple(tensor.shape))
+
+
+def _bytes(name: str, tensor: Any, entry: _Entry) -> np.ndarray:
+    array = np.require(np.asarray(tensor), requirements="C")
+    if _describe(name, array) != entry:
+        raise ValueError(f"{name!r:.160} was {entry.code} of {entry.shape} and is now {array.dtype} of {array.shape}")
+    return array.reshape(-1).view(np.uint8)
+
+
+def _write(path: Path, tensors: Mapping[str, Any], entries: Mapping[str, _Entry], metadata: Mapping[str, str]) -> None:
+    """The tensors that `entries` names, byte for byte as the safetensors library writes them."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in sorted(entries, key=lambda name: (-_ORDER[entries[name].code], name)):
+        begin, end = end, end + entries[name].end
+        header[name] = {"dtype": entries[name].code, "shape": entries[name].shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in list(header)[1:]:
+            file.write(_bytes(name, tensors[name], entries[name]))  # type: ignore[arg-type]
+
+
+def _groups(entries: Mapping[str, _Entry], limit: int) -> list[dict[str, _Entry]]:
+    """Consecutive tensors of together at most `limit` bytes, or single ones."""
+    groups: list[dict[str, _Entry]] = [{}]
+    filled = 0
+    for name, entry in entries.items():
+        if groups[-1] and filled + entry.end > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = entry
+        filled += entry.end
+    return groups
 
 
 def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    max_shard_size: int = 10 * 10**9,
 ) -> None:
-    """Writes a .safetensors file at once or not at all. Metadata "format": "pt" is added: diffusers asks for it."""
-    arrays = {name: np.require(np.asarray(tensor), requirements="C") for name, tensor in tensors.items()}
-    with _aside(Path(path)) as aside:
-        save_file(arrays, aside, metadata={"format": "pt", **(metadata or {})})
+    """Writes a .safetensors file at once or not at all. Metadata "format": "pt" is added: diffusers asks for it.
 
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON file that holds one object, such as a config.json."""
+    Values are looked up twice, for their shape and dtype and then one at a time to be written, so a mapping that makes
+    them when asked needs memory for one. max_shard_size: bytes above which x.safetensors becomes
+    x-00001-of-0000n.safetensors and x.safetensors.index.json, as in diffusers. The other form of an earlier save goes.
+    """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    entries = {name: _describe(name, tensors[name]) for name in tensors}
+    if "__metadata__" in entries:
+        raise ValueError(f"{path}: no tensor can be called '__metadata__' in a safetensors file; rename it")
+    groups, index, stem = _groups(entries, max_shard_size), _index(path), path.name.removesuffix(".safetensors")
+    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    new = [path] if len(groups) == 1 else [*(path.with_name(name) for name in names), index]
+    with _aside(*new) as asides:
+        for aside, group in zip(asides, groups, strict=False):
+            _write(aside, tensors, group, {"format": "pt", **(metadata or {})})
+        if len(groups) > 1:
+            weight_map = {name: file for file, group in zip(names, groups, strict=True) for name in group}
+            total = sum(entry.end for entry in entries.values())
+            _dump(asides[-1], {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+            if any(file.exists() for file in new[:-1]):
+                index.unlink(missing_ok=True)  # else the old index would name old and new shards for a moment
+    shard = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    for old in (index, path, *(file for file in path.parent.iterdir() if shard.fullmatch(file.name))):
+        if old not in new:
+            old.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike[str], *, limit: int = _JSON_LIMIT) -> dict[str, Any]:
+    """A JSON file that holds one object, such as a config.json, of at most `limit` bytes."""
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise _absent(path)
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path}: larger than {limit >> 20} MiB, which no such JSON file is")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = _parse(path.read_bytes())
     except ValueError as error:  # broken JSON, or no UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
@@ -183,8 +364,27 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
+def _dump(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes a JSON object at once or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    with _aside(Path(path)) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with _aside(Path(path)) as (aside,):
+        _dump(aside, value)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place at the end, or is removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    try:
+        aside.mkdir()
+        yield aside
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+    finally:
+        for rest in (aside, old):
+            shutil.rmtree(rest, ignore_errors=True)

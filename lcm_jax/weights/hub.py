@@ -1,14 +1,15 @@
-"""Where a model is: a bundled name, a folder, or a repository of the Hugging Face hub."""
+"""Where a model is: a bundled name, a file or folder, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +31,73 @@ BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "openmoji-lcm-lora": ("openmoji/lora", {}),
 }
 
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?")
+_BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model")  # configs and indexes, tokenizers
+_UNUSED = ("safety_checker/*",)
 
-def locate(name: str | Path) -> Location:
-    """The local place of a model; a hub id is downloaded once (safetensors, JSON and tokenizer files only)."""
-    path = Path(name).expanduser()
-    if path.exists():
+
+def wanted(variant: str | None = None) -> list[str]:
+    """Patterns of the files in a repository that may be read: one precision's safetensors, never a pickle."""
+    dot = "" if variant is None else f".{variant}"
+    return [
+        f"*model{dot}.safetensors",  # model, diffusion_pytorch_model, adapter_model
+        f"*model{dot}-?????-of-?????.safetensors",
+        f"*model-?????-of-?????{dot}.safetensors",  # as older diffusers named the shards of a variant
+        "*pytorch_lora_weights.safetensors",
+        *_BESIDE_WEIGHTS,
+    ]
+
+
+def locate(name: str | Path, variant: str | None = None, *, weights: bool = True) -> Location:
+    """The local place of a model. variant: the precision to download, such as "fp16". weights: False leaves them there.
+
+    On the hub: "owner/name", "owner/name/file.safetensors" for that file alone, either with "@revision" (a branch, a
+    tag or a commit). What has changed there is downloaded once; without a connection, or with HF_HUB_OFFLINE=1, what
+    was downloaded before serves. Raises FileNotFoundError if the model is in none of these places.
+    """
+    text = str(name)
+    path = Path(os.path.expanduser(text))
+    if text and os.path.exists(path):
         return Location(path=path)
-    if str(name) in BUNDLED:
-        folder, subfolders = BUNDLED[str(name)]
-        path = Path(str(files("lcm_jax.bundled"))) / folder
+    if text in BUNDLED:
+        inside, subfolders = BUNDLED[text]
+        path = Path(str(files("lcm_jax.bundled"))) / inside
         if not path.exists():
             raise FileNotFoundError(f"model {name}: {path} is not in this installation; reinstall lcm-jax")
         return Location(path=path, subfolders=subfolders)
-    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        raise FileNotFoundError(f"model {name}: no such file or folder; bundled models are {', '.join(BUNDLED)}")
+    match = _HUB_NAME.fullmatch(text)
+    if match is None or text.startswith((".", "~")) or ".." in text:
+        raise FileNotFoundError(f"model {text!r}: no such file or folder; bundled models are {', '.join(BUNDLED)}")
+    repository, file, revision = match.groups()
+    patterns = wanted(variant) if weights else list(_BESIDE_WEIGHTS)
+    folder = _snapshot(text, repository, revision, patterns if file is None else [file])
+    if file is not None and not (folder / file).is_file():
+        raise FileNotFoundError(f"model {name}: the repository {repository} has no {file}")
+    return Location(path=folder if file is None else folder / file)
+
+
+def _snapshot(name: str, repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The folder in the hub's cache that holds the wanted files of a repository."""
+
+    def fetch(*, offline: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(_UNUSED),
+                local_files_only=offline,
+            )
+        )
+
     try:
-        kinds = ["*.safetensors", "*.json", "*.txt", "*.model"]
-        return Location(path=Path(snapshot_download(str(name), allow_patterns=kinds)))
-    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"model {name}: neither a local folder nor a repository of the hub within reach ({reason})"
-        ) from None
+        return fetch(offline=False)
+    except Exception as error:  # of kinds that depend on the HTTP library beneath the hub's client
+        try:
+            return fetch(offline=True)
+        except Exception:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise FileNotFoundError(
+                f"model {name}: neither a local file or folder, nor a repository of the hub within reach or downloaded "
+                f"before ({reason:.300})"
+            ) from error

@@ -1,16 +1,87 @@
-"""scheduler_config.json: the schedule and the kind of output, in and out."""
+"""scheduler_config.json: the schedule and the kind of output, in and out, and what in it would be drawn differently."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import fields
+from numbers import Real
 from typing import Any, get_args
 
+from lcm_jax.sampling import Spacing
 from lcm_jax.schedules import DDPM, from_config
 from lcm_jax.typing import Kind, Schedule
+
+SCHEDULERS: Mapping[str, str] = {
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddim",
+    "PNDMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "LMSDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_a",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "DPMSolverSinglestepScheduler": "dpm++2m",
+    "DPMSolverSDEScheduler": "dpm++2m",
+    "DEISMultistepScheduler": "dpm++2m",
+    "UniPCMultistepScheduler": "dpm++2m",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "lcm",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+}
+"""diffusers' scheduler classes whose configs are read, each with the sampler that is it or comes closest."""
+
+# Keys our samplers have no choice about, with every value that leaves their pictures unchanged.
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "clip_sample": (False, None),
+    "interpolation_type": ("linear",),
+    "invert_sigmas": (False, None),
+    "lambda_min_clipped": (-math.inf, None),
+    "predict_epsilon": (True, None),
+    "shift_terminal": (None,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh1", "bh2", "logrho"),  # DPMSolverMultistepScheduler reads the others as midpoint
+    "stochastic_sampling": (False, None),
+    "thresholding": (False, None),
+    "timestep_scaling": (10.0,),
+    "timestep_type": ("discrete",),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+_NUMBERS = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset", "original_inference_steps")
+_READ = {field.name for field in (*fields(DDPM), *fields(Spacing))} | {
+    *("trained_betas", "prediction_type", "shift", "flow_shift", "use_flow_sigmas", "use_dynamic_shifting"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+}
+# Read by nothing while the keys above have those values, or by no sampler of ours.
+_IDLE = {
+    *("base_image_seq_len", "base_shift", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio"),
+    *("max_image_seq_len", "max_shift", "noise_sampler_seed", "predict_x0", "sample_max_value", "sigma_max"),
+    *("sigma_min", "skip_prk_steps", "solver_p", "time_shift_type"),
+}
+
+
+def check_config(config: Mapping[str, Any], *, source: str) -> None:
+    """ValueError for a class or value that changes the picture and is not supported; a warning for unknown keys."""
+    name = config.get("_class_name")
+    if name is not None and name not in SCHEDULERS:
+        raise ValueError(f"{source}: _class_name {name!r} is not supported; known are {', '.join(SCHEDULERS)}")
+    for key, value in config.items():
+        if key in _FIXED and value not in _FIXED[key]:
+            raise ValueError(f"{source}: {key}={value!r} is not supported; set it to {_FIXED[key][0]!r}")
+        if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise ValueError(f"{source}: {key}={value!r} is not a number")
+        if key not in _FIXED and key not in _READ | _IDLE and not key.startswith("_"):
+            warnings.warn(f"{source}: {key}={value!r} is not known and is ignored", stacklevel=2)
 
 
 def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> tuple[Schedule, Kind]:
     """What a scheduler_config.json declares. A flow-matching scheduler has no prediction_type: its kind is flow."""
+    check_config(config, source=source)
     schedule = from_config(config, source=source)
     kind = config.get("prediction_type", "epsilon" if isinstance(schedule, DDPM) else "flow")
     if kind not in get_args(Kind):

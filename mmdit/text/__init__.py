@@ -12,6 +12,8 @@ from mmdit.text.clip_config import (
     CLIPVisionConfig,
 )
 from mmdit.text.conditioning import Encoding, sdxl, size_ids, stable_diffusion, zero_prompt
+from mmdit.text.t5 import T5Encoder
+from mmdit.text.t5_config import T5_XXL, T5Config
 from mmdit.text.tokenize import Tokenizer, train_tokenizer
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "CLIP_H_VISION",
     "CLIP_L",
     "CLIP_L_VISION",
+    "T5_XXL",
     "CLIPConfig",
     "CLIPModel",
     "CLIPTextConfig",
@@ -27,6 +30,8 @@ __all__ = [
     "CLIPVisionConfig",
     "CLIPVisionModel",
     "Encoding",
+    "T5Config",
+    "T5Encoder",
     "TextOutput",
     "Tokenizer",
     "VisionOutput",

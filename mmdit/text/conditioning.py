@@ -37,14 +37,15 @@ def stable_diffusion(encoding: Encoding, *, clip_skip: int = 0) -> dict[str, Arr
     return {"context": _encode(encoding, -1 - clip_skip, True).hidden}
 
 
-def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b 6"], *, clip_skip: int = 0) -> dict[str, Array]:
+def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b n"], *, clip_skip: int = 0) -> dict[str, Array]:
     """SDXL (Podell et al. 2023, arXiv:2307.01952, section 2.1) -> {"context": (b, l, 2048), "pooled", "time_ids"}.
 
     context: the penultimate hidden states of CLIP-L and bigG without the final norm, joined on channels.
-    pooled: the projected text embedding of the last encoder. time_ids: see `size_ids`.
+    pooled: the projected text embedding of the last encoder. time_ids: see `size_ids`. The refiner has bigG alone, so
+    its context is 1280 wide.
     """
     if not encodings:
-        raise ValueError("sdxl: no text encoder given; SDXL takes CLIP-L and bigG")
+        raise ValueError("sdxl: no text encoder given; SDXL takes CLIP-L and bigG, its refiner bigG")
     if len({e.ids.shape for e in encodings}) > 1:
         raise ValueError(f"sdxl: the encoders' ids differ in shape: {', '.join(str(e.ids.shape) for e in encodings)}")
     outputs = [_encode(e, -2 - clip_skip, False) for e in encodings]
@@ -59,11 +60,40 @@ def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b 6"], *, clip_s
 
 
 def size_ids(
-    original: tuple[int, int], crop: tuple[int, int] = (0, 0), target: tuple[int, int] | None = None, *, batch: int = 1
-) -> Float[Array, "b 6"]:
-    """SDXL's size conditioning in pixels: (original height, width, crop top, left, target height, width)."""
-    row = jnp.asarray([*original, *crop, *(original if target is None else target)], jnp.float32)
-    return jnp.tile(row, (batch, 1))
+    original: tuple[int, int],
+    crop: tuple[int, int] = (0, 0),
+    target: tuple[int, int] | None = None,
+    *,
+    aesthetic_score: float | None = None,
+    batch: int = 1,
+) -> Float[Array, "b n"]:
+    """SDXL's size conditioning in pixels: (original height, width, crop top, left, target height, width).
+
+    With an aesthetic score (1 to 10) it is the refiner's: (original height, width, crop top, left, score).
+    """
+    last = (original if target is None else target) if aesthetic_score is None else (aesthetic_score,)
+    return jnp.tile(jnp.asarray([*original, *crop, *last], jnp.float32), (batch, 1))
+
+
+def size_pair(
+    size: tuple[int, int],
+    *,
+    original_size: tuple[int, int] | None = None,
+    crop: tuple[int, int] | None = None,
+    aesthetic_score: float | None = None,
+    refiner: bool = False,
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    """The size conditioning of a prompt and of its negative prompt, where the picture has `size` (height, width).
+
+    Defaults are diffusers': `size` is the original's too, nothing is cut off, the score is 6. The refiner's negative
+    prompt always has a score of 2.5 and nothing cut off.
+    """
+    original, crop = original_size or size, crop or (0, 0)
+    if not refiner:
+        row = size_ids(original, crop, size)[0]
+        return row, row
+    score = 6.0 if aesthetic_score is None else aesthetic_score
+    return size_ids(original, crop, aesthetic_score=score)[0], size_ids(original, aesthetic_score=2.5)[0]
 
 
 def zero_prompt(condition: Mapping[str, Array]) -> dict[str, Array]:

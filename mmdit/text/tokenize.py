@@ -1,4 +1,4 @@
-"""CLIP tokenizers: load one from a folder, or train one on captions."""
+"""Tokenizers of CLIP and T5: load one from a folder, or train one of CLIP's kind on captions."""
 
 from __future__ import annotations
 
@@ -13,35 +13,62 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of "cats"
 
 
+def _kind(folder: Path) -> type[CLIPTokenizer] | type[T5Tokenizer]:
+    """T5's where the folder holds a Unigram model, else CLIP's, whose reader then names what is amiss."""
+    if (folder / "spiece.model").is_file():
+        return T5Tokenizer
+    try:
+        unigram = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"] == "Unigram"
+    except (OSError, ValueError, LookupError, TypeError):
+        unigram = False
+    return T5Tokenizer if unigram else CLIPTokenizer
+
+
+def _check_files(folder: Path, kind: type[CLIPTokenizer] | type[T5Tokenizer]) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; a tokenizer folder was expected")
+    if (folder / "tokenizer.json").is_file():
+        return
+    if kind is T5Tokenizer and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ValueError(
+            f"{folder}: spiece.model is read with the packages sentencepiece and protobuf; "
+            "install them, or put the model's tokenizer.json beside it"
+        )
+    if kind is CLIPTokenizer and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+
+
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts -> (b, length) int32 ids: BOS, the text's tokens cut to fit, EOS, then padding."""
+    """Texts -> (b, length) int32 ids: BOS (CLIP's only), the text's tokens cut to fit, EOS, then padding."""
 
-    backend: CLIPTokenizer
+    backend: CLIPTokenizer | T5Tokenizer
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """A transformers CLIPTokenizer folder: tokenizer.json, or vocab.json and merges.txt. Reads local files only."""
+        """A CLIPTokenizer or T5Tokenizer folder of transformers: tokenizer.json, or what it is made from, which is
+
+        vocab.json with merges.txt for CLIP and spiece.model for T5. Reads local files only.
+        """
         path = Path(folder)
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder; a CLIP tokenizer folder was expected")
-        pair = [path / "vocab.json", path / "merges.txt"]
-        if not (path / "tokenizer.json").is_file() and not all(p.is_file() for p in pair):
-            raise FileNotFoundError(f"{path}: holds neither tokenizer.json nor vocab.json with merges.txt")
+        kind = _kind(path)
+        _check_files(path, kind)
+        name = kind.__name__.removesuffix("Tokenizer")
         try:
-            backend = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+            backend = kind.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception on a malformed file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: not a readable CLIP tokenizer ({reason})") from error
+            raise ValueError(f"{path}: not a readable {name} tokenizer ({reason})") from error
         # transformers appends special tokens it does not find, with ids that the network has no embedding for.
         vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
-        for token in (backend.bos_token, backend.eos_token):
+        for token in (backend.eos_token, backend.bos_token if kind is CLIPTokenizer else backend.pad_token):
             if token not in vocabulary:
                 raise ValueError(f"{path}: the vocabulary lacks the special token {token!r}")
         return cls(backend)
@@ -52,12 +79,14 @@ class Tokenizer:
 
     @property
     def max_length(self) -> int:
-        """The model's length, 77 for CLIP where the folder does not say."""
+        """The model's length; where the folder does not say, 77 for CLIP and 512 for T5."""
         length = self.backend.model_max_length
-        return int(length) if length < 1_000_000 else 77
+        return int(length) if length < 1_000_000 else 512 if isinstance(self.backend, T5Tokenizer) else 77
 
     @property
     def bos_token_id(self) -> int:
+        if self.backend.bos_token_id is None:
+            raise ValueError("this tokenizer, a T5's, writes no token before a text")
         return int(self.backend.bos_token_id)
 
     @property
@@ -83,7 +112,7 @@ class Tokenizer:
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def save(self, folder: str | os.PathLike[str]) -> Tokenizer:
-        """A folder that transformers and older readers of vocab.json with merges.txt take; read back from there."""
+        """A folder that transformers takes, and for CLIP older readers of vocab.json; read back from there."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         fast = self.backend.backend_tokenizer
@@ -92,11 +121,12 @@ class Tokenizer:
         for key in ("is_local", "local_files_only"):
             self.backend.init_kwargs.pop(key, None)
         self.backend.save_pretrained(str(path))
-        # transformers 5 writes tokenizer.json only; older readers, and people, want the pair.
-        model = json.loads(fast.to_str())["model"]
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
-        (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        (path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if isinstance(self.backend, CLIPTokenizer):
+            # transformers 5 writes tokenizer.json only; older readers, and people, want the pair.
+            model = json.loads(fast.to_str())["model"]
+            lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+            (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+            (path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return Tokenizer.load(path)
 
 

@@ -6,10 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from lcm_jax import lora
 from lcm_jax.nets.presets import SD15, SDXL
 from lcm_jax.nets.unet import UNet, abstract_params
+from mmdit import model as mmdit
+from mmdit.config import MMDiTConfig
+from mmdit.text import CLIPTextConfig, CLIPTextModel
 
 RNG = np.random.default_rng(0)
 new_adapters = jax.jit(partial(lora.init, rank=2, alpha=3.0))
@@ -54,6 +58,33 @@ def test_lcm_lora_has_the_published_number_of_parameters(config, millions):
     like = abstract_params(UNet(config, scan=True))
     adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank=64), like)
     assert round(lora.count(adapters) / 1e6, 2) == millions
+
+
+def targeted(like, targets):
+    """Path without its kernel, and how many layers are stacked in it."""
+    adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank=1, targets=targets), like)
+    return {path.removesuffix("/kernel"): a["alpha"].shape for path, a in adapters.items()}
+
+
+def test_targets_of_the_mmdit_are_its_attentions():
+    config = MMDiTConfig(
+        num_layers=2, attention_head_dim=4, num_attention_heads=2, caption_projection_dim=8, dual_attention_layers=(0,)
+    )
+    found = targeted(mmdit.abstract_params(mmdit.MMDiT(config)), lora.MMDIT_TARGETS)
+    block = {"attn/to_q", "attn/to_k", "attn/to_v", "attn/to_out_0"}
+    block |= {"attn/add_q_proj", "attn/add_k_proj", "attn/add_v_proj"}
+    first = block | {"attn/to_add_out", "attn2/to_q", "attn2/to_k", "attn2/to_v", "attn2/to_out_0"}
+    assert found.keys() == {f"transformer_blocks_0/{x}" for x in first} | {f"transformer_blocks_1/{x}" for x in block}
+
+
+def test_targets_of_clip_are_its_attentions():
+    config = CLIPTextConfig(
+        vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=3, num_attention_heads=2, projection_dim=4
+    )
+    model = CLIPTextModel(config, projection=True)
+    like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    names = (f"text_model/encoder/layers/self_attn/{x}_proj" for x in ("q", "k", "v", "out"))
+    assert targeted(like, lora.CLIP_TARGETS) == dict.fromkeys(names, (3,))
 
 
 def test_fresh_adapters_change_nothing(params):
@@ -132,11 +163,99 @@ def test_gradients_reach_down_and_up_and_not_alpha(params, adapters):
 
 
 def test_bad_input_is_named(params, adapters):
-    with pytest.raises(ValueError, match=r"'to_nothing' match none of 6 kernels: block/attn1/to_q/kernel.*1 more"):
+    with pytest.raises(ValueError, match=r"'to_nothing' match none of 6 kernels \(block/attn1/to_out_0/kernel, .*\)"):
         lora.init(jax.random.key(0), params, rank=2, targets="to_nothing")
     with pytest.raises(ValueError, match="rank must be at least 1"):
         lora.init(jax.random.key(0), params, rank=0)
-    with pytest.raises(ValueError, match="no kernel for 1 adapters: block/other/kernel"):
+    with pytest.raises(ValueError, match=r"no kernel for 1 adapters \(block/other/kernel\)"):
         lora.merge(params, adapters | {"block/other/kernel": adapters["block/conv1/kernel"]})
-    with pytest.raises(ValueError, match=r"do not fit for 1 adapters: block/conv1/kernel \(kernel \(3, 3, 4, 7\)"):
+    with pytest.raises(ValueError, match=r"do not fit for 1 adapters \(block/conv1/kernel \(kernel \(3, 3, 4, 7\)"):
         lora.merge(params, adapters | {"block/conv1/kernel": adapters["block/attn1/to_q/kernel"]})
+
+
+def as_matrices(kernel):
+    """A kernel as the matrices that a LoRA approximates, one for each stacked layer."""
+    kernel = np.asarray(kernel, np.float64)
+    return kernel.reshape(*kernel.shape[: lora.stacked_axes(kernel)], -1, kernel.shape[-1])
+
+
+def changed(params, scale=0.3):
+    """The parameters with noise on all kernels, and their flat differences."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    change = {path: scale * array(*x.shape) for path, x in flat.items() if path.endswith("kernel")}
+    new = {path: x + change[path] if path in change else x for path, x in flat.items()}
+    return traverse_util.unflatten_dict(new, sep="/"), change
+
+
+def test_extract_finds_a_low_rank_change_again(params, adapters):
+    tuned = lora.merge(params, adapters, 0.7)
+    found = lora.extract(params, tuned, rank=2)
+    assert found.adapters.keys() == adapters.keys()
+    assert found.untouched == []
+    assert max(found.residual.values()) < 1e-5
+    lora.check(found.adapters, params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), lora.merge(params, found.adapters), tuned)
+    larger = lora.extract(params, tuned, rank=3)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), lora.merge(params, larger.adapters), tuned)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_extract_is_the_best_approximation_of_its_rank(params, rank):
+    tuned, change = changed(params)
+    found = lora.extract(params, tuned, rank=rank)
+    for path, adapter in found.adapters.items():
+        matrix, approximation = as_matrices(change[path]), as_matrices(lora.delta(adapter))
+        assert adapter["down"].shape[-1] == min(rank, *matrix.shape[-2:])
+        tail = np.linalg.svd(matrix, compute_uv=False)[..., rank:]
+        error = np.linalg.norm(matrix - approximation)
+        np.testing.assert_allclose(error, np.linalg.norm(tail), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.residual[path], error / np.linalg.norm(matrix), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.7, 0.95])
+def test_energy_is_the_smallest_rank_that_keeps_that_share(params, energy):
+    tuned, change = changed(params)
+    found = lora.extract(params, tuned, rank=100, energy=energy)
+    ranks = set()
+    for path, adapter in found.adapters.items():
+        power = np.square(np.linalg.svd(as_matrices(change[path]), compute_uv=False))
+        share = np.cumsum(power, axis=-1) / power.sum(axis=-1, keepdims=True)
+        rank = adapter["down"].shape[-1]
+        ranks.add(rank)
+        assert np.all(share[..., rank - 1] >= energy)
+        assert rank == 1 or np.any(share[..., rank - 2] < energy)
+    assert len(ranks) > 1 or energy == 0.3
+    capped = lora.extract(params, tuned, rank=2, energy=energy)
+    assert {a["down"].shape[-1] for a in capped.adapters.values()} <= {1, 2}
+
+
+def test_extract_says_what_it_leaves_out(params):
+    tuned, _ = changed(params)
+    tuned["block"]["attn1"]["to_q"] = params["block"]["attn1"]["to_q"]
+    tuned["block"]["norm1"] = {"scale": params["block"]["norm1"]["scale"] + 1}
+    found = lora.extract(params, tuned, rank=1)
+    assert "block/attn1/to_q/kernel" not in found.adapters
+    assert found.untouched == ["block/norm1/scale", "time_embedding/linear_1/kernel"]
+    assert lora.extract(params, params, rank=1, energy=0.5) == ({}, {}, [])
+
+
+def test_extract_from_half_precision(params, adapters):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    found = lora.extract(half, lora.merge(params, adapters), rank=4)
+    assert {x.dtype for x in jax.tree.leaves(found.adapters)} == {jnp.dtype(jnp.float32)}
+    assert max(found.residual.values()) < 0.05
+
+
+def test_checkpoints_that_do_not_belong_together_are_named(params):
+    with pytest.raises(ValueError, match=r"energy is a share of the squared norm in \(0, 1\], got 90"):
+        lora.extract(params, params, rank=2, energy=90)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        lora.extract(params, params, rank=0)
+    with pytest.raises(ValueError, match="'nothing' match none"):
+        lora.extract(params, params, rank=1, targets="nothing")
+    other = params | {"block": params["block"] | {"conv1": {"kernel": array(1, 1, 4, 7)}}}
+    with pytest.raises(ValueError, match=r"two networks: 2 .* \(block/conv1/bias, block/conv1/kernel\)"):
+        lora.extract(params, other, rank=2)
+    broken = params | {"time_embedding": {"linear_1": {"kernel": array(4, 4) * np.nan}}}
+    with pytest.raises(ValueError, match=r"time_embedding/linear_1/kernel: the difference .* NaN"):
+        lora.extract(params, broken, rank=2)

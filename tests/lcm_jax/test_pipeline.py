@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +13,11 @@ import pytest
 
 import lcm_jax
 from lcm_jax import Pipeline, lora
-from lcm_jax.nets import RULES_UNET
+from lcm_jax.nets import RULES_UNET, UNet
+from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.folders import Component, Folder
 from lcm_jax.weights.lora import save_lora
+from mmdit.text import CLIPTextModel
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +69,7 @@ def test_weak_image_to_image_keeps_the_picture(pipe: Pipeline) -> None:
     assert np.abs(near - through_vae).mean() < np.abs(far - through_vae).mean()
 
 
+@pytest.mark.slow
 def test_other_sizes(pipe: Pipeline) -> None:
     assert pipe("dog face", steps=1, sampler="ddim", size=(16, 24)).shape == (1, 16, 24, 3)
 
@@ -74,7 +81,7 @@ def test_save_and_load_give_the_same_pictures(pipe: Pipeline, tmp_path: Path) ->
 
 
 def test_lora_is_merged_with_its_weight(pipe: Pipeline, tiny_model: Path, tmp_path: Path) -> None:
-    adapters = lora.init(jax.random.key(0), pipe.params["unet"], rank=2)
+    adapters = lora.init(jax.random.key(0), pipe.params["unet"], rank=2, targets=r"to_[qk]/kernel$")
     adapters = jax.tree.map(lambda a: a + 0.3, adapters)
     save_lora(tmp_path / "pytorch_lora_weights.safetensors", adapters, RULES_UNET)
     merged = lcm_jax.load(tiny_model, lora=[(tmp_path, 0.5)]).params["unet"]
@@ -85,7 +92,7 @@ def test_lora_is_merged_with_its_weight(pipe: Pipeline, tiny_model: Path, tmp_pa
 
 def test_denoiser_is_what_the_sampler_sees(pipe: Pipeline) -> None:
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
-    prediction = pipe.denoiser("dog face")(x, 500.0)
+    prediction = jax.jit(pipe.denoiser("dog face"))(x, 500.0)
     alpha, sigma = (float(f(500.0)) for f in (pipe.generator.schedule.alpha, pipe.generator.schedule.sigma))
     np.testing.assert_allclose(alpha * prediction.x0 + sigma * prediction.eps, x, atol=1e-5)
 
@@ -102,6 +109,9 @@ def test_denoiser_is_what_the_sampler_sees(pipe: Pipeline) -> None:
         ({"image": np.zeros((16, 16, 4), np.uint8)}, "image: expected uint8"),
         ({"num_images": 0}, "nothing to draw"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts"),
+        ({"original_size": (16, 16)}, "original_size is an option of SDXL, and this is a StableDiffusionPipeline"),
+        ({"crop": (0, 0)}, "crop is an option of SDXL, and"),
+        ({"aesthetic_score": 6.0}, "aesthetic_score is an option of SDXL's refiner"),
     ],
 )
 def test_bad_input_is_one_line(pipe: Pipeline, options: dict, message: str) -> None:
@@ -112,8 +122,6 @@ def test_bad_input_is_one_line(pipe: Pipeline, options: dict, message: str) -> N
 
 @pytest.mark.parametrize("file", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json"])
 def test_missing_or_truncated_checkpoint_names_the_file(tiny_model: Path, tmp_path: Path, file: str) -> None:
-    import shutil
-
     broken = shutil.copytree(tiny_model, tmp_path / "broken")
     data = (broken / file).read_bytes()
     (broken / file).write_bytes(data[: len(data) // 2])
@@ -127,3 +135,58 @@ def test_missing_or_truncated_checkpoint_names_the_file(tiny_model: Path, tmp_pa
 def test_unknown_model_lists_the_bundled_ones() -> None:
     with pytest.raises(FileNotFoundError, match="openmoji-teacher"):
         lcm_jax.load("no-such-model")
+
+
+def bare(tiny_components: dict[str, Component], *, encoders: tuple[str, ...] = (), **scheduler: Any) -> Pipeline:
+    """A pipeline without parameters: SD, or SDXL's with these text encoders. Enough for what is said before drawing."""
+    net, text = (tiny_components[name].module.config for name in ("unet", "text_encoder"))
+    width = 6 * 8 + 8 if "text_encoder" in encoders else 5 * 8 + 8
+    sizes = {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": width}
+    if encoders:
+        net = replace(net, addition_embed_type="text_time", **sizes)
+    parts = {name: Component(CLIPTextModel(text), {}) for name in encoders or ("text_encoder",)}
+    parts |= {"unet": Component(UNet(net), {}), "vae": Component(tiny_components["vae"].module, {})}
+    return Pipeline(Folder(components=parts, scheduler=scheduler))
+
+
+def test_the_refiner_wants_a_picture(tiny_components: dict[str, Component]) -> None:
+    with pytest.raises(ValueError, match="SDXL's refiner, which redraws pictures: give it an image"):
+        bare(tiny_components, encoders=("text_encoder_2",))("dog face")
+
+
+def test_only_the_refiner_takes_a_score(tiny_components: dict[str, Component]) -> None:
+    base = bare(tiny_components, encoders=("text_encoder", "text_encoder_2"))
+    with pytest.raises(ValueError, match=r"aesthetic_score is an option of SDXL's refiner.* StableDiffusionXLPipeline"):
+        base("dog face", aesthetic_score=6.0)
+
+
+def test_epsilon_says_nothing_at_pure_noise(tiny_components: dict[str, Component]) -> None:
+    pipe = bare(tiny_components, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="timestep 999, which is pure noise"):
+        pipe("dog face", sampler="ddim")
+
+
+def test_steps_offset_of_sd_is_the_one_it_was_trained_with(tiny_components: dict[str, Component]) -> None:
+    assert bare(tiny_components, steps_offset=0).spacing.steps_offset == 1
+    sdxl = bare(tiny_components, encoders=("text_encoder", "text_encoder_2"), steps_offset=0)
+    assert sdxl.spacing.steps_offset == 0
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampler"),
+    [("EulerAncestralDiscreteScheduler", "euler_a"), ("LCMScheduler", "lcm"), ("PNDMScheduler", "ddim")],
+)
+def test_the_folders_sampler(tiny_components: dict[str, Component], scheduler: str, sampler: str) -> None:
+    assert bare(tiny_components, _class_name=scheduler).default_sampler == sampler
+
+
+@pytest.mark.parametrize("key", ["use_karras_sigmas", "clip_sample", "thresholding"])
+def test_scheduler_values_with_another_result_name_key_value_and_file(
+    tiny_model: Path, tmp_path: Path, key: str
+) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    write_json(file, read_json(file) | {key: True})
+    with pytest.raises(ValueError, match=rf"{file}: {key}.*True") as caught:
+        lcm_jax.load(copy)
+    assert "\n" not in str(caught.value)

@@ -45,6 +45,7 @@ class ConsistencyTask(LatentTask):
     """
 
     teacher: str = "openmoji-teacher"
+    start: str | None = None  # a student (name or folder) to go on from; None starts as the teacher. Not for LoRA
     objective: LatentConsistencyDistillation | LatentConsistencyFinetuning = LatentConsistencyDistillation(
         schedule=DDPM()
     )
@@ -65,6 +66,13 @@ class ConsistencyTask(LatentTask):
         records = self.records(conditioner)
         null = conditioner.encode_text([""])
         config = teacher.module.config
+        first = teacher.params
+        if self.start is not None:
+            if self.lora is not None:
+                raise ValueError("task.start is for whole students; a LoRA starts from its teacher")
+            begun = locate(self.start)
+            student_net, first = load_component(begun.path, begun.place("unet"))
+            config = student_net.config
         if self.lora is None and config.time_cond_proj_dim is None:
             config = replace(config, time_cond_proj_dim=self.guidance_dim)
         net = UNet(config, dtype=jnp.dtype(self.dtype), remat=self.remat)
@@ -73,7 +81,7 @@ class ConsistencyTask(LatentTask):
         def init(key: Key) -> Params:
             if adapted is not None:
                 return lora.init(key, teacher.params, rank=adapted.rank, alpha=adapted.alpha, targets=adapted.targets)
-            return graft(net.init(key, *example_inputs(config))["params"], teacher.params)
+            return graft(net.init(key, *example_inputs(config))["params"], first)
 
         def student(params: Params, frozen: Params) -> Params:
             return params if adapted is None else lora.merge(frozen["teacher"], params)

@@ -13,7 +13,7 @@ import pytest
 
 from lcm_jax.data import Loader
 from lcm_jax.train.loop import LoopConfig, Task, fit
-from lcm_jax.train.optimizer import OptimizerConfig, learning_rate
+from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.step import TrainState, ema_decay, make_train_step
 
 POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]
@@ -118,3 +118,16 @@ def test_fewer_steps_than_done_is_refused(tmp_path: Path) -> None:
     fit(line_task(), LOOP, OPTIMIZER, tmp_path)
     with pytest.raises(ValueError, match="beyond --steps 20"):
         fit(line_task(), LoopConfig(steps=20, batch_size=8), OPTIMIZER, tmp_path)
+
+
+def test_weight_decay_is_for_weights_alone() -> None:
+    stacked = {
+        "bias": jnp.ones((3, 4)),
+        "scale": jnp.ones((3, 4)),
+        "kernel": jnp.ones((3, 4, 4)),
+        "pos_embed": jnp.ones((1, 9, 4)),
+    }
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup=0, weight_decay=0.5), 10)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, stacked), tx.init(stacked), stacked)
+    moved = {name: bool(jnp.any(update != 0)) for name, update in updates.items()}
+    assert moved == {"bias": False, "scale": False, "kernel": True, "pos_embed": False}

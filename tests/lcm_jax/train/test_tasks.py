@@ -142,11 +142,15 @@ def test_student_embeds_guidance(
         prompts=data,
         objective=objective(schedule=DDPM(), w_min=0.0, w_max=4.0),
     )
-    pipe = lcm_jax.load(run(task, tmp_path))
+    export = run(task, tmp_path)
+    pipe = lcm_jax.load(export)
     assert pipe.generator.embeds_guidance
     assert pipe.generator.kind == "v_prediction"
     assert pipe.default_sampler == "lcm"
     assert pipe("dog face", steps=4, guidance=3.0).shape == (1, 16, 16, 3)
+    if objective is LatentConsistencyDistillation:
+        again = replace(task, start=str(export)).build().init(jax.random.key(1))
+        jax.tree.map(np.testing.assert_array_equal, again, pipe.params["unet"])
 
 
 def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:

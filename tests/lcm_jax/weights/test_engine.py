@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.weights.engine import from_torch, to_torch, torch_name
+from lcm_jax.weights.engine import _leaves, from_torch, to_torch, torch_name
 
 RULES = ((r"layers/", "layers/*/"), (r"_(\d+)(?=/)", r".\1"))
 
@@ -62,8 +62,8 @@ def test_dtype_policy(params: dict) -> None:
     tensors = to_torch(params, RULES, dtype=jnp.bfloat16)
     assert all(t.dtype == jnp.bfloat16 for t in tensors.values())
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(from_torch(tensors, like(params), RULES)))
-    kept = from_torch(tensors, like(params), RULES, dtype=jnp.bfloat16, place=np.asarray)
-    assert all(x.dtype == jnp.bfloat16 and isinstance(x, np.ndarray) for x in jax.tree.leaves(kept))
+    kept = from_torch(tensors, like(params), RULES, dtype=jnp.bfloat16)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(kept))
 
 
 def test_every_misfit_is_named_in_one_error(params: dict) -> None:
@@ -94,3 +94,40 @@ def test_rules_that_collide_or_stack_a_scalar_are_refused() -> None:
         to_torch({"a": {"bias": np.zeros(2)}, "b": {"bias": np.zeros(2)}}, ((r"^b/", "a/"),))
     with pytest.raises(ValueError, match="stacked axes"):
         to_torch({"layers": {"gate": np.zeros(())}}, RULES)
+
+
+def test_each_device_is_given_its_slice(params: dict) -> None:
+    tensors = to_torch(params, RULES)
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        asked.append((path, shape))
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    placed = from_torch(tensors, like(params), RULES, shardings=place)
+    jax.tree.map(np.testing.assert_array_equal, params, placed)
+    assert ("layers/fc/kernel", (3, 5, 7)) in asked
+    leaf = _leaves(like(params), RULES, None)["layers/fc/kernel"]
+    index = (slice(1, 3), slice(0, 2), slice(4, 7))
+    np.testing.assert_array_equal(leaf.read(tensors, index), params["layers"]["fc"]["kernel"][index])
+    convolution = _leaves(like(params), RULES, None)["conv/kernel"]
+    window = (slice(0, 3), slice(1, 2), slice(0, 4), slice(2, 5))
+    np.testing.assert_array_equal(convolution.read(tensors, window), params["conv"]["kernel"][window])
+
+
+def test_values_that_are_not_finite_are_refused(params: dict) -> None:
+    tensors = to_torch(params, RULES)
+    tensors["layers.1.fc.weight"][2, 3] = np.nan
+    with pytest.raises(ValueError, match=r"1 tensors \(layers\.\*\.fc\.weight\) hold values that are not finite"):
+        from_torch(tensors, like(params), RULES, source="unet")
+    large = to_torch(params, RULES)
+    large["conv.bias"][0] = 1e6
+    with pytest.raises(ValueError, match=r"conv\.bias.* not finite in float16"):
+        from_torch(large, like(params), RULES, dtype=jnp.float16)
+
+
+def test_whole_numbers_do_not_pass_for_weights(params: dict) -> None:
+    tensors = to_torch(params, RULES)
+    tensors["conv.bias"] = tensors["conv.bias"].astype(np.int32)
+    with pytest.raises(ValueError, match=r"1 of whole numbers \(conv\.bias\)"):
+        from_torch(tensors, like(params), RULES)

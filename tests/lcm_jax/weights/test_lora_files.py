@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax import lora
-from lcm_jax.nets.rules import RULES_UNET
+from lcm_jax.nets import RULES_UNET, UNetConfig
+from lcm_jax.weights.layouts import unet_layout
 from lcm_jax.weights.lora import load_lora, lora_components, save_lora
 
 RNG = np.random.default_rng(0)
@@ -18,6 +22,18 @@ FORMATS = ["peft", "diffusers", "kohya"]
 
 def array(*shape):
     return np.asarray(RNG.normal(size=shape), np.float32)
+
+
+def random_adapters(like, targets=r"kernel$", rank=2, alpha=3.0):
+    """Both halves filled."""
+    adapters = {}
+    for path, kernel in traverse_util.flatten_dict(like, sep="/").items():
+        if path.endswith("kernel") and re.search(targets, path):
+            shape = lora.shapes(kernel, rank)
+            halves = {half: jnp.asarray(array(*shape[half])) for half in ("down", "up")}
+            adapters[path] = halves | {"alpha": jnp.full(shape["alpha"], alpha, jnp.float32)}
+    assert adapters
+    return adapters
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +50,11 @@ def params():
 
 @pytest.fixture(scope="module")
 def adapters(params):
-    start = lora.init(jax.random.key(0), params, rank=2, alpha=3.0)
-    start["down_blocks_0/resnets_1/conv1/kernel"] = lora.init(
-        jax.random.key(1), params, rank=3, alpha=1.0, targets="conv1/kernel"
-    )["down_blocks_0/resnets_1/conv1/kernel"]
+    start = random_adapters(params, lora.DEFAULT_TARGETS)
+    start |= random_adapters(params, "conv1/kernel$", rank=3, alpha=1.0)
     to_q = start["down_blocks_0/attentions_0/transformer_blocks/attn1/to_q/kernel"]
     to_q["alpha"] = jnp.asarray([3.0, 5.0])
-    return {path: {**a, "up": array(*a["up"].shape)} for path, a in start.items()}
+    return start
 
 
 def assert_same(found, expected):
@@ -48,17 +62,25 @@ def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def assert_same_change(found, expected):
+    assert found.keys() == expected.keys()
+    for path in found:
+        np.testing.assert_allclose(lora.delta(found[path]), lora.delta(expected[path]), rtol=1e-5, atol=1e-5)
+
+
 def test_without_a_network_the_file_says_where(tmp_path, adapters):
     dense = {k: v for k, v in adapters.items() if "transformer_blocks" not in k}
     save_lora(tmp_path / "a.safetensors", dense)
     assert_same(load_lora(tmp_path / "a.safetensors"), dense)
+    save_lora(tmp_path / "t.safetensors", dense, component="transformer", format="diffusers")
+    assert_same(load_lora(tmp_path / "t.safetensors"), dense)
     save_lora(tmp_path / "k.safetensors", dense, format="kohya")
     with pytest.raises(ValueError, match="like="):
         load_lora(tmp_path / "k.safetensors")
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("component", ["unet", "transformer", "text_encoder"])
 def test_there_and_back(tmp_path, params, adapters, format, component):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_lora(path, adapters, RULES_UNET, format=format, component=component)
@@ -107,6 +129,7 @@ TO_Q = "down_blocks_0/attentions_0/transformer_blocks/attn1/to_q/kernel"
     [
         ("base_model.model.", "to_q", "lora_A", "lora_B"),
         ("base_model.model.unet.", "to_q", "lora_A.default", "lora_B.default"),
+        ("unet.base_model.model.", "to_q", "lora_A", "lora_B"),
         ("", "to_q", "lora_A", "lora_B"),
         ("unet.", "to_q", "lora_linear_layer.down", "lora_linear_layer.up"),
         ("unet.", "processor.to_q_lora", "down", "up"),
@@ -117,18 +140,26 @@ def test_other_spellings_are_read(tmp_path, params, prefix, name, down, up):
     save_file(tensors, tmp_path / "x.safetensors")
     adapter = load_lora(tmp_path / "x.safetensors", params, RULES_UNET)[TO_Q]
     a, b = tensors.values()
-    np.testing.assert_allclose(lora.delta(adapter)[0], (b @ a).T, rtol=1e-5)
+    np.testing.assert_allclose(lora.delta(adapter)[0], (b @ a).T, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(lora.delta(adapter)[1], 0)
 
 
 def test_layers_of_unequal_rank_are_padded_without_changing_their_product(tmp_path, params):
     first, second = one(rank=2), one(layer=1, rank=4)
     stems = [next(iter(t)).removesuffix(".lora_A.weight") for t in (first, second)]
-    save_file(first | second | {f"{stems[0]}.alpha": np.array(6.0, np.float32)}, tmp_path / "x.safetensors")
+    save_file(first | second | {f"{stems[0]}.alpha": np.array(6)}, tmp_path / "x.safetensors")  # an integer, as some do
     adapter = load_lora(tmp_path / "x.safetensors", params, RULES_UNET)[TO_Q]
     for i, (tensors, factor) in enumerate(((first, 3.0), (second, 1.0))):
         a, b = tensors.values()
-        np.testing.assert_allclose(lora.delta(adapter)[i], factor * (b @ a).T, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lora.delta(adapter)[i], factor * (b @ a).T, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_is_read_as_it_is(tmp_path, params):
+    a, b = (x.astype(ml_dtypes.bfloat16) for x in one().values())
+    save_file(dict(zip(one(), (a, b), strict=True)), tmp_path / "x.safetensors")
+    adapter = load_lora(tmp_path / "x.safetensors", params)[TO_Q]
+    np.testing.assert_array_equal(adapter["down"][0], a.astype(np.float32).T)
+    assert adapter["up"].dtype == jnp.float32
 
 
 def test_a_dense_adapter_fits_a_1x1_convolution_and_the_reverse(tmp_path, params):
@@ -156,10 +187,20 @@ def test_the_adapter_config_of_peft_gives_alpha(tmp_path, params, rslora):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     alpha = load_lora(tmp_path, params, RULES_UNET)[TO_Q]["alpha"]
     np.testing.assert_allclose(alpha, np.array([8, 5]) * (2**0.5 if rslora else 1), rtol=1e-6)
+    for wrong in ({"lora_alpha": "8"}, {"lora_alpha": 10**400}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(ValueError, match=r"adapter_config\.json: lora_alpha and alpha_pattern must be numbers"):
+            load_lora(tmp_path, params)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa_niter_4' changed its base too"):
+        load_lora(tmp_path, params)
 
 
 def test_only_the_component_asked_for_is_taken(tmp_path, params):
-    text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": array(2, 3)}
+    text = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": array(2, 3),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": array(3, 2),
+    }
     save_file(one(prefix="unet.") | text, tmp_path / "x.safetensors")
     assert list(load_lora(tmp_path / "x.safetensors", params, RULES_UNET)) == [TO_Q]
     assert lora_components(tmp_path / "x.safetensors") == ("unet", "text_encoder")
@@ -167,25 +208,127 @@ def test_only_the_component_asked_for_is_taken(tmp_path, params):
         load_lora(tmp_path / "x.safetensors", params, RULES_UNET, component="transformer")
 
 
+# Bad input
+
+
 def test_what_does_not_fit_is_named(tmp_path, params, adapters):
     path = tmp_path / "x.safetensors"
 
     def refused(tensors, match):
         save_file(tensors, path)
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(ValueError, match=match) as error:
             load_lora(path, params, RULES_UNET)
+        assert "\n" not in str(error.value)
+        assert str(error.value).startswith(str(path))
 
-    refused(one("to_v"), r"x\.safetensors: .*1 modules the network lacks: down_blocks.*attn1\.to_v")
-    refused(dict(list(one().items())[:1]), r"1 modules without both halves: .*to_q")
-    refused({k: v[:, :1] for k, v in one(rank=4).items()}, r"1 modules of another shape: .*down \(4, 1\)")
+    refused(one("to_v"), r": .*1 modules the network lacks \(down_blocks.*attn1\.to_v \(down \(2, 6\), up \(5, 2\)\)")
+    refused(dict(list(one().items())[:1]), r"1 modules without both halves \(.*to_q")
     refused(
-        one() | {"unet.mid_block.dora_scale": array(3)}, r"only plain LoRA.*1 other keys: unet.mid_block.dora_scale"
+        {k: v[:, :1] for k, v in one(rank=4).items()},
+        r"1 modules of another shape \(.*down \(4, 1\), up \(5, 1\), network's kernel \(2, 6, 5\)",
     )
-    refused({"unet.mid_block.alpha": array()}, r"the network lacks: mid_block")
+    refused({"unet.mid_block.alpha": array()}, r"the network lacks \(mid_block\)")
+    refused(one() | {"unet.strange": array(3)}, r"only plain LoRA.*1 other keys \(unet.strange\)")
+    refused({}, "holds no LoRA tensors")
+    refused(one() | one(down="lora_A.other", up="lora_B.other"), r"2 halves of a module given before")
+    again = one(prefix="lora_unet_", down="lora_down", up="lora_up")
+    again = {k.replace(".", "_", k.count(".") - 2): v for k, v in again.items()}
+    refused(one() | again, r"1 modules given twice and differently")
+    first = one()
+    save_file(first | dict(zip(again, first.values(), strict=True)), path)  # given twice, but the same
+    assert list(load_lora(path, params)) == [TO_Q]
     with pytest.raises(ValueError, match="format='zip': expected one of peft, diffusers, kohya"):
         save_lora(path, adapters, RULES_UNET, format="zip")
+    with pytest.raises(ValueError, match="layout= is for format='kohya'"):
+        save_lora(path, adapters, RULES_UNET, layout=unet_layout(UNetConfig()))
     with pytest.raises(ValueError, match="component='vae'"):
         save_lora(path, adapters, RULES_UNET, component="vae")
+    with pytest.raises(ValueError, match="no adapters to write for unet"):
+        save_lora(path, {}, RULES_UNET)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no LoRA file"):
         load_lora(tmp_path / "empty", params, RULES_UNET)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector.weight", "DoRA"),
+        ("hada_w1_a", "LoHa"),
+        ("lokr_w1", "LoKr"),
+        ("lokr_w2_a", "LoKr"),
+        ("lora_mid.weight", r"LoCon in Tucker form \(lora_mid\)"),
+        ("a1.weight", "GLoRA"),
+        ("oft_blocks", "OFT"),
+        ("on_input", r"\(IA\)\^3"),
+        ("diff", "full difference of weights"),
+        ("diff_b", "full difference of weights"),
+        ("lora_B.bias", "LoRA with biases"),
+        ("reshape_weight", "LoRA that reshapes layers"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, params, suffix, kind):
+    key = f"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.{suffix}"
+    save_file(one() | {key: array(3, 3)}, tmp_path / "x.safetensors")
+    match = rf"x\.safetensors: a {kind}, and only plain LoRA .*1 such keys \({key}\)"
+    with pytest.raises(ValueError, match=match) as error:
+        load_lora(tmp_path / "x.safetensors", params)
+    assert "\n" not in str(error.value)
+
+
+def cross(width, channels=320):
+    """A network of one cross-attention."""
+    kernel = jax.ShapeDtypeStruct((width, channels), jnp.float32)
+    path = "down_blocks_0/attentions_0/transformer_blocks_0/attn2"
+    return traverse_util.unflatten_dict({f"{path}/to_k/kernel": kernel, f"{path}/to_v/kernel": kernel}, sep="/")
+
+
+@pytest.mark.parametrize(
+    ("key", "width", "network", "message"),
+    [
+        ("unet.{}", 2048, 768, r"SDXL \(text 2048 wide\), not for SD1 \(text 768 wide\): "),
+        ("lora_unet_{}", 1024, 2048, r"SD2 \(text 1024 wide\), not for SDXL \(text 2048 wide\): "),
+        ("unet.{}", 768, 12, r"SD1 \(text 768 wide\), not for a network \(text 12 wide\): "),
+        ("lora_unet_joint_blocks_0_context_block_attn_qkv", 1536, 768, r"SD3 \(text 1536 wide\), not for SD1 .*: "),
+        ("unet.{}", 768, None, r"SD1 \(text 768 wide\), not for a network of another kind: "),
+    ],
+)
+def test_a_lora_for_another_model_says_for_which(tmp_path, key, width, network, message):
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    stem = key.format(name.replace(".", "_") if "lora_" in key else name)
+    tensors = {f"{stem}.lora_down.weight": array(4, width), f"{stem}.lora_up.weight": array(320 * 3, 4)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    like = cross(network) if network else {"conv_in": {"kernel": array(3, 3, 4, 4)}}
+    module = stem.removeprefix("unet.").removeprefix("lora_unet_")
+    shapes = rf"\(down \(4, {width}\), up \(960, 4\)"
+    match = rf"x\.safetensors: does not fit the network: made for {message}{module} {shapes}"
+    with pytest.raises(ValueError, match=match) as error:
+        load_lora(tmp_path / "x.safetensors", like)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_tensors_are_refused(tmp_path, params):
+    path = tmp_path / "x.safetensors"
+    a, b = one()
+
+    def refused(change, match):
+        save_file(one() | change, path)
+        with pytest.raises(ValueError, match=rf"x\.safetensors: not a LoRA that can be read: {match}"):
+            load_lora(path, params)
+
+    alpha = a.replace("lora_A.weight", "alpha")
+    refused({b: np.full((5, 2), np.nan, np.float32)}, rf"1 tensors with NaN or infinity \({b}\)")
+    refused({alpha: np.array(np.inf, np.float32)}, r"1 tensors with NaN or infinity \(.*alpha\)")
+    refused({a: np.ones((2, 6), np.int32)}, rf"1 tensors that are not floating \({a}: int32\)")
+    refused({a: array(12)}, r"1 tensors of a shape that no LoRA has \(.*: \(12,\)\)")
+    refused({a: array(0, 6), b: array(5, 0)}, r"2 tensors of a shape that no LoRA has")
+    refused({alpha: array(2)}, r"1 tensors of a shape that no LoRA has \(.*alpha: \(2,\)\)")
+
+
+def test_what_is_extracted_can_be_saved(tmp_path, params, adapters):
+    found = lora.extract(params, lora.merge(params, adapters), rank=3)
+    for format in FORMATS:
+        save_lora(tmp_path / "x.safetensors", found.adapters, format=format)
+        assert_same(load_lora(tmp_path / "x.safetensors", params), found.adapters)
+    assert_same_change(found.adapters, adapters)

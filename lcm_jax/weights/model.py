@@ -1,0 +1,136 @@
+"""A whole model between two formats: networks as named tensors, and the small files around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lcm_jax.weights import orbax
+from lcm_jax.weights.families import FAMILIES
+from lcm_jax.weights.files import read_json
+from lcm_jax.weights.hub import Location, locate
+from lcm_jax.weights.lora import DENOISERS
+from lcm_jax.weights.lora_names import COMPONENTS
+from lcm_jax.weights.lora_places import Network
+from lcm_jax.weights.parts import Part, config_of, read_part, to_part
+from lcm_jax.weights.single import layout_of, read_single
+
+# The published folder whose configs, tokenizers and scheduler go with a single file of a family.
+PUBLISHED: Mapping[str, str] = {
+    "sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+}
+# Components that are no networks and are taken over as they are.
+SMALL = ("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
+# Components that draw nothing.
+UNUSED = ("safety_checker", "feature_extractor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """parts: component -> network. small: component -> the folder with its tokenizer or scheduler, which is copied.
+
+    index: model_index.json. prediction: "epsilon", "v_prediction" or "flow". dropped: what the source had besides.
+    """
+
+    source: str  # model_index.json or single file, named in errors
+    parts: Mapping[str, Part]
+    small: Mapping[str, Path]
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any]
+    dropped: tuple[str, ...] = field(default=())
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts, as the scheduler's config says."""
+        flow = "FlowMatch" in self.scheduler.get("_class_name", "")
+        return str(self.scheduler.get("prediction_type", "flow" if flow else "epsilon"))
+
+
+def read_model(name: str | Path, *, config: str | Path | None = None, variant: str | None = None) -> Model:
+    """A bundled name, a diffusers or orbax folder, a hub id, or a single file.
+
+    config: for a single file, a diffusers folder or hub id whose configs, tokenizers and scheduler describe it; None
+    reads the configs from the shapes and takes the rest from the published folder of its family.
+    """
+    location = locate(name, variant)
+    if location.path.is_file():
+        return _from_single(location.path, config)
+    if config is not None:
+        raise ValueError(f"{name}: a folder has its own configs; config= is for single files")
+    return read_folder(location, variant=variant)
+
+
+def read_folder(location: Location, *, variant: str | None = None) -> Model:
+    """A diffusers folder, or one with an orbax checkpoint: every component that its model_index.json names."""
+    source = location.path / "model_index.json"
+    index = read_json(source)
+    named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+    networks = [name for name in named if name not in (*SMALL, *UNUSED)]
+    for name in networks:
+        if len(named[name]) != 2 or not (location.path / location.place(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{source}: names {name}, but {location.path / location.place(name)} has no config.json"
+            )
+    if (location.path / orbax.NAME).is_dir():
+        places = {name: location.place(name) for name in networks}
+        components = orbax.load_params(location.path, places)
+        parts = {name: to_part(part, source=str(location.path / name)) for name, part in components.items()}
+    else:
+        parts = {name: read_part(location.path / location.place(name), variant=variant) for name in networks}
+    small = {name: location.path / location.place(name) for name in SMALL if name in named}
+    if "scheduler" not in small:
+        raise ValueError(f"{source}: names no scheduler, which says how the model was trained")
+    scheduler = read_json(small["scheduler"] / "scheduler_config.json")
+    dropped = tuple(name for name in UNUSED if name in named)
+    return Model(source=str(source), parts=parts, small=small, scheduler=scheduler, index=index, dropped=dropped)
+
+
+def _from_single(path: Path, config: str | Path | None) -> Model:
+    configs: dict[str, tuple[str, Any]] = {}
+    location = None if config is None else locate(config)
+    if location is not None:
+        index = read_json(location.path / "model_index.json")
+        for name, value in index.items():
+            place = location.path / location.place(name) / "config.json"
+            if isinstance(value, list) and place.is_file() and value[1] in FAMILIES:
+                configs[name] = config_of(place)
+    single = read_single(path, configs=configs)
+    if location is None:
+        try:
+            location = locate(PUBLISHED[single.family], weights=False)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path}: a single file has no tokenizer; give config=, a diffusers folder of its family ({error})"
+            ) from None
+        index = read_json(location.path / "model_index.json")
+    small = {name: location.path / location.place(name) for name in SMALL if (index.get(name) or [None])[0] is not None}
+    scheduler = read_json(small["scheduler"] / "scheduler_config.json")
+    if config is None and single.family != "sd3":
+        scheduler |= {"prediction_type": single.prediction}
+    missing = [
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and value[0] is not None and name not in (*SMALL, *UNUSED, *single.parts)
+    ]
+    parts = dict(single.parts)
+    for name in missing:  # a file without its text encoders (SD3.5, finetuned UNets) is completed from the folder
+        parts[name] = read_part(location.path / location.place(name))
+    return Model(source=str(path), parts=parts, small=small, scheduler=scheduler, index=index, dropped=single.dropped)
+
+
+def lora_networks(networks: Mapping[str, tuple[str, Any, Any]]) -> dict[str, Network]:
+    """How LoRA files name the modules of a model: component -> (class, config, parameters or their shapes).
+
+    Original names are read for every network that denoises; kohya's files have them for SDXL and SD3 only.
+    """
+    return {
+        name: Network(like, FAMILIES[kind].rules, layout_of(kind, config) if name in DENOISERS else None)
+        for name, (kind, config, like) in networks.items()
+        if name in COMPONENTS
+    }

@@ -1,0 +1,142 @@
+"""A network as named tensors: what lies between its files, whatever their format, and its parameters here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.typing import Params
+from lcm_jax.weights.engine import Shardings, check, from_torch, to_torch, torch_shapes
+from lcm_jax.weights.families import FAMILIES, TOWER, abstract_params, class_name
+from lcm_jax.weights.files import load_tensors, read_json, save_tensors, write_json
+
+
+class Part(NamedTuple):
+    """A network in diffusers' or transformers' naming; its tensors may be memory maps or made when asked for."""
+
+    kind: str  # class name
+    config: Any  # a config of ours
+    tensors: Mapping[str, np.ndarray]
+    source: str  # named in errors
+
+
+class Component(NamedTuple):
+    """A network and its parameters."""
+
+    module: Any  # a flax module with a `config`
+    params: Params
+
+
+class Lazy(Mapping[str, np.ndarray]):
+    """Tensors made when they are asked for, so that a model is written in the memory of its largest tensor."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def cast(tensors: Mapping[str, np.ndarray], dtype: Any) -> Mapping[str, np.ndarray]:
+    """The tensors, floating ones in `dtype` (None: as they are), each cast when it is asked for."""
+
+    def make(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        return tensor.astype(dtype) if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor
+
+    return tensors if dtype is None else Lazy({name: partial(make, name) for name in tensors})
+
+
+@lru_cache(maxsize=64)
+def names_of(kind: str, config: Any) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors."""
+    family = FAMILIES[kind]
+    return MappingProxyType(torch_shapes(abstract_params(family, family.build(config)), family.rules))
+
+
+def config_of(source: Path) -> tuple[str, Any]:
+    """The class and config that a config.json describes."""
+    values = read_json(source)
+    kind = values.get("_class_name") or next(iter(values.get("architectures") or [None]))
+    if kind not in FAMILIES:
+        raise ValueError(f"{source}: class {kind!r} is not supported; known are {', '.join(FAMILIES)}")
+    return kind, FAMILIES[kind].config.from_dict(values, source=str(source))
+
+
+def read_part(place: Path, *, variant: str | None = None) -> Part:
+    """The network in a folder with config.json and safetensors. Errors name the file and what does not fit."""
+    kind, config = config_of(place / "config.json")
+    family = FAMILIES[kind]
+    tensors = load_tensors(place, stem=family.stem, variant=variant)
+    if family.prefix:
+        tensors = {family.prefix + key if key.startswith(TOWER) else key: tensor for key, tensor in tensors.items()}
+    tensors = {name: tensors[other] for other, name in family.aliases.items() if other in tensors} | tensors
+    return Part(kind, config, tensors, str(place))
+
+
+def write_config(place: Path, kind: str, config: Any) -> None:
+    """The config.json of a network, as diffusers or transformers would write it."""
+    values = dict(config.to_dict())
+    if FAMILIES[kind].library == "transformers":
+        values["architectures"] = [kind]
+    write_json(place / "config.json", values)
+
+
+def write_part(place: Path, part: Part, *, dtype: Any = None, variant: str | None = None) -> tuple[str, str]:
+    """Write a network's folder as diffusers or transformers would; returns (library, class) for model_index.json."""
+    family = FAMILIES[part.kind]
+    place.mkdir(parents=True, exist_ok=True)
+    stem = family.stem if variant is None else f"{family.stem}.{variant}"
+    wanted = names_of(part.kind, part.config)
+    save_tensors(place / f"{stem}.safetensors", cast({name: part.tensors[name] for name in wanted}, dtype))
+    write_config(place, part.kind, part.config)
+    return family.library, part.kind
+
+
+def abstract_of(part: Part) -> Params:
+    """Shapes of the network's parameters."""
+    family = FAMILIES[part.kind]
+    return abstract_params(family, family.build(part.config))
+
+
+def check_part(part: Part) -> None:
+    """ValueError that lists what a part lacks, has too much, or has in another shape than its config says."""
+    family = FAMILIES[part.kind]
+    check(part.tensors, abstract_of(part), family.rules, optional=family.optional, source=part.source)
+
+
+def to_component(part: Part, *, dtype: Any = jnp.float32, shardings: Shardings | None = None) -> Component:
+    """The network with its parameters on the device. dtype: of both; float32 for weights that overflow in float16."""
+    family = FAMILIES[part.kind]
+    if dtype == jnp.float16 and getattr(part.config, "force_upcast", False):
+        dtype = jnp.float32
+    module = family.build(part.config, dtype=dtype)
+    like = abstract_params(family, module)
+    params = from_torch(
+        part.tensors,
+        like,
+        family.rules,
+        dtype=dtype,
+        optional=family.optional,
+        source=part.source,
+        shardings=shardings,
+    )
+    return Component(module, params)
+
+
+def to_part(component: Component, *, source: str = "model") -> Part:
+    """The way back; tensors are on the host."""
+    kind = class_name(component.module)
+    return Part(kind, component.module.config, to_torch(component.params, FAMILIES[kind].rules), source)

@@ -1,0 +1,262 @@
+"""Single files: whole models as Stability, CompVis and ComfyUI write them, recognised by their keys; in and out.
+
+The networks lie in one .safetensors file under a prefix each. Configs, tokenizers and the noise schedule are not in it:
+configs are read from the shapes (`recognise`) or given, the schedule is its family's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lcm_jax.messages import few
+from lcm_jax.weights.files import read_metadata, read_safetensors, save_tensors
+from lcm_jax.weights.layouts import (
+    Layout,
+    from_original,
+    mmdit_layout,
+    openclip_layout,
+    same_layout,
+    to_original,
+    unet_layout,
+    vae_layout,
+)
+from lcm_jax.weights.parts import Lazy, Part, cast, check_part, names_of
+from lcm_jax.weights.recognise import clip_config, mmdit_config, t5_config, unet_config, vae_config
+
+
+class Place(NamedTuple):
+    """Where a family of single files keeps a component."""
+
+    prefix: str
+    kind: str
+    open_clip: bool = False
+
+
+_VAE = Place("first_stage_model.", "AutoencoderKL")
+_UNET = {"unet": Place("model.diffusion_model.", "UNet2DConditionModel"), "vae": _VAE}
+_CLIP, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
+PLACES: Mapping[str, Mapping[str, Place]] = {
+    "sd1": {**_UNET, "text_encoder": Place("cond_stage_model.transformer.", _CLIP)},
+    "sd2": {**_UNET, "text_encoder": Place("cond_stage_model.model.", _CLIP, open_clip=True)},
+    "sdxl": {
+        **_UNET,
+        "text_encoder": Place("conditioner.embedders.0.transformer.", _CLIP),
+        "text_encoder_2": Place("conditioner.embedders.1.model.", _PROJECTED, open_clip=True),
+    },
+    "refiner": {**_UNET, "text_encoder_2": Place("conditioner.embedders.0.model.", _PROJECTED, open_clip=True)},
+    "sd3": {
+        "transformer": Place("model.diffusion_model.", "SD3Transformer2DModel"),
+        "vae": _VAE,
+        "text_encoder": Place("text_encoders.clip_l.transformer.", _PROJECTED),
+        "text_encoder_2": Place("text_encoders.clip_g.transformer.", _PROJECTED),
+        "text_encoder_3": Place("text_encoders.t5xxl.transformer.", "T5EncoderModel"),
+    },
+}
+# What training left behind, and buffers that are computed here: dropped, and listed by `Single.dropped`.
+_LEFTOVERS = re.compile(
+    r"^model_ema\.|^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|scale_factor"
+    r"|lvlb_weights|global_step|v_pred|ztsnr)$|^denoiser\.sigmas$|^first_stage_model\.loss\.|(^|\.)logit_scale$"
+    r"|\.position_ids$|\.attn_mask$|^model_sampling\.sigmas$"
+)
+_SD2_LAST = r"^transformer\.resblocks\.{}\.|^text_projection$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single:
+    """A single file's networks. dropped: the keys that were left out. prediction: what it says about its output."""
+
+    family: str
+    parts: Mapping[str, Part]
+    dropped: tuple[str, ...]
+    prediction: str
+
+
+def layout_of(kind: str, config: Any, *, open_clip: bool = False) -> Layout:
+    """The original naming of a network."""
+    if kind == "UNet2DConditionModel":
+        return unet_layout(config)
+    if kind == "AutoencoderKL":
+        return vae_layout(config)
+    if kind == "SD3Transformer2DModel":
+        return mmdit_layout(config)
+    return openclip_layout if open_clip else same_layout
+
+
+def is_single(path: str | Path) -> bool:
+    """Whether a path is a file of weights rather than a folder."""
+    return Path(path).is_file()
+
+
+def family_of(keys: Any, *, source: str) -> str:
+    """The family whose prefixes the keys have."""
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in keys)
+
+    if has("model.diffusion_model.joint_blocks."):
+        return "sd3"
+    if has("model.diffusion_model.input_blocks."):
+        for family, text in (
+            ("sdxl", "conditioner.embedders.1.model."),
+            ("refiner", "conditioner.embedders.0.model."),
+            ("sd2", "cond_stage_model.model."),
+            ("sd1", "cond_stage_model.transformer."),
+        ):
+            if has(text):
+                return family
+        return "bare"
+    if has("lora_") or any(".lora" in key for key in keys):
+        raise ValueError(f"{source}: a LoRA, not a model; give it as lora= beside the model it was made for")
+    raise ValueError(
+        f"{source}: none of Stable Diffusion's single files (SD1, SD2, SDXL, SD3 in their original naming); "
+        f"its first keys are {', '.join(sorted(keys)[:3])}"
+    )
+
+
+def _bare(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """A lone UNet, MMDiT or autoencoder, given the prefix it has in whole models."""
+    for key, prefix in (
+        ("input_blocks.0.0.weight", "model.diffusion_model."),
+        ("x_embedder.proj.weight", "model.diffusion_model."),
+        ("decoder.conv_in.weight", "first_stage_model."),
+    ):
+        if key in tensors:
+            return {prefix + name: tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | None = None) -> Single:
+    """The networks of a single file. configs: (class, config) of the components of which they are known."""
+    source, configs = str(path), configs or {}
+    metadata, tensors = read_metadata(path), _bare(read_safetensors(path), str(path))
+    if "edm_mean" in tensors:
+        raise ValueError(
+            f"{source}: edm_mean: models with their own latent statistics (Playground 2.5) are not supported"
+        )
+    family = "sd1"
+    if any(key.startswith("model.diffusion_model.") for key in tensors) or not any(
+        key.startswith(_VAE.prefix) for key in tensors
+    ):
+        family = family_of(tensors.keys(), source=source)
+        if family == "bare":
+            width = next(t.shape[1] for key, t in tensors.items() if key.endswith(".attn2.to_k.weight"))
+            family = {1024: "sd2", 2048: "sdxl", 1280: "refiner"}.get(width, "sd1")
+    places = PLACES[family]
+    parts: dict[str, Part] = {}
+    taken: set[str] = set()
+    dropped: list[str] = []
+    for component, place in places.items():
+        own = {k.removeprefix(place.prefix): t for k, t in tensors.items() if k.startswith(place.prefix)}
+        if not own:
+            continue
+        taken |= {place.prefix + key for key in own}
+        kind, config = configs.get(component) or (place.kind, _recognise(place, own, family, source))
+        parts[component], left = _read_part(place._replace(kind=kind), config, own, family, source)
+        dropped += [place.prefix + key for key in left]
+    rest = sorted(tensors.keys() - taken)
+    unknown = [key for key in rest if not _LEFTOVERS.search(key)]
+    if unknown:
+        raise ValueError(f"{source}: {few('keys that belong to no network of this family', unknown)}")
+    return Single(
+        family=family,
+        parts=parts,
+        dropped=tuple(sorted(dropped + rest)),
+        prediction=_prediction(family, tensors, metadata),
+    )
+
+
+def _recognise(place: Place, own: Mapping[str, np.ndarray], family: str, source: str) -> Any:
+    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    if place.kind == "UNet2DConditionModel":
+        return unet_config(shapes, source=source)
+    if place.kind == "SD3Transformer2DModel":
+        return mmdit_config(shapes, source=source)
+    if place.kind == "AutoencoderKL":
+        return vae_config(
+            shapes, source=source, family={"sd3": "sd3", "sdxl": "sdxl", "refiner": "sdxl"}.get(family, "sd")
+        )
+    if place.kind == "T5EncoderModel":
+        return t5_config(shapes, source=source)
+    config = clip_config(shapes, source=source)
+    if family == "sd2" and config.num_hidden_layers == 24:  # the last is never used: SD2 reads the one before it
+        config = replace_layers(config, 23)
+    return config
+
+
+def replace_layers(config: Any, layers: int) -> Any:
+    """A text config with another number of layers."""
+    return type(config)(**{**vars(config), "num_hidden_layers": layers})
+
+
+def _read_part(
+    place: Place, config: Any, own: dict[str, np.ndarray], family: str, source: str
+) -> tuple[Part, list[str]]:
+    """One network in diffusers' naming, and the keys it has no use for."""
+    shapes = names_of(place.kind, config)
+    if place.kind == _PROJECTED and not place.open_clip and "text_projection.weight" not in own:
+        # SD3's CLIP-L gives its pooled output as it is; diffusers and we have a projection there.
+        own = own | {"text_projection.weight": np.eye(config.hidden_size, dtype=np.float32)}
+    if place.kind == "T5EncoderModel":
+        own = {key: tensor for key, tensor in own.items() if key != "encoder.embed_tokens.weight"} | (
+            {} if "shared.weight" in own else {"shared.weight": own["encoder.embed_tokens.weight"]}
+        )
+    dropped = _LEFTOVERS.pattern
+    if family == "sd2" and place.open_clip:
+        dropped += "|" + _SD2_LAST.format(config.num_hidden_layers)
+    layout = layout_of(place.kind, config, open_clip=place.open_clip)
+    tensors = from_original(own, shapes, layout, source=source, dropped=dropped)
+    left = sorted(own.keys() - {layout(name).key for name in shapes})
+    return Part(place.kind, config, tensors, source), left
+
+
+def _prediction(family: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """epsilon, v_prediction or flow: from the header, from marker keys, for SD2 from its weights."""
+    if family == "sd3":
+        return "flow"
+    declared = metadata.get("modelspec.prediction_type")
+    if declared is not None:
+        return {"epsilon": "epsilon", "v": "v_prediction"}.get(declared, declared)
+    if "v_pred" in tensors:
+        return "v_prediction"
+    # SD2 was released in both; training for v widened this bias (the test that other loaders use, too).
+    mark = tensors.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    wide = family == "sd2" and mark is not None and float(np.std(np.asarray(mark, np.float32))) > 0.09
+    return "v_prediction" if wide else "epsilon"
+
+
+def write_single(path: str | Path, parts: Mapping[str, Part], *, prediction: str, dtype: Any = None) -> dict[str, str]:
+    """Write the networks as one file in their family's original naming. Returns component -> prefix.
+
+    dtype: of floating tensors; None keeps each one's. Components that the family has no place for are an error.
+    """
+    family = _family_to_write(parts)
+    places = PLACES[family]
+    strange = sorted(parts.keys() - places.keys())
+    if strange:
+        raise ValueError(f"{path}: a single file of {family} has no place for {', '.join(strange)}")
+    makers: dict[str, Any] = {}
+    for component, part in parts.items():
+        place = places[component]
+        check_part(part)
+        wanted = {name: part.tensors[name] for name in names_of(part.kind, part.config)}
+        original = to_original(cast(wanted, dtype), layout_of(part.kind, part.config, open_clip=place.open_clip))
+        makers |= {place.prefix + key: partial(original.__getitem__, key) for key in original}
+    spec = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction)
+    save_tensors(path, Lazy(makers), {} if spec is None else {"modelspec.prediction_type": spec})
+    return {component: places[component].prefix for component in parts}
+
+
+def _family_to_write(parts: Mapping[str, Part]) -> str:
+    if "transformer" in parts:
+        return "sd3"
+    if "text_encoder_2" in parts:
+        return "sdxl" if "text_encoder" in parts else "refiner"
+    text = parts.get("text_encoder")
+    return "sd2" if text is not None and text.config.hidden_act == "gelu" else "sd1"

@@ -1,0 +1,104 @@
+"""What an MMDiT is built from: the keys of a diffusers SD3Transformer2DModel config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MMDiTConfig:
+    """Fields carry the names, meanings and defaults of diffusers' config.json; only the last is not one of its keys.
+
+    pos_embed_max_size: patches on a side of the position grid that the weights carry, and so of the largest picture.
+    sample_size: side of the latents trained on, which sets the scale of that grid. time_cond_proj_dim: width of the
+    w-embedding of a student that takes guidance as an input.
+    """
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    out_channels: int = 16
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str | None = None
+    time_cond_proj_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.out_channels is None:  # diffusers' way to say: as many as come in
+            object.__setattr__(self, "out_channels", self.in_channels)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"MMDiT config: {field.name}={value!r} is not supported; use a whole number >= 1")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        layers = self.dual_attention_layers
+        if not isinstance(layers, (list, tuple)) or any(i not in range(self.num_layers) for i in layers):
+            raise ValueError(
+                f"MMDiT config: dual_attention_layers={layers!r} must list layers 0 to {self.num_layers - 1}"
+            )
+        object.__setattr__(self, "dual_attention_layers", tuple(layers))  # hashable, as a flax module's field must be
+        if self.qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"MMDiT config: qk_norm={self.qk_norm!r} is not supported; use null or 'rms_norm'")
+        if self.caption_projection_dim != self.width:
+            raise ValueError(
+                f"MMDiT config: caption_projection_dim={self.caption_projection_dim} must be num_attention_heads * "
+                f"attention_head_dim = {self.width}: picture and text share the width"
+            )
+        if self.sample_size < self.patch_size:
+            raise ValueError(f"MMDiT config: sample_size={self.sample_size} is less than patch_size={self.patch_size}")
+        if self.width % 4:
+            raise ValueError(
+                f"MMDiT config: num_attention_heads * attention_head_dim = {self.width} must be a multiple of 4 "
+                "for the sines and cosines of two axes"
+            )
+        w = self.time_cond_proj_dim
+        if w is not None and (not isinstance(w, int) or w < 4 or w % 2):
+            raise ValueError(f"MMDiT config: time_cond_proj_dim={w!r} must be null or an even number >= 4, such as 256")
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    def is_dual(self, layer: int) -> bool:
+        """Whether the pictures' tokens also attend to themselves alone in this block."""
+        return layer in self.dual_attention_layers
+
+    def is_last(self, layer: int) -> bool:
+        """Whether the text's tokens end in this block, as keys and values only."""
+        return layer == self.num_layers - 1
+
+    @property
+    def leading_run(self) -> int:
+        """How many blocks, counted from the first, are built alike."""
+        kinds = [(self.is_dual(i), self.is_last(i)) for i in range(self.num_layers)]
+        return next((i for i, kind in enumerate(kinds) if kind != kinds[0]), self.num_layers)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any], source: str = "MMDiT config") -> MMDiTConfig:
+        """From a config.json; a key or value that changes the result and is not supported raises ValueError."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for key, value in d.items():
+            if key not in fields and not key.startswith("_"):
+                raise ValueError(f"{source}: unknown key {key!r} (value {value!r}); remove it if it changes nothing")
+        try:
+            return cls(**{key: value for key, value in d.items() if key in fields})
+        except ValueError as error:
+            raise ValueError(str(error).replace("MMDiT config", source, 1)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that diffusers loads."""
+        values = dataclasses.asdict(self) | {"dual_attention_layers": list(self.dual_attention_layers)}
+        if self.time_cond_proj_dim is None:
+            del values["time_cond_proj_dim"]
+        return {"_class_name": "SD3Transformer2DModel", **values}

@@ -1,0 +1,211 @@
+"""T5's encoder (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020 for version 1.1), in transformers' parameter layout.
+
+The residual stream is float32 in every precision: its values grow over the layers, and in T5-XXL pass the 65504 that
+float16 can hold. The matrix products run in `dtype`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from mmdit.attention import attention
+from mmdit.text.t5_config import T5Config
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
+    """The bucket of each pair (query i, key j), which depends on j - i in tokens alone (section 2.1).
+
+    The lower half of the buckets is for keys not after the query, the upper half for keys after it. Within a half, the
+    first half has one distance each; the others grow geometrically, and the last holds all beyond `max_distance`.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    offset = np.arange(length) - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    # In float32, as the weights were trained: at a bucket's edge the rounding decides.
+    growth = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
+    far = np.minimum(exact + (growth * (half - exact)).astype(np.int32), half - 1)
+    return np.where(distance < exact, distance, far) + half * (offset > 0)
+
+
+class WideDense(nn.Module):
+    """A linear map that multiplies in `dtype`, and sums and answers in float32.
+
+    It is T5's `wo`, whose sums overflow float16. transformers keeps its weight in float32 there, which makes product
+    and residual stream float32; the sums are what matters, and this way the product still takes the fast units.
+    """
+
+    features: int
+    stddev: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l e"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev), shape, self.param_dtype)
+        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T + bias) v per head: the scale 1 / sqrt(d_kv) is in the initial q, and learnt from there."""
+
+    config: T5Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b l d"], bias: Float[Array, "1 h l l"], mask: Bool[Array, "b 1 1 l"] | None
+    ) -> Float[Array, "b l d"]:
+        c = self.config
+        inner = c.num_heads * c.d_kv
+
+        def linear(width: int, name: str, std: float) -> nn.Dense:
+            return nn.Dense(
+                width,
+                use_bias=False,
+                kernel_init=nn.initializers.normal(std),
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        std = c.d_model**-0.5
+        q, k, v = (
+            rearrange(linear(inner, name, s)(x), "b l (h d) -> b l h d", h=c.num_heads)
+            for name, s in (("q", std * c.d_kv**-0.5), ("k", std), ("v", std))
+        )
+        # Not cuDNN's kernel: it would take the bias in half precision.
+        out = attention(q, k, v, bias=bias, mask=mask, scale=1.0, implementation="xla")
+        return linear(c.d_model, "o", inner**-0.5)(rearrange(out, "b l h d -> b l (h d)"))
+
+
+class DenseReluDense(nn.Module):
+    """wo(gelu(wi_0 x) * wi_1 x) with the tanh form of GELU, or in T5 1.0 wo(relu(wi x)); no biases. float32 out."""
+
+    config: T5Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        c = self.config
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def linear(name: str) -> nn.Dense:
+            init = nn.initializers.normal(c.d_model**-0.5)
+            return nn.Dense(c.d_ff, use_bias=False, kernel_init=init, name=name, **types)
+
+        if c.feed_forward_proj == "relu":
+            h = jax.nn.relu(linear("wi")(x))
+        else:
+            h = jax.nn.gelu(linear("wi_0")(x), approximate=True) * linear("wi_1")(x)
+        return WideDense(c.d_model, c.d_ff**-0.5, name="wo", **types)(h)
+
+
+class Residual(nn.Module):
+    """x + f(norm(x)), with x in float32: torch's `layer.i`, where f has the name of its class."""
+
+    config: T5Config
+    inner: type[nn.Module]
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], *others: Array | None) -> Float[Array, "b l d"]:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        h = nn.RMSNorm(epsilon=self.config.layer_norm_epsilon, name="layer_norm", **types)(x)
+        return x + self.inner(self.config, name=self.inner.__name__, **types)(h, *others)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward; shaped as a scan body."""
+
+    config: T5Config
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, mask: Array | None) -> tuple[Array, None]:
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        x = Residual(self.config, SelfAttention, name="layer_0", **types)(x, bias, mask)
+        return Residual(self.config, DenseReluDense, name="layer_1", **types)(x), None
+
+
+class Stack(nn.Module):
+    """torch's `encoder`: the blocks, the table of position biases that they share, and the last norm."""
+
+    config: T5Config
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
+        c = self.config
+        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        table = nn.Embed(
+            c.relative_attention_num_buckets,
+            c.num_heads,
+            embedding_init=nn.initializers.normal(c.d_model**-0.5),
+            dtype=jnp.float32,
+            param_dtype=self.param_dtype,
+            name="relative_attention_bias",
+        )
+        buckets = relative_buckets(x.shape[1], c.relative_attention_num_buckets, c.relative_attention_max_distance)
+        bias = rearrange(table(jnp.asarray(buckets)), "l m h -> 1 h l m")
+        keys = None if mask is None else mask[:, None, None]
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        if self.scan:
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=c.num_layers,
+            )
+            x, _ = stack(c, name="block", **types)(x, bias, keys)
+        else:
+            for i in range(c.num_layers):
+                x, _ = block(c, name=f"block_{i}", **types)(x, bias, keys)
+        return nn.RMSNorm(epsilon=c.layer_norm_epsilon, name="final_layer_norm", **types)(x)
+
+
+class T5Encoder(nn.Module):
+    """(b, l) token ids -> (b, l, d_model) states after the final norm: transformers' T5EncoderModel.
+
+    mask: True where a token counts; nothing that is False is attended to. SD3 gives none, so its padding counts.
+    `scan` stacks the blocks' parameters under encoder/block, else they are encoder/block_i.
+    """
+
+    config: T5Config
+    scan: bool = True
+    remat: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l d"]:
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"mask has shape {mask.shape}, the ids {ids.shape}: give one entry for each token")
+        c = self.config
+        table = nn.Embed(
+            c.vocab_size,
+            c.d_model,
+            embedding_init=nn.initializers.normal(1.0),
+            param_dtype=self.param_dtype,  # and no dtype: rows are widened below, not the whole table cast
+            name="shared",
+        )
+        x = table(ids).astype(jnp.float32)
+        stack = Stack(c, self.scan, self.remat, dtype=self.dtype, param_dtype=self.param_dtype, name="encoder")
+        return stack(x, mask)
