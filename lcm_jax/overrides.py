@@ -8,10 +8,13 @@ import difflib
 import io
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import tyro
 
+# A field that may be one of several types stays what the config made it; its keys are flags, not subcommands.
+AS_CONFIGURED = (tyro.conf.AvoidSubcommands,)
 BARE = ("loop", "optimizer")  # parts of a run whose keys need no prefix
 
 
@@ -28,8 +31,9 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def override(config: Any, overrides: Sequence[str], name: str) -> Any:
     """`config` with typed overrides. Raises ValueError in one line; an unknown key names the nearest there is."""
+    parse = partial(tyro.cli, type(config), default=config, args=list(overrides), config=AS_CONFIGURED)
     if any(text in ("-h", "--help") for text in overrides):
-        return tyro.cli(type(config), default=config, args=list(overrides), prog=f"lcm-jax train --config {name}")
+        return parse(prog=f"lcm-jax train --config {name}")
     known = {key for key, _ in flatten(config)}
     for text in overrides:
         flag = text.split("=")[0]
@@ -41,7 +45,7 @@ def override(config: Any, overrides: Sequence[str], name: str) -> Any:
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
-            return tyro.cli(type(config), default=config, args=list(overrides))
+            return parse()
         except SystemExit:
             pass
     words = " ".join(re.sub("[│╭╮╰╯─]", " ", said.getvalue()).split())

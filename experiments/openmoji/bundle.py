@@ -32,7 +32,7 @@ NETWORKS = {
 }
 COPIES = {
     "openmoji_clip": {"tokenizer": "tokenizer"},
-    "openmoji_teacher": {"scheduler": "scheduler_teacher"},
+    "openmoji_teacher": {"scheduler": "scheduler_teacher", "model_index.json": "model_index_teacher.json"},
     "openmoji_lcm_fine": {"scheduler": "scheduler", "model_index.json": "model_index.json"},
 }
 

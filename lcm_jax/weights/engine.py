@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ import numpy as np
 from flax import traverse_util
 
 from lcm_jax.messages import few
-from lcm_jax.weights.files import is_finite
+from lcm_jax.typing import Array
+from lcm_jax.weights.files import is_finite, let_go
 
 Rules = Sequence[tuple[str, str]]
 # (path, shape) -> where the parameter lies; each device is then given its slice alone.
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+_WORKERS = 4
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -61,17 +64,23 @@ class _Leaf:
         return (own[-1], own[-2], *own[:-2]) if self.kernel and len(own) >= 2 else own
 
     def read(self, tensors: Mapping[str, np.ndarray], index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The parameter, or its slice `index`; only that is read where the tensors are memory maps."""
+        """The parameter, or its slice `index`; only that is read where the tensors are memory maps.
+
+        One tensor in its own type stays a view, whatever its strides: jax transposes far faster than numpy does.
+        """
         index = index or (slice(None),) * len(self.shape)
         n = self.names.ndim
         stacked: Any = (*index[:n], ...)
         names, within = self.names[stacked], index[n:]
         parts = [_to_flax(tensors[name], self.kernel)[within] for name in names.flat]
-        whole = np.empty((*names.shape, *parts[0].shape), self.dtype)
-        layers = whole.reshape(len(parts), *parts[0].shape)
         with np.errstate(over="ignore"):  # what a narrower type cannot hold is infinite, and `from_torch` finds it
+            if not n and parts[0].dtype == self.dtype:
+                return parts[0]
+            whole = np.empty((*names.shape, *parts[0].shape), self.dtype) if n else np.empty_like(parts[0], self.dtype)
+            layers = whole.reshape(len(parts), *parts[0].shape) if n else whole[None]
             for i, part in enumerate(parts):
                 layers[i] = part
+                let_go(part)
         return whole
 
 
@@ -156,22 +165,30 @@ def from_torch(
     Raises one ValueError that lists every misfit (`check`), or the tensors that hold infinity or NaN.
     """
     check(tensors, like, rules, optional=optional, source=source)
-    params: dict[str, Any] = {}
     broken: list[str] = []
 
-    def read(path: str, leaf: _Leaf, index: tuple[slice, ...] | None) -> np.ndarray:
-        array = leaf.read(tensors, index)
-        if not is_finite(array):
-            broken.append(path)
-        return array
+    def put(path: str, leaf: _Leaf) -> Array:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            array = leaf.read(tensors, index)
+            views.append(array)
+            if not is_finite(array):
+                broken.append(path)
+            return array
 
-    for path, leaf in _leaves(like, rules, dtype).items():
+        views: list[np.ndarray] = []
         if shardings is None:
-            params[path] = jnp.asarray(read(path, leaf, None))
+            placed = jax.device_put(read(None), may_alias=False)  # a file that changes later is not to show
         else:
-            place = shardings(path, leaf.shape)
-            slices = lambda index, path=path, leaf=leaf: read(path, leaf, index)  # noqa: E731
-            params[path] = jax.make_array_from_callback(leaf.shape, place, slices)
+            placed = jax.make_array_from_callback(leaf.shape, shardings(path, leaf.shape), read)
+        placed.block_until_ready()
+        for view in views:
+            let_go(view)
+        return placed
+
+    # A few at a time: looking at values and moving them both run at the speed of one core.
+    leaves = _leaves(like, rules, dtype)
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        params = dict(zip(leaves, pool.map(put, leaves, leaves.values()), strict=True))
     if broken:
         names = sorted({torch_name(path, rules) for path in broken})
         kind = "" if dtype is None else f" in {jnp.dtype(dtype).name}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -164,6 +165,19 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             raise ValueError(f"{path}: {name!r:.160} cannot be read ({error})") from None
         tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
     return tensors
+
+
+def let_go(tensor: np.ndarray) -> None:
+    """Give back the memory that reading a view of a memory map has taken; whoever reads it again pays again."""
+    owner: Any = tensor
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap) and hasattr(owner, "madvise"):
+        first = np.frombuffer(owner, np.uint8, 1).ctypes.data
+        begin = -(-(tensor.ctypes.data - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.ctypes.data - first + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            owner.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:

@@ -14,20 +14,21 @@ from huggingface_hub import snapshot_download
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """A folder, and the sub-folders of it that stand in for a component's usual one."""
+    """A folder, and what of it stands in for a component's usual sub-folder or for model_index.json."""
 
     path: Path
     subfolders: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, component: str) -> str:
-        """The sub-folder of a component."""
+        """The sub-folder of a component, or the file."""
         return self.subfolders.get(component, component)
 
 
 # Student and teacher share all but the UNet and the scheduler, so one folder holds both.
+_TEACHER = {"model_index.json": "model_index_teacher.json", "unet": "unet_teacher", "scheduler": "scheduler_teacher"}
 BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "openmoji": ("openmoji", {}),
-    "openmoji-teacher": ("openmoji", {"unet": "unet_teacher", "scheduler": "scheduler_teacher"}),
+    "openmoji-teacher": ("openmoji", _TEACHER),
     "openmoji-lcm-lora": ("openmoji/lora", {}),
 }
 

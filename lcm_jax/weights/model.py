@@ -68,7 +68,7 @@ def read_model(name: str | Path, *, config: str | Path | None = None, variant: s
 
 def read_folder(location: Location, *, variant: str | None = None) -> Model:
     """A diffusers folder, or one with an orbax checkpoint: every component that its model_index.json names."""
-    source = location.path / "model_index.json"
+    source = location.path / location.place("model_index.json")
     index = read_json(source)
     named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     networks = [name for name in named if name not in (*SMALL, *UNUSED)]
@@ -95,7 +95,7 @@ def _from_single(path: Path, config: str | Path | None) -> Model:
     configs: dict[str, tuple[str, Any]] = {}
     location = None if config is None else locate(config)
     if location is not None:
-        index = read_json(location.path / "model_index.json")
+        index = read_json(location.path / location.place("model_index.json"))
         for name, value in index.items():
             place = location.path / location.place(name) / "config.json"
             if isinstance(value, list) and place.is_file() and value[1] in FAMILIES:
@@ -108,7 +108,7 @@ def _from_single(path: Path, config: str | Path | None) -> Model:
             raise FileNotFoundError(
                 f"{path}: a single file has no tokenizer; give config=, a diffusers folder of its family ({error})"
             ) from None
-        index = read_json(location.path / "model_index.json")
+        index = read_json(location.path / location.place("model_index.json"))
     small = {name: location.path / location.place(name) for name in SMALL if (index.get(name) or [None])[0] is not None}
     scheduler = read_json(small["scheduler"] / "scheduler_config.json")
     if config is None and single.family != "sd3":

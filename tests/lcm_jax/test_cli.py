@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax import cli, configs
-from lcm_jax.overrides import override
+from lcm_jax.overrides import flatten, override
 
 
 def test_sample_writes_pictures(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +62,10 @@ def test_every_config_takes_overrides(name: str) -> None:
     config = configs.get(name)
     assert override(config, [], name) == config
     assert override(config, ["--seed", "5"], name).loop.seed == 5
+    free = re.compile(r"(?!task)|task\.objective\.(?!schedule)|task\.lora")  # sizes of a network depend on each other
+    doubled = {key: 2 * value for key, value in flatten(config) if type(value) in (int, float) and free.match(key)}
+    changed = override(config, [text for key, value in doubled.items() for text in (f"--{key}", str(value))], name)
+    assert {key: value for key, value in flatten(changed) if key in doubled} == doubled
 
 
 @pytest.mark.parametrize(

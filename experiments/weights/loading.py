@@ -1,0 +1,112 @@
+"""Seconds and peak memory to load Stable Diffusion 1.5's geometry, here and in diffusers, in turn.
+
+`python experiments/weights/loading.py [--runs 5] [--json FILE]`: a random model of the published shape (3.4 GiB in
+float32: UNet, autoencoder, CLIP-L) is written to a temporary folder, read once so that the page cache is warm, and
+loaded by each library in processes of its own, alternately. Imports are not counted in the seconds; they are in the
+peak, which is the kernel's VmHWM less nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+_PEAK = """
+peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 2**20
+print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+"""
+LOADERS = {
+    "lcm_jax": f"""
+import json, sys, time
+import jax, lcm_jax
+jax.devices()
+start = time.perf_counter()
+pipe = lcm_jax.load(sys.argv[1])
+jax.block_until_ready(pipe.params)
+seconds = time.perf_counter() - start
+{_PEAK}""",
+    "diffusers": f"""
+import json, sys, time
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+start = time.perf_counter()
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
+seconds = time.perf_counter() - start
+{_PEAK}""",
+}
+MAKE = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from lcm_jax.weights.families import FAMILIES
+from lcm_jax.weights.parts import Part, names_of, write_part
+from lcm_jax.weights.files import write_json
+from lcm_jax.nets import SD15
+from mmdit.text import CLIP_L, train_tokenizer
+from vae16 import AutoencoderConfig
+
+out = Path(sys.argv[1])
+rng = np.random.default_rng(0)
+kinds = {"unet": ("UNet2DConditionModel", SD15), "vae": ("AutoencoderKL", AutoencoderConfig()),
+         "text_encoder": ("CLIPTextModel", CLIP_L)}
+index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.36.0", "safety_checker": [None, None],
+         "feature_extractor": [None, None], "scheduler": ["diffusers", "DDIMScheduler"],
+         "tokenizer": ["transformers", "CLIPTokenizer"], "requires_safety_checker": False}
+for name, (kind, config) in kinds.items():
+    tensors = {key: rng.standard_normal(shape, np.float32) * 0.02 for key, shape in names_of(kind, config).items()}
+    index[name] = write_part(out / name, Part(kind, config, tensors, name))
+train_tokenizer(["red heart", "yellow heart"], 600, out / "tokenizer", 77)
+write_json(out / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
+    "steps_offset": 1, "num_train_timesteps": 1000})
+write_json(out / "model_index.json", index)
+"""
+
+
+def run(program: str, folder: Path) -> str:
+    """What a program says in a process of its own."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.strip().rpartition("\n")[2]
+
+
+def main() -> None:
+    """Measure, print, and write what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run(MAKE, folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 2**30
+        for file in folder.rglob("*.safetensors"):
+            with file.open("rb") as opened:
+                while opened.read(1 << 24):
+                    pass
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
+        for _ in range(arguments.runs):
+            for name, program in LOADERS.items():
+                found[name].append(json.loads(run(program, folder)))
+                print(name, found[name][-1], flush=True)
+    medians = {name: statistics.median(row["seconds"] for row in rows) for name, rows in found.items()}
+    peaks = {name: max(row["peak_gib"] for row in rows) / size for name, rows in found.items()}
+    print(f"{size:.2f} GiB; seconds, median: {medians}; peak over file: {peaks}")
+    print(f"ratio of medians {medians['lcm_jax'] / medians['diffusers']:.2f}")
+    if arguments.json:
+        about = {name: version(name) for name in ("jax", "torch", "diffusers", "safetensors")}
+        result = {"machine": platform.processor() or platform.machine(), "versions": about, "gib": size, "runs": found}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
