@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", default="openmoji", help="bundled name, diffusers folder or hub id")
+    sub.add_argument("--model", default="openmoji", help="bundled name, diffusers or orbax folder, single file, hub id")
+    sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
+    sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
+    sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in the autoencoder's place")
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
     sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
     sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
@@ -119,7 +122,8 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline, and the sampler and guidance to call it with."""
     parts = [_lora_part(text) for text in arguments.lora]
-    pipe = load(arguments.model, dtype=arguments.dtype, lora=parts or None)
+    options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae")}
+    pipe = load(arguments.model, lora=parts or None, **options)
     sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
     plain = sampler == "lcm" and not pipe.generator.embeds_guidance
     guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)

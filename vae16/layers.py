@@ -23,7 +23,11 @@ def conv(features: int, size: int = 3, *, dtype: DTypeLike, param_dtype: DTypeLi
 
 def attend(q: Float[Array, "b n c"], k: Float[Array, "b n c"], v: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
     """Single-head attention, softmax in float32; the one place where this package attends."""
-    return jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0]
+    dtype = q.dtype
+    if dtype == jnp.float16 and jax.default_backend() != "gpu":
+        # jax asks for float16 products summed in float32, which it has on GPUs alone.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0].astype(dtype)
 
 
 class GroupNorm(nn.Module):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from lcm_jax.nets.attention import Implementation, attend
 from lcm_jax.nets.layers import Downsample, GroupNorm, Upsample, conv, dense, layer_norm
+from mmdit.attention import Implementation, attention
 
 
 class ResnetBlock(nn.Module):
@@ -47,7 +47,7 @@ class Attention(nn.Module):
     """Multi-head attention of tokens x on a context of any width."""
 
     heads: int
-    implementation: Implementation = "auto"
+    implementation: Implementation | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
             return tokens.reshape(*tokens.shape[:2], self.heads, width // self.heads)
 
         q, k, v = heads("to_q", x), heads("to_k", context), heads("to_v", context)
-        y = attend(q, k, v, implementation=self.implementation).reshape(x.shape)
+        y = attention(q, k, v, implementation=self.implementation).reshape(x.shape)
         return dense(width, "to_out_0", self.dtype, self.param_dtype)(y)
 
 
@@ -94,7 +94,7 @@ class TransformerBlock(nn.Module):
 
     heads: int
     only_cross_attention: bool = False
-    implementation: Implementation = "auto"
+    implementation: Implementation | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -102,8 +102,8 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: Float[Array, "b n c"], context: Float[Array, "b l d"]) -> tuple[Float[Array, "b n c"], None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = layer_norm("norm1", **types)(x)
-        attention = Attention(self.heads, self.implementation, name="attn1", **types)
-        x = x + attention(y, context if self.only_cross_attention else y)
+        first = Attention(self.heads, self.implementation, name="attn1", **types)
+        x = x + first(y, context if self.only_cross_attention else y)
         y = layer_norm("norm2", **types)(x)
         x = x + Attention(self.heads, self.implementation, name="attn2", **types)(y, context)
         return x + FeedForward(name="ff", **types)(layer_norm("norm3", **types)(x)), None
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
     groups: int = 32
     linear: bool = False
     only_cross_attention: bool = False
-    implementation: Implementation = "auto"
+    implementation: Implementation | None = None
     scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -170,7 +170,7 @@ class Stage(nn.Module):
     scale_shift: bool = False
     linear: bool = False
     only_cross_attention: bool = False
-    implementation: Implementation = "auto"
+    implementation: Implementation | None = None
     scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from lcm_jax.nets.attention import Implementation
 from lcm_jax.nets.blocks import DownBlock, MidBlock, UpBlock
 from lcm_jax.nets.config import UNetConfig
 from lcm_jax.nets.embed import TimestepEmbedding, guidance_embedding, sinusoidal
 from lcm_jax.nets.layers import GroupNorm, conv
+from mmdit.attention import Implementation
 
 
 class UNet(nn.Module):
@@ -31,7 +31,7 @@ class UNet(nn.Module):
     param_dtype: Any = jnp.float32
     scan: bool = False
     remat: bool = False
-    attention: Implementation = "auto"
+    attention: Implementation | None = None
 
     @nn.compact
     def __call__(

@@ -25,7 +25,6 @@ from lcm_jax.nets import (
     example_inputs,
     guidance_embedding,
 )
-from lcm_jax.nets import attention as attention_module
 from lcm_jax.nets.embed import TimestepEmbedding
 from lcm_jax.nets.layers import GroupNorm
 from lcm_jax.weights.engine import from_torch, to_torch
@@ -225,14 +224,3 @@ def test_group_norm_is_exact_far_from_zero_and_in_its_second_derivative() -> Non
 
     np.testing.assert_allclose(jax.jit(ours)(x + 100), jax.jit(plain)(x + 100), atol=1e-4)
     np.testing.assert_allclose(second(ours), second(plain), rtol=1e-4)
-
-
-def test_attention_is_chosen_by_platform_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choose(width: int, dtype: object) -> str:
-        return attention_module._choose(jnp.zeros((1, 1, 1, width), dtype))
-
-    assert choose(64, jnp.bfloat16) == ("cudnn" if jax.default_backend() == "gpu" else "xla")
-    monkeypatch.setattr(attention_module.jax, "default_backend", lambda: "gpu")
-    assert [choose(64, jnp.bfloat16), choose(160, jnp.bfloat16), choose(64, jnp.float32)] == ["cudnn", "xla", "xla"]
-    with pytest.raises(ValueError, match="'magic' is unknown; use 'auto'"):
-        attention_module.attend(*[jnp.zeros((1, 1, 1, 8))] * 3, implementation="magic")
