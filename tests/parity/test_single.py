@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from lcm_jax.convert import convert
 from lcm_jax.nets import SD15, SD21, SDXL, SDXL_REFINER, SSD1B, UNetConfig
 from lcm_jax.weights.layouts import from_original, original_shapes, to_original
 from lcm_jax.weights.parts import names_of
@@ -149,3 +152,15 @@ def test_t5_and_autoencoder_are_recognised_by_their_shapes() -> None:
     )  # fmt: skip
     shapes = original_shapes(names_of("AutoencoderKL", wide), layout_of("AutoencoderKL", wide))
     assert vae_config(shapes, source="file", family="sd3") == wide
+
+
+def test_a_single_file_made_here_is_a_pipeline_of_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+    """The folder lends its configs, tokenizer and scheduler; every weight comes from the file."""
+    diffusers = pytest.importorskip("diffusers")
+    convert(tiny_model, tmp_path / "model.safetensors", to="single")
+    options = {"config": str(tiny_model), "local_files_only": True, "safety_checker": None}
+    made = diffusers.StableDiffusionPipeline.from_single_file(str(tmp_path / "model.safetensors"), **options)
+    wanted = diffusers.DiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)
+    for name in ("unet", "vae", "text_encoder"):
+        want = {key: value.numpy() for key, value in wanted.components[name].state_dict().items()}
+        assert_equal(made.components[name].state_dict(), want)
