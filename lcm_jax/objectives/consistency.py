@@ -18,7 +18,6 @@ from jaxtyping import Float
 from lcm_jax.consistency import consistency
 from lcm_jax.objectives.terms import (
     Distance,
-    blend_captions,
     by_quarter,
     check,
     distance,
@@ -91,10 +90,6 @@ class LatentConsistency(ABC):
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """The point z_s to which z_t must agree."""
 
-    def conditions(self, key: Key, cond: Cond, null: Cond) -> Cond:
-        """The conditioning that is trained on."""
-        return drop_captions(key, cond, null, self.caption_dropout)
-
     def times(self, key: Key, n: int) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """The pairs (t, s)."""
         start, end = self.schedule.t_min, self.schedule.t_max
@@ -106,7 +101,7 @@ class LatentConsistency(ABC):
         """batch: x0 (b, h, w, c) latents in the network's units, cond without "guidance" -> loss and scalar metrics."""
         time_key, noise_key, w_key, drop_key = jax.random.split(key, 4)
         x0, n = batch["x0"], batch["x0"].shape[0]
-        cond = self.conditions(drop_key, batch["cond"], nets.null)
+        cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
         t, s = self.times(time_key, n)
         w = jax.random.uniform(w_key, (n,), minval=self.w_min, maxval=self.w_max)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
@@ -134,22 +129,14 @@ class LatentConsistencyDistillation(LatentConsistency):
     """LCD (LCM Sec. 4.3, Alg. 1): z_s is one step of the teacher from z_t (see `augmented_step`).
 
     solver: "ddim", "dpm" (DPM-Solver-2), "dpm++" (DPM-Solver++ 2S), both with the midpoint, or a deterministic Solver.
-    caption_blend: share of the examples whose conditioning is a blend of two captions'. The teacher answers any, and a
-    student of few pictures that is asked only about theirs forgets what lies between them.
     """
 
     solver: Solver | str = "ddim"
-    caption_blend: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.solver, str) and self.solver not in TEACHER_SOLVERS:
             raise ValueError(f"solver={self.solver!r} is unknown; use one of {', '.join(TEACHER_SOLVERS)} or a Solver")
-
-    def conditions(self, key: Key, cond: Cond, null: Cond) -> Cond:
-        """Captions, dropped and blended."""
-        cond = super().conditions(key, cond, null)
-        return blend_captions(jax.random.fold_in(key, 1), cond, self.caption_blend)
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """The teacher's step."""

@@ -52,16 +52,6 @@ def drop_captions(key: Key, cond: Cond, null: Cond, rate: float) -> Cond:
     return {k: jnp.where(expand(dropped, leaf), empty[k], leaf) for k, leaf in cond.items()}
 
 
-def blend_captions(key: Key, cond: Cond, rate: float) -> Cond:
-    """Move each example's conditioning, with probability `rate`, a random part of the way to that of the one before."""
-    if rate == 0.0:
-        return cond
-    chosen_key, way_key = jax.random.split(key)
-    rows = next(iter(cond.values())).shape[:1]
-    way = jax.random.bernoulli(chosen_key, rate, rows) * jax.random.uniform(way_key, rows)
-    return {k: leaf + expand(way, leaf) * (jnp.roll(leaf, 1, axis=0) - leaf) for k, leaf in cond.items()}
-
-
 def by_quarter(values: Float[Array, " b"], position: Float[Array, " b"]) -> dict[str, Float[Array, ""]]:
     """Split a mean over the four quarters of time: loss_t1 (clean) ... loss_t4 (noise), which average to the mean.
 
