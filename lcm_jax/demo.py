@@ -18,7 +18,7 @@ from lcm_jax.pipeline import Pipeline, load
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.hub import locate
 
-GUIDANCE = 3.0
+GUIDANCE = 4.0
 # Of the compositional hold-out: role and skin tone both occur in training, never together.
 UNSEEN = (
     "man farmer, medium skin tone",
@@ -26,7 +26,7 @@ UNSEEN = (
     "princess, medium-light skin tone",
     "man superhero, medium skin tone",
 )
-SEEN = ("red heart", "grinning face", "dog face", "flag of france", "cactus", "strawberry", "rocket", "pizza")
+SEEN = ("red heart", "grinning face", "cat face", "victory hand", "waving hand", "handshake", "santa claus", "ninja")
 PROMPTS = UNSEEN + SEEN
 
 

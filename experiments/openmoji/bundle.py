@@ -4,6 +4,9 @@ RUNS holds work folders named after their configs (openmoji_lcm_fine is the stud
 export, the parts named here are written in half precision to lcm_jax/bundled/openmoji, and the rest of the bundle is
 left as it is. The student makes it a diffusers folder; the teacher's UNet and scheduler, the LoRA, the image tower and
 the reference features lie beside.
+
+The student's weights are averaged with the teacher's, from which it started: between the two ends of a finetuning lie
+weights that are better than either (Wortsman et al. 2022, arXiv:2109.01903).
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 import lcm_jax
 from lcm_jax.data import load_source
 from lcm_jax.evaluate import ClipMetric
+from lcm_jax.typing import Params
 from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import load_component, save_component
 
+TEACHER_SHARE = 0.2
 TARGET = Path(lcm_jax.__file__).parent / "bundled" / "openmoji"
 # config -> networks and plain files of its export -> where they go
 NETWORKS = {
@@ -44,6 +50,8 @@ def main(runs: Path) -> None:
         export = runs / config / "export"
         for source, place in parts.items() if export.is_dir() else ():
             network = load_component(export, source)
+            if place == "unet":
+                network = network._replace(params=averaged(network.params))
             shutil.rmtree(TARGET / place, ignore_errors=True)
             save_component(TARGET, place, network, dtype=jnp.float16)
     for config, parts in COPIES.items():
@@ -61,6 +69,13 @@ def main(runs: Path) -> None:
         write_reference()
     size = sum(file.stat().st_size for file in TARGET.rglob("*") if file.is_file())
     print(f"{TARGET}: {size / 2**20:.1f} MiB")
+
+
+def averaged(student: Params) -> Params:
+    """The student's weights and the bundled teacher's, whose w-embedding is zero."""
+    teacher = flatten_dict(load_component(TARGET, "unet_teacher").params)
+    mixed = {path: (1 - TEACHER_SHARE) * leaf for path, leaf in flatten_dict(student).items()}
+    return unflatten_dict({path: leaf + TEACHER_SHARE * teacher.get(path, 0.0) for path, leaf in mixed.items()})
 
 
 def write_reference() -> None:
