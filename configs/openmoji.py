@@ -118,12 +118,12 @@ def openmoji_lcm() -> TrainConfig:
 def openmoji_lcm_lora() -> TrainConfig:
     """LCM-LoRA of the teacher: fixed w, no w-embedding, adapters only."""
     objective = LatentConsistencyDistillation(
-        schedule=SCHEDULE, skip=SKIP, w_min=2.0, w_max=2.0, loss="huber", huber_c=0.05, target="online"
+        schedule=SCHEDULE, skip=SKIP, w_min=3.0, w_max=3.0, loss="huber", huber_c=0.05
     )
     return TrainConfig(
-        task=ConsistencyTask(objective=objective, lora=LoraConfig(rank=16)),
-        loop=LoopConfig(steps=600, batch_size=32, ema=0.98, save_every=100, preview_every=250),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=50, decay="cosine", b2=0.99),
+        task=ConsistencyTask(objective=objective, lora=LoraConfig(rank=32)),
+        loop=LoopConfig(steps=1000, batch_size=32, ema=0.98, save_every=100, preview_every=250),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup=50, decay="cosine", b2=0.99),
     )
 
 
