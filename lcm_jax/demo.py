@@ -26,7 +26,9 @@ UNSEEN = (
     "princess, medium-light skin tone",
     "man superhero, medium skin tone",
 )
-SEEN = ("red heart", "grinning face", "cat face", "victory hand", "waving hand", "handshake", "santa claus", "ninja")
+SEEN = (
+    "red heart", "grinning face", "victory hand", "waving hand", "handshake", "santa claus", "ninja", "woman astronaut",
+)  # fmt: skip
 PROMPTS = UNSEEN + SEEN
 
 
