@@ -14,7 +14,7 @@ from lcm_jax.guidance import cfg
 from lcm_jax.parameterization import bind
 from lcm_jax.sampling import Grid, Sampler, sample
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule
-from vae16 import AutoencoderKL, unscale
+from vae16 import AutoencoderKL, AutoencoderTiny, unscale
 
 
 def as_apply(net: Any) -> Apply:
@@ -30,7 +30,7 @@ class Generator:
     """
 
     net: Any  # flax module, apply({"params": ...}, x, t, cond)
-    vae: AutoencoderKL
+    vae: AutoencoderKL | AutoencoderTiny
     schedule: Schedule
     kind: Kind
     embeds_guidance: bool = False
