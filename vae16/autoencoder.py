@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -93,12 +93,21 @@ def sample_latent(
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
-def scale(z: Float[Array, "*b h w z"], config: AutoencoderConfig) -> Float[Array, "*b h w z"]:
+class LatentUnits(Protocol):
+    """What an autoencoder's config says of its latents."""
+
+    @property
+    def scaling_factor(self) -> float: ...
+    @property
+    def shift_factor(self) -> float | None: ...
+
+
+def scale(z: Float[Array, "*b h w z"], config: LatentUnits) -> Float[Array, "*b h w z"]:
     """Autoencoder latent to diffusion latent of about unit variance: (z - shift) * scaling."""
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def unscale(z: Float[Array, "*b h w z"], config: AutoencoderConfig) -> Float[Array, "*b h w z"]:
+def unscale(z: Float[Array, "*b h w z"], config: LatentUnits) -> Float[Array, "*b h w z"]:
     """Inverse of `scale`."""
     return z / config.scaling_factor + (config.shift_factor or 0.0)
 

@@ -119,9 +119,9 @@ def preview(
     n, spec = len(captions), SAMPLERS[sampler]
     cond, null = conditioner.encode_text(captions), conditioner.encode_text([""] * n)
     times = time_grid(spec, generator.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
-    factor = generator.vae.config.downsample_factor
-    side = generator.vae.config.sample_size // factor
-    noise = jax.random.normal(jax.random.key(0), (n, side, side, generator.vae.config.latent_channels))
+    vae = conditioner.vae.module.config
+    side = vae.sample_size // vae.downsample_factor
+    noise = jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
 
     @jax.jit
     def run(params: Params, vae_params: Params) -> Array:
