@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 _PEAK = """
 peak = int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 2**20
-print(json.dumps({"seconds": seconds, "peak_gib": peak}))
+print(json.dumps({"seconds": seconds, "used": used, "peak_gib": peak}))
 """
 LOADERS = {
     "lcm_jax": f"""
 import json, sys, time
-import jax, lcm_jax
+import jax, lcm_jax, numpy
 jax.devices()
 start = time.perf_counter()
 pipe = lcm_jax.load(sys.argv[1])
 jax.block_until_ready(pipe.params)
 seconds = time.perf_counter() - start
+for leaf in jax.tree.leaves(pipe.params):
+    numpy.asarray(leaf).sum()
+used = time.perf_counter() - start
 {_PEAK}""",
     "diffusers": f"""
 import json, sys, time
@@ -40,6 +45,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 start = time.perf_counter()
 pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], local_files_only=True)
 seconds = time.perf_counter() - start
+with torch.no_grad():
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for parameter in module.parameters():
+            parameter.sum()
+used = time.perf_counter() - start
 {_PEAK}""",
 }
 MAKE = """
@@ -98,13 +108,18 @@ def main() -> None:
             for name, program in LOADERS.items():
                 found[name].append(json.loads(run(program, folder)))
                 print(name, found[name][-1], flush=True)
-    medians = {name: statistics.median(row["seconds"] for row in rows) for name, rows in found.items()}
+    medians = {
+        key: {name: statistics.median(row[key] for row in rows) for name, rows in found.items()}
+        for key in ("seconds", "used")
+    }
     peaks = {name: max(row["peak_gib"] for row in rows) / size for name, rows in found.items()}
-    print(f"{size:.2f} GiB; seconds, median: {medians}; peak over file: {peaks}")
-    print(f"ratio of medians {medians['lcm_jax'] / medians['diffusers']:.2f}")
+    print(f"{size:.2f} GiB; peak over file: {peaks}")
+    for key, value in medians.items():
+        print(f"{key}, medians {value}, ratio {value['lcm_jax'] / value['diffusers']:.2f}")
     if arguments.json:
         about = {name: version(name) for name in ("jax", "torch", "diffusers", "safetensors")}
-        result = {"machine": platform.processor() or platform.machine(), "versions": about, "gib": size, "runs": found}
+        where = {"machine": platform.machine(), "cores": os.cpu_count(), "date": date.today().isoformat()}
+        result = {**where, "versions": about, "gib": size, "runs": found}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
