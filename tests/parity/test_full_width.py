@@ -21,8 +21,9 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
-VAE4 = AutoencoderConfig()
-VAE16 = AutoencoderConfig(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+WIDE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+VAE4 = AutoencoderConfig(**WIDE)
+VAE16 = AutoencoderConfig(**WIDE, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
 CLASSES = {
     "sd15": (diffusers.UNet2DConditionModel, SD15, "float32", 859_520_964),
     "sdxl": (diffusers.UNet2DConditionModel, SDXL, "bfloat16", 2_567_463_684),
