@@ -11,7 +11,7 @@ from mmdit.text.clip_config import (
     CLIPTextConfig,
     CLIPVisionConfig,
 )
-from mmdit.text.conditioning import Encoding, sdxl, size_ids, stable_diffusion, zero_prompt
+from mmdit.text.conditioning import Encoding, sd3, sdxl, size_ids, stable_diffusion, zero_prompt
 from mmdit.text.t5 import T5Encoder
 from mmdit.text.t5_config import T5_XXL, T5Config
 from mmdit.text.tokenize import Tokenizer, train_tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "Tokenizer",
     "VisionOutput",
     "normalize_images",
+    "sd3",
     "sdxl",
     "size_ids",
     "stable_diffusion",

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmdit.text.clip import CLIPTextModel, TextOutput
+from mmdit.text.t5 import T5Encoder
 
 
 class Encoding(NamedTuple):
     """One text encoder at work on a batch: its ids come from its own tokenizer."""
 
-    module: CLIPTextModel
+    module: CLIPTextModel | T5Encoder
     params: Any
     ids: Int[Array, "b l"]
 
@@ -57,6 +58,37 @@ def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b n"], *, clip_s
         "pooled": pooled,
         "time_ids": time_ids,
     }
+
+
+def sd3(
+    clips: Sequence[Encoding], t5: Encoding | None, *, width: int, t5_tokens: int, clip_skip: int = 0
+) -> dict[str, Array]:
+    """SD3 (Esser et al. 2024, arXiv:2403.03206, section 4) -> {"context": (b, l + m, width), "pooled": (b, p)}.
+
+    context: the penultimate hidden states of the CLIPs without the final norm, joined on channels and filled up with
+    zeros to `width`, then the states of T5, joined on tokens. pooled: the CLIPs' text embeddings, joined.
+    Without T5 its `t5_tokens` tokens are zeros, as when it was dropped in training. `width` is T5's, also without it.
+    """
+    if not clips:
+        raise ValueError("sd3: no text encoder given; SD3 takes CLIP-L and bigG, T5 is optional")
+    if len({e.ids.shape for e in clips}) > 1:
+        raise ValueError(f"sd3: the CLIPs' ids differ in shape: {', '.join(str(e.ids.shape) for e in clips)}")
+    outputs = [_encode(e, -2 - clip_skip, False) for e in clips]
+    embeds = [out.text_embeds for out in outputs if out.text_embeds is not None]
+    if len(embeds) < len(outputs):
+        raise ValueError("sd3: every CLIP needs projection=True, their text_embeds are SD3's pooled vector")
+    hidden = jnp.concatenate([out.hidden for out in outputs], axis=-1)
+    if hidden.shape[-1] > width:
+        raise ValueError(f"sd3: the CLIPs are {hidden.shape[-1]} wide together, more than the context's {width}")
+    hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, width - hidden.shape[-1])))
+    if t5 is None:
+        states = jnp.zeros((len(hidden), t5_tokens, width), hidden.dtype)
+    else:
+        states = cast(Array, t5.module.apply({"params": t5.params}, t5.ids))
+        if states.shape[1:] != (t5_tokens, width):
+            raise ValueError(f"sd3: T5 gives (tokens, width) = {states.shape[1:]}, not {(t5_tokens, width)}")
+    context = jnp.concatenate([hidden, states.astype(hidden.dtype)], axis=1)
+    return {"context": context, "pooled": jnp.concatenate(embeds, axis=-1)}
 
 
 def size_ids(

@@ -11,7 +11,9 @@ import pytest
 
 from mmdit.text.clip import CLIPTextModel
 from mmdit.text.clip_config import CLIPTextConfig
-from mmdit.text.conditioning import Encoding, sdxl, size_ids, stable_diffusion, zero_prompt
+from mmdit.text.conditioning import Encoding, sd3, sdxl, size_ids, stable_diffusion, zero_prompt
+from mmdit.text.t5 import T5Encoder
+from mmdit.text.t5_config import T5Config
 
 L = CLIPTextConfig(
     hidden_size=16,
@@ -99,3 +101,51 @@ def test_wrong_encoders_are_named(first, second):
         sdxl([first, second._replace(ids=IDS[:, :4])], TIME)
     with pytest.raises(ValueError, match="no text encoder"):
         sdxl([], TIME)
+
+
+T5 = T5Config(vocab_size=64, d_model=48, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+T5_IDS = jnp.asarray([[5, 9, 1, 0, 0, 0], [30, 1, 0, 0, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def projected(random_params):
+    module = CLIPTextModel(L, projection=True)
+    return Encoding(module, random_params(module.init, IDS)["params"], IDS)
+
+
+@pytest.fixture(scope="module")
+def third(random_params):
+    module = T5Encoder(T5)
+    return Encoding(module, random_params(module.init, T5_IDS, seed=2)["params"], T5_IDS)
+
+
+def test_sd3_joins_clips_on_channels_and_t5_on_tokens(projected, second, third):
+    def together(p, q, r):
+        clips = [projected._replace(params=p), second._replace(params=q)]
+        return sd3(clips, third._replace(params=r), width=48, t5_tokens=6)
+
+    both = jax.jit(together)(projected.params, second.params, third.params)
+    assert both["context"].shape == (2, 8 + 6, 48)
+    sides = zip((projected, second), (slice(0, 16), slice(16, 40)), (slice(0, 12), slice(12, 32)), strict=True)
+    for encoding, channels, pooled in sides:
+        out = run(encoding.module.clone(hidden_layer=-2, final_norm=False), encoding.params)
+        np.testing.assert_allclose(both["context"][:, :8, channels], out.hidden, atol=1e-5)
+        np.testing.assert_allclose(both["pooled"][:, pooled], out.text_embeds, atol=1e-5)
+    assert not both["context"][:, :8, 40:].any()
+    states = jax.jit(third.module.apply)({"params": third.params}, T5_IDS)
+    np.testing.assert_allclose(both["context"][:, 8:], states, atol=1e-5)
+
+
+def test_sd3_without_t5_has_zeros_in_its_place(projected, second):
+    without = sd3([projected, second], None, width=48, t5_tokens=6)
+    assert without["context"].shape == (2, 14, 48)
+    assert not without["context"][:, 8:].any()
+
+
+def test_sd3_says_what_does_not_fit(projected, first, second, third):
+    with pytest.raises(ValueError, match="40 wide together, more than the context's 32"):
+        sd3([projected, second], None, width=32, t5_tokens=6)
+    with pytest.raises(ValueError, match="needs projection=True"):
+        sd3([first, second], None, width=48, t5_tokens=6)
+    with pytest.raises(ValueError, match=r"T5 gives \(tokens, width\) = \(6, 48\)"):
+        sd3([projected, second], third, width=48, t5_tokens=5)
