@@ -1,6 +1,7 @@
 """Every run that can be named: `lcm-jax train --config NAME`."""
 
 from lcm_jax.configs import openmoji as openmoji
+from lcm_jax.configs import openmoji_sd3 as openmoji_sd3
 from lcm_jax.configs.registry import CONFIGS, get, register
 
 __all__ = ["CONFIGS", "get", "register"]

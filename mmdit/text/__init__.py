@@ -14,7 +14,7 @@ from mmdit.text.clip_config import (
 from mmdit.text.conditioning import Encoding, sd3, sdxl, size_ids, stable_diffusion, zero_prompt
 from mmdit.text.t5 import T5Encoder
 from mmdit.text.t5_config import T5_XXL, T5Config
-from mmdit.text.tokenize import Tokenizer, train_tokenizer
+from mmdit.text.tokenize import Tokenizer, train_tokenizer, train_unigram
 
 __all__ = [
     "CLIP_BIGG",
@@ -41,5 +41,6 @@ __all__ = [
     "size_ids",
     "stable_diffusion",
     "train_tokenizer",
+    "train_unigram",
     "zero_prompt",
 ]

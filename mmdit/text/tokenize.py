@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP and T5: load one from a folder, or train one of CLIP's kind on captions."""
+"""Tokenizers of CLIP and T5: load one from a folder, or train one on captions."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of "cats"
+PAD, END, UNKNOWN, SENTINEL = "<pad>", "</s>", "<unk>", "<extra_id_0>"  # T5's, the last in place of a masked token
 
 
 def _kind(folder: Path) -> type[CLIPTokenizer] | type[T5Tokenizer]:
@@ -97,6 +98,14 @@ class Tokenizer:
     def pad_token_id(self) -> int:
         return int(self.backend.pad_token_id)
 
+    @property
+    def mask_token_id(self) -> int:
+        """Of the token that stands for a hidden one: T5's first sentinel."""
+        number = self.backend.backend_tokenizer.token_to_id(SENTINEL)
+        if number is None:
+            raise ValueError(f"this tokenizer has no {SENTINEL}, which T5's have")
+        return int(number)
+
     def __call__(self, texts: str | Sequence[str], length: int | None = None) -> Int[np.ndarray, "b l"]:
         length = self.max_length if length is None else length
         if length < 2:
@@ -156,3 +165,25 @@ def train_tokenizer(
     words = [*symbols, *dict.fromkeys(a + b for a, b in merges), BOS, EOS]
     vocabulary = {word: i for i, word in enumerate(words)}
     return Tokenizer(CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)).save(folder)
+
+
+def train_unigram(
+    captions: Iterable[str], vocab_size: int, folder: str | os.PathLike[str], max_length: int = 512
+) -> Tokenizer:
+    """A unigram language model over pieces (Kudo 2018, arXiv:1804.10959), written as a T5Tokenizer folder.
+
+    Ids as T5's: padding 0, end 1, unknown 2, the pieces with the likeliest first, and one sentinel at the end. A letter
+    that no caption has is unknown. Fewer captions than `vocab_size` needs give a smaller vocabulary.
+    """
+    special = [PAD, END, UNKNOWN]
+    learner = BackendTokenizer(models.Unigram())
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size - 1, special_tokens=special, unk_token=UNKNOWN, show_progress=False
+    )
+    learner.train_from_iterator(captions, trainer)
+    learnt = json.loads(learner.to_str())["model"]["vocab"][len(special) :]
+    # The trainer's threads add up in any order: rounded, the same captions always give the same vocabulary.
+    pieces = sorted(((piece, round(score, 5)) for piece, score in learnt), key=lambda pair: (-pair[1], pair[0]))
+    vocabulary = [*((token, 0.0) for token in special), *pieces, (SENTINEL, 0.0)]
+    return Tokenizer(T5Tokenizer(vocab=vocabulary, extra_ids=1, model_max_length=max_length)).save(folder)

@@ -26,10 +26,10 @@ class DataConfig:
         return load_source(self.name, self.split, self.size)
 
 
-def captions(data: DataConfig, most: int) -> list[str]:
-    """The first captions of a source."""
-    source = data.open()
-    return [source[i]["caption"] for i in range(min(most, len(source)))]
+def captions(source: Source, most: int | None = None) -> list[str]:
+    """The first captions of a source, or all."""
+    count = len(source) if most is None else min(most, len(source))
+    return [source[i]["caption"] for i in range(count)]
 
 
 def loader(source: Any, transform: Transform | None = None) -> Callable[[int, int], LoaderIterator]:

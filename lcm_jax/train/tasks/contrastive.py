@@ -17,7 +17,7 @@ from lcm_jax.generate import to_float
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
-from lcm_jax.train.tasks.common import DataConfig, loader
+from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.folders import Component, save_component
 from mmdit.text import (
@@ -44,9 +44,9 @@ class ContrastiveTask:
     def build(self) -> Task:
         source, held_out = self.data.open(), self.validation.open()
         length = self.text.max_position_embeddings
-        captions = [source[i]["caption"] for i in range(len(source))]
+        texts = captions(source)
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = train_tokenizer(captions, self.vocabulary, folder, length)
+            tokenizer = train_tokenizer(texts, self.vocabulary, folder, length)
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         text = replace(self.text, vocab_size=tokenizer.vocab_size, **special)
         clip = CLIPModel(config=CLIPConfig(text=text, vision=self.vision))
@@ -84,7 +84,7 @@ class ContrastiveTask:
             vision_tree = {key: tree[key] for key in ("vision_model", "visual_projection")}
             save_component(folder, "text_encoder", Component(clip.text, text_tree))
             save_component(folder, "image_encoder", Component(clip.vision, vision_tree))
-            train_tokenizer(captions, self.vocabulary, folder / "tokenizer", length)
+            train_tokenizer(texts, self.vocabulary, folder / "tokenizer", length)
 
         batches = loader(source, transform=transform)
         return Task(init=clip.init, loss=loss, frozen={}, batches=batches, preview=preview, export=export)

@@ -53,7 +53,7 @@ class DiffusionTask(LatentTask):
         show = preview(
             generator,
             conditioner,
-            captions(self.prompts, 16),
+            captions(self.prompts.open(), 16),
             sampler="ddim",
             steps=self.preview_steps,
             guidance=self.preview_guidance,

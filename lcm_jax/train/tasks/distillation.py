@@ -98,7 +98,9 @@ class ConsistencyTask(LatentTask):
             net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind, embeds_guidance=adapted is None
         )
         guidance = self.preview_guidance if adapted is None else 1.0
-        show = preview(generator, conditioner, captions(self.prompts, 16), sampler="lcm", steps=4, guidance=guidance)
+        show = preview(
+            generator, conditioner, captions(self.prompts.open(), 16), sampler="lcm", steps=4, guidance=guidance
+        )
 
         def export(ema: Params, path: Path) -> None:
             if adapted is not None:

@@ -1,0 +1,87 @@
+"""Training a text tower for an image tower that stays as it is: a second CLIP text encoder of another width."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.data import Source
+from lcm_jax.metrics import NetworkFeatures
+from lcm_jax.objectives.contrastive import contrastive_loss
+from lcm_jax.train.loop import Task
+from lcm_jax.train.step import Metrics
+from lcm_jax.train.tasks.common import DataConfig, captions, loader
+from lcm_jax.typing import Array, Key, Params
+from lcm_jax.weights.folders import Component, load_component, save_component
+from lcm_jax.weights.hub import locate
+from mmdit.text import CLIPTextConfig, CLIPTextModel, Tokenizer, normalize_images
+
+INITIAL_LOG_TEMPERATURE = 2.6592  # log(1 / 0.07), CLIP's
+
+
+@dataclass(frozen=True, kw_only=True)
+class LockedImageTask:
+    """Locked-image tuning (Zhai et al. 2022, arXiv:2111.07991): of the contrastive pair only the text tower learns.
+
+    The pictures' embeddings are made once, so a step costs a text tower. `images` gives the image tower and the
+    tokenizer, which the two text towers share as SD3's do.
+    """
+
+    text: CLIPTextConfig = CLIPTextConfig()
+    images: str = "openmoji"  # a bundled name, folder or hub id
+    data: DataConfig = DataConfig()
+    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+
+    def build(self) -> Task:
+        path = locate(self.images).path
+        tokenizer, tower = Tokenizer.load(path / "tokenizer"), load_component(path, "image_encoder")
+        width = tower.module.config.projection_dim
+        if self.text.projection_dim != width:
+            raise ValueError(f"task.text.projection_dim is {self.text.projection_dim}, the image tower's is {width}")
+        special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        net = CLIPTextModel(replace(self.text, vocab_size=tokenizer.vocab_size, **special), projection=True)
+        length = self.text.max_position_embeddings
+        source, held_out = self.data.open(), self.validation.open()
+
+        def init(key: Key) -> Params:
+            tree = net.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+            return {"text": tree, "logit_scale": jnp.float32(INITIAL_LOG_TEMPERATURE)}
+
+        def compare(params: Params, batch: dict[str, Array]) -> tuple[Array, Metrics]:
+            out: Any = net.apply({"params": params["text"]}, batch["ids"])
+            return contrastive_loss(batch["image"], out.text_embeds, params["logit_scale"])
+
+        def loss(
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            value, metrics = compare(params, batch)
+            return value, {"loss": value, **metrics}
+
+        embed = NetworkFeatures(
+            apply=lambda params, x: tower.module.apply({"params": params}, normalize_images(x)).image_embeds,
+            params=tower.params,
+        )
+        encode = cache(lambda caption: tokenizer(caption, length)[0])
+
+        def pairs(source: Source) -> list[dict[str, np.ndarray]]:
+            embeds = embed(np.stack([source[i]["image"] for i in range(len(source))]))
+            return [{"image": e, "ids": encode(c)} for e, c in zip(embeds, captions(source), strict=True)]
+
+        unseen = {name: np.stack([row[name] for row in pairs(held_out)]) for name in ("image", "ids")}
+        retrieve = jax.jit(compare)
+
+        def preview(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
+            value, metrics = retrieve(ema, unseen)
+            return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
+
+        def export(ema: Params, folder: Path) -> None:
+            save_component(folder, "text_encoder_2", Component(net, jax.device_get(ema)["text"]))
+            tokenizer.save(folder / "tokenizer_2")
+
+        return Task(init=init, loss=loss, frozen={}, batches=loader(pairs(source)), preview=preview, export=export)

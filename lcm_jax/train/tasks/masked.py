@@ -1,0 +1,84 @@
+"""Training a T5 encoder on captions alone: hidden tokens are guessed from those around."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.data import Record
+from lcm_jax.objectives.masked import hide, masked_loss
+from lcm_jax.train.loop import Task
+from lcm_jax.train.step import Metrics
+from lcm_jax.train.tasks.common import DataConfig, captions, loader
+from lcm_jax.typing import Array, Key, Params
+from lcm_jax.weights.folders import Component, save_component
+from mmdit.text import T5Config, T5Encoder, train_unigram
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedTask:
+    """A T5 encoder and its tokenizer, both from the captions of `data`; the vocabulary size is the tokenizer's.
+
+    T5's own objective writes the hidden spans with a decoder, which SD3 has no use for; here the states of the hidden
+    tokens, times the table of embeddings, say what they are. Padding counts, as SD3's T5 is given no mask.
+    """
+
+    net: T5Config = T5Config()
+    vocabulary: int = 1000  # most pieces of the tokenizer
+    tokens: int = 24  # of a caption
+    rate: float = 0.3  # of hidden tokens
+    data: DataConfig = DataConfig()
+    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+
+    def build(self) -> Task:
+        source = self.data.open()
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer = train_unigram(captions(source), self.vocabulary, folder, self.tokens)
+        config = replace(self.net, vocab_size=tokenizer.vocab_size)
+        net = T5Encoder(config)
+
+        @cache
+        def ids(caption: str) -> np.ndarray:
+            return tokenizer(caption, self.tokens)[0]
+
+        def guess(params: Params, ids: Array, key: Key) -> tuple[Array, Metrics]:
+            hidden = hide(key, ids, rate=self.rate, pad_id=tokenizer.pad_token_id)
+            states = net.apply({"params": params}, jnp.where(hidden, tokenizer.mask_token_id, ids))
+            # Scaled as in T5 1.0, whose output is its embedding too.
+            logits = states @ params["shared"]["embedding"].T * config.d_model**-0.5
+            return masked_loss(logits, ids, hidden)
+
+        def loss(
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            value, metrics = guess(params, batch["ids"], key)
+            return value, {"loss": value, **metrics}
+
+        unseen = np.stack([ids(caption) for caption in captions(self.validation.open())])
+        check = jax.jit(lambda params: guess(params, jnp.asarray(unseen), jax.random.key(0)))
+
+        def preview(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
+            value, metrics = check(ema)
+            return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
+
+        def export(ema: Params, folder: Path) -> None:
+            save_component(folder, "text_encoder_3", Component(net, jax.device_get(ema)))
+            tokenizer.save(folder / "tokenizer_3")
+
+        def transform(record: Record) -> dict[str, np.ndarray]:
+            return {"ids": ids(record["caption"])}
+
+        return Task(
+            init=lambda key: net.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
+            loss=loss,
+            frozen={},
+            batches=loader(source, transform=transform),
+            preview=preview,
+            export=export,
+        )
