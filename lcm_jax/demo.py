@@ -61,7 +61,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
     Frechet distance and CLIP score are on the validation captions (pictures never trained on), against the real ones'
     features that come with the model.
     """
-    reference = locate(model).path / "reference"
+    reference = locate(model).at("reference")
     captions = read_json(reference / "validation.json")["captions"]
     real = load_file(reference / "validation.safetensors")["features"].astype(np.float32)
     for name in (f"{model}-teacher", f"{model}-lcm-lora"):

@@ -39,8 +39,8 @@ class ClipMetric:
     @classmethod
     def load(cls, name: str | Path = "openmoji") -> ClipMetric:
         """From a model folder with image_encoder, text_encoder (with projection) and tokenizer."""
-        path = locate(name).path
-        vision, text = load_component(path, "image_encoder"), load_component(path, "text_encoder")
+        at = locate(name)
+        vision, text = (load_component(at.path, at.place(part)) for part in ("image_encoder", "text_encoder"))
         side = vision.module.config.image_size
 
         def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b f"]:
@@ -50,7 +50,7 @@ class ClipMetric:
             return jnp.concatenate([out.pooled, out.image_embeds], axis=-1)
 
         features = NetworkFeatures(apply=apply, params=vision.params)
-        tokenizer = Tokenizer.load(path / "tokenizer")
+        tokenizer = Tokenizer.load(at.at("tokenizer"))
         return cls(text=text, tokenizer=tokenizer, images=features, width=vision.module.config.hidden_size)
 
     def features(self, images: Pictures) -> Float[np.ndarray, "n d"]:

@@ -293,7 +293,12 @@ def time_grid(
     """The grid of a sampler on a schedule; strength below 1 is image-to-image.
 
     LCM spends all its steps below the strength, on the times it was distilled on; the others drop their first steps.
+    On a flow those times are evenly spaced down from the strength: none is wasted on an almost clean latent.
     """
     if isinstance(schedule, RectifiedFlow):
+        if sampler.consistency:
+            _check_steps(steps, CAPACITY)
+            _check_strength(strength)
+            return np.linspace(strength, 0.0, steps + 1)
         return truncate(flow_grid(steps, schedule), strength)
     return sampler.grid(steps, spacing, strength)

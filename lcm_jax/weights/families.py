@@ -132,6 +132,18 @@ FAMILIES: Mapping[str, Family] = {
 TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
+# The networks that a training may be about, by the name of their part in a diffusers folder.
+DENOISERS: Mapping[str, str] = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
+
+
+def denoiser_of(config: Any) -> tuple[str, Family]:
+    """The part's name and the family of a denoiser's config."""
+    for name, kind in DENOISERS.items():
+        if isinstance(config, FAMILIES[kind].config):
+            return name, FAMILIES[kind]
+    raise ValueError(f"{type(config).__name__} is no config of a denoiser; give that of a UNet or an MMDiT")
+
+
 def class_name(module: nn.Module) -> str:
     """The PyTorch class that a module of ours corresponds to."""
     return next(name for name, family in FAMILIES.items() if family.fits(module))

@@ -23,13 +23,28 @@ class Location:
         """The sub-folder of a component, or the file."""
         return self.subfolders.get(component, component)
 
+    def at(self, component: str) -> Path:
+        """The path of a component, or of the file."""
+        return self.path / self.place(component)
+
 
 # Student and teacher share all but the UNet and the scheduler, so one folder holds both.
-_TEACHER = {"model_index.json": "model_index_teacher.json", "unet": "unet_teacher", "scheduler": "scheduler_teacher"}
+_TEACHER = {
+    "model_index.json": "model_index_teacher.json",
+    "unet": "unet_teacher",
+    "transformer": "transformer_teacher",
+    "scheduler": "scheduler_teacher",
+}
+# The mini SD3 has the autoencoder, the first CLIP and the tokenizer of "openmoji".
+_AROUND = {
+    name: f"../openmoji/{name}" for name in ("vae", "text_encoder", "tokenizer", "image_encoder", "reference")
+} | {"tokenizer_2": "../openmoji/tokenizer"}
 BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "openmoji": ("openmoji", {}),
     "openmoji-teacher": ("openmoji", _TEACHER),
     "openmoji-lcm-lora": ("openmoji/lora", {}),
+    "openmoji-sd3": ("openmoji_sd3", _AROUND),
+    "openmoji-sd3-teacher": ("openmoji_sd3", _AROUND | _TEACHER),
 }
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?")

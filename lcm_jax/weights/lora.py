@@ -27,6 +27,7 @@ from lcm_jax.lora import Adapters, shapes
 from lcm_jax.messages import few
 from lcm_jax.nets import RULES_UNET
 from lcm_jax.weights.engine import Rules
+from lcm_jax.weights.families import DENOISERS
 from lcm_jax.weights.files import read_safetensors, save_tensors
 from lcm_jax.weights.layouts import Layout, Slot
 from lcm_jax.weights.lora_config import FOLDER_NAME, HEADER_KEY, alpha_of, read_config, write_config
@@ -60,7 +61,6 @@ from lcm_jax.weights.lora_places import (
 )
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", FOLDER_NAME)
-DENOISERS = ("unet", "transformer")
 
 
 def lora_components(path: str | Path) -> tuple[str, ...]:

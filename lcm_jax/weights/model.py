@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax.weights import orbax
-from lcm_jax.weights.families import FAMILIES
+from lcm_jax.weights.families import DENOISERS, FAMILIES
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.hub import Location, locate
-from lcm_jax.weights.lora import DENOISERS
 from lcm_jax.weights.lora_names import COMPONENTS
 from lcm_jax.weights.lora_places import Network
 from lcm_jax.weights.parts import Part, config_of, read_part, to_part

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lcm_jax.generate import Generator, as_apply
-from lcm_jax.nets import UNet, UNetConfig, example_inputs
+from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
@@ -17,14 +19,18 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions, loader
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
 from lcm_jax.typing import Array, Key, Nets, Params
+from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import Component
+from mmdit import MMDiTConfig
+
+Denoiser = UNetConfig | MMDiTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask(LatentTask):
-    """A UNet trained to undo noise, with caption dropout for guidance. Starts at random, or from `start`'s UNet."""
+    """A UNet or an MMDiT trained to undo noise, with caption dropout for guidance."""
 
-    net: UNetConfig = UNetConfig()
+    net: Denoiser = UNetConfig()
     objective: Diffusion = Diffusion(schedule=DDPM())
     preview_steps: int = 25
     preview_guidance: float = 3.0
@@ -35,11 +41,8 @@ class DiffusionTask(LatentTask):
         conditioner = Conditioner.load(self.vae, self.text)
         check_fit(self.net, conditioner)
         records = self.records(conditioner)
-        net = UNet(self.net, dtype=jnp.dtype(self.dtype), remat=self.remat)
+        net = build_net(self.net, dtype=self.dtype, remat=self.remat)
         null = conditioner.encode_text([""])
-
-        def init(key: Key) -> Params:
-            return net.init(key, *example_inputs(self.net))["params"]
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
@@ -47,6 +50,7 @@ class DiffusionTask(LatentTask):
             draw, rest = jax.random.split(key)
             return self.objective(Nets(as_apply(net), params, null=frozen["null"]), draw_latents(draw, batch), rest)
 
+        sampler = "ddim" if isinstance(self.objective.schedule, DDPM) else "euler"
         generator = Generator(
             net=net, vae=conditioner.vae.module, schedule=self.objective.schedule, kind=self.objective.kind
         )
@@ -54,17 +58,17 @@ class DiffusionTask(LatentTask):
             generator,
             conditioner,
             captions(self.prompts.open(), 16),
-            sampler="ddim",
+            sampler=sampler,
             steps=self.preview_steps,
             guidance=self.preview_guidance,
         )
 
         def export(ema: Params, path: Path) -> None:
             component = Component(net, jax.device_get(ema))
-            export_folder(path, component, conditioner, self.objective.schedule, self.objective.kind, sampler="ddim")
+            export_folder(path, component, conditioner, self.objective.schedule, self.objective.kind, sampler=sampler)
 
         return Task(
-            init=init,
+            init=initial(net),
             loss=loss,
             frozen={"null": null, "vae": conditioner.vae.params},
             batches=loader(records),
@@ -73,12 +77,29 @@ class DiffusionTask(LatentTask):
         )
 
 
-def check_fit(net: UNetConfig, conditioner: Conditioner) -> None:
-    """The UNet's channels and context width must be those of the networks around it."""
-    channels, width = conditioner.vae.module.config.latent_channels, conditioner.text.module.config.hidden_size
+def check_fit(net: Denoiser, conditioner: Conditioner) -> None:
+    """The network's channels and widths must be those of the networks around it."""
+    channels, cond = conditioner.vae.module.config.latent_channels, conditioner.widths
     if net.in_channels != channels:
         raise ValueError(f"task.net.in_channels is {net.in_channels}, but the VAE has {channels} latent channels")
-    if net.level("cross_attention_dim", 0) != width:
-        raise ValueError(
-            f"task.net.cross_attention_dim is {net.cross_attention_dim}, but the text encoder's width is {width}"
-        )
+    if isinstance(net, UNetConfig):
+        keys = {"cross_attention_dim": (net.level("cross_attention_dim", 0), cond["context"])}
+    else:
+        keys = {
+            "joint_attention_dim": (net.joint_attention_dim, cond["context"]),
+            "pooled_projection_dim": (net.pooled_projection_dim, cond.get("pooled", 0)),
+        }
+    for key, (mine, given) in keys.items():
+        if mine != given:
+            raise ValueError(f"task.net.{key} is {mine}, but the text encoders' width is {given}")
+
+
+def initial(net: Any) -> Callable[[Key], Params]:
+    """Random parameters of a denoiser."""
+    family = denoiser_of(net.config)[1]
+    return lambda key: net.init(key, *family.example(net.config))["params"]
+
+
+def build_net(config: Denoiser, *, dtype: str, remat: bool) -> Any:
+    """The module of a denoiser's config."""
+    return denoiser_of(config)[1].build(config, dtype=jnp.dtype(dtype), remat=remat)

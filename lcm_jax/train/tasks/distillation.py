@@ -6,19 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from lcm_jax import lora
 from lcm_jax.generate import Generator, as_apply
-from lcm_jax.nets import RULES_UNET, UNet, example_inputs
 from lcm_jax.objectives import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions, loader
-from lcm_jax.train.tasks.diffusion import check_fit
+from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
 from lcm_jax.typing import Array, Key, Nets, Params
+from lcm_jax.weights.families import DENOISERS, denoiser_of
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
@@ -57,11 +56,12 @@ class ConsistencyTask(LatentTask):
 
     def build(self) -> Task:
         location = locate(self.teacher)
-        scheduler = location.path / location.place("scheduler") / "scheduler_config.json"
+        scheduler = location.at("scheduler") / "scheduler_config.json"
         schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
         objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=self.lora is None)
         conditioner = Conditioner.load(self.vae, self.text)
-        teacher: Component = load_component(location.path, location.place("unet"))
+        part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
+        teacher: Component = load_component(location.path, location.place(part))
         check_fit(teacher.module.config, conditioner)
         records = self.records(conditioner)
         null = conditioner.encode_text([""])
@@ -71,17 +71,17 @@ class ConsistencyTask(LatentTask):
             if self.lora is not None:
                 raise ValueError("task.start is for whole students; a LoRA starts from its teacher")
             begun = locate(self.start)
-            student_net, first = load_component(begun.path, begun.place("unet"))
+            student_net, first = load_component(begun.path, begun.place(part))
             config = student_net.config
         if self.lora is None and config.time_cond_proj_dim is None:
             config = replace(config, time_cond_proj_dim=self.guidance_dim)
-        net = UNet(config, dtype=jnp.dtype(self.dtype), remat=self.remat)
+        net = build_net(config, dtype=self.dtype, remat=self.remat)
         adapted = self.lora
 
         def init(key: Key) -> Params:
             if adapted is not None:
                 return lora.init(key, teacher.params, rank=adapted.rank, alpha=adapted.alpha, targets=adapted.targets)
-            return graft(net.init(key, *example_inputs(config))["params"], first)
+            return graft(initial(net)(key), first)
 
         def student(params: Params, frozen: Params) -> Params:
             return params if adapted is None else lora.merge(frozen["teacher"], params)
@@ -105,7 +105,7 @@ class ConsistencyTask(LatentTask):
         def export(ema: Params, path: Path) -> None:
             if adapted is not None:
                 path.mkdir(parents=True, exist_ok=True)
-                save_lora(path / "pytorch_lora_weights.safetensors", jax.device_get(ema), RULES_UNET)
+                save_lora(path / "pytorch_lora_weights.safetensors", jax.device_get(ema), denoiser_of(config)[1].rules)
                 return
             export_folder(path, Component(net, jax.device_get(ema)), conditioner, schedule, kind, sampler="lcm")
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from lcm_jax.data import Cache, Source, cached
 from lcm_jax.data.sources import cache_dir
@@ -19,47 +20,81 @@ from lcm_jax.generate import Generator, to_float
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.train.tasks.common import DataConfig, grid
 from lcm_jax.typing import Array, Key, Kind, Params, Schedule
+from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
-from lcm_jax.weights.hub import locate
+from lcm_jax.weights.hub import Location, locate
 from lcm_jax.weights.scheduler import scheduler_config
-from mmdit.text import Encoding, Tokenizer, stable_diffusion
+from mmdit.text import Encoding, Tokenizer, sd3, stable_diffusion
 from vae16 import scale
 
 ENCODE_BATCH = 32
+T5_TOKENS = 77  # of a caption in SD3's training, unless the tokenizer has fewer
+
+
+class Text(NamedTuple):
+    """A frozen text encoder with its tokenizer; tokens: of a caption."""
+
+    encoder: Component
+    tokenizer: Tokenizer
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioner:
-    """The frozen networks around the UNet, and how captions become its conditioning."""
+    """The frozen networks around the one that learns, and how captions become its conditioning.
+
+    One text encoder conditions as in Stable Diffusion 1 and 2, two CLIPs and a T5 as in Stable Diffusion 3.
+    """
 
     vae: Component
-    text: Component
-    tokenizer: Tokenizer
-    length: int  # tokens of a caption
+    texts: tuple[Text, ...]
     digest: str  # of the weights, to name what was encoded with them
 
     @classmethod
     def load(cls, vae: str, text: str) -> Conditioner:
-        """From two models (names or folders): one gives the autoencoder, one text encoder and tokenizer."""
-        vae_path, text_path = locate(vae).path, locate(text).path
-        encoder, tokenizer = load_component(text_path, "text_encoder"), Tokenizer.load(text_path / "tokenizer")
+        """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers."""
+        vae_at, text_at = locate(vae), locate(text)
+        many = (text_at.at("text_encoder_3")).is_dir()
+        suffixes = ("", "_2", "_3") if many else ("",)
+        texts = tuple(_load_text(text_at, suffix) for suffix in suffixes)
         digest = hashlib.sha256()
-        for path in (vae_path / "vae", text_path / "text_encoder"):
+        folders = [text_at.at(f"text_encoder{suffix}") for suffix in suffixes]
+        for path in (vae_at.at("vae"), *folders):
             for file in sorted(path.glob("*.safetensors")):
                 digest.update(file.read_bytes())
-        length = encoder.module.config.max_position_embeddings
-        vae_component = load_component(vae_path, "vae")
-        return cls(vae=vae_component, text=encoder, tokenizer=tokenizer, length=length, digest=digest.hexdigest())
+        return cls(vae=load_component(vae_at.path, vae_at.place("vae")), texts=texts, digest=digest.hexdigest())
+
+    @property
+    def params(self) -> tuple[Params, ...]:
+        """Of the text encoders."""
+        return tuple(text.encoder.params for text in self.texts)
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Channels of each leaf of the conditioning."""
+        shapes = jax.eval_shape(self._encode_ids, self.params, self.tokenize([""]))
+        return {name: leaf.shape[-1] for name, leaf in shapes.items()}
+
+    def tokenize(self, captions: list[str]) -> tuple[Int[Array, "n l"], ...]:
+        """Ids for each text encoder."""
+        return tuple(jnp.asarray(text.tokenizer(captions, text.tokens)) for text in self.texts)
 
     def encode_text(self, captions: list[str]) -> dict[str, Array]:
-        """Captions to conditioning (len(captions), length, d)."""
-        ids = jnp.asarray(self.tokenizer(captions, self.length))
-        return self._encode_ids(self.text.params, ids)
+        """Captions to conditioning: {"context": (n, l, d)}, of three encoders "pooled" (n, p) too."""
+        return self._encode_ids(self.params, self.tokenize(captions))
 
     @cached_property
     def _encode_ids(self) -> Any:
-        module = self.text.module
-        return jax.jit(lambda params, ids: stable_diffusion(Encoding(module, params, ids)))
+        modules = [text.encoder.module for text in self.texts]
+
+        def encode(params: Sequence[Params], ids: Sequence[Array]) -> dict[str, Array]:
+            encodings = [Encoding(*parts) for parts in zip(modules, params, ids, strict=True)]
+            if len(encodings) == 1:
+                return stable_diffusion(encodings[0])
+            t5 = encodings[2]
+            return sd3(encodings[:2], t5, width=modules[2].config.d_model, t5_tokens=t5.ids.shape[1])
+
+        return jax.jit(encode)
 
     def encode_source(self, source: Source, described: dict[str, Any]) -> Cache:
         """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once."""
@@ -70,8 +105,6 @@ class Conditioner:
             mean, logvar = vae.apply({"params": params}, to_float(images), method="encode")
             return scale(mean, vae.config), jnp.exp(0.5 * logvar) * vae.config.scaling_factor
 
-        text = self._encode_ids
-
         def produce() -> Iterator[dict[str, Any]]:
             for start in range(0, len(source), ENCODE_BATCH):
                 records = [source[i] for i in range(start, min(start + ENCODE_BATCH, len(source)))]
@@ -79,7 +112,7 @@ class Conditioner:
                 images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
                 captions = [r["caption"] for r in records] + [""] * fill
                 mean, std = encode(self.vae.params, images)
-                cond = text(self.text.params, jnp.asarray(self.tokenizer(captions, self.length)))
+                cond = self.encode_text(captions)
                 columns = {"mean": mean, "std": std, **cond}
                 arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
                 for i in range(len(records)):
@@ -89,12 +122,19 @@ class Conditioner:
         return cached(cache_dir() / "latents", produced_by, produce, total=len(source))
 
 
+def _load_text(location: Location, suffix: str) -> Text:
+    encoder = load_component(location.path, location.place(f"text_encoder{suffix}"))
+    tokenizer = Tokenizer.load(location.at(f"tokenizer{suffix}"))
+    most = getattr(encoder.module.config, "max_position_embeddings", T5_TOKENS)
+    return Text(encoder, tokenizer, min(most, tokenizer.max_length))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentTask:
     """Fields of every task that trains a network between these frozen ones."""
 
     vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
-    text: str = "openmoji"  # likewise its text_encoder and tokenizer
+    text: str = "openmoji"  # likewise its text encoders and tokenizers
     data: DataConfig = DataConfig()
     prompts: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))  # captions of the previews
 
@@ -140,8 +180,10 @@ def export_folder(
     path: Path, net: Component, conditioner: Conditioner, schedule: Schedule, kind: Kind, *, sampler: str
 ) -> None:
     """The trained network with all it needs, as a diffusers folder."""
-    components = {"unet": net, "vae": conditioner.vae, "text_encoder": conditioner.text}
-    folder = Folder(
-        components=components, tokenizer=conditioner.tokenizer, scheduler=scheduler_config(schedule, kind, sampler)
-    )
-    save_folder(path, folder)
+    name, _ = denoiser_of(net.module.config)
+    components = {name: net, "vae": conditioner.vae}
+    tokenizers: dict[str, Any] = {}
+    for suffix, text in zip(("", "_2", "_3"), conditioner.texts, strict=False):
+        components[f"text_encoder{suffix}"], tokenizers[f"tokenizer{suffix}"] = text.encoder, text.tokenizer
+    scheduler = scheduler_config(schedule, kind, sampler)
+    save_folder(path, Folder(components=components, scheduler=scheduler, **tokenizers))
