@@ -26,7 +26,7 @@ from lcm_jax.weights.lora_places import Network
 from lcm_jax.weights.model import lora_networks, read_model
 from lcm_jax.weights.scheduler import SCHEDULERS, read_scheduler
 from lcm_jax.weights.tiny import load_tiny
-from mmdit.text import Encoding, sdxl, stable_diffusion, zero_prompt
+from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
 from vae16 import scale
 
@@ -45,18 +45,23 @@ class Pipeline:
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
         schedule, kind = read_scheduler(config, source=source)
         self.spacing = Spacing.from_config(config, source=source)
-        net, vae = folder.components["unet"].module, folder.components["vae"].module
+        self.prompts = folder.prompts
+        net, vae = folder.components[folder.denoiser].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
         self.generator = Generator(net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds)
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained at."""
-        side = self.folder.components["unet"].module.config.sample_size
+        side = self.generator.net.config.sample_size
         if side is None:
-            raise ValueError("the UNet's config has no sample_size: give size=(height, width) in pixels")
+            raise ValueError("the network's config has no sample_size: give size=(height, width) in pixels")
         factor = self.generator.vae.config.downsample_factor
         return (side * factor, side * factor) if isinstance(side, int) else tuple(s * factor for s in side)
+
+    @property
+    def _net_params(self) -> Params:
+        return self.params[self.folder.denoiser]
 
     @property
     def default_sampler(self) -> str:
@@ -113,7 +118,7 @@ class Pipeline:
             x = self._noised(image, noise, times[0], size)
         guided = guidance != 1.0 and not self.generator.embeds_guidance
         cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
-        parts = (self.params["unet"], self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
+        parts = (self._net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
         return np.asarray(self._draw(*parts, sampler=spec, guided=guided))
 
     def encode_prompt(self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None) -> dict[str, Array]:
@@ -121,14 +126,10 @@ class Pipeline:
 
         sizes: SDXL's size conditioning in pixels (`mmdit.text.size_ids`); that of the model's own size by default.
         """
-        ids = []
-        for name, tokenizer in self.folder.texts:
-            length = self.folder.components[name].module.config.max_position_embeddings
-            ids.append(jnp.asarray(tokenizer(list(prompts), min(length, tokenizer.max_length))))
         if self.folder.is_sdxl:
             sizes = self._sizes(self.size)[0] if sizes is None else sizes
-            sizes = jnp.tile(jnp.asarray(sizes, jnp.float32), (len(ids[0]), 1))
-        return self._encode_ids([self.params[name] for name, _ in self.folder.texts], ids, sizes)
+            sizes = jnp.tile(jnp.asarray(sizes, jnp.float32), (len(prompts), 1))
+        return self.prompts(self.params, prompts, sizes)
 
     def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
         """Pictures to latents in the UNet's units (the posterior's mean)."""
@@ -139,7 +140,7 @@ class Pipeline:
         prompts, negatives = _texts(prompt, negative_prompt, 1)
         guided, sizes = guidance != 1.0, self._sizes(self.size) if self.folder.is_sdxl else (None, None)
         cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
-        return self.generator.denoiser(self.params["unet"], cond, null, guidance, guided=guided)
+        return self.generator.denoiser(self._net_params, cond, null, guidance, guided=guided)
 
     def save(self, path: str | Path, *, dtype: str | None = None, variant: str | None = None) -> None:
         """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
@@ -230,23 +231,13 @@ class Pipeline:
     def _draw(self) -> Any:
         @partial(jax.jit, static_argnames=("sampler", "guided"))
         def draw(
-            unet: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
+            net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
             *, sampler: Sampler, guided: bool,
         ) -> Array:  # fmt: skip
-            z = self.generator.latents(unet, cond, null, x, grid, guidance, key, sampler=sampler, guided=guided)
+            z = self.generator.latents(net, cond, null, x, grid, guidance, key, sampler=sampler, guided=guided)
             return self.generator.decode(vae, z)
 
         return draw
-
-    @cached_property
-    def _encode_ids(self) -> Any:
-        modules = [self.folder.components[name].module for name, _ in self.folder.texts]
-
-        def encode(params: Sequence[Params], ids: Sequence[Array], sizes: Array | None) -> dict[str, Array]:
-            encodings = [Encoding(*parts) for parts in zip(modules, params, ids, strict=True)]
-            return stable_diffusion(encodings[0]) if sizes is None else sdxl(encodings, sizes)
-
-        return jax.jit(encode)
 
     @cached_property
     def _encode_image(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -9,11 +10,22 @@ from pathlib import Path
 import jax
 import pytest
 
+import mmdit
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
-from lcm_jax.schedules import DDPM
+from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.weights.folders import Component, Folder, save_component, save_folder
 from lcm_jax.weights.scheduler import scheduler_config
-from mmdit.text import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, train_tokenizer
+from mmdit import MMDiT, MMDiTConfig
+from mmdit.text import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5Encoder,
+    train_tokenizer,
+    train_unigram,
+)
 from vae16 import AutoencoderConfig, AutoencoderKL
 
 # Tiny networks take longer to compile than to run.
@@ -95,8 +107,55 @@ def tiny_model(tiny_components: dict[str, Component], tmp_path_factory: pytest.T
     config = scheduler_config(
         DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), "epsilon", "ddim"
     )
-    save_folder(folder / "model", Folder(components=parts, tokenizer=tokenizer, scheduler=config))
+    save_folder(folder / "model", Folder(components=parts, tokenizers={"text_encoder": tokenizer}, scheduler=config))
     save_component(folder / "model", "image_encoder", tiny_components["image_encoder"])
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_net() -> MMDiTConfig:
+    """An MMDiT of two blocks for the latents and the text encoders of `tiny_sd3`."""
+    return MMDiTConfig(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=16,
+        pos_embed_max_size=6,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(
+    tiny_components: dict[str, Component], tiny_sd3_net: MMDiTConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny Stable Diffusion 3 with a T5 as a diffusers folder, of shift 3."""
+    folder = tmp_path_factory.mktemp("tiny_sd3")
+    text = tiny_components["text_encoder"]
+    second = CLIPTextModel(dataclasses.replace(text.module.config, hidden_size=12), projection=True)
+    third = T5Encoder(
+        T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    )
+    ids = jax.numpy.zeros((1, 2), jax.numpy.int32)
+    parts = {name: tiny_components[name] for name in ("vae", "text_encoder")}
+    inputs = {
+        "text_encoder_2": (second, (ids,)),
+        "text_encoder_3": (third, (ids,)),
+        "transformer": (MMDiT(tiny_sd3_net), mmdit.example_inputs(tiny_sd3_net)),
+    }
+    parts |= {n: Component(m, jax.jit(m.init)(jax.random.key(1), *args)["params"]) for n, (m, args) in inputs.items()}
+    # Trained networks do not end in zeros.
+    out = parts["transformer"].params["proj_out"]
+    out["kernel"] = 0.3 * jax.random.normal(jax.random.key(2), out["kernel"].shape)
+    clip = train_tokenizer(CAPTIONS, 600, folder / "tokenizer", 12)
+    tokenizers = {"text_encoder": clip, "text_encoder_2": clip}
+    tokenizers["text_encoder_3"] = train_unigram(CAPTIONS, 60, folder / "tokenizer_3", 10)
+    config = scheduler_config(RectifiedFlow(shift=3.0), "flow", "euler")
+    save_folder(folder / "model", Folder(components=parts, tokenizers=tokenizers, scheduler=config))
     return folder / "model"
 
 

@@ -1,4 +1,4 @@
-"""Diffusers folders of the Stable Diffusion UNets, in and out: model_index.json and a sub-folder for each component."""
+"""Diffusers folders of Stable Diffusion, in and out: model_index.json and a sub-folder for each component."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lcm_jax.prompts import Prompts
+from lcm_jax.weights.families import DENOISERS
 from lcm_jax.weights.files import replacing, write_json
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.model import Model, read_folder
@@ -19,8 +21,11 @@ from mmdit.text import Tokenizer
 SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 LCM = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
 SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+SD3 = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 
-_NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")
+_NETWORKS = (*DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+# Text encoder -> its tokenizer, in the order in which their outputs are joined.
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 _SETTINGS = (
     *("force_zeros_for_empty_prompt", "requires_aesthetics_score"),
     *("requires_safety_checker", "add_watermarker"),  # about what is done with the finished picture
@@ -46,35 +51,50 @@ def save_component(
 class Folder:
     """A whole pipeline as it lies on disk. `components` by their diffusers names: unet, vae, text_encoder ...
 
-    extras: what else model_index.json says, `_class_name` among it; of a folder made here it may be empty.
+    tokenizers: under the names of their text encoders. extras: what else model_index.json says, `_class_name` among it;
+    of a folder made here it may be empty.
     """
 
     components: Mapping[str, Component]
-    tokenizer: Tokenizer | None = None
-    tokenizer_2: Tokenizer | None = None
+    tokenizers: Mapping[str, Tokenizer]
     scheduler: Mapping[str, Any]  # scheduler_config.json
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def texts(self) -> tuple[tuple[str, Tokenizer], ...]:
-        """The text encoders' names, each with its tokenizer, in the order in which their outputs are joined."""
-        pairs = (("text_encoder", self.tokenizer), ("text_encoder_2", self.tokenizer_2))
-        return tuple((name, tokenizer) for name, tokenizer in pairs if tokenizer is not None)
+    def denoiser(self) -> str:
+        """The name of the network that undoes noise: "unet", or "transformer"."""
+        return next(name for name in DENOISERS if name in self.components)
+
+    @property
+    def family(self) -> str:
+        """How prompts condition: "sd", "sdxl" (pooled text and picture sizes) or "sd3" (three encoders)."""
+        if self.denoiser == "transformer":
+            return "sd3"
+        return "sdxl" if "text_encoder_2" in self.components else "sd"
 
     @property
     def is_sdxl(self) -> bool:
         """Whether the UNet is told the pooled text and picture sizes."""
-        return "text_encoder_2" in self.components
+        return self.family == "sdxl"
 
     @property
     def pipeline(self) -> str:
         """The class of diffusers that draws with these components."""
         if "_class_name" in self.extras:
             return str(self.extras["_class_name"])
+        if self.family == "sd3":
+            return SD3[0]
         if self.is_sdxl:
             return SDXL["text_encoder" not in self.components]
         distilled = self.components["unet"].module.config.time_cond_proj_dim is not None
         return LCM[0] if distilled and self.scheduler.get("_class_name") == "LCMScheduler" else SD[0]
+
+    @property
+    def prompts(self) -> Prompts:
+        """How texts become this model's conditioning."""
+        modules = {name: self.components[name].module for name in TOKENIZERS if name in self.tokenizers}
+        width = self.components[self.denoiser].module.config.joint_attention_dim if self.family == "sd3" else 0
+        return Prompts(modules=modules, tokenizers=self.tokenizers, family=self.family, width=width)
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
@@ -90,7 +110,7 @@ class Folder:
 
 
 def load_folder(location: Location, *, dtype: Any = jnp.float32, variant: str | None = None) -> Folder:
-    """Read a diffusers folder of the Stable Diffusion UNets: every component that its model_index.json names."""
+    """Read a diffusers folder: every component that its model_index.json names."""
     return to_folder(read_folder(location, variant=variant), dtype=dtype)
 
 
@@ -98,23 +118,19 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
     """The components of a model, their parameters on the device, once all that it says is known to be supported."""
     extras = {name: value for name, value in model.index.items() if not isinstance(value, list)}
     _check_index(extras, model)
-    tokenizers = {
-        name: Tokenizer.load(model.small[name])
-        for name, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-        if encoder in model.parts
-    }
     folder = Folder(
         components={name: to_component(part, dtype=dtype) for name, part in model.parts.items()},
+        tokenizers={
+            name: Tokenizer.load(model.small[small]) for name, small in TOKENIZERS.items() if name in model.parts
+        },
         scheduler=model.scheduler,
         extras={name: value for name, value in extras.items() if name == "_class_name" or not name.startswith("_")},
-        **tokenizers,
     )
-    sizes = folder.components["unet"].module.config.text_time
-    if (sizes is not None) != folder.is_sdxl:
-        kind = folder.components["unet"].module.config.addition_embed_type
+    config = folder.components[folder.denoiser].module.config
+    if folder.denoiser == "unet" and (config.text_time is not None) != folder.is_sdxl:
         raise ValueError(
-            f"{model.parts['unet'].source}/config.json: addition_embed_type={kind!r} does not fit a {folder.pipeline}: "
-            "it goes with a text_encoder_2, which model_index.json must name"
+            f"{model.parts['unet'].source}/config.json: addition_embed_type={config.addition_embed_type!r} does not "
+            f"fit a {folder.pipeline}: it goes with a text_encoder_2, which model_index.json must name"
         )
     return folder
 
@@ -122,11 +138,10 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
 def _check_index(extras: Mapping[str, Any], model: Model) -> None:
     """ValueError for what changes the picture and is not supported or absent; a warning for unknown settings."""
     pipeline, source = extras.get("_class_name"), model.source
-    known = (*SD, *LCM, *SDXL)
+    known = (*SD, *LCM, *SDXL, *SD3)
     if pipeline is not None and pipeline not in known:
         raise ValueError(f"{source}: _class_name {pipeline!r} is not supported; known are {', '.join(known)}")
-    sdxl = pipeline in SDXL if pipeline is not None else "text_encoder_2" in model.parts
-    for needed in ("unet", "vae", "text_encoder_2" if sdxl else "text_encoder"):
+    for needed in _needed(pipeline, model):
         if needed not in model.parts:
             raise ValueError(f"{source}: names no {needed}; {pipeline or 'a text-to-image model'} needs one")
     for name in model.parts:
@@ -135,6 +150,14 @@ def _check_index(extras: Mapping[str, Any], model: Model) -> None:
     for name, value in extras.items():
         if name not in _SETTINGS and not name.startswith("_"):
             warnings.warn(f"{source}: {name}={value!r} is not known and is ignored", stacklevel=2)
+
+
+def _needed(pipeline: Any, model: Model) -> tuple[str, ...]:
+    """The components that a pipeline cannot do without."""
+    if pipeline in SD3 or (pipeline is None and "transformer" in model.parts):
+        return "transformer", "vae", "text_encoder", "text_encoder_2"
+    sdxl = pipeline in SDXL if pipeline is not None else "text_encoder_2" in model.parts
+    return "unet", "vae", "text_encoder_2" if sdxl else "text_encoder"
 
 
 def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str | None = None) -> None:
@@ -146,13 +169,12 @@ def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str |
         index = {"_class_name": folder.pipeline, **folder.extras, **_settings(folder)}
         for name, component in folder.components.items():
             index[name] = save_component(aside, name, component, dtype=dtype, variant=variant)
-        for name, tokenizer in (("tokenizer", folder.tokenizer), ("tokenizer_2", folder.tokenizer_2)):
-            if tokenizer is not None:
-                tokenizer.save(aside / name)
-                index[name] = ("transformers", "CLIPTokenizer")
+        for name, tokenizer in folder.tokenizers.items():
+            tokenizer.save(aside / TOKENIZERS[name])
+            index[TOKENIZERS[name]] = ("transformers", tokenizer.class_name)
         write_json(aside / "scheduler" / "scheduler_config.json", folder.scheduler)
         index["scheduler"] = ("diffusers", folder.scheduler["_class_name"])
-        if "text_encoder" in folder.components:
+        if folder.family != "sd3" and "text_encoder" in folder.components:
             # The pipeline takes the first output, which with a projection would be the pooled one.
             index["text_encoder"] = ("transformers", "CLIPTextModel")
         write_json(aside / "model_index.json", index)
@@ -161,6 +183,9 @@ def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str |
 def _settings(folder: Folder) -> dict[str, Any]:
     """The entries of model_index.json that a pipeline's class asks for beside its components."""
     absent = (None, None)
+    if folder.family == "sd3":
+        t5 = {"text_encoder_3": absent, "tokenizer_3": absent}
+        return t5 | {"image_encoder": absent, "feature_extractor": absent}
     if not folder.is_sdxl:
         return {"safety_checker": absent, "feature_extractor": absent, "requires_safety_checker": False}
     settings: dict[str, Any] = {"text_encoder": absent, "tokenizer": absent, "feature_extractor": absent}

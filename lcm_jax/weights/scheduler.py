@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, get_args
 
 from lcm_jax.sampling import Spacing
-from lcm_jax.schedules import DDPM, from_config
+from lcm_jax.schedules import DDPM, RectifiedFlow, from_config
 from lcm_jax.typing import Kind, Schedule
 
 SCHEDULERS: Mapping[str, str] = {
@@ -32,6 +32,7 @@ SCHEDULERS: Mapping[str, str] = {
     "TCDScheduler": "lcm",
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
+    "FlowMatchLCMScheduler": "lcm",
 }
 """diffusers' scheduler classes whose configs are read, each with the sampler that is it or comes closest."""
 
@@ -43,6 +44,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "invert_sigmas": (False, None),
     "lambda_min_clipped": (-math.inf, None),
     "predict_epsilon": (True, None),
+    "scale_factors": (None,),
     "shift_terminal": (None,),
     "solver_order": (2,),
     "solver_type": ("midpoint", "bh1", "bh2", "logrho"),  # DPMSolverMultistepScheduler reads the others as midpoint
@@ -90,7 +92,12 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
 
 
 def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
-    """scheduler_config.json of a table schedule: an LCMScheduler for "lcm", a DDIMScheduler otherwise."""
+    """scheduler_config.json of a table schedule or a rectified flow, for the sampler "lcm" or any other."""
+    if isinstance(schedule, RectifiedFlow):
+        if kind != "flow":
+            raise ValueError(f"no scheduler_config.json says {kind!r} of a rectified flow; its kind is 'flow'")
+        name = "FlowMatchLCMScheduler" if sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
+        return {"_class_name": name, "num_train_timesteps": 1000, "shift": schedule.shift}
     if not isinstance(schedule, DDPM):
         raise ValueError(f"no scheduler_config.json is written for {type(schedule).__name__}; use a DDPM table")
     shared = {

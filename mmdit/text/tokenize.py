@@ -75,6 +75,11 @@ class Tokenizer:
         return cls(backend)
 
     @property
+    def class_name(self) -> str:
+        """Of transformers, as a model_index.json names it."""
+        return "T5TokenizerFast" if isinstance(self.backend, T5Tokenizer) else "CLIPTokenizer"
+
+    @property
     def vocab_size(self) -> int:
         return len(self.backend)
 

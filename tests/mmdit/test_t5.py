@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models, pre_tokenizers, trainers
 from transformers import T5Tokenizer
 
 from mmdit.rules import RULES_T5
 from mmdit.text.t5 import T5Encoder, WideDense, relative_buckets
 from mmdit.text.t5_config import T5_XXL, T5Config
-from mmdit.text.tokenize import Tokenizer
+from mmdit.text.tokenize import Tokenizer, train_tokenizer, train_unigram
 
 SMALL = T5Config(
     vocab_size=64,
@@ -211,18 +209,22 @@ CAPTIONS = [" ".join(RNG.choice(WORDS, RNG.integers(1, 7))) for _ in range(300)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A Unigram vocabulary learnt from the captions, laid out and saved as T5's."""
-    learner = BackendTokenizer(models.Unigram())
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=60, special_tokens=special, unk_token="<unk>", max_piece_length=4, show_progress=False
-    )
-    learner.train_from_iterator(CAPTIONS, trainer)
-    pieces = [(piece, score) for piece, score in json.loads(learner.to_str())["model"]["vocab"]]
-    assert [piece for piece, _ in pieces[:3]] == special
     path = tmp_path_factory.mktemp("t5")
-    T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512).save_pretrained(str(path))
+    train_unigram(CAPTIONS, 60, path)
     return path
+
+
+def test_the_same_captions_give_the_same_vocabulary(folder, tmp_path):
+    assert train_unigram(CAPTIONS, 60, tmp_path).vocab_size <= 60
+    for file in folder.iterdir():
+        assert (tmp_path / file.name).read_text(encoding="utf-8") == file.read_text(encoding="utf-8")
+
+
+def test_the_sentinel_is_the_last_piece_and_a_clip_has_none(folder, tmp_path):
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
+    with pytest.raises(ValueError, match="has no <extra_id_0>"):
+        _ = train_tokenizer(CAPTIONS, 600, tmp_path).mask_token_id
 
 
 def test_ids_are_the_likeliest_pieces_then_the_end_then_zeros(folder):

@@ -63,8 +63,7 @@ def folders(tiny_components: dict[str, Component], tiny_model: Path) -> dict[str
     return {
         name: Folder(
             components={"unet": filled("UNet2DConditionModel", config), "vae": tiny_components["vae"], **texts[name]},
-            tokenizer=tokenizer if "text_encoder" in texts[name] else None,
-            tokenizer_2=tokenizer if "text_encoder_2" in texts[name] else None,
+            tokenizers=dict.fromkeys(texts[name], tokenizer),
             scheduler=scheduler_config(DDPM(**LATENT), "epsilon", "lcm" if name.startswith("Latent") else "ddim"),
         )
         for name, config in nets.items()

@@ -3,98 +3,78 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
 
 from lcm_jax.data import Cache, Source, cached
 from lcm_jax.data.sources import cache_dir
 from lcm_jax.generate import Generator, to_float
+from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.train.tasks.common import DataConfig, grid
 from lcm_jax.typing import Array, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import denoiser_of
-from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
-from lcm_jax.weights.hub import Location, locate
+from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
+from lcm_jax.weights.hub import locate
 from lcm_jax.weights.scheduler import scheduler_config
-from mmdit.text import Encoding, Tokenizer, sd3, stable_diffusion
+from mmdit.text import Tokenizer
 from vae16 import scale
 
 ENCODE_BATCH = 32
-T5_TOKENS = 77  # of a caption in SD3's training, unless the tokenizer has fewer
-
-
-class Text(NamedTuple):
-    """A frozen text encoder with its tokenizer; tokens: of a caption."""
-
-    encoder: Component
-    tokenizer: Tokenizer
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioner:
     """The frozen networks around the one that learns, and how captions become its conditioning.
 
-    One text encoder conditions as in Stable Diffusion 1 and 2, two CLIPs and a T5 as in Stable Diffusion 3.
+    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, one with a T5 as Stable Diffusion 3 does.
     """
 
     vae: Component
-    texts: tuple[Text, ...]
+    texts: Mapping[str, Component]
+    prompts: Prompts
     digest: str  # of the weights, to name what was encoded with them
 
     @classmethod
     def load(cls, vae: str, text: str) -> Conditioner:
         """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers."""
         vae_at, text_at = locate(vae), locate(text)
-        many = (text_at.at("text_encoder_3")).is_dir()
-        suffixes = ("", "_2", "_3") if many else ("",)
-        texts = tuple(_load_text(text_at, suffix) for suffix in suffixes)
+        sd3 = text_at.at("text_encoder_3").is_dir()
+        names = tuple(TOKENIZERS) if sd3 else ("text_encoder",)
+        texts = {name: load_component(text_at.path, text_at.place(name)) for name in names}
+        prompts = Prompts(
+            modules={name: part.module for name, part in texts.items()},
+            tokenizers={name: Tokenizer.load(text_at.at(TOKENIZERS[name])) for name in names},
+            family="sd3" if sd3 else "sd",
+            width=texts["text_encoder_3"].module.config.d_model if sd3 else 0,
+        )
         digest = hashlib.sha256()
-        folders = [text_at.at(f"text_encoder{suffix}") for suffix in suffixes]
-        for path in (vae_at.at("vae"), *folders):
+        for path in (vae_at.at("vae"), *map(text_at.at, names)):
             for file in sorted(path.glob("*.safetensors")):
                 digest.update(file.read_bytes())
-        return cls(vae=load_component(vae_at.path, vae_at.place("vae")), texts=texts, digest=digest.hexdigest())
+        component = load_component(vae_at.path, vae_at.place("vae"))
+        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest())
 
-    @property
-    def params(self) -> tuple[Params, ...]:
+    @cached_property
+    def params(self) -> dict[str, Params]:
         """Of the text encoders."""
-        return tuple(text.encoder.params for text in self.texts)
+        return {name: text.params for name, text in self.texts.items()}
 
     @cached_property
     def widths(self) -> dict[str, int]:
         """Channels of each leaf of the conditioning."""
-        shapes = jax.eval_shape(self._encode_ids, self.params, self.tokenize([""]))
-        return {name: leaf.shape[-1] for name, leaf in shapes.items()}
-
-    def tokenize(self, captions: list[str]) -> tuple[Int[Array, "n l"], ...]:
-        """Ids for each text encoder."""
-        return tuple(jnp.asarray(text.tokenizer(captions, text.tokens)) for text in self.texts)
+        return {name: shape[-1] for name, shape in self.prompts.shapes(self.params).items()}
 
     def encode_text(self, captions: list[str]) -> dict[str, Array]:
         """Captions to conditioning: {"context": (n, l, d)}, of three encoders "pooled" (n, p) too."""
-        return self._encode_ids(self.params, self.tokenize(captions))
-
-    @cached_property
-    def _encode_ids(self) -> Any:
-        modules = [text.encoder.module for text in self.texts]
-
-        def encode(params: Sequence[Params], ids: Sequence[Array]) -> dict[str, Array]:
-            encodings = [Encoding(*parts) for parts in zip(modules, params, ids, strict=True)]
-            if len(encodings) == 1:
-                return stable_diffusion(encodings[0])
-            t5 = encodings[2]
-            return sd3(encodings[:2], t5, width=modules[2].config.d_model, t5_tokens=t5.ids.shape[1])
-
-        return jax.jit(encode)
+        return self.prompts(self.params, captions)
 
     def encode_source(self, source: Source, described: dict[str, Any]) -> Cache:
         """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once."""
@@ -120,13 +100,6 @@ class Conditioner:
 
         produced_by = {"kind": "latents", "version": 1, "weights": self.digest, **described}
         return cached(cache_dir() / "latents", produced_by, produce, total=len(source))
-
-
-def _load_text(location: Location, suffix: str) -> Text:
-    encoder = load_component(location.path, location.place(f"text_encoder{suffix}"))
-    tokenizer = Tokenizer.load(location.at(f"tokenizer{suffix}"))
-    most = getattr(encoder.module.config, "max_position_embeddings", T5_TOKENS)
-    return Text(encoder, tokenizer, min(most, tokenizer.max_length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,9 +154,6 @@ def export_folder(
 ) -> None:
     """The trained network with all it needs, as a diffusers folder."""
     name, _ = denoiser_of(net.module.config)
-    components = {name: net, "vae": conditioner.vae}
-    tokenizers: dict[str, Any] = {}
-    for suffix, text in zip(("", "_2", "_3"), conditioner.texts, strict=False):
-        components[f"text_encoder{suffix}"], tokenizers[f"tokenizer{suffix}"] = text.encoder, text.tokenizer
+    components = {name: net, "vae": conditioner.vae, **conditioner.texts}
     scheduler = scheduler_config(schedule, kind, sampler)
-    save_folder(path, Folder(components=components, scheduler=scheduler, **tokenizers))
+    save_folder(path, Folder(components=components, tokenizers=conditioner.prompts.tokenizers, scheduler=scheduler))

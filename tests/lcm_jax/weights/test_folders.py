@@ -53,7 +53,9 @@ def folders(tiny_components: dict[str, Component], tiny_model: Path) -> dict[str
     refining = replace(large, cross_attention_dim=16, projection_class_embeddings_input_dim=5 * 8 + 8)
     tokenizer = Tokenizer.load(tiny_model / "tokenizer")
     ddim, lcm = (scheduler_config(DDPM(**LATENT), "epsilon", name) for name in ("ddim", "lcm"))
-    one, two = {"tokenizer": tokenizer, "scheduler": ddim}, {"tokenizer_2": tokenizer}
+    one = {"tokenizers": {"text_encoder": tokenizer}, "scheduler": ddim}
+    two = {"tokenizers": {"text_encoder_2": tokenizer}, "scheduler": ddim}
+    pair = {"tokenizers": {"text_encoder": tokenizer, "text_encoder_2": tokenizer}, "scheduler": ddim}
 
     def unet(config: Any) -> dict[str, Component]:
         return {"unet": filled("UNet2DConditionModel", config)}
@@ -65,8 +67,8 @@ def folders(tiny_components: dict[str, Component], tiny_model: Path) -> dict[str
             components=parts | {"text_encoder": first} | unet(replace(net, time_cond_proj_dim=8)),
             **one | {"scheduler": lcm},
         ),
-        "sdxl": Folder(components=parts | both | unet(large), **one, **two),
-        "refiner": Folder(components=parts | {"text_encoder_2": second} | unet(refining), **two, scheduler=ddim),
+        "sdxl": Folder(components=parts | both | unet(large), **pair),
+        "refiner": Folder(components=parts | {"text_encoder_2": second} | unet(refining), **two),
     }
 
 
@@ -109,8 +111,8 @@ def test_there_and_back(folders: dict[str, Folder], saved: dict[str, Path], kind
     for name, component in made.components.items():
         assert loaded.components[name].module.config == component.module.config
         assert_equal(loaded.components[name].params, component.params)
-    assert [name for name, _ in loaded.texts] == [name for name in made.components if name.startswith("text")]
-    for (_, a), (_, b) in zip(made.texts, loaded.texts, strict=True):
+    assert list(loaded.tokenizers) == [name for name in made.components if name.startswith("text")]
+    for a, b in zip(made.tokenizers.values(), loaded.tokenizers.values(), strict=True):
         np.testing.assert_array_equal(a("dog face"), b("dog face"))
     assert loaded.scheduler == made.scheduler
     assert loaded.is_sdxl == (kind in ("sdxl", "refiner"))

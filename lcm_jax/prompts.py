@@ -1,0 +1,93 @@
+"""How texts become conditioning: the text encoders of a model, of any family; parameters are arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lcm_jax.typing import Params
+from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
+
+Ids = tuple[Int[Array, "n l"], ...]
+T5_TOKENS = 256  # of a prompt, as diffusers has it, unless the tokenizer has fewer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompts:
+    """Text encoders in the order in which their outputs are joined, each with its tokenizer.
+
+    family: "sd", "sdxl" or "sd3". width: of SD3's context, its transformer's joint_attention_dim, which fills up the
+    CLIPs' and is T5's; t5_tokens: of a prompt, T5 there or not; None is 256, or the tokenizer's length if that is less.
+    """
+
+    modules: Mapping[str, Any]
+    tokenizers: Mapping[str, Tokenizer]  # under the encoders' names
+    family: str
+    width: int = 0
+    t5_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.most_t5_tokens
+        if self.t5_tokens is not None and not 2 <= self.t5_tokens <= most:
+            raise ValueError(f"t5_tokens is {self.t5_tokens}: this model's T5 reads from 2 to {most} tokens")
+
+    @property
+    def _t5(self) -> str | None:
+        return next((name for name, module in self.modules.items() if isinstance(module, T5Encoder)), None)
+
+    @property
+    def most_t5_tokens(self) -> int:
+        """The length of T5's tokenizer; 512 without one."""
+        return 512 if self._t5 is None else self.tokenizers[self._t5].max_length
+
+    @cached_property
+    def lengths(self) -> dict[str, int]:
+        """Tokens of a prompt for each encoder, "t5" among them for SD3 even without one."""
+        clips = {
+            name: min(module.config.max_position_embeddings, self.tokenizers[name].max_length)
+            for name, module in self.modules.items()
+            if name != self._t5
+        }
+        t5 = {} if self.family != "sd3" else {"t5": self.t5_tokens or min(T5_TOKENS, self.most_t5_tokens)}
+        return clips | t5
+
+    def tokenize(self, texts: Sequence[str]) -> Ids:
+        """Ids for each encoder; what does not fit is cut off."""
+        return tuple(
+            jnp.asarray(self.tokenizers[name](list(texts), self.lengths["t5" if name == self._t5 else name]))
+            for name in self.modules
+        )
+
+    def __call__(
+        self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[Array, "n s"] | None = None
+    ) -> dict[str, Array]:
+        """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
+        return self._encode([params[name] for name in self.modules], self.tokenize(texts), sizes)
+
+    def shapes(self, params: Mapping[str, Params]) -> dict[str, tuple[int, ...]]:
+        """Of the conditioning of one text (SD and SD3)."""
+        out = jax.eval_shape(self._encode, [params[name] for name in self.modules], self.tokenize([""]), None)
+        return {name: leaf.shape for name, leaf in out.items()}
+
+    @cached_property
+    def _encode(self) -> Any:
+        modules = list(self.modules.values())
+
+        def encode(params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
+            encodings = [Encoding(*parts) for parts in zip(modules, params, ids, strict=True)]
+            if self.family == "sd":
+                return stable_diffusion(encodings[0])
+            if self.family == "sdxl":
+                assert sizes is not None
+                return sdxl(encodings, sizes)
+            clips = [e for e in encodings if not isinstance(e.module, T5Encoder)]
+            t5 = next((e for e in encodings if isinstance(e.module, T5Encoder)), None)
+            return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
+
+        return jax.jit(encode)
