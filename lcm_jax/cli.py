@@ -76,7 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
     sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
     sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
-    sub.add_argument("--strength", type=float, help="how far the picture is noised, in (0, 1]; 0.6 by default")
+    sub.add_argument("--strength", type=float, help="how far it is noised, in (0, 1]; 0.6, or 1 with a mask")
+    sub.add_argument("--mask", type=Path, help="redraw only where this picture is white (inpainting)")
+    sub.add_argument("--t5-tokens", type=int, help="SD3: length of a prompt for T5; 256 by default")
+    sub.add_argument("--shift", type=float, help="SD3: shift of the noise levels; the model's own by default")
+    sub.add_argument("--single-shift", action="store_true", help="SD3: shift once, not twice as the references do")
+    sub.add_argument("--skip-layers", type=int, nargs="+", default=[], help="SD3: skip-layer guidance, such as 7 8 9")
+    sub.add_argument("--skip-scale", type=float, default=2.8, help="its scale")
+    sub.add_argument("--skip-interval", type=float, nargs=2, default=(0.01, 0.2), help="its part of the steps")
     sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
 
     for name, text in (("train", "Train a registered config."), ("distill", "Distil a registered config.")):
@@ -113,6 +120,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
     sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
     sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in the autoencoder's place")
+    sub.add_argument("--no-t5", dest="t5", action="store_false", help="SD3: leave out the third text encoder")
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
     sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
     sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
@@ -122,7 +130,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
 def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline, and the sampler and guidance to call it with."""
     parts = [_lora_part(text) for text in arguments.lora]
-    options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae")}
+    options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae", "t5")}
     pipe = load(arguments.model, lora=parts or None, **options)
     sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
     plain = sampler == "lcm" and not pipe.generator.embeds_guidance
@@ -151,11 +159,15 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.num_images < 1:
         raise ValueError(f"--num-images {arguments.num_images}: it must be at least 1")
     image = None if arguments.image is None else read_image(arguments.image)
+    mask = None if arguments.mask is None else read_image(arguments.mask, "--mask").mean(axis=-1).astype(np.uint8)
     pipe, options = _load(arguments)
     size = None if arguments.size is None else tuple(arguments.size)
     pictures = pipe(
         arguments.prompt, negative_prompt=arguments.negative_prompt, steps=arguments.steps, seed=arguments.seed,
-        num_images=arguments.num_images, size=size, image=image, strength=arguments.strength, **options,
+        num_images=arguments.num_images, size=size, image=image, strength=arguments.strength, mask=mask,
+        t5_tokens=arguments.t5_tokens, shift=arguments.shift, double_shift=False if arguments.single_shift else None,
+        skip_layers=arguments.skip_layers, skip_scale=arguments.skip_scale,
+        skip_interval=tuple(arguments.skip_interval), **options,
     )  # fmt: skip
     for path, picture in zip(_names(arguments.out, arguments.prompt, arguments.num_images), pictures, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,15 +186,15 @@ def _names(out: Path, prompts: Sequence[str], each: int) -> list[Path]:
     return [out / f"{slug}-{i}.png" for slug in slugs for i in range(each)]
 
 
-def read_image(path: Path) -> np.ndarray:
-    """A picture file as uint8 (h, w, 3), transparency on white."""
+def read_image(path: Path, option: str = "--image") -> np.ndarray:
+    """A picture file as uint8 (h, w, 3), transparency on white. option: named in errors."""
     try:
         with PILImage.open(path) as picture:
             rgba = picture.convert("RGBA")
     except FileNotFoundError:
-        raise FileNotFoundError(f"--image {path}: no such file") from None
+        raise FileNotFoundError(f"{option} {path}: no such file") from None
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"--image {path}: not a picture that can be read ({error})") from None
+        raise ValueError(f"{option} {path}: not a picture that can be read ({error})") from None
     white = PILImage.new("RGBA", rgba.size, "white")
     return np.asarray(PILImage.alpha_composite(white, rgba).convert("RGB"))
 

@@ -1,25 +1,54 @@
-"""From conditioning and noise to pictures: one pure function over a UNet and an autoencoder, compiled whole."""
+"""From conditioning and noise to pictures: one pure function over a denoiser and an autoencoder, compiled whole."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lcm_jax.consistency import consistency
-from lcm_jax.guidance import cfg
+from lcm_jax.guidance import cfg, skip_layer_guidance
 from lcm_jax.parameterization import bind
 from lcm_jax.sampling import Grid, Sampler, sample
-from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule
+from lcm_jax.solvers import Inpaint, Kept
+from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
 from vae16 import AutoencoderKL, AutoencoderTiny, unscale
 
 
-def as_apply(net: Any) -> Apply:
+def as_apply(net: Any, **options: Any) -> Apply:
     """A flax module as the pure function that the mathematics takes."""
-    return lambda params, x, t, cond: net.apply({"params": params}, x, t, cond)
+    return lambda params, x, t, cond: net.apply({"params": params}, x, t, cond, **options)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("scale", "interval"), meta_fields=("layers",))
+@dataclass(frozen=True, kw_only=True)
+class SkipLayers:
+    """Skip-layer guidance with classifier-free guidance: which layers, how strongly, and between which times.
+
+    A tree whose layers are static; see `skip_layer_guidance`.
+    """
+
+    layers: tuple[int, ...]
+    scale: Float[Array, ""] | float
+    interval: tuple[Time, Time]
+
+    @classmethod
+    def in_steps(
+        cls, times: Float[np.ndarray, " n_plus_1"], layers: tuple[int, ...], scale: float, part: tuple[float, float]
+    ) -> SkipLayers:
+        """In the steps i of a grid of n with part[0] < i / n < part[1]; a warning if that is none."""
+        steps = len(times) - 1
+        inside = [times[i] for i in range(steps) if part[0] * steps < i < part[1] * steps]
+        if not inside:
+            warnings.warn(f"skip_interval={part} holds none of {steps} steps: no layer is skipped", stacklevel=3)
+        low, high = (inside[-1], inside[0]) if inside else (np.inf, -np.inf)
+        return cls(layers=layers, scale=jnp.float32(scale), interval=(jnp.float32(low), jnp.float32(high)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +65,18 @@ class Generator:
     embeds_guidance: bool = False
 
     def denoiser(
-        self, params: Params, cond: Cond, null: Cond, guidance: Float[Array, ""] | float, *, guided: bool
+        self,
+        params: Params,
+        cond: Cond,
+        null: Cond,
+        guidance: Float[Array, ""] | float,
+        *,
+        guided: bool,
+        skip: SkipLayers | None = None,
     ) -> Denoiser:
         """The network with everything bound. cond: n rows; null: the same leaves of the negative prompt, n rows.
 
-        guided: static, whether classifier-free guidance is run (two rows for each picture).
+        guided: static, whether classifier-free guidance is run (two rows for each picture). skip: used if it is.
         """
 
         apply = as_apply(self.net)
@@ -51,7 +87,12 @@ class Generator:
         if not guided:
             return bind(apply, params, cond, self.schedule, self.kind)
         both = {name: jnp.concatenate([null[name], value]) for name, value in cond.items()}
-        return cfg(bind(apply, params, both, self.schedule, self.kind), guidance)
+        paired = bind(apply, params, both, self.schedule, self.kind)
+        if skip is None:
+            return cfg(paired, guidance)
+        skipping = as_apply(self.net, skip_layers=skip.layers)
+        skipped = bind(skipping, params, cond, self.schedule, self.kind)
+        return skip_layer_guidance(paired, skipped, guidance, skip.scale, interval=skip.interval)
 
     def latents(
         self,
@@ -65,12 +106,17 @@ class Generator:
         *,
         sampler: Sampler,
         guided: bool,
+        skip: SkipLayers | None = None,
+        kept: Kept | None = None,
     ) -> Image:
-        """The clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]."""
-        denoise = self.denoiser(params, cond, null, guidance, guided=guided)
+        """The clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]. kept: for inpainting."""
+        denoise = self.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
         if sampler.consistency:
             denoise = consistency(denoise, self.schedule)
-        return sample(denoise, self.schedule, sampler.solver, grid, x, key)
+        if kept is None:
+            return sample(denoise, self.schedule, sampler.solver, grid, x, key)
+        x = sample(denoise, self.schedule, Inpaint(solver=sampler.solver, kept=kept), grid, x, key)
+        return kept.mask * x + (1.0 - kept.mask) * kept.x0  # clean, even where the grid ends before the clean time
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
         """Pictures of clean latents."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from lcm_jax.parameterization import expand, target, to_prediction
 from lcm_jax.typing import Denoiser, Image, Kind, Prediction, Schedule, Time
@@ -34,21 +35,61 @@ def cfg(
 
     def denoise(x: Image, t: Time) -> Prediction:
         t = jnp.asarray(t, jnp.float32)
-        both = paired(jnp.concatenate([x, x]), jnp.concatenate([t, t]) if t.ndim else t)
-        (x0_u, x0_c), (eps_u, eps_c) = (jnp.split(y, 2) for y in both)
+        uncond, cond = _halves(paired, x, t)
         w = jnp.asarray(scale, jnp.float32)
         if interval is not None:
-            w = jnp.where((t >= interval[0]) & (t <= interval[1]), w, 1.0)
-        w = expand(w, x)
-        guided = Prediction(x0_u + w * (x0_c - x0_u), eps_u + w * (eps_c - eps_u))
+            w = jnp.where(_within(t, interval), w, 1.0)
+        guided = _move(uncond, uncond, cond, expand(w, x))
         if not rescaled or schedule is None:
             return guided
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         y = target(kind, *guided, alpha, sigma)
-        gain = _std(target(kind, x0_c, eps_c, alpha, sigma)) / _std(y)
+        gain = _std(target(kind, *cond, alpha, sigma)) / _std(y)
         return to_prediction(kind, (rescale * gain + (1.0 - rescale)) * y, x, alpha, sigma)
 
     return denoise
+
+
+def skip_layer_guidance(
+    paired: Denoiser,
+    skipped: Denoiser,
+    scale: Float[Array, "*n"] | float,
+    skip_scale: Float[Array, "*n"] | float,
+    *,
+    interval: tuple[Time, Time],
+) -> Denoiser:
+    """u + scale (c - u) + skip_scale (c - c_skipped), as SD3.5's reference guides, on n rows.
+
+    paired: the denoiser of 2n rows [uncond; cond], as `cfg` takes it. skipped: of n rows with the same conditioning,
+    by a network that passes some of its layers by. It is asked only for t_lo <= t <= t_hi in schedule time, for all
+    rows if for any; elsewhere this is `cfg`.
+    """
+
+    def denoise(x: Image, t: Time) -> Prediction:
+        t = jnp.asarray(t, jnp.float32)
+        uncond, cond = _halves(paired, x, t)
+        guided = _move(uncond, uncond, cond, expand(jnp.asarray(scale, jnp.float32), x))
+        inside = _within(t, interval)
+        s = expand(jnp.where(inside, jnp.asarray(skip_scale, jnp.float32), 0.0), x)
+        return jax.lax.cond(jnp.any(inside), lambda: _move(guided, skipped(x, t), cond, s), lambda: guided)
+
+    return denoise
+
+
+def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"]) -> tuple[Prediction, Prediction]:
+    """What a denoiser of 2n rows says of n rows without and with the prompt."""
+    both = paired(jnp.concatenate([x, x]), jnp.concatenate([t, t]) if t.ndim else t)
+    (x0_u, x0_c), (eps_u, eps_c) = (jnp.split(y, 2) for y in both)
+    return Prediction(x0_u, eps_u), Prediction(x0_c, eps_c)
+
+
+def _move(start: Prediction, away: Prediction, towards: Prediction, w: Array) -> Prediction:
+    """start + w (towards - away)."""
+    return Prediction(*(y + w * (b - a) for y, a, b in zip(start, away, towards, strict=True)))
+
+
+def _within(t: Float[Array, "*b"], interval: tuple[Time, Time]) -> Bool[Array, "*b"]:
+    return (t >= interval[0]) & (t <= interval[1])
 
 
 def _std(y: Image) -> Float[Array, "b 1 1 1"]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
-from lcm_jax.generate import Generator, to_float
+from lcm_jax.generate import Generator, SkipLayers, to_float
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
+from lcm_jax.pictures import check_pictures, check_size, latent_mask
+from lcm_jax.prompts import Prompts, pair_texts
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
+from lcm_jax.schedules import RectifiedFlow
+from lcm_jax.solvers import Kept
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
@@ -45,7 +50,6 @@ class Pipeline:
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
         schedule, kind = read_scheduler(config, source=source)
         self.spacing = Spacing.from_config(config, source=source)
-        self.prompts = folder.prompts
         net, vae = folder.components[folder.denoiser].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
         self.generator = Generator(net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds)
@@ -82,6 +86,13 @@ class Pipeline:
         latents: Float[Array, "n h w c"] | None = None,
         image: UInt8[np.ndarray, "*n h w 3"] | None = None,
         strength: float | None = None,
+        mask: UInt8[np.ndarray, "*n h w"] | Bool[np.ndarray, "*n h w"] | None = None,
+        t5_tokens: int | None = None,
+        shift: float | None = None,
+        double_shift: bool | None = None,
+        skip_layers: Sequence[int] = (),
+        skip_scale: float = 2.8,
+        skip_interval: tuple[float, float] = (0.01, 0.2),
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
@@ -93,43 +104,67 @@ class Pipeline:
         sampler: "lcm", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". seed: of the noise. size: (height,
         width) in pixels, the model's own by default. latents: the initial unit noise, for parity with other systems.
         image, strength: image-to-image; the picture is noised up to `strength` (0.6 by default) of the way and redrawn.
+        mask: inpainting; only what is white (128 and above) or true is redrawn, by default with a strength of 1.
+
+        SD3's: t5_tokens of a prompt (256 by default, at most 512). shift of the noise levels, the folder's by default,
+        and double_shift, whether it is applied twice as both references do (they are by default). skip_layers such as
+        (7, 8, 9): skip-layer guidance of scale skip_scale, in the steps between the fractions skip_interval of all.
 
         What SDXL is told of its training pictures: original_size (height, width) before they were scaled, `size` by
         default, and crop, the (top, left) that was cut off, (0, 0) by default; its refiner aesthetic_score (1 to 10), 6
         by default. In its negative prompt the score is 2.5 and, for the refiner, nothing cut off.
         """
-        prompts, negatives = _texts(prompt, negative_prompt, num_images)
+        prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}")
-        if strength is not None and image is None:
-            raise ValueError("strength is given without an image; image-to-image needs both")
+        for name, value in (("strength", strength), ("mask", mask)):
+            if value is not None and image is None:
+                raise ValueError(f"{name} is given without an image; image-to-image and inpainting need one")
         if image is None and self.folder.is_refiner:
             raise ValueError("this is SDXL's refiner, which redraws pictures: give it an image, and a strength")
-        strength = 1.0 if image is None else (0.6 if strength is None else strength)
+        if strength is None:
+            strength = 0.6 if image is not None and mask is None else 1.0
+        generator, spacing = self._on_shift(shift, double_shift)
         size = self._check_size(image.shape[-3:-1] if image is not None and size is None else size)
         sizes = self._sizes(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
-        spec = SAMPLERS[sampler].at(steps, self.spacing)
-        times = self._times(spec, steps, strength)
+        spec = SAMPLERS[sampler].at(steps, spacing)
+        times = self._times(generator, spec, steps, spacing, strength)
+        guided = (guidance != 1.0 or bool(skip_layers)) and not generator.embeds_guidance
+        skip = None
+        if skip_layers:
+            skip = SkipLayers.in_steps(times, self._check_skip(skip_layers), skip_scale, skip_interval)
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
         noise = self._noise(noise_key, len(prompts), size, latents)
+        kept = None
         if image is None:
-            x = noise * spec.init_scale(self.generator.schedule, times, self.spacing)
+            x = noise * spec.init_scale(generator.schedule, times, spacing)
         else:
-            x = self._noised(image, noise, times[0], size)
-        guided = guidance != 1.0 and not self.generator.embeds_guidance
-        cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
+            pictures = check_pictures(image, size, len(noise))
+            x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
+            x = add_noise(generator.schedule, x0, noise, times[0])
+            if mask is not None:
+                factor = generator.vae.config.downsample_factor
+                kept = Kept(mask=latent_mask(mask, size, len(noise), factor), x0=x0, eps=noise)
+        empty = negative_prompt == ""
+        cond, null = self._conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
         parts = (self._net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
-        return np.asarray(self._draw(*parts, sampler=spec, guided=guided))
+        return np.asarray(self._draw(*parts, skip, kept, generator=generator, sampler=spec, guided=guided))
 
-    def encode_prompt(self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None) -> dict[str, Array]:
-        """Texts to the UNet's conditioning: {"context": (n, l, d)}, for SDXL "pooled" (n, p) and "time_ids" too.
+    def encode_prompt(
+        self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None, t5_tokens: int | None = None
+    ) -> dict[str, Array]:
+        """Texts to conditioning: {"context": (n, l, d)}, for SDXL and SD3 "pooled" (n, p), for SDXL "time_ids" too.
 
         sizes: SDXL's size conditioning in pixels (`mmdit.text.size_ids`); that of the model's own size by default.
+        t5_tokens: of SD3's third encoder, 256 by default. A warning says which text is too long for an encoder.
         """
+        texts = self._prompts(t5_tokens)
+        for line in texts.too_long(prompts):
+            warnings.warn(line, stacklevel=2)
         if self.folder.is_sdxl:
             sizes = self._sizes(self.size)[0] if sizes is None else sizes
             sizes = jnp.tile(jnp.asarray(sizes, jnp.float32), (len(prompts), 1))
-        return self.prompts(self.params, prompts, sizes)
+        return texts(self.params, prompts, sizes)
 
     def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
         """Pictures to latents in the UNet's units (the posterior's mean)."""
@@ -137,7 +172,7 @@ class Pipeline:
 
     def denoiser(self, prompt: str | Sequence[str], *, guidance: float = 1.0, negative_prompt: str = "") -> Denoiser:
         """(x_t, t) -> Prediction(x0, eps), prompts and parameters bound: what solvers and new ideas are built on."""
-        prompts, negatives = _texts(prompt, negative_prompt, 1)
+        prompts, negatives = pair_texts(prompt, negative_prompt, 1)
         guided, sizes = guidance != 1.0, self._sizes(self.size) if self.folder.is_sdxl else (None, None)
         cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
         return self.generator.denoiser(self._net_params, cond, null, guidance, guided=guided)
@@ -166,12 +201,34 @@ class Pipeline:
         for name, own in adapters.items():
             self.params[name] = merge(self.params[name], own, weight)
 
-    def _times(self, spec: Sampler, steps: int, strength: float) -> Float[np.ndarray, " n_plus_1"]:
+    def _on_shift(self, shift: float | None, double: bool | None) -> tuple[Generator, Spacing]:
+        """The generator and spacing with another shift of the noise levels than the folder's."""
+        schedule = self.generator.schedule
+        if shift is None and double is None:
+            return self.generator, self.spacing
+        if not isinstance(schedule, RectifiedFlow):
+            raise ValueError(f"shift and double_shift are options of SD3, and this is a {self.folder.pipeline}")
+        schedule = schedule if shift is None else RectifiedFlow(shift=shift)
+        spacing = self.spacing if double is None else replace(self.spacing, double_shift=double)
+        return replace(self.generator, schedule=schedule), spacing
+
+    def _check_skip(self, layers: Sequence[int]) -> tuple[int, ...]:
+        if self.folder.family != "sd3" or self.generator.embeds_guidance:
+            raise ValueError("skip_layers is an option of SD3 without a w-embedding: leave it out")
+        depth = self.generator.net.config.num_layers
+        if any(i not in range(depth) for i in layers):
+            raise ValueError(f"skip_layers={tuple(layers)}: this model has the layers 0 to {depth - 1}")
+        return tuple(layers)
+
+    def _times(
+        self, generator: Generator, spec: Sampler, steps: int, spacing: Spacing, strength: float
+    ) -> Float[np.ndarray, " n_plus_1"]:
         """The grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
-        schedule, whole = self.generator.schedule, self.folder.pipeline not in LCM
-        times = time_grid(spec, schedule, steps, spacing=self.spacing, strength=1.0 if whole else strength)
-        times = truncate(times, strength) if whole else times
-        if self.generator.kind == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
+        schedule = generator.schedule
+        whole = isinstance(schedule, RectifiedFlow) or self.folder.pipeline in LCM
+        times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if whole else 1.0)
+        times = times if whole else truncate(times, strength)
+        if generator.kind == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
             raise ValueError(
                 f"the grid begins at timestep {times[0]:.0f}, which is pure noise (rescale_betas_zero_snr), where "
                 "prediction_type 'epsilon' says nothing about the picture: use timestep_spacing 'leading'"
@@ -196,48 +253,46 @@ class Pipeline:
         return size_pair(size, refiner=refiner, **options) if sdxl else (None, None)
 
     def _conditions(
-        self, prompts: list[str], negatives: list[str], sizes: tuple[Any, Any], *, empty: bool, guided: bool
+        self,
+        prompts: list[str],
+        negatives: list[str],
+        sizes: tuple[Any, Any],
+        *,
+        empty: bool,
+        guided: bool,
+        t5_tokens: int | None = None,
     ) -> tuple[Cond, Cond]:
         """Of the prompts and of the negative prompts; `empty`: none was given. Not guided, the second goes unused."""
-        cond = self.encode_prompt(prompts, sizes=sizes[0])
+        cond = self.encode_prompt(prompts, sizes=sizes[0], t5_tokens=t5_tokens)
         if not guided:
             return cond, cond
         if empty and self.folder.zeros_for_empty_prompt:
             return cond, zero_prompt({**cond, "time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
-        return cond, self.encode_prompt(negatives, sizes=sizes[1])
+        return cond, self.encode_prompt(negatives, sizes=sizes[1], t5_tokens=t5_tokens)
 
     def _check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
-        height, width = self.size if size is None else tuple(size)
-        factor = self.generator.vae.config.downsample_factor
-        if min(height, width) < factor or height % factor or width % factor:
-            raise ValueError(f"size {height}x{width}: height and width must be positive multiples of {factor} pixels")
-        return height, width
-
-    def _noised(self, image: np.ndarray, noise: Image, t: float, size: tuple[int, int]) -> Image:
-        image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
-            raise ValueError(f"image: expected uint8 (h, w, 3) or (n, h, w, 3), got {image.dtype} {image.shape}")
-        image = image[None] if image.ndim == 3 else image
-        if image.shape[1:3] != size:
-            raise ValueError(
-                f"image is {image.shape[1]}x{image.shape[2]}, size asks for {size[0]}x{size[1]}: resize it"
-            )
-        if len(noise) % len(image):
-            raise ValueError(f"image: {len(image)} pictures for {len(noise)} prompts")
-        x0 = jnp.repeat(self.encode_image(image), len(noise) // len(image), axis=0)
-        return add_noise(self.generator.schedule, x0, noise, t)
+        """In pixels: of whole patches where the network has them, and within its position grid."""
+        config = self.generator.net.config
+        factor = self.generator.vae.config.downsample_factor * getattr(config, "patch_size", 1)
+        return check_size(self.size if size is None else size, factor, getattr(config, "pos_embed_max_size", None))
 
     @cached_property
     def _draw(self) -> Any:
-        @partial(jax.jit, static_argnames=("sampler", "guided"))
+        @partial(jax.jit, static_argnames=("generator", "sampler", "guided"))
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
-            *, sampler: Sampler, guided: bool,
+            skip: SkipLayers | None, kept: Kept | None,
+            *, generator: Generator, sampler: Sampler, guided: bool,
         ) -> Array:  # fmt: skip
-            z = self.generator.latents(net, cond, null, x, grid, guidance, key, sampler=sampler, guided=guided)
-            return self.generator.decode(vae, z)
+            options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip, "kept": kept}
+            return generator.decode(vae, generator.latents(net, cond, null, x, grid, guidance, key, **options))
 
         return draw
+
+    @cached_property
+    def _prompts(self) -> Callable[[int | None], Prompts]:
+        """The text encoders with so many tokens of T5; compiled once for each number."""
+        return cache(lambda t5_tokens: replace(self.folder.prompts, t5_tokens=t5_tokens))
 
     @cached_property
     def _encode_image(self) -> Any:
@@ -257,6 +312,7 @@ def load(
     tiny_vae: str | Path | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
+    t5: bool = True,
 ) -> Pipeline:
     """A pipeline from a bundled name ("openmoji", "openmoji-teacher"), a diffusers or orbax folder, a single
     .safetensors file, or a hub id.
@@ -264,9 +320,10 @@ def load(
     dtype: of parameters and computation. lora: an adapter file, folder or bundled name ("openmoji-lcm-lora"), or a list
     of (adapter, weight) pairs, merged into UNet and text encoders. tiny_vae: a TAESD in the autoencoder's place.
     variant: such as "fp16", of files kept in several precisions. config: the diffusers folder or hub id with the
-    configs, tokenizers and scheduler of a single file; the published one of its family by default.
+    configs, tokenizers and scheduler of a single file; the published one of its family by default. t5: False leaves
+    out SD3's third text encoder, most of its memory.
     """
-    model = read_model(name, config=config, variant=variant)
+    model = read_model(name, config=config, variant=variant, t5=t5)
     folder = to_folder(model, dtype=_dtype(dtype))
     if tiny_vae is not None:
         tiny = load_tiny(locate(tiny_vae).path, dtype=_dtype(dtype))
@@ -283,20 +340,3 @@ def _dtype(name: str) -> Any:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _texts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
-) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt for each picture."""
-    prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
-    if not prompts:
-        raise ValueError(f"nothing to draw: {'prompt is empty' if num_images > 0 else f'num_images={num_images}'}")
-    if isinstance(negative_prompt, str):
-        return prompts, [negative_prompt] * len(prompts)
-    negatives = list(negative_prompt)
-    if len(negatives) * num_images == len(prompts):
-        negatives = [text for text in negatives for _ in range(num_images)]
-    if len(negatives) != len(prompts):
-        raise ValueError(f"negative_prompt: {len(negatives)} texts for {len(prompts) // num_images} prompts")
-    return prompts, negatives

@@ -64,6 +64,17 @@ class Prompts:
             for name in self.modules
         )
 
+    def too_long(self, texts: Sequence[str]) -> list[str]:
+        """A line for every encoder that does not read the whole of a text."""
+        lines = []
+        for name in self.modules:
+            length = self.lengths["t5" if name == self._t5 else name]
+            ids = self.tokenizers[name].backend(list(texts), verbose=False)["input_ids"]
+            longest, text = max(zip(map(len, ids), texts, strict=True))
+            if longest > length:
+                lines.append(f"{name} reads {length} tokens and leaves out the rest of the {longest} of {text!r:.80}")
+        return lines
+
     def __call__(
         self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[Array, "n s"] | None = None
     ) -> dict[str, Array]:
@@ -91,3 +102,20 @@ class Prompts:
             return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
 
         return jax.jit(encode)
+
+
+def pair_texts(
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+) -> tuple[list[str], list[str]]:
+    """One prompt and one negative prompt for each picture."""
+    prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
+    if not prompts:
+        raise ValueError(f"nothing to draw: {'prompt is empty' if num_images > 0 else f'num_images={num_images}'}")
+    if isinstance(negative_prompt, str):
+        return prompts, [negative_prompt] * len(prompts)
+    negatives = list(negative_prompt)
+    if len(negatives) * num_images == len(prompts):
+        negatives = [text for text in negatives for _ in range(num_images)]
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: {len(negatives)} texts for {len(prompts) // num_images} prompts")
+    return prompts, negatives

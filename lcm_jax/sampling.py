@@ -97,6 +97,9 @@ class Spacing:
     timestep_spacing None leaves each sampler its own default: leading for DDIM, linspace for the others.
     set_alpha_to_one is read by DDIM, final_sigmas_type by Euler and the DPM solvers, original_inference_steps by LCM,
     lower_order_final and euler_at_final by DPM++(2M) where the final sigma is above 0.
+
+    On a rectified flow use_flow_sigmas spaces as diffusers' DPM solvers do, and double_shift, which is no key of
+    diffusers', as its flow-matching schedulers do (`flow_grid`).
     """
 
     timestep_spacing: str | None = None
@@ -107,6 +110,8 @@ class Spacing:
     original_inference_steps: int = 50
     lower_order_final: bool = True
     euler_at_final: bool = False
+    use_flow_sigmas: bool = False
+    double_shift: bool = True
 
     def __post_init__(self) -> None:
         if self.timestep_spacing not in (None, *SPACINGS):
@@ -182,26 +187,32 @@ def lcm_grid(
     return np.append(times, -1.0)
 
 
-def flow_grid(
-    steps: int, schedule: RectifiedFlow, *, double_shift: bool = True, num_train_timesteps: int = 1000
-) -> Float[np.ndarray, " n_plus_1"]:
+def flow_grid(steps: int, schedule: RectifiedFlow, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
     """N times of a rectified flow, evenly spaced from 1 down to its last nonzero time, and the clean end 0.
 
     Both SD3 references shift twice: they space evenly between the shifted ends, and shift again. With double_shift the
-    last sigma of shift 3 is 0.00893 as theirs is; without, the ends are 1 and 1/T and it is 0.00299.
+    last sigma of shift 3 is 0.00893 as theirs is; without, the ends are 1 and 1/T and it is 0.00299. use_flow_sigmas
+    spaces all N + 1 times evenly from 1 - 1/T.
     """
-    _check_steps(steps, num_train_timesteps)
-    last = 1.0 / num_train_timesteps
-    if double_shift:
+    _check_steps(steps, spacing.num_train_timesteps)
+    last = 1.0 / spacing.num_train_timesteps
+    if spacing.use_flow_sigmas:
+        return np.linspace(1.0 - last, 0.0, steps + 1)
+    if spacing.double_shift:
         last = schedule.shift * last / (1.0 + (schedule.shift - 1.0) * last)
     return np.append(np.linspace(1.0, last, steps), 0.0)
 
 
-def truncate(grid: Float[np.ndarray, " n_plus_1"], strength: float) -> Float[np.ndarray, " m_plus_1"]:
-    """The last min(int(N strength), N) steps: image-to-image starts from the image noised to the first time left."""
+def truncate(
+    grid: Float[np.ndarray, " n_plus_1"], strength: float, *, up: bool = False
+) -> Float[np.ndarray, " m_plus_1"]:
+    """The last N strength steps: image-to-image starts from the image noised to the first time left.
+
+    A fraction of a step is left out, or with `up` counts as one, as diffusers has it for Stable Diffusion 3.
+    """
     _check_strength(strength)
     steps = len(grid) - 1
-    kept = min(int(steps * strength), steps)
+    kept = steps - int(steps - steps * strength) if up else int(steps * strength)
     if kept < 1:
         raise ValueError(f"strength {strength} of {steps} steps leaves none: raise the strength or the steps")
     return grid[steps - kept :]
@@ -300,5 +311,5 @@ def time_grid(
             _check_steps(steps, CAPACITY)
             _check_strength(strength)
             return np.linspace(strength, 0.0, steps + 1)
-        return truncate(flow_grid(steps, schedule), strength)
+        return truncate(flow_grid(steps, schedule, spacing), strength, up=True)
     return sampler.grid(steps, spacing, strength)

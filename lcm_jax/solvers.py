@@ -8,14 +8,15 @@ infinite log-SNR the step falls back to first order, which is exact there in the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from lcm_jax.parameterization import expand
+from lcm_jax.parameterization import add_noise, expand
 from lcm_jax.schedules import log_snr
-from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Time
+from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Solver, Time
 
 
 def unit_noise(key: Key | Image, x: Image) -> Image:
@@ -192,6 +193,35 @@ class LCM:
     ) -> tuple[Image, Carry]:
         alpha_s, sigma_s = _scales(schedule, s, x)
         return alpha_s * denoise(x, t).x0 + sigma_s * unit_noise(key, x), carry
+
+
+class Kept(NamedTuple):
+    """What inpainting keeps: clean latents and the noise that takes them to any time; mask is 1 where redrawn."""
+
+    mask: Float[Array, "b h w 1"]
+    x0: Image
+    eps: Image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint:
+    """A solver after each of whose steps the kept part is put back (RePaint, 2201.09865 eq. 8, with one noise for all):
+
+    x_s = mask x_s + (1 - mask) (alpha_s x0 + sigma_s eps). Made inside a jitted function, as it holds arrays.
+    """
+
+    solver: Solver
+    kept: Kept
+
+    def init(self, x: Image) -> Carry:
+        return self.solver.init(x)
+
+    def step(
+        self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
+    ) -> tuple[Image, Carry]:
+        x, carry = self.solver.step(denoise, schedule, x, t, s, carry, key)
+        mask, x0, eps = self.kept
+        return mask * x + (1.0 - mask) * add_noise(schedule, x0, eps, s), carry
 
 
 def _midpoint(

@@ -19,7 +19,7 @@ RANKS = [
     {"parameterization"},
     {"guidance", "solvers", "consistency"},
     {"sampling"},
-    {"objectives", "metrics", "data", "weights", "generate", "prompts"},
+    {"objectives", "metrics", "data", "weights", "generate", "prompts", "pictures"},
     {"train"},
     {"configs"},
     {"pipeline"},

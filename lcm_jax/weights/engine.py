@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lcm_jax.messages import few
+from lcm_jax.messages import few, other_depths
 from lcm_jax.typing import Array
 from lcm_jax.weights.files import is_finite, let_go
 
@@ -124,8 +124,9 @@ def check(
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(few(what, items) for what, items in faults.items() if items)
-        raise ValueError(f"{source or 'weights'}: does not fit the network: {listed}")
+        listed = [few(what, items) for what, items in faults.items() if items]
+        listed = [*other_depths(want, tensors), *listed]
+        raise ValueError(f"{source or 'weights'}: does not fit the network: {'; '.join(listed)}")
 
 
 def _floating(dtype: Any) -> bool:

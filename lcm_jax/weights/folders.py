@@ -14,7 +14,7 @@ from lcm_jax.prompts import Prompts
 from lcm_jax.weights.families import DENOISERS
 from lcm_jax.weights.files import replacing, write_json
 from lcm_jax.weights.hub import Location
-from lcm_jax.weights.model import Model, read_folder
+from lcm_jax.weights.model import Model, dispensable, read_folder
 from lcm_jax.weights.parts import Component, read_part, to_component, to_part, write_part
 from mmdit.text import Tokenizer
 
@@ -120,9 +120,7 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
     _check_index(extras, model)
     folder = Folder(
         components={name: to_component(part, dtype=dtype) for name, part in model.parts.items()},
-        tokenizers={
-            name: Tokenizer.load(model.small[small]) for name, small in TOKENIZERS.items() if name in model.parts
-        },
+        tokenizers={name: _load_tokenizer(model, name) for name in TOKENIZERS if name in model.parts},
         scheduler=model.scheduler,
         extras={name: value for name, value in extras.items() if name == "_class_name" or not name.startswith("_")},
     )
@@ -133,6 +131,14 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
             f"fit a {folder.pipeline}: it goes with a text_encoder_2, which model_index.json must name"
         )
     return folder
+
+
+def _load_tokenizer(model: Model, encoder: str) -> Tokenizer:
+    name = TOKENIZERS[encoder]
+    if name not in model.small:
+        raise ValueError(f"{model.source}: names no {name}, which {encoder} needs")
+    with dispensable(encoder):
+        return Tokenizer.load(model.small[name])
 
 
 def _check_index(extras: Mapping[str, Any], model: Model) -> None:
@@ -163,8 +169,15 @@ def _needed(pipeline: Any, model: Model) -> tuple[str, ...]:
 def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str | None = None) -> None:
     """Write a diffusers folder: aside first, then renamed, so `path` holds all of it or is as it was.
 
-    dtype: of the files; None keeps the parameters' own. variant: such as "fp16", put into the files' names.
+    dtype: of the files; None keeps the parameters' own. variant: such as "fp16", put into the files' names. A warning
+    says so where diffusers would read the folder and draw something else.
     """
+    if folder.family == "sd3" and folder.components["transformer"].module.config.time_cond_proj_dim is not None:
+        warnings.warn(
+            f"{path}: its transformer takes the guidance scale as an input (time_cond_proj_dim); lcm_jax draws with "
+            "it, diffusers would leave that input out",
+            stacklevel=2,
+        )
     with replacing(path) as aside:
         index = {"_class_name": folder.pipeline, **folder.extras, **_settings(folder)}
         for name, component in folder.components.items():

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lcm_jax.messages import few
+from lcm_jax.messages import few, other_depths
 from lcm_jax.nets import UNetConfig
 from lcm_jax.weights.parts import Lazy
 from mmdit import MMDiTConfig
@@ -236,8 +236,8 @@ def from_original(
     ragged = sorted(key for key, parts in fused.items() if tensors[key].ndim < 1 or tensors[key].shape[0] % parts)
     faults = {"missing": missing, "unexpected": unknown, "mis-shaped": ragged}
     if any(faults.values()):
-        listed = "; ".join(few(what, keys) for what, keys in faults.items() if keys)
-        raise ValueError(f"{source}: does not fit the network: {listed}")
+        listed = [*other_depths(used, tensors), *(few(what, keys) for what, keys in faults.items() if keys)]
+        raise ValueError(f"{source}: does not fit the network: {'; '.join(listed)}")
     found = {}
     for name, slot in slots.items():
         array = tensors[slot.key]

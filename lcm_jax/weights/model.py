@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ PUBLISHED: Mapping[str, str] = {
 }
 # Components that are no networks and are taken over as they are.
 SMALL = ("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
+T5 = ("text_encoder_3", "tokenizer_3")  # without which SD3 draws, too
 # Components that draw nothing.
 UNUSED = ("safety_checker", "feature_extractor")
 
@@ -51,37 +53,55 @@ class Model:
         return str(self.scheduler.get("prediction_type", "flow" if flow else "epsilon"))
 
 
-def read_model(name: str | Path, *, config: str | Path | None = None, variant: str | None = None) -> Model:
+def read_model(
+    name: str | Path, *, config: str | Path | None = None, variant: str | None = None, t5: bool = True
+) -> Model:
     """A bundled name, a diffusers or orbax folder, a hub id, or a single file.
 
     config: for a single file, a diffusers folder or hub id whose configs, tokenizers and scheduler describe it; None
-    reads the configs from the shapes and takes the rest from the published folder of its family.
+    reads the configs from the shapes and takes the rest from the published folder of its family. t5: False leaves out
+    SD3's third text encoder, whether it is there or not.
     """
     location = locate(name, variant)
     if location.path.is_file():
-        return _from_single(location.path, config)
+        return _from_single(location.path, config, t5=t5)
     if config is not None:
         raise ValueError(f"{name}: a folder has its own configs; config= is for single files")
-    return read_folder(location, variant=variant)
+    return read_folder(location, variant=variant, t5=t5)
 
 
-def read_folder(location: Location, *, variant: str | None = None) -> Model:
+def _read_index(source: Path, *, t5: bool) -> dict[str, Any]:
+    index = read_json(source)
+    return index if t5 else index | {name: [None, None] for name in T5 if name in index}
+
+
+@contextmanager
+def dispensable(name: str) -> Iterator[None]:
+    """What is missing of a component, with what to do where pictures can be drawn without it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if name not in T5:
+            raise
+        raise FileNotFoundError(f"{error}; to draw without T5, load with t5=False (--no-t5)") from None
+
+
+def read_folder(location: Location, *, variant: str | None = None, t5: bool = True) -> Model:
     """A diffusers folder, or one with an orbax checkpoint: every component that its model_index.json names."""
     source = location.path / location.place("model_index.json")
-    index = read_json(source)
+    index = _read_index(source, t5=t5)
     named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     networks = [name for name in named if name not in (*SMALL, *UNUSED)]
     for name in networks:
-        if len(named[name]) != 2 or not (location.path / location.place(name) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{source}: names {name}, but {location.path / location.place(name)} has no config.json"
-            )
+        with dispensable(name):
+            if len(named[name]) != 2 or not (location.at(name) / "config.json").is_file():
+                raise FileNotFoundError(f"{source}: names {name}, but {location.at(name)} has no config.json")
     if (location.path / orbax.NAME).is_dir():
         places = {name: location.place(name) for name in networks}
         components = orbax.load_params(location.path, places)
         parts = {name: to_part(part, source=str(location.path / name)) for name, part in components.items()}
     else:
-        parts = {name: read_part(location.path / location.place(name), variant=variant) for name in networks}
+        parts = {name: _read_named(location, name, variant) for name in networks}
     small = {name: location.path / location.place(name) for name in SMALL if name in named}
     if "scheduler" not in small:
         raise ValueError(f"{source}: names no scheduler, which says how the model was trained")
@@ -90,11 +110,16 @@ def read_folder(location: Location, *, variant: str | None = None) -> Model:
     return Model(source=str(source), parts=parts, small=small, scheduler=scheduler, index=index, dropped=dropped)
 
 
-def _from_single(path: Path, config: str | Path | None) -> Model:
+def _read_named(location: Location, name: str, variant: str | None = None) -> Part:
+    with dispensable(name):
+        return read_part(location.at(name), variant=variant)
+
+
+def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
     configs: dict[str, tuple[str, Any]] = {}
     location = None if config is None else locate(config)
     if location is not None:
-        index = read_json(location.path / location.place("model_index.json"))
+        index = _read_index(location.at("model_index.json"), t5=t5)
         for name, value in index.items():
             place = location.path / location.place(name) / "config.json"
             if isinstance(value, list) and place.is_file() and value[1] in FAMILIES:
@@ -107,7 +132,7 @@ def _from_single(path: Path, config: str | Path | None) -> Model:
             raise FileNotFoundError(
                 f"{path}: a single file has no tokenizer; give config=, a diffusers folder of its family ({error})"
             ) from None
-        index = read_json(location.path / location.place("model_index.json"))
+        index = _read_index(location.at("model_index.json"), t5=t5)
     small = {name: location.path / location.place(name) for name in SMALL if (index.get(name) or [None])[0] is not None}
     scheduler = read_json(small["scheduler"] / "scheduler_config.json")
     if config is None and single.family != "sd3":
@@ -117,9 +142,9 @@ def _from_single(path: Path, config: str | Path | None) -> Model:
         for name, value in index.items()
         if isinstance(value, list) and value[0] is not None and name not in (*SMALL, *UNUSED, *single.parts)
     ]
-    parts = dict(single.parts)
+    parts = {name: part for name, part in single.parts.items() if t5 or name not in T5}
     for name in missing:  # a file without its text encoders (SD3.5, finetuned UNets) is completed from the folder
-        parts[name] = read_part(location.path / location.place(name))
+        parts[name] = _read_named(location, name)
     return Model(source=str(path), parts=parts, small=small, scheduler=scheduler, index=index, dropped=single.dropped)
 
 

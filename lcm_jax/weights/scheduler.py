@@ -63,7 +63,7 @@ _READ = {field.name for field in (*fields(DDPM), *fields(Spacing))} | {
 _IDLE = {
     *("base_image_seq_len", "base_shift", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio"),
     *("max_image_seq_len", "max_shift", "noise_sampler_seed", "predict_x0", "sample_max_value", "sigma_max"),
-    *("sigma_min", "skip_prk_steps", "solver_p", "time_shift_type"),
+    *("sigma_min", "skip_prk_steps", "solver_p", "time_shift_type", "upscale_mode"),
 }
 
 
@@ -86,6 +86,7 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
     check_config(config, source=source)
     schedule = from_config(config, source=source)
     kind = config.get("prediction_type", "epsilon" if isinstance(schedule, DDPM) else "flow")
+    kind = {"flow_prediction": "flow"}.get(kind, kind)  # as the DPM solvers call it
     if kind not in get_args(Kind):
         raise ValueError(f"{source}: prediction_type {kind!r} is unknown; known are {', '.join(get_args(Kind))}")
     return schedule, kind

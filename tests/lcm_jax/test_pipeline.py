@@ -146,7 +146,7 @@ def bare(tiny_components: dict[str, Component], *, encoders: tuple[str, ...] = (
         net = replace(net, addition_embed_type="text_time", **sizes)
     parts = {name: Component(CLIPTextModel(text), {}) for name in encoders or ("text_encoder",)}
     parts |= {"unet": Component(UNet(net), {}), "vae": Component(tiny_components["vae"].module, {})}
-    return Pipeline(Folder(components=parts, scheduler=scheduler))
+    return Pipeline(Folder(components=parts, tokenizers={}, scheduler=scheduler))
 
 
 def test_the_refiner_wants_a_picture(tiny_components: dict[str, Component]) -> None:
