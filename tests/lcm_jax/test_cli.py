@@ -30,6 +30,27 @@ def test_sample_image_to_image(tiny_model: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (16, 16)
 
 
+def test_sample_takes_the_options_of_sd3(tiny_sd3: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.full((16, 16, 3), 128, np.uint8)).save(tmp_path / "in.png")
+    Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
+    arguments = [
+        "sample",
+        "--model",
+        str(tiny_sd3),
+        "--prompt",
+        "dog",
+        "--steps",
+        "4",
+        "--out",
+        str(tmp_path / "a.png"),
+    ]
+    options = ["--no-t5", "--t5-tokens", "5", "--shift", "2", "--single-shift", "--skip-layers", "0", "1"]
+    options += ["--skip-scale", "1", "--skip-interval", "0", "0.8"]
+    pictures = ["--image", str(tmp_path / "in.png"), "--mask", str(tmp_path / "mask.png"), "--strength", "0.9"]
+    assert cli.main([*arguments, *options, *pictures]) == 0
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+
 def test_evaluate_writes_scores(
     tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +97,8 @@ def test_every_config_takes_overrides(name: str) -> None:
         (["sample", "--model", "TINY", "--prompt", "x", "--steps", "-3"], "steps is -3"),
         (["sample", "--model", "TINY", "--prompt", "x", "--size", "15", "16"], "multiples of 2"),
         (["sample", "--model", "TINY", "--prompt", "x", "--image", "none.png"], "none.png"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--mask", "none.png"], "--mask none.png"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--skip-layers", "1"], "skip_layers is an option of SD3"),
         (["sample", "--model", "TINY", "--prompt", "x", "--lora", "none.safetensors"], "none.safetensors"),
         (["sample", "--model", "TINY", "--prompt", "x", "--nonsense"], "--nonsense"),
         (["train", "--config", "nothing"], "no such config"),

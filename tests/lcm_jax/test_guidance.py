@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.guidance import cfg
+from lcm_jax.guidance import cfg, skip_layer_guidance
 from lcm_jax.parameterization import to_prediction
 from lcm_jax.schedules import DDPM
 from lcm_jax.typing import Prediction
@@ -81,3 +81,29 @@ def test_changing_the_scale_does_not_recompile() -> None:
     for scale in (1.0, 2.0, 7.5):
         np.testing.assert_allclose(guided(scale), UNCOND + scale * (COND - UNCOND), rtol=1e-4, atol=1e-5)
     assert len(traces) == 1
+
+
+SKIPPED = jax.random.normal(jax.random.key(1), X.shape)
+
+
+def skipped(x: jax.Array, t: jax.Array) -> Prediction:
+    return to_prediction("epsilon", SKIPPED, x, SCHEDULE.alpha(t), SCHEDULE.sigma(t))
+
+
+def test_skipped_layers_push_away_from_what_they_would_say() -> None:
+    got = skip_layer_guidance(paired, skipped, 4.0, 2.5, interval=(T, T))(X, T)
+    assert_same(got, UNCOND + 4.0 * (COND - UNCOND) + 2.5 * (COND - SKIPPED))
+
+
+@pytest.mark.parametrize("interval", [(T + 1, 999.0), (0.0, T - 1), (np.inf, -np.inf)])
+def test_outside_the_interval_no_layer_is_skipped(interval: tuple[float, float]) -> None:
+    got = skip_layer_guidance(paired, skipped, 4.0, 2.5, interval=interval)(X, T)
+    for a, b in zip(got, cfg(paired, 4.0)(X, T), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_rows_at_their_own_times_are_guided_by_their_own_interval() -> None:
+    t = jnp.asarray([T, T - 1])
+    got = skip_layer_guidance(paired, skipped, 4.0, 2.5, interval=(T, T))(X, t).eps
+    plain = UNCOND + 4.0 * (COND - UNCOND)
+    np.testing.assert_allclose(got, plain.at[0].add(2.5 * (COND - SKIPPED)[0]), rtol=1e-4, atol=1e-4)

@@ -165,3 +165,14 @@ def test_gradients_pass_through_a_trajectory() -> None:
         return jnp.mean(trajectory(denoise, SCHEDULE, DDIM(), np.array([999.0, 500.0, -1.0]), x, KEY)[-1] ** 2)
 
     assert bool(jnp.all(jnp.isfinite(jax.grad(loss)(X))))
+
+
+def test_flow_grid_of_the_dpm_solvers_is_even_down_to_the_clean_end() -> None:
+    grid = time_grid(SAMPLERS["dpm++2m"], FLOW, 9, spacing=Spacing(use_flow_sigmas=True))
+    np.testing.assert_allclose(grid, 0.999 * np.arange(9, -1, -1) / 9)
+
+
+def test_strength_of_a_flow_counts_a_fraction_of_a_step_as_one() -> None:
+    grid = time_grid(SAMPLERS["euler"], FLOW, 10)
+    for strength, kept in ((0.01, 1), (0.5, 5), (0.51, 6), (1.0, 10)):
+        np.testing.assert_array_equal(time_grid(SAMPLERS["euler"], FLOW, 10, strength=strength), grid[10 - kept :])

@@ -12,7 +12,7 @@ import pytest
 from lcm_jax.parameterization import expand
 from lcm_jax.sampling import pad, sample
 from lcm_jax.schedules import DDPM, RectifiedFlow
-from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun
+from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, Kept
 from lcm_jax.typing import Denoiser, Prediction, Schedule, Solver
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -140,3 +140,26 @@ def test_step_to_the_same_time_stays() -> None:
     for solver in (DDIM(), DDIM(eta=1.0), Heun(), DPMSolver2(), DPMpp2S(), DPMpp2M()):
         x, _ = solver.step(gaussian(TABLE), TABLE, X, 300.0, 300.0, solver.init(X), KEY)
         np.testing.assert_allclose(x, X, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", [DDIM(), Heun(), DPMpp2M(), LCM()], ids=lambda s: type(s).__name__)
+def test_inpainting_keeps_what_the_mask_keeps_and_redraws_the_rest(solver: Solver) -> None:
+    x0, eps = jax.random.normal(jax.random.key(2), (2, *X.shape))
+    mask = jnp.zeros((*X.shape[:3], 1)).at[:, 0].set(1.0)
+    grid = pad(np.linspace(1.0, 0.0, 9))
+
+    def run(solver: Solver) -> jax.Array:
+        return sample(gaussian(FLOW), FLOW, solver, grid, X, KEY)
+
+    plain = run(solver)
+    kept = run(Inpaint(solver=solver, kept=Kept(mask=mask, x0=x0, eps=eps)))
+    np.testing.assert_array_equal(kept[:, 1:], x0[:, 1:])
+    # Pixels are independent here, so the others are drawn as if nothing were kept.
+    np.testing.assert_allclose(kept[:, 0], plain[:, 0], atol=1e-5)
+
+
+def test_what_is_kept_has_the_noise_of_the_time() -> None:
+    x0, eps = jax.random.normal(jax.random.key(2), (2, *X.shape))
+    solver = Inpaint(solver=Euler(), kept=Kept(mask=jnp.zeros((*X.shape[:3], 1)), x0=x0, eps=eps))
+    x, _ = solver.step(gaussian(TABLE), TABLE, X, 900.0, 500.0, solver.init(X), KEY)
+    np.testing.assert_allclose(x, TABLE.alpha(500.0) * x0 + TABLE.sigma(500.0) * eps, rtol=1e-5)

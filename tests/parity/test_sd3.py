@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 end to end: tiny pipelines of diffusers, loaded here, draw the same pictures from the same noise."""
+"""Stable Diffusion 3 end to end: tiny pipelines of diffusers, loaded here, draw the same pictures from one noise."""
 
 from __future__ import annotations
 
@@ -104,7 +104,9 @@ def vae() -> Any:
     sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 16, "mid_block_add_attention": False}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     latents = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-    return stirred(diffusers.AutoencoderKL(**sizes, **kinds, **latents, use_quant_conv=False, use_post_quant_conv=False))
+    return stirred(
+        diffusers.AutoencoderKL(**sizes, **kinds, **latents, use_quant_conv=False, use_post_quant_conv=False)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +127,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]
 
 
 @pytest.fixture(scope="module")
-def families(
-    tokenizers: tuple[Any, Any, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Family]:
+def families(tokenizers: tuple[Any, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
     """A family's pipelines, made when first asked for."""
     made: dict[str, Family] = {}
     first, second, third = tokenizers

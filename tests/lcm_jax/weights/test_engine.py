@@ -131,3 +131,10 @@ def test_whole_numbers_do_not_pass_for_weights(params: dict) -> None:
     tensors["conv.bias"] = tensors["conv.bias"].astype(np.int32)
     with pytest.raises(ValueError, match=r"1 of whole numbers \(conv\.bias\)"):
         from_torch(tensors, like(params), RULES)
+
+
+def test_another_depth_is_called_so(params: dict) -> None:
+    tensors = to_torch(params, RULES)
+    tensors |= {key.replace("layers.2", "layers.3"): t for key, t in tensors.items() if key.startswith("layers.2")}
+    with pytest.raises(ValueError, match=r"network: depth: 4 layers in the file, 3 by its config \(num_layers"):
+        from_torch(tensors, like(params), RULES)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.schedules import DDPM
+from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.weights.families import FAMILIES, abstract_params
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
@@ -288,6 +288,35 @@ def test_scheduler_values_with_another_result_are_refused(key: str, value: Any) 
     with pytest.raises(ValueError, match=rf"^a/scheduler_config.json: {key}[ =]{re.escape(repr(value))}") as caught:
         read_scheduler(LATENT | {key: value}, source="a/scheduler_config.json")
     assert "\n" not in str(caught.value)
+
+
+FLOWS = [
+    {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": False},
+    {"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0},
+    {"_class_name": "FlowMatchLCMScheduler", "shift": 3.0, "scale_factors": None, "upscale_mode": "bicubic"},
+    {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+        "prediction_type": "flow_prediction",
+    },
+]
+
+
+@pytest.mark.parametrize("config", FLOWS, ids=lambda config: config["_class_name"])
+def test_schedulers_of_a_flow_are_read_without_a_word(config: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_scheduler(config) == (RectifiedFlow(shift=3.0), "flow")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+def test_the_scheduler_of_a_flow_there_and_back(sampler: str) -> None:
+    config = scheduler_config(RectifiedFlow(shift=2.5), "flow", sampler)
+    assert read_scheduler(config) == (RectifiedFlow(shift=2.5), "flow")
+    assert SCHEDULERS[config["_class_name"]] == sampler
+    with pytest.raises(ValueError, match="'epsilon' of a rectified flow"):
+        scheduler_config(RectifiedFlow(), "epsilon", sampler)
 
 
 def test_unknown_scheduler_keys_are_a_warning() -> None:
