@@ -104,7 +104,7 @@ class Pipeline:
         sampler: "lcm", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". seed: of the noise. size: (height,
         width) in pixels, the model's own by default. latents: the initial unit noise, for parity with other systems.
         image, strength: image-to-image; the picture is noised up to `strength` (0.6 by default) of the way and redrawn.
-        mask: inpainting; only what is white (128 and above) or true is redrawn, by default with a strength of 1.
+        mask: inpainting; only what is white (128 and above) or true is redrawn, from nothing if no strength is given.
 
         SD3's: t5_tokens of a prompt (256 by default, at most 512). shift of the noise levels, the folder's by default,
         and double_shift, whether it is applied twice as both references do (they are by default). skip_layers such as
@@ -135,16 +135,15 @@ class Pipeline:
             skip = SkipLayers.in_steps(times, self._check_skip(skip_layers), skip_scale, skip_interval)
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
         noise = self._noise(noise_key, len(prompts), size, latents)
-        kept = None
-        if image is None:
-            x = noise * spec.init_scale(generator.schedule, times, spacing)
-        else:
+        x, kept = noise * spec.init_scale(generator.schedule, times, spacing), None
+        if image is not None:
             pictures = check_pictures(image, size, len(noise))
             x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
-            x = add_noise(generator.schedule, x0, noise, times[0])
             if mask is not None:
                 factor = generator.vae.config.downsample_factor
                 kept = Kept(mask=latent_mask(mask, size, len(noise), factor), x0=x0, eps=noise)
+            if mask is None or strength < 1.0:
+                x = add_noise(generator.schedule, x0, noise, times[0])
         empty = negative_prompt == ""
         cond, null = self._conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
         parts = (self._net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)

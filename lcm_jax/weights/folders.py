@@ -130,6 +130,12 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
             f"{model.parts['unet'].source}/config.json: addition_embed_type={config.addition_embed_type!r} does not "
             f"fit a {folder.pipeline}: it goes with a text_encoder_2, which model_index.json must name"
         )
+    latents = folder.components["vae"].module.config.latent_channels
+    if config.in_channels != latents:
+        raise ValueError(
+            f"{model.parts[folder.denoiser].source}/config.json: in_channels={config.in_channels}, but latents have "
+            f"{latents} channels; networks that are given more than latents (inpainting, depth) are not supported"
+        )
     return folder
 
 

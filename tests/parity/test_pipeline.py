@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,13 @@ def oracle_picture(
     own = sys.modules[type(pipe.scheduler).__module__]
     if hasattr(own, "randn_tensor"):
         monkeypatch.setattr(own, "randn_tensor", lambda *_, **__: next(drawn))
-    start = {"latents": to_torch(NOISE)}
+    start: dict[str, Any] = {"latents": to_torch(NOISE)}
     if image:
         module = sys.modules[type(pipe).__module__]
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: to_torch(NOISE))
         monkeypatch.setattr(module, "retrieve_latents", lambda output, **_: output.latent_dist.mean)
         start = {"image": to_torch(IMAGES.astype(np.float32) / 255), "strength": 0.6}
-    return np.round(pipe(PROMPTS, **start, **options, output_type="np").images * 255)
+    return np.round(pipe(PROMPTS, **start | options, output_type="np").images * 255)
 
 
 SDXL_NAMES = {"original_size": "original_size", "crop": "crops_coords_top_left", "aesthetic_score": "aesthetic_score"}
@@ -245,11 +245,36 @@ def compare(
     options |= {SDXL_NAMES[name]: value for name, value in sizes.items()}
     if negative:
         options["negative_prompt"] = [negative] * len(PROMPTS)
-    want = oracle_picture(family, monkeypatch, sampler=sampler, image=image, options=options)
+    assert_same(ours, oracle_picture(family, monkeypatch, sampler=sampler, image=image, options=options))
+
+
+def assert_same(ours: np.ndarray, want: np.ndarray) -> None:
     difference = np.abs(ours - want)
     assert want.std() > 20, "a grey picture says nothing"
     assert difference.mean() <= 0.1, difference.mean()
     assert difference.max() <= 1, difference.max()
+
+
+MASK = np.zeros((8, 8), np.uint8)
+MASK[2:6, 3:] = 255
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "strength"), [("sd15", "ddim", 0.6), ("sd15", "ddim", 1.0), ("sdxl", "euler", 1.0)]
+)
+def test_inpainting(
+    families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch, name: str, sampler: str, strength: float
+) -> None:
+    family = families(name)
+    kinds = {"sd15": diffusers.StableDiffusionInpaintPipeline, "sdxl": diffusers.StableDiffusionXLInpaintPipeline}
+    redraw = kinds[name].from_pipe(family.draw)
+    redraw.set_progress_bar_config(disable=True)
+    options = {"guidance": 4.0, "sampler": sampler, "latents": NOISE, "steps": 4}
+    ours = family.ours(PROMPTS, image=IMAGES, mask=MASK, strength=strength, **options)
+    told = {"num_inference_steps": 4, "guidance_scale": 4.0, "strength": strength, "height": 8, "width": 8}
+    told["mask_image"] = torch.from_numpy(MASK / np.float32(255))[None, None]
+    want = oracle_picture(replace(family, redraw=redraw), monkeypatch, sampler=sampler, image=True, options=told)
+    assert_same(ours, want)
 
 
 SIZES = {"original_size": (40, 24), "crop": (3, 5)}
