@@ -33,6 +33,10 @@ class Prompts:
     t5_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        if self.t5_tokens is not None and self.family != "sd3":
+            raise ValueError(
+                f"t5_tokens is an option of SD3, and this model's prompts are of the family {self.family!r}"
+            )
         most = self.most_t5_tokens
         if self.t5_tokens is not None and not 2 <= self.t5_tokens <= most:
             raise ValueError(f"t5_tokens is {self.t5_tokens}: this model's T5 reads from 2 to {most} tokens")
