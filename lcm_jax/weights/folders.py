@@ -56,7 +56,7 @@ class Folder:
     """
 
     components: Mapping[str, Component]
-    tokenizers: Mapping[str, Tokenizer]
+    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
     scheduler: Mapping[str, Any]  # scheduler_config.json
     extras: Mapping[str, Any] = field(default_factory=dict)
 
