@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax import configs
+from lcm_jax import configs, lora
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.overrides import flatten
-from lcm_jax.schedules import DDPM
+from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
@@ -22,8 +22,11 @@ from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask, move
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig, graft
+from lcm_jax.train.tasks.locked import LockedImageTask
+from lcm_jax.train.tasks.masked import MaskedTask
 from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import Component, load_component
+from mmdit import MMDiTConfig
 from mmdit.text import Tokenizer
 from vae16 import DiscriminatorConfig, LossConfig
 
@@ -83,6 +86,28 @@ def test_clip(tiny_components: dict[str, Component], data: DataConfig, tmp_path:
     text, tokenizer = load_component(export, "text_encoder"), Tokenizer.load(export / "tokenizer")
     assert text.module.config.eos_token_id == tokenizer.eos_token_id
     assert load_component(export, "image_encoder").module.config.image_size == 16
+
+
+def test_a_text_tower_for_a_given_image_tower(
+    tiny_model: Path, tiny_components: dict[str, Component], data: DataConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny_components["text_encoder"].module.config, hidden_size=12)
+    task = LockedImageTask(text=config, images=str(tiny_model), data=data, validation=data)
+    export = run(task, tmp_path)
+    tower, tokenizer = load_component(export, "text_encoder_2"), Tokenizer.load(export / "tokenizer_2")
+    assert tower.module.config.hidden_size == 12
+    assert tower.module.projection
+    assert tower.module.config.vocab_size == tokenizer.vocab_size
+    with pytest.raises(ValueError, match="projection_dim is 7, the image tower's is 8"):
+        replace(task, text=replace(config, projection_dim=7)).build()
+
+
+def test_t5_on_captions(tiny_sd3: Path, data: DataConfig, tmp_path: Path) -> None:
+    net = load_component(tiny_sd3, "text_encoder_3").module.config
+    export = run(MaskedTask(net=net, vocabulary=60, tokens=10, data=data, validation=data), tmp_path)
+    t5, tokenizer = load_component(export, "text_encoder_3"), Tokenizer.load(export / "tokenizer_3")
+    assert t5.module.config.vocab_size == tokenizer.vocab_size
+    assert tokenizer.max_length == 10
 
 
 def test_another_config_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -169,6 +194,48 @@ def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataC
     assert pipe("dog face", steps=4).shape == (1, 16, 16, 3)
 
 
+@pytest.fixture(scope="module")
+def flow_teacher(
+    tiny_sd3: Path, tiny_sd3_net: MMDiTConfig, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    data = DataConfig(name=f"folder:{pictures}", size=16)
+    task = teacher_task(tiny_sd3, tiny_sd3_net, data)
+    objective = Diffusion(schedule=RectifiedFlow(shift=3.0), kind="flow")
+    return run(replace(task, objective=objective), tmp_path_factory.mktemp("flow_teacher"))
+
+
+def test_sd3_is_trained_and_drawn(flow_teacher: Path) -> None:
+    pipe = lcm_jax.load(flow_teacher)
+    assert pipe.generator.kind == "flow"
+    assert pipe.generator.schedule == RectifiedFlow(shift=3.0)
+    assert pipe.default_sampler == "euler"
+    assert pipe("dog face", steps=2, sampler="euler", guidance=2.0).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("adapted", [None, LoraConfig(rank=2, targets=lora.MMDIT_TARGETS)], ids=["full", "lora"])
+def test_students_of_a_flow(
+    adapted: LoraConfig | None, flow_teacher: Path, tiny_sd3: Path, data: DataConfig, tmp_path: Path
+) -> None:
+    objective = LatentConsistencyDistillation(
+        schedule=RectifiedFlow(), grid_points=8, skip=0.125, w_min=0.0, w_max=4.0, target="online"
+    )
+    task = ConsistencyTask(
+        teacher=str(flow_teacher),
+        vae=str(tiny_sd3),
+        text=str(tiny_sd3),
+        data=data,
+        prompts=data,
+        objective=objective,
+        lora=adapted,
+    )
+    export = run(task, tmp_path)
+    pipe = lcm_jax.load(export) if adapted is None else lcm_jax.load(flow_teacher, lora=export)
+    assert pipe.generator.embeds_guidance == (adapted is None)
+    assert pipe.generator.schedule == RectifiedFlow(shift=3.0)
+    assert pipe("dog face", steps=4, guidance=3.0 if adapted is None else 1.0).shape == (1, 16, 16, 3)
+    assert adapted is not None or pipe.default_sampler == "lcm"
+
+
 def test_student_starts_as_its_teacher(teacher: Path) -> None:
     trained = load_component(teacher, "unet").params
     fresh = jax.tree.map(np.zeros_like, trained) | {"new": {"kernel": np.zeros(3)}}
@@ -184,6 +251,17 @@ def test_a_net_for_other_latents_is_refused(
     net = replace(tiny_components["unet"].module.config, in_channels=8, out_channels=8)
     with pytest.raises(ValueError, match="in_channels is 8, but the VAE has 4"):
         teacher_task(tiny_model, net, data).build()
+
+
+@pytest.mark.parametrize("key", ["joint_attention_dim", "pooled_projection_dim"])
+def test_a_net_for_other_texts_is_refused(
+    key: str, tiny_sd3: Path, tiny_model: Path, tiny_sd3_net: MMDiTConfig, data: DataConfig
+) -> None:
+    mine, given = getattr(tiny_sd3_net, key) + 1, getattr(tiny_sd3_net, key)
+    with pytest.raises(ValueError, match=f"task.net.{key} is {mine}, but the text encoders' width is {given}"):
+        teacher_task(tiny_sd3, replace(tiny_sd3_net, **{key: mine}), data).build()
+    with pytest.raises(ValueError, match="joint_attention_dim is 32, but the text encoders' width is 16"):
+        teacher_task(tiny_model, tiny_sd3_net, data).build()
 
 
 @pytest.mark.parametrize("name", sorted(configs.CONFIGS))
