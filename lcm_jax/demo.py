@@ -30,6 +30,8 @@ SEEN = (
     "red heart", "grinning face", "victory hand", "waving hand", "handshake", "santa claus", "ninja", "woman astronaut",
 )  # fmt: skip
 PROMPTS = UNSEEN + SEEN
+# A teacher's sampler -> its name, and the steps it is usually given: SD's DDIM, SD3's Euler.
+USUAL = {"ddim": ("DDIM", 50), "euler": ("Euler", 28)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,12 @@ class Column:
     guidance: float
 
 
-def columns(guidance: float) -> list[Column]:
-    """Teacher DDIM at 1, 2, 4, 8, 50 steps; LCM at 1, 2, 4, 8; LCM-LoRA at 4."""
+def columns(guidance: float, sampler: str = "ddim") -> list[Column]:
+    """The teacher with its sampler at 1, 2, 4, 8 and its usual steps; LCM at 1, 2, 4, 8; LCM-LoRA at 4."""
+    name, most = USUAL[sampler]
     teacher = [
-        Column(title=f"teacher\nDDIM {n}", model="teacher", sampler="ddim", steps=n, guidance=guidance)
-        for n in (1, 2, 4, 8, 50)
+        Column(title=f"teacher\n{name} {n}", model="teacher", sampler=sampler, steps=n, guidance=guidance)
+        for n in (1, 2, 4, 8, most)
     ]
     student = [
         Column(title=f"LCM {n}", model="student", sampler="lcm", steps=n, guidance=guidance) for n in (1, 2, 4, 8)
@@ -72,13 +75,14 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
         "student": lambda: load(model),
         "lora": lambda: load(f"{model}-teacher", lora=f"{model}-lcm-lora"),
     }
+    loaded: dict[str, Pipeline] = {"teacher": pipes["teacher"]()}  # one model in memory at a time
+    shown = columns(guidance, loaded["teacher"].default_sampler)
     labels = [f"{text}\n(composition not trained on)" for text in UNSEEN] + list(SEEN)
     rows: list[dict[str, Any]] = []
     strips: list[UInt8[np.ndarray, "n h w 3"]] = []
-    loaded: dict[str, Pipeline] = {}
-    for column in columns(guidance):
+    for column in shown:
         if column.model not in loaded:
-            loaded = {column.model: pipes[column.model]()}  # one model in memory at a time
+            loaded = {column.model: pipes[column.model]()}
         options: dict[str, Any] = {"sampler": column.sampler, "steps": column.steps, "guidance": column.guidance}
         title = column.title.replace("\n", " ")
         made, seconds = generate(loaded[column.model], [*PROMPTS, *captions], seed=seed, title=title, **options)
@@ -86,7 +90,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
         rows.append({"method": title, **options, "seconds_per_image": seconds, **scores})
         strips.append(made[: len(PROMPTS)])
     out.mkdir(parents=True, exist_ok=True)
-    labelled_grid([c.title for c in columns(guidance)], labels, strips).save(out / "grid.png")
+    labelled_grid([c.title for c in shown], labels, strips).save(out / "grid.png")
     write_json(out / "scores.json", {"model": model, "seed": seed, "pictures": len(captions), "rows": rows})
     return rows
 

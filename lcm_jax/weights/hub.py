@@ -45,6 +45,7 @@ BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "openmoji-lcm-lora": ("openmoji/lora", {}),
     "openmoji-sd3": ("openmoji_sd3", _AROUND),
     "openmoji-sd3-teacher": ("openmoji_sd3", _AROUND | _TEACHER),
+    "openmoji-sd3-lcm-lora": ("openmoji_sd3/lora", {}),
 }
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?")

@@ -17,7 +17,10 @@ def test_unseen_prompts_are_held_out_and_seen_ones_are_not() -> None:
 def test_columns_are_the_comparison_asked_for() -> None:
     found = [(c.model, c.sampler, c.steps) for c in demo.columns(3.0)]
     teacher = [("teacher", "ddim", n) for n in (1, 2, 4, 8, 50)]
-    assert found == [*teacher, *(("student", "lcm", n) for n in (1, 2, 4, 8)), ("lora", "lcm", 4)]
+    students = [*(("student", "lcm", n) for n in (1, 2, 4, 8)), ("lora", "lcm", 4)]
+    assert found == [*teacher, *students]
+    flow = [(c.model, c.sampler, c.steps) for c in demo.columns(3.0, "euler")]
+    assert flow == [*(("teacher", "euler", n) for n in (1, 2, 4, 8, 28)), *students]
 
 
 def test_grid_holds_every_picture() -> None:
