@@ -1,6 +1,7 @@
 """Text encoders and the MMDiT: text -> embeddings -> velocity. Imports neither vae16 nor lcm_jax."""
 
-from mmdit.config import MMDiTConfig
+from mmdit.baselines import CrossDiT, DiT, UViT
+from mmdit.config import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 from mmdit.model import MMDiT, abstract_params, example_inputs
 from mmdit.presets import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, family
 from mmdit.rules import RULES_MMDIT
@@ -10,8 +11,14 @@ __all__ = [
     "SD3_MEDIUM",
     "SD35_LARGE",
     "SD35_MEDIUM",
+    "CrossDiT",
+    "CrossDiTConfig",
+    "DiT",
+    "DiTConfig",
     "MMDiT",
     "MMDiTConfig",
+    "UViT",
+    "UViTConfig",
     "abstract_params",
     "example_inputs",
     "family",

@@ -6,7 +6,7 @@ meet in one attention. A vector c (b, d), activated, modulates both: shift, scal
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,33 @@ from jaxtyping import Array, Bool, Float
 from mmdit.attention import Implementation, attention
 
 EPSILON = 1e-6
+Policy = Literal["nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable"]
+Remat = bool | Policy
+"""Whether a block's inside is recomputed in the backward pass; a policy of jax.checkpoint_policies says what is not."""
+
+
+def rematerialized(block: Any, remat: Remat, *, scanned: bool = False) -> Any:
+    """The block's class, recomputed as `remat` says."""
+    if remat is False:
+        return block
+    if remat is not True and remat not in get_args(Policy):
+        raise ValueError(f"remat={remat!r} is unknown; use True, False or one of {', '.join(get_args(Policy))}")
+    policy = None if remat is True else getattr(jax.checkpoint_policies, remat)
+    return nn.remat(block, prevent_cse=not scanned, policy=policy)
+
+
+def stacked(block: Any, length: int, remat: Remat, in_axes: Any = nn.broadcast) -> Any:
+    """`length` blocks one after the other as one class, whose parameters are stacked: one of them is compiled.
+
+    The block takes and returns (carry, ...); in_axes: of its other inputs, by default the same for all.
+    """
+    return nn.scan(
+        rematerialized(block, remat, scanned=True),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+    )
 
 
 def dense(features: int, name: str, dtype: Any, param_dtype: Any, *, zero: bool = False) -> nn.Dense:
@@ -25,32 +52,47 @@ def dense(features: int, name: str, dtype: Any, param_dtype: Any, *, zero: bool 
     return nn.Dense(features, kernel_init=kernel, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
+def standardize(x: Array, axes: int | tuple[int, ...]) -> Array:
+    """Mean zero and variance one over some axes, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axes, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axes, keepdims=True) + EPSILON)
+
+
 def normalize(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     """Layer normalisation without scale and bias, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPSILON)
+    return standardize(x, -1)
 
 
 def modulate(
-    normal: Float[Array, "b n d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
-) -> Float[Array, "b n d"]:
+    normal: Float[Array, "b *n d"], shift: Float[Array, "b *#n d"], scale: Float[Array, "b *#n d"]
+) -> Float[Array, "b *n d"]:
     """normal (1 + scale) + shift, computed in float32 and given in the precision of the modulation."""
     return (normal * (1 + scale.astype(jnp.float32)) + shift.astype(jnp.float32)).astype(shift.dtype)
 
 
 class Modulation(nn.Module):
-    """`parts` vectors for each token of a stream: one projection of c, zero at first, so that all gates are shut."""
+    """`parts` vectors for each token of a stream: one projection of c, zero at first, so that all gates are shut.
+
+    features: of each vector; None: as many as c has.
+    """
 
     parts: int
+    features: int | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, c: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
-        width = self.parts * c.shape[-1]
+        width = self.parts * (self.features or c.shape[-1])
         y = dense(width, "linear", self.dtype, self.param_dtype, zero=True)(c)
         return jnp.split(y[:, None], self.parts, axis=-1)
+
+
+def project(x: Array, name: str, heads: int, norm: str | None, types: dict[str, Any]) -> Float[Array, "b n h e"]:
+    """Queries, keys or values of one stream, per head; norm: the name of their RMS norm."""
+    y = rearrange(dense(x.shape[-1], name, **types)(x), "b n (h e) -> b n h e", h=heads)
+    return y if norm is None else nn.RMSNorm(epsilon=EPSILON, name=norm, **types)(y)
 
 
 class Attention(nn.Module):
@@ -86,11 +128,8 @@ class Attention(nn.Module):
     def _project(self, x: Array, names: tuple[str, str, str], norm: str) -> list[Array]:
         """Queries, keys and values (b, n, heads, d / heads) of one stream."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        qkv = [rearrange(dense(x.shape[-1], name, **types)(x), "b n (h d) -> b n h d", h=self.heads) for name in names]
-        if self.qk_norm:
-            for i, letter in enumerate("qk"):
-                qkv[i] = nn.RMSNorm(epsilon=EPSILON, name=f"{norm}_{letter}", **types)(qkv[i])
-        return qkv
+        norms = (f"{norm}_q", f"{norm}_k", None) if self.qk_norm else (None, None, None)
+        return [project(x, name, self.heads, norm, types) for name, norm in zip(names, norms, strict=True)]
 
 
 class GELU(nn.Module):
@@ -115,6 +154,12 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return dense(x.shape[-1], "net_2", **types)(GELU(4 * x.shape[-1], name="net_0", **types)(x))
+
+
+def gated_mlp(x: Array, modulation: list[Array], name: str, types: dict[str, Any]) -> Float[Array, "b n d"]:
+    """x plus its gated MLP under shift, scale and gate."""
+    shift, scale, gate = modulation
+    return x + gate * FeedForward(name=name, **types)(modulate(normalize(x), shift, scale))
 
 
 class JointBlock(nn.Module):
@@ -156,14 +201,9 @@ class JointBlock(nn.Module):
         if self.dual:
             shift, scale, gate = mlp[3:]
             x = x + gate * Attention(name="attn2", **attend)(modulate(normal, shift, scale))[0]
-        x = self._mlp(x, mlp[:3], "ff")
+        x = gated_mlp(x, mlp[:3], "ff", types)
         if context_y is not None:  # all blocks but the last
-            context = self._mlp(context + context_gate * context_y, context_mlp, "ff_context")
+            context = gated_mlp(context + context_gate * context_y, context_mlp, "ff_context", types)
         if keep is None:
             return (x, context), None
         return (jnp.where(keep, x, carry[0]), jnp.where(keep, context, carry[1])), None
-
-    def _mlp(self, x: Array, modulation: list[Array], name: str) -> Array:
-        shift, scale, gate = modulation
-        y = FeedForward(self.dtype, self.param_dtype, name=name)(modulate(normalize(x), shift, scale))
-        return x + gate * y

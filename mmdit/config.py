@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,8 @@ class MMDiTConfig:
     sample_size: side of the latents trained on, which sets the scale of that grid. time_cond_proj_dim: width of the
     w-embedding of a student that takes guidance as an input.
     """
+
+    class_name: ClassVar[str] = "SD3Transformer2DModel"
 
     sample_size: int = 128
     patch_size: int = 2
@@ -79,10 +82,11 @@ class MMDiTConfig:
         return layer == self.num_layers - 1
 
     @property
-    def leading_run(self) -> int:
-        """How many blocks, counted from the first, are built alike."""
-        kinds = [(self.is_dual(i), self.is_last(i)) for i in range(self.num_layers)]
-        return next((i for i, kind in enumerate(kinds) if kind != kinds[0]), self.num_layers)
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """(first block, number of blocks) of every run of blocks that are built alike, in order."""
+        kinds = itertools.groupby(range(self.num_layers), lambda i: (self.is_dual(i), self.is_last(i)))
+        blocks = [list(run) for _, run in kinds]
+        return tuple((run[0], len(run)) for run in blocks)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "MMDiT config") -> MMDiTConfig:
@@ -97,8 +101,38 @@ class MMDiTConfig:
             raise ValueError(str(error).replace("MMDiT config", source, 1)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that diffusers loads."""
+        """A config.json; diffusers loads that of an MMDiT."""
         values = dataclasses.asdict(self) | {"dual_attention_layers": list(self.dual_attention_layers)}
         if self.time_cond_proj_dim is None:
             del values["time_cond_proj_dim"]
-        return {"_class_name": "SD3Transformer2DModel", **values}
+        return {"_class_name": self.class_name, **values}
+
+
+class _OneSet(MMDiTConfig):
+    """Of a network whose blocks are all alike, without dual attention."""
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.dual_attention_layers:
+            raise ValueError(f"MMDiT config: dual_attention_layers={self.dual_attention_layers} is for the MMDiT alone")
+
+    def is_last(self, layer: int) -> bool:
+        return False
+
+
+class DiTConfig(_OneSet):
+    """Of a DiT: the fields of an MMDiT's."""
+
+    class_name = "DiT"
+
+
+class CrossDiTConfig(_OneSet):
+    """Of a CrossDiT: the fields of an MMDiT's."""
+
+    class_name = "CrossDiT"
+
+
+class UViTConfig(_OneSet):
+    """Of a UViT: the fields of an MMDiT's; num_layers: of its transformer."""
+
+    class_name = "UViT"

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from mmdit.attention import Implementation
-from mmdit.blocks import JointBlock, Modulation, dense, modulate, normalize
+from mmdit.blocks import (
+    JointBlock,
+    Modulation,
+    Remat,
+    dense,
+    modulate,
+    normalize,
+    rematerialized,
+    stacked,
+)
 from mmdit.config import MMDiTConfig
 from mmdit.embed import PatchEmbed, TimeTextEmbed, unpatchify
 
@@ -19,9 +28,10 @@ from mmdit.embed import PatchEmbed, TimeTextEmbed, unpatchify
 class MMDiT(nn.Module):
     """(noisy latent, time, conditioning) -> raw output (b, h, w, out_channels), in the precision of the latent.
 
-    scan: stack the blocks from the first on that are built alike (all but the last; the dual ones of SD3.5-medium), so
-    that one of them is compiled; their parameters are stacked too.
-    remat: recompute the inside of a block in the backward pass instead of storing it.
+    scan: stack every run of blocks that are built alike (all but the last; in SD3.5-medium the dual ones, then the
+    others), so that one of each run is compiled; their parameters are stacked too.
+    remat: recompute the inside of a block in the backward pass instead of storing it; or the name of a policy of
+    jax.checkpoint_policies, which says what is stored all the same.
     dtype: of the computation; norms, softmax and the time embedding stay float32. param_dtype: of new parameters.
     attention: the kernel; None chooses by platform and precision.
     """
@@ -30,7 +40,7 @@ class MMDiT(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: Remat = False
     attention: Implementation | None = None
 
     @nn.compact
@@ -44,43 +54,32 @@ class MMDiT(nn.Module):
         """t: scalar or (b,), 1000 times the time of the rectified flow, 0..1000. cond: "context" (b, l, d) and
         "pooled" (b, p); where the config has time_cond_proj_dim "guidance" (b,), the w of the w-embedding.
         skip_layers: blocks to pass by, for skip-layer guidance; static."""
-        config, batch = self.config, x.shape[0]
-        _check(config, x, cond, skip_layers)
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        guidance = cond.get("guidance")
-        if guidance is not None:
-            guidance = jnp.broadcast_to(jnp.asarray(guidance), (batch,))
-        embed = TimeTextEmbed(config.width, config.time_cond_proj_dim, self.param_dtype, name="time_text_embed")
-        c = embed(jnp.broadcast_to(jnp.asarray(t), (batch,)), cond["pooled"], guidance)
-        c = nn.silu(c).astype(self.dtype)
+        config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        check_inputs(config, x, cond)
+        if any(i not in range(config.num_layers) for i in skip_layers):
+            raise ValueError(f"skip_layers={skip_layers} must be of the layers 0 to {config.num_layers - 1}")
+        context, c = embed_condition(config, x.shape[0], t, cond, types)
         tokens = PatchEmbed(config, name="pos_embed", **types)(x)
-        context = dense(config.width, "context_embedder", **types)(cond["context"].astype(self.dtype))
         tokens = self._blocks(tokens, context, c, skip_layers)
-        scale, shift = Modulation(2, name="norm_out", **types)(c)
-        features = config.patch_size**2 * config.out_channels
-        y = dense(features, "proj_out", zero=True, **types)(modulate(normalize(tokens), shift, scale))
+        y = project_out(tokens, c, config.patch_size**2 * config.out_channels, types)
         return unpatchify(y, config.patch_size, x.shape[1]).astype(x.dtype)
 
     def _blocks(self, x: Array, context: Array, c: Array, skip_layers: tuple[int, ...]) -> Array:
-        config = self.config
-        carry, first = (x, context), 0
-        if self.scan and config.leading_run > 1:
-            first = config.leading_run
-            keep = None
-            if any(i < first for i in skip_layers):
-                keep = jnp.asarray([i not in skip_layers for i in range(first)])
-            stack = nn.scan(
-                nn.remat(JointBlock, prevent_cse=False) if self.remat else JointBlock,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
-                length=first,
-            )
-            carry, _ = stack(name="transformer_blocks", **self._block(0))(carry, c, keep)
-        block = nn.remat(JointBlock) if self.remat else JointBlock
-        for i in range(first, config.num_layers):
-            if i not in skip_layers or self.is_initializing():
-                carry, _ = block(name=f"transformer_blocks_{i}", **self._block(i))(carry, c)
+        carry = (x, context)
+        block = rematerialized(JointBlock, self.remat)
+        for first, length in self.config.runs:
+            run = range(first, first + length)
+            if self.scan and length > 1:
+                keep = None
+                if any(i in run for i in skip_layers):
+                    keep = jnp.asarray([i not in skip_layers for i in run])
+                name = "transformer_blocks" if first == 0 else f"transformer_blocks_from_{first}"
+                stack = stacked(JointBlock, length, self.remat, in_axes=(nn.broadcast, 0))
+                carry, _ = stack(name=name, **self._block(first))(carry, c, keep)
+                continue
+            for i in run:
+                if i not in skip_layers or self.is_initializing():
+                    carry, _ = block(name=f"transformer_blocks_{i}", **self._block(i))(carry, c)
         return carry[0]
 
     def _block(self, i: int) -> dict[str, Any]:
@@ -96,7 +95,26 @@ class MMDiT(nn.Module):
         }
 
 
-def _check(config: MMDiTConfig, x: Array, cond: Mapping[str, Array], skip_layers: tuple[int, ...]) -> None:
+def embed_condition(
+    config: MMDiTConfig, batch: int, t: Array, cond: Mapping[str, Array], types: dict[str, Any]
+) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
+    """The text's tokens and the activated vector that modulates, by layers of the module that calls."""
+    guidance = cond.get("guidance")
+    if guidance is not None:
+        guidance = jnp.broadcast_to(jnp.asarray(guidance), (batch,))
+    embed = TimeTextEmbed(config.width, config.time_cond_proj_dim, types["param_dtype"], name="time_text_embed")
+    c = embed(jnp.broadcast_to(jnp.asarray(t), (batch,)), cond["pooled"], guidance)
+    context = dense(config.width, "context_embedder", **types)(cond["context"].astype(types["dtype"]))
+    return context, nn.silu(c).astype(types["dtype"])
+
+
+def project_out(tokens: Array, c: Array, features: int, types: dict[str, Any]) -> Float[Array, "b n p"]:
+    """The last layer, under scale and shift; zero at first. Its layers are those of the module that calls."""
+    scale, shift = Modulation(2, name="norm_out", **types)(c)
+    return dense(features, "proj_out", zero=True, **types)(modulate(normalize(tokens), shift, scale))
+
+
+def check_inputs(config: MMDiTConfig, x: Array, cond: Mapping[str, Array]) -> None:
     """One line for what the layers would refuse in theirs, or take without a word."""
     b, h, w, channels = x.shape
     patch, grid = config.patch_size, config.pos_embed_max_size
@@ -122,8 +140,6 @@ def _check(config: MMDiTConfig, x: Array, cond: Mapping[str, Array], skip_layers
             "cond has 'guidance', but the MMDiT config has no time_cond_proj_dim: leave it out, or set "
             "time_cond_proj_dim=256 for a network with a w-embedding"
         )
-    if any(i not in range(config.num_layers) for i in skip_layers):
-        raise ValueError(f"skip_layers={skip_layers} must be of the layers 0 to {config.num_layers - 1}")
 
 
 def example_inputs(
@@ -140,7 +156,7 @@ def example_inputs(
     return jnp.zeros((batch, h, w, config.in_channels)), jnp.zeros((batch,)), cond
 
 
-def abstract_params(net: MMDiT) -> Any:
-    """Shapes and dtypes of the parameters, without computing anything."""
+def abstract_params(net: Any) -> Any:
+    """Shapes and dtypes of the parameters of an MMDiT, or of another network with its config; nothing is computed."""
     x, t, cond = jax.eval_shape(lambda: example_inputs(net.config))
     return jax.eval_shape(net.init, jax.eval_shape(lambda: jax.random.key(0)), x, t, cond)["params"]

@@ -12,7 +12,8 @@ RULES_CLIP_TEXT: Rules = (
 RULES_CLIP_VISION: Rules = RULES_CLIP_TEXT
 
 RULES_MMDIT: Rules = (
-    (r"(?<=transformer_blocks)/", "/*/"),  # stacked by nn.scan, always from block 0 on
+    (r"(?<=transformer_blocks)/", "/*/"),  # stacked by nn.scan from block 0 on
+    (r"(?<=transformer_blocks)_from_(\d+)/", r"/*+\1/"),  # and a later run
     (r"(?<!linear)_(\d+)(?=/)", r".\1"),
 )
 

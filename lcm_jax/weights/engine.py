@@ -1,7 +1,8 @@
 """Parameters from PyTorch and back: one rule table per network, walked in both directions.
 
 A table runs from the parameter path to the PyTorch name, so the network itself lists what a file must hold: nothing is
-guessed from the file. `*` in a name is the index of a layer stacked by `nn.scan`, one leading axis for each `*`.
+guessed from the file. `*` in a name is the index of a layer stacked by `nn.scan`, one leading axis for each `*`; `*+13`
+counts from 13.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def unstack(name: str, shape: Sequence[int], path: str) -> list[str]:
     names = []
     for index in np.ndindex(*shape[:stars]):
         numbers = iter(index)
-        names.append(re.sub(r"\*", lambda _: str(next(numbers)), name))  # noqa: B023 (used at once)
+        names.append(re.sub(r"\*(?:\+(\d+))?", lambda m: str(next(numbers) + int(m[1] or 0)), name))  # noqa: B023
     return names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from lcm_jax.weights.engine import from_torch, to_torch
 from mmdit import presets
+from mmdit.blocks import Policy, Remat
 from mmdit.config import MMDiTConfig
 from mmdit.embed import PatchEmbed, guidance_embedding, patchify, position_grid, unpatchify
 from mmdit.model import MMDiT, abstract_params, example_inputs
@@ -83,6 +85,46 @@ def test_scan_and_remat_change_nothing(params: dict, inputs: tuple, plain: tuple
     assert gradient.keys() == plain[1].keys()
     for name, value in plain[1].items():
         np.testing.assert_allclose(gradient[name], value, atol=1e-5 * max(1, np.abs(value).max()), err_msg=name)
+
+
+def test_every_run_of_equal_blocks_is_stacked(random_params, inputs: tuple) -> None:
+    """Dual, plain and last, as in SD3.5-medium; the order of the blocks' names in a file shows in the output."""
+    config = dataclasses.replace(TINY, num_layers=6, dual_attention_layers=(0, 1))
+    assert config.runs == ((0, 2), (2, 3), (5, 1))
+    net, listed = MMDiT(config, scan=True), MMDiT(config)
+    params = random_params(listed.init, *inputs)["params"]
+    same = restack(params, net)
+    blocks = {name for name in same if "blocks" in name}
+    assert blocks == {"transformer_blocks", "transformer_blocks_from_2", "transformer_blocks_5"}
+    assert restack(same, listed).keys() == params.keys()
+    for skip in ((), (0, 3)):
+        y, expected = (
+            jax.jit(n.apply, static_argnames="skip_layers", compiler_options=FAST)(
+                {"params": p}, *inputs, skip_layers=skip
+            )
+            for n, p in ((net, same), (listed, params))
+        )
+        np.testing.assert_allclose(y, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_policies_say_what_is_computed_again(params: dict, inputs: tuple) -> None:
+    """Matrix products of a gradient: none again, only those of the attention, or all of a block."""
+
+    def products(remat: Remat) -> int:
+        def loss(params: dict) -> jax.Array:
+            return MMDiT(TINY, remat=remat).apply({"params": params}, *inputs).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("dot_general[")
+
+    count = {remat: products(remat) for remat in (False, True, *get_args(Policy))}
+    assert count["nothing_saveable"] == count[True]
+    assert count["everything_saveable"] == count["dots_saveable"] == count[False]
+    assert count[True] > count["dots_with_no_batch_dims_saveable"] > count[False]
+
+
+def test_unknown_policies_are_named(inputs: tuple) -> None:
+    with pytest.raises(ValueError, match="remat='all' is unknown; use True, False or one of nothing_saveable"):
+        jax.eval_shape(MMDiT(TINY, remat="all").init, jax.random.key(0), *inputs)
 
 
 def test_the_grid_is_a_constant_and_all_else_is_trained(plain: tuple) -> None:
