@@ -3,5 +3,15 @@
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.objectives.diffusion import Diffusion
+from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, Uniform
 
-__all__ = ["Diffusion", "LatentConsistencyDistillation", "LatentConsistencyFinetuning", "contrastive_loss"]
+__all__ = [
+    "CosMap",
+    "Diffusion",
+    "LatentConsistencyDistillation",
+    "LatentConsistencyFinetuning",
+    "LogitNormal",
+    "Mode",
+    "Uniform",
+    "contrastive_loss",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, drop_captions
+from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, uniform_times
 from lcm_jax.parameterization import add_noise, rows, target
-from lcm_jax.schedules import DDPM
+from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Array, Key, Kind, Nets, Schedule
 
-Times = Callable[[Key, int], Float[Array, " n"]]  # (key, n) -> times of the schedule
-
-
-def uniform_times(schedule: Schedule, key: Key, n: int) -> Float[Array, " n"]:
-    """Times drawn uniformly: from the integer timesteps 0 ... T-1 of a DDPM table, else from [t_min, t_max]."""
-    if isinstance(schedule, DDPM):
-        return jax.random.randint(key, (n,), 0, schedule.num_train_timesteps).astype(jnp.float32)
-    return jax.random.uniform(key, (n,), minval=schedule.t_min, maxval=schedule.t_max)
+# Named one by one, so that their numbers can be set from the command line.
+Density = Uniform | LogitNormal | Mode | CosMap
 
 
 def min_snr_weight(
@@ -46,21 +40,30 @@ class Diffusion:
     Salimans & Ho 2022 for v; Lipman et al. 2023 for flow). Trains `nets.student`; the other trees are not looked at.
 
     times: the density of the training times, `(key, n) -> (n,)`; None: uniform (see `uniform_times`).
+    weight: a density pi(t) by which the loss is multiplied. Uniform times with weight=pi have the expected loss of
+        times=pi, where SD3 (2403.03206) sec. 3.1 makes one the other; what differs is the variance.
     min_snr_gamma: None weighs every time by 1; Hang et al. use 5.
     caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`, so that CFG has its branch.
     """
 
-    schedule: Schedule
+    schedule: DDPM | RectifiedFlow | Schedule
     kind: Kind = "epsilon"
     caption_dropout: float = 0.1
     min_snr_gamma: float | None = None
     loss: Distance = "l2"
     huber_c: float = 1e-3
-    times: Times | None = None
+    times: Density | Times | None = None
+    weight: Density | None = None
 
     def __post_init__(self) -> None:
         check("kind", self.kind, Kind)
         check("loss", self.loss, Distance)
+        for name, density in (("times", self.times), ("weight", self.weight)):
+            if isinstance(density, TimeDensity) and (self.schedule.t_min, self.schedule.t_max) != (0.0, 1.0):
+                raise ValueError(
+                    f"{name}={type(density).__name__} is a density on [0, 1], but the times of "
+                    f"{type(self.schedule).__name__} end at {self.schedule.t_max:g}: use a rectified flow"
+                )
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         """batch: x0 (b, h, w, c) latents in the network's units, cond -> loss and scalar metrics."""
@@ -76,6 +79,8 @@ class Diffusion:
         each = distance(self.loss, difference, self.huber_c)
         if self.min_snr_gamma is not None:
             each = each * min_snr_weight(self.kind, alpha, sigma, self.min_snr_gamma)
+        if self.weight is not None:
+            each = each * self.weight.pdf(t)
         loss = jnp.mean(each)
         error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
         position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight, uniform_times
+from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight
 from lcm_jax.parameterization import KINDS
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Nets
@@ -54,18 +54,6 @@ def test_min_snr_weights_of_the_paper() -> None:
     zero_snr = weights(jnp.zeros_like(a), jnp.ones_like(s))
     np.testing.assert_array_equal(zero_snr["epsilon"], 1.0)
     assert all(jnp.isfinite(w).all() for w in zero_snr.values())
-
-
-def test_times() -> None:
-    t = uniform_times(DDPM(), jax.random.key(0), 20_000)
-    assert t.dtype == jnp.float32
-    assert (t.min(), t.max()) == (0, 999)
-    assert (t == jnp.floor(t)).all()
-    np.testing.assert_allclose(t.mean(), 499.5, atol=8)
-    t = uniform_times(RectifiedFlow(), jax.random.key(0), 20_000)
-    assert 0 <= t.min() < 0.01
-    assert 0.99 < t.max() <= 1
-    assert abs(t.mean() - 0.5) < 0.01
 
 
 def test_flow_target_and_network_time(recorder, make_batch) -> None:
