@@ -5,6 +5,11 @@
     sample         1        0        -sigma                      sigma = 0 (the clean end)
     v_prediction   -sigma   alpha    alpha^2 + sigma^2           never (2202.00512)
     flow           -1       1        alpha + sigma               never (eps - x0, 2403.03206)
+    edm            sigma/kS -alpha k/S   -S/k                    never (2206.00364), S^2 = k^2 alpha^2 + sigma^2
+
+edm is the raw output F of Karras' preconditioned denoiser c_skip x + c_out F(c_in x), where k = sigma_data = 0.5 is the
+standard deviation of the data and S that of x. His table is for alpha = 1; this one is for any schedule, as x / alpha
+with the noise level sigma / alpha is his x. So the preconditioning goes with any schedule and any density of times.
 
 At a singular time the output says nothing about one of the two unknowns; the solve then returns inf or nan there rather
 than an invention. Schedules with zero terminal SNR need v_prediction or flow.
@@ -20,6 +25,7 @@ from jaxtyping import Array, Float
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Kind, Params, Prediction, Schedule, Time
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SIGMA_DATA = 0.5
 
 
 def expand(v: Time, like: Array) -> Array:
@@ -33,7 +39,19 @@ def rows(kind: Kind, alpha: Array, sigma: Array) -> tuple[Array, Array]:
     if kind not in KINDS:
         raise ValueError(f"prediction type {kind!r} is unknown: use one of {', '.join(KINDS)}")
     zero, one = jnp.zeros_like(alpha), jnp.ones_like(alpha)
-    return {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-sigma, alpha), "flow": (-one, one)}[kind]
+    spread = _spread(alpha, sigma)
+    return {
+        "epsilon": (zero, one),
+        "sample": (one, zero),
+        "v_prediction": (-sigma, alpha),
+        "flow": (-one, one),
+        "edm": (sigma / (SIGMA_DATA * spread), -alpha * SIGMA_DATA / spread),
+    }[kind]
+
+
+def _spread(alpha: Array, sigma: Array) -> Array:
+    """S, the standard deviation of x for data of SIGMA_DATA."""
+    return jnp.sqrt((SIGMA_DATA * alpha) ** 2 + sigma**2)
 
 
 def to_prediction(kind: Kind, y: Image, x: Image, alpha: Float[Array, "*b"], sigma: Float[Array, "*b"]) -> Prediction:
@@ -55,11 +73,18 @@ def add_noise(schedule: Schedule, x0: Image, eps: Image, t: Time) -> Image:
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 
+def output(apply: Apply, params: Params, x: Image, t: Time, cond: Cond, *, schedule: Schedule, kind: Kind) -> Image:
+    """The network's raw output at x_t: given x (for edm c_in x = x / S, of unit variance) and the network time."""
+    if kind == "edm":
+        x = x / expand(_spread(schedule.alpha(t), schedule.sigma(t)), x)
+    return apply(params, x, schedule.network_time(t), cond)
+
+
 def bind(apply: Apply, params: Params, cond: Cond, schedule: Schedule, kind: Kind) -> Denoiser:
     """The denoiser of one network with its parameters and conditioning fixed; the solve is in float32."""
 
     def denoise(x: Image, t: Time) -> Prediction:
-        y = apply(params, x, schedule.network_time(t), cond)
+        y = output(apply, params, x, t, cond, schedule=schedule, kind=kind)
         return to_prediction(kind, y.astype(jnp.float32), x, schedule.alpha(t), schedule.sigma(t))
 
     return denoise

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.schedules import RectifiedFlow
+from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMSolver2, Euler, Heun
 from lcm_jax.typing import Denoiser, Image, Key, Schedule, Solver
 
@@ -203,6 +203,24 @@ def flow_grid(steps: int, schedule: RectifiedFlow, spacing: Spacing = Spacing())
     return np.append(np.linspace(1.0, last, steps), 0.0)
 
 
+def even_grid(steps: int, schedule: Schedule) -> Float[np.ndarray, " n_plus_1"]:
+    """N steps of equal length in the schedule's time, from noise to the clean end."""
+    _check_steps(steps, CAPACITY)
+    return np.linspace(schedule.t_max, schedule.t_min, steps + 1)
+
+
+def karras_grid(
+    steps: int, schedule: Schedule, *, low: float = 0.002, high: float = 80.0, rho: float = 7.0
+) -> Float[np.ndarray, " n_plus_1"]:
+    """N times whose noise level sigma / alpha falls from `high` to `low`, even in its rho-th root, and the clean end.
+
+    Karras 2022 (2206.00364) eq. 5. The start is not quite pure noise: x there is sigma(t_0) times unit noise.
+    """
+    _check_steps(steps, CAPACITY)
+    levels = np.linspace(high ** (1.0 / rho), low ** (1.0 / rho), steps) ** rho
+    return np.append(np.asarray(schedule.time_at(jnp.asarray(-np.log(levels)))), schedule.t_min)
+
+
 def truncate(
     grid: Float[np.ndarray, " n_plus_1"], strength: float, *, up: bool = False
 ) -> Float[np.ndarray, " m_plus_1"]:
@@ -304,12 +322,13 @@ def time_grid(
     """The grid of a sampler on a schedule; strength below 1 is image-to-image.
 
     LCM spends all its steps below the strength, on the times it was distilled on; the others drop their first steps.
-    On a flow those times are evenly spaced down from the strength: none is wasted on an almost clean latent.
+    In continuous time those are evenly spaced down from the strength: none is wasted on an almost clean latent.
     """
+    if isinstance(schedule, DDPM):
+        return sampler.grid(steps, spacing, strength)
+    if sampler.consistency:
+        _check_strength(strength)
+        return strength * even_grid(steps, schedule)
     if isinstance(schedule, RectifiedFlow):
-        if sampler.consistency:
-            _check_steps(steps, CAPACITY)
-            _check_strength(strength)
-            return np.linspace(strength, 0.0, steps + 1)
         return truncate(flow_grid(steps, schedule, spacing), strength, up=True)
-    return sampler.grid(steps, spacing, strength)
+    return truncate(even_grid(steps, schedule), strength)

@@ -1,7 +1,8 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps.
 
-`DDPM` holds the discrete tables of Stable Diffusion 1, 2 and XL, `RectifiedFlow` the straight paths of SD3. Tables are
-made once with numpy, bit for bit as torch cumulates them, and enter a jitted function as constants.
+`DDPM` holds the discrete tables of Stable Diffusion 1, 2 and XL, `RectifiedFlow` the straight paths of SD3, `Cosine` a
+quarter of a circle. Tables are made once with numpy, bit for bit as torch cumulates them, and enter a jitted function
+as constants.
 """
 
 from __future__ import annotations
@@ -125,6 +126,38 @@ class RectifiedFlow:
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         sigma = jax.nn.sigmoid(-jnp.asarray(log_snr, jnp.float32))
         return sigma / (self.shift - (self.shift - 1.0) * sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """Variance-preserving in continuous time (Nichol & Dhariwal, 2102.09672; as in 2403.03206 sec. 2):
+
+    alpha = cos(pi t / 2), sigma = sin(pi t / 2), time t in [0, 1]. The network is given 1000 t.
+    """
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    @property
+    def gauge(self) -> float:
+        return 1.0  # x / alpha is infinite at t = 1
+
+    def alpha(self, t: Time) -> Float[Array, "*b"]:
+        return jnp.sin(0.5 * jnp.pi * (1.0 - jnp.asarray(t, jnp.float32)))  # exactly 0 at 1
+
+    def sigma(self, t: Time) -> Float[Array, "*b"]:
+        return jnp.sin(0.5 * jnp.pi * jnp.asarray(t, jnp.float32))
+
+    def network_time(self, t: Time) -> Float[Array, "*b"]:
+        return 1000.0 * jnp.asarray(t, jnp.float32)
+
+    def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
+        return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32))) / (0.5 * jnp.pi)
 
 
 def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:

@@ -22,7 +22,7 @@ Carry = PyTree[jax.Array]
 Image = Float[Array, "b h w c"]
 Time = Float[Array, "*b"] | float
 
-Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
+Kind = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 
 Apply = Callable[[Params, Image, Time, Cond], Image]
 """apply(params, x, network_time, cond) -> raw output."""

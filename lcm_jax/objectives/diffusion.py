@@ -11,8 +11,8 @@ from jaxtyping import Float
 
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, drop_captions
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, uniform_times
-from lcm_jax.parameterization import add_noise, rows, target
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.parameterization import add_noise, output, rows, target
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Array, Key, Kind, Nets, Schedule
 
 # Named one by one, so that their numbers can be set from the command line.
@@ -46,7 +46,7 @@ class Diffusion:
     caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`, so that CFG has its branch.
     """
 
-    schedule: DDPM | RectifiedFlow | Schedule
+    schedule: DDPM | RectifiedFlow | Cosine | Schedule
     kind: Kind = "epsilon"
     caption_dropout: float = 0.1
     min_snr_gamma: float | None = None
@@ -74,7 +74,7 @@ class Diffusion:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         x = add_noise(self.schedule, x0, eps, t)
-        y = nets.apply(nets.student, x, self.schedule.network_time(t), cond)
+        y = output(nets.apply, nets.student, x, t, cond, schedule=self.schedule, kind=self.kind)
         difference = y - target(self.kind, x0, eps, alpha, sigma)
         each = distance(self.loss, difference, self.huber_c)
         if self.min_snr_gamma is not None:

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.parameterization import KINDS, add_noise, bind, expand, rows, target, to_prediction
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.parameterization import KINDS, SIGMA_DATA, add_noise, bind, expand, rows, target, to_prediction
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Kind, Schedule
 
 X0 = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))
 EPS = jax.random.normal(jax.random.key(1), (3, 2, 2, 4))
-SCHEDULES = [DDPM(), RectifiedFlow(shift=3.0)]
+SCHEDULES = [DDPM(), RectifiedFlow(shift=3.0), Cosine()]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -26,7 +26,7 @@ def test_there_and_back(schedule: Schedule, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("schedule", [DDPM(rescale_betas_zero_snr=True), RectifiedFlow()])
-@pytest.mark.parametrize("kind", ["sample", "v_prediction", "flow"])
+@pytest.mark.parametrize("kind", ["sample", "v_prediction", "flow", "edm"])
 def test_pure_noise_is_regular(schedule: Schedule, kind: Kind) -> None:
     alpha, sigma = schedule.alpha(schedule.t_max), schedule.sigma(schedule.t_max)
     x0, eps = to_prediction(kind, target(kind, X0, EPS, alpha, sigma), EPS, alpha, sigma)
@@ -54,6 +54,35 @@ def test_bind_passes_network_time_and_cond() -> None:
     assert seen["cond"]["context"] is EPS
     assert prediction.x0.dtype == jnp.float32
     np.testing.assert_allclose(0.75 * prediction.x0 + 0.25 * prediction.eps, X0, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_edm_is_the_preconditioning_of_karras(schedule: Schedule) -> None:
+    """D(x; s) = c_skip x + c_out F(c_in x) of 2206.00364, table 1, with x our x_t / alpha and s = sigma / alpha."""
+    t = jnp.asarray([0.1, 0.4, 0.8]) * schedule.t_max
+    alpha, sigma = (expand(scale(t), X0) for scale in (schedule.alpha, schedule.sigma))
+    x_t, seen = add_noise(schedule, X0, EPS, t), []
+
+    def apply(params: dict, x: jax.Array, t: jax.Array, cond: dict) -> jax.Array:
+        seen.append(x)
+        return jnp.tanh(x) + 0.3
+
+    x0 = bind(apply, {}, {}, schedule, "edm")(x_t, t).x0
+    x, s = x_t / alpha, sigma / alpha
+    c_skip, c_out = 0.25 / (s**2 + 0.25), 0.5 * s / jnp.sqrt(s**2 + 0.25)
+    c_in = 1.0 / jnp.sqrt(s**2 + 0.25)
+    np.testing.assert_allclose(seen[0], c_in * x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(x0, c_skip * x + c_out * apply({}, c_in * x, t, {}), rtol=1e-4, atol=1e-5)
+
+
+def test_edm_is_minus_v_of_data_of_its_deviation() -> None:
+    """On x / S a data set of deviation k, divided by k, is preserved in variance, and F is -v of it (2202.00512)."""
+    alpha, sigma = jnp.float32(0.3), jnp.float32(0.6)
+    spread = jnp.sqrt((SIGMA_DATA * alpha) ** 2 + sigma**2)
+    unit = (SIGMA_DATA * alpha / spread, sigma / spread)
+    np.testing.assert_allclose(
+        target("edm", X0, EPS, alpha, sigma), -target("v_prediction", X0 / SIGMA_DATA, EPS, *unit), atol=1e-5
+    )
 
 
 def test_expand() -> None:

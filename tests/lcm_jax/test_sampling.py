@@ -9,7 +9,9 @@ from lcm_jax.sampling import (
     CAPACITY,
     SAMPLERS,
     Spacing,
+    even_grid,
     flow_grid,
+    karras_grid,
     lcm_grid,
     pad,
     sample,
@@ -18,7 +20,7 @@ from lcm_jax.sampling import (
     trajectory,
     truncate,
 )
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.solvers import DDIM, LCM
 from lcm_jax.typing import Prediction
 
@@ -102,6 +104,22 @@ def test_flow_grid() -> None:
     assert twice[-1] == 0.0
 
 
+def test_karras_grid() -> None:
+    """sigma_i = (80^(1/7) + i / (n - 1) (0.002^(1/7) - 80^(1/7)))^7 on any schedule, then 0."""
+    root = np.linspace(80.0 ** (1 / 7), 0.002 ** (1 / 7), 18)
+    for schedule in (RectifiedFlow(), FLOW, Cosine()):
+        grid = karras_grid(18, schedule)
+        assert grid[-1] == schedule.t_min
+        np.testing.assert_allclose(schedule.sigma(grid[:-1]) / schedule.alpha(grid[:-1]), root**7, rtol=1e-3)
+
+
+def test_continuous_schedules_have_even_grids() -> None:
+    np.testing.assert_allclose(even_grid(4, SCHEDULE), [999, 749, 499, 249, -1])
+    np.testing.assert_allclose(time_grid(SAMPLERS["ddim"], Cosine(), 4, strength=0.5), [0.5, 0.25, 0.0])
+    np.testing.assert_allclose(time_grid(SAMPLERS["lcm"], Cosine(), 4, strength=0.8), [0.8, 0.6, 0.4, 0.2, 0.0])
+    np.testing.assert_allclose(time_grid(SAMPLERS["lcm"], FLOW, 2, strength=0.8), [0.8, 0.4, 0.0])
+
+
 def test_strength_drops_the_first_steps() -> None:
     grid = time_grid(SAMPLERS["ddim"], SCHEDULE, 10)
     np.testing.assert_array_equal(truncate(grid, 0.5), grid[5:])
@@ -115,7 +133,7 @@ def test_strength_drops_the_first_steps() -> None:
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 @pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
 def test_every_sampler_descends_on_every_schedule(name: str, spacing: str | None) -> None:
-    for schedule in (SCHEDULE, FLOW):
+    for schedule in (SCHEDULE, FLOW, Cosine()):
         for steps in (1, 3, 50):
             grid = time_grid(SAMPLERS[name], schedule, steps, spacing=Spacing(timestep_spacing=spacing))
             assert len(grid) == steps + 1

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.schedules import DDPM, RectifiedFlow, from_config, log_snr
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, from_config, log_snr
 from lcm_jax.typing import Schedule
 
 LATENT = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ZERO_SNR = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True)
 TABLES = [DDPM(), LATENT, ZERO_SNR, DDPM(beta_schedule="squaredcos_cap_v2"), DDPM(num_train_timesteps=1)]
-SCHEDULES = [*TABLES[:4], RectifiedFlow(), RectifiedFlow(shift=3.0)]
+SCHEDULES = [*TABLES[:4], RectifiedFlow(), RectifiedFlow(shift=3.0), Cosine()]
 
 
-@pytest.mark.parametrize("schedule", TABLES)
-def test_ddpm_preserves_variance(schedule: DDPM) -> None:
+@pytest.mark.parametrize("schedule", [*TABLES, Cosine()])
+def test_variance_is_preserved(schedule: Schedule) -> None:
     t = jnp.linspace(schedule.t_min, schedule.t_max, 777)
     np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1.0, atol=1e-6)
 
@@ -29,7 +29,7 @@ def test_ends_and_monotony(schedule: Schedule) -> None:
     assert np.all(np.diff(schedule.sigma(t)) > -1e-7)
 
 
-@pytest.mark.parametrize("schedule", [ZERO_SNR, RectifiedFlow(), RectifiedFlow(shift=3.0)])
+@pytest.mark.parametrize("schedule", [ZERO_SNR, RectifiedFlow(), RectifiedFlow(shift=3.0), Cosine()])
 def test_zero_terminal_snr(schedule: Schedule) -> None:
     assert float(schedule.alpha(schedule.t_max)) == 0.0
     assert float(schedule.sigma(schedule.t_max)) == 1.0

@@ -11,7 +11,7 @@ import pytest
 
 from lcm_jax.parameterization import expand
 from lcm_jax.sampling import pad, sample
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, Kept
 from lcm_jax.typing import Denoiser, Prediction, Schedule, Solver
 
@@ -60,7 +60,7 @@ def runner(denoise: Denoiser, schedule: Schedule, solver: Solver) -> Callable[[n
     ("solver", "order"),
     [(DDIM(), 1), (Euler(), 1), (Heun(), 2), (DPMSolver2(), 2), (DPMpp2S(), 2), (DPMpp2M(), 2)],
 )
-@pytest.mark.parametrize("schedule", [FLOW, TABLE])
+@pytest.mark.parametrize("schedule", [FLOW, TABLE, Cosine()])
 def test_order(schedule: Schedule, solver: Solver, order: int) -> None:
     start, end = 0.8 * schedule.t_max, 0.2 * schedule.t_max
     want = flow_of_gaussian(schedule, X, start, end)
@@ -71,7 +71,7 @@ def test_order(schedule: Schedule, solver: Solver, order: int) -> None:
     assert abs(slope - order) < 0.3, (slope, errors)
 
 
-@pytest.mark.parametrize("schedule", [TABLE, ZERO_SNR, FLOW])
+@pytest.mark.parametrize("schedule", [TABLE, ZERO_SNR, FLOW, Cosine()])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_perfect_denoiser_of_a_point_lands_on_it(schedule: Schedule, solver: Solver) -> None:
     x0 = jax.random.normal(jax.random.key(2), X.shape)

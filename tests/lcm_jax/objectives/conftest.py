@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lcm_jax.parameterization import expand, target
+from lcm_jax.parameterization import SIGMA_DATA, expand, target
 from lcm_jax.schedules import DDPM
-from lcm_jax.typing import Apply, Array, Cond, Image, Kind, Nets, Params
+from lcm_jax.typing import Apply, Array, Cond, Image, Kind, Nets, Params, Schedule
 
 V = 0.7
 
@@ -26,7 +26,12 @@ V = 0.7
 class Gaussian:
     """The closed forms on one schedule; a network takes params {"m", "v", "exact"} and cond {"context": (b, 1, 1)}."""
 
-    schedule = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def time(self, network_time: Array) -> Array:
+        """The schedule's time of the number that the network is given."""
+        return network_time * self.schedule.t_max / self.schedule.network_time(self.schedule.t_max)
 
     def teacher(self, m: float = 0.3, v: float = V) -> Params:
         return {"m": jnp.float32(m), "v": jnp.float32(v), "exact": jnp.float32(0.0)}
@@ -52,7 +57,10 @@ class Gaussian:
         """The output of `kind` whose x0 is the posterior mean (teacher), or makes f the exact solution (exact = 1)."""
 
         def apply(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+            t = self.time(t)
             a, s = self.scales(t, x)
+            if kind == "edm":  # it is given x / S
+                x = x * jnp.sqrt((a * SIGMA_DATA) ** 2 + s**2)
             m, v = self.mean(params, cond), params["v"]
             posterior = m + a * v**2 / (a**2 * v**2 + s**2) * (x - a * m)
             u = 10.0 * expand(t, x)
@@ -70,7 +78,12 @@ class Gaussian:
 
 @pytest.fixture(scope="session")
 def gaussian() -> Gaussian:
-    return Gaussian()
+    return Gaussian(DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+
+
+@pytest.fixture(scope="session")
+def gaussian_on() -> type[Gaussian]:
+    return Gaussian
 
 
 @pytest.fixture(scope="session")
