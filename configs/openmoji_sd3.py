@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from lcm_jax.configs.openmoji import TOKENS
 from lcm_jax.configs.registry import register
+from lcm_jax.lora import MMDIT_TARGETS
+from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation, LogitNormal
+from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.tasks.diffusion import DiffusionTask
+from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig
 from lcm_jax.train.tasks.locked import LockedImageTask
 from lcm_jax.train.tasks.masked import MaskedTask
+from mmdit import MMDiTConfig
 from mmdit.text import CLIPTextConfig, T5Config
 
 WIDTH = 320  # of T5 and so of the context: the two CLIPs' 192 + 128
@@ -41,4 +47,69 @@ def openmoji_t5() -> TrainConfig:
         task=MaskedTask(net=net, tokens=TOKENS),
         loop=LoopConfig(steps=1500, batch_size=128, ema=0.99, save_every=250, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.01, b2=0.98),
+    )
+
+
+@register
+def openmoji_sd3() -> TrainConfig:
+    """An MMDiT of six blocks on 8x8x16 latents, each latent pixel a token: rectified flow, logit-normal times."""
+    net = MMDiTConfig(
+        sample_size=8,
+        patch_size=1,
+        num_layers=6,
+        num_attention_heads=3,
+        joint_attention_dim=WIDTH,
+        caption_projection_dim=192,
+        pooled_projection_dim=256,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+    )
+    objective = Diffusion(schedule=RectifiedFlow(), kind="flow", caption_dropout=0.1, times=LogitNormal())
+    return TrainConfig(
+        task=DiffusionTask(text="openmoji-sd3", net=net, objective=objective, preview_steps=28),
+        loop=LoopConfig(steps=4000, batch_size=64, ema=0.998, save_every=100, preview_every=500),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=200, decay="cosine", weight_decay=0.01, b2=0.99),
+    )
+
+
+# An eighth of the way, as for the UNet; see configs/openmoji.py.
+SKIP = 0.125
+
+
+def consistency(w_min: float, w_max: float) -> LatentConsistencyDistillation:
+    """An Euler step of the guided teacher along the flow."""
+    return LatentConsistencyDistillation(
+        schedule=RectifiedFlow(),
+        kind="flow",
+        grid_points=1000,
+        skip=SKIP,
+        w_min=w_min,
+        w_max=w_max,
+        loss="huber",
+        huber_c=0.05,
+    )
+
+
+@register
+def openmoji_sd3_lcm() -> TrainConfig:
+    """Latent consistency distillation of the mini SD3, with a w-embedding."""
+    return TrainConfig(
+        task=ConsistencyTask(text="openmoji-sd3", teacher="openmoji-sd3-teacher", objective=consistency(0.0, 5.0)),
+        loop=LoopConfig(steps=1800, batch_size=32, ema=0.98, save_every=100, preview_every=300),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup=100, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_sd3_lcm_lora() -> TrainConfig:
+    """LCM-LoRA of the same teacher: fixed w, adapters of the attentions only."""
+    return TrainConfig(
+        task=ConsistencyTask(
+            text="openmoji-sd3",
+            teacher="openmoji-sd3-teacher",
+            objective=consistency(3.0, 3.0),
+            lora=LoraConfig(rank=16, targets=MMDIT_TARGETS),
+        ),
+        loop=LoopConfig(steps=1000, batch_size=32, ema=0.98, save_every=100, preview_every=250),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup=50, decay="cosine", b2=0.99),
     )

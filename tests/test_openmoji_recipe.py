@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,31 @@ def test_every_config_in_a_chain(pictures: Path, tmp_path: Path, monkeypatch: py
         assert cli.main(["sample", "--model", str(model), *options, "--prompt", "red heart", "--out", str(out)]) == 0
         assert out.is_file()
         done.add(name)
+    done |= mini_sd3(vae, clip, pictures, tmp_path, shown, prompts)
     assert done == set(configs.CONFIGS), "a registered config is missing from this chain"
 
     scores = tmp_path / "scores.json"
     arguments = ["evaluate", "--model", str(teacher), "--clip", str(clip), "--data", f"folder:{pictures}"]
     assert cli.main([*arguments, "--split", "train", "--steps", "2", "--batch-size", "2", "--out", str(scores)]) == 0
     assert np.isfinite(json.loads(scores.read_text())["rows"][0]["frechet"])
+
+
+def mini_sd3(vae: Path, clip: Path, pictures: Path, runs: Path, shown: list[str], prompts: list[str]) -> set[str]:
+    """The configs of "openmoji-sd3", its text encoders put together as the bundle has them."""
+    second = train("openmoji_clip2", runs, pictures, "--task.images", str(clip), *shown)
+    third = train("openmoji_t5", runs, pictures, *shown)
+    texts = runs / "texts"
+    for export, suffix in ((clip, ""), (second, "_2"), (third, "_3")):
+        for name in (f"text_encoder{suffix}", f"tokenizer{suffix}"):
+            shutil.copytree(export / name, texts / name)
+    around = ["--task.vae", str(vae), "--task.text", str(texts), *prompts]
+    teacher = train("openmoji_sd3", runs, pictures, *around)
+    done = {"openmoji_clip2", "openmoji_t5", "openmoji_sd3"}
+    for name in ("openmoji_sd3_lcm", "openmoji_sd3_lcm_lora"):
+        export = train(name, runs, pictures, *around, "--task.teacher", str(teacher))
+        options = ["--lora", str(export)] if name.endswith("lora") else []
+        model, out = teacher if options else export, runs / f"{name}.png"
+        assert cli.main(["sample", "--model", str(model), *options, "--prompt", "red heart", "--out", str(out)]) == 0
+        assert out.is_file()
+        done.add(name)
+    return done
