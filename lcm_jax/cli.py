@@ -50,14 +50,23 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+class _Help(argparse.Action):
+    """--help of a command, unless a config was named: then its keys are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if namespace.config is None:
+            parser.print_help()
+            parser.exit()
+        namespace.help = True
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+    def command(name: str, run: Callable[..., None], text: str, **options: Any) -> argparse.ArgumentParser:
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter, **options)
         sub.set_defaults(run=run)
         return sub
 
@@ -87,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
 
     for name, text in (("train", "Train a registered config."), ("distill", "Distil a registered config.")):
-        sub = command(name, _train, text + " What follows are overrides; --config NAME --help lists them.")
+        text += " What follows are overrides; --config NAME --help lists them."
+        sub = command(name, _train, text, add_help=False)
+        sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
         sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
 
@@ -240,7 +251,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     require("train")
     import lcm_jax.configs as configs
 
-    config = override(configs.get(arguments.config), overrides, arguments.config)
+    asked = ["--help"] if arguments.help else []
+    config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
     workdir = arguments.workdir or Path("runs") / arguments.config
     config.run(workdir)
     print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")

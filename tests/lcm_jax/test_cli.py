@@ -156,3 +156,16 @@ def test_bad_data_is_refused_before_training(
     assert message in error
     assert error.count("\n") == 1
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["train", "--help"], "--workdir"), (["distill", "--config", "openmoji_lcm", "-h"], "--task.objective.skip")],
+)
+def test_help_is_of_the_command_or_of_the_config(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 0
+    assert words in capsys.readouterr().out
