@@ -2,7 +2,7 @@
 
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.objectives.contrastive import contrastive_loss
-from lcm_jax.objectives.diffusion import Diffusion
+from lcm_jax.objectives.diffusion import Diffusion, validation_loss
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, Uniform
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "Mode",
     "Uniform",
     "contrastive_loss",
+    "validation_loss",
 ]

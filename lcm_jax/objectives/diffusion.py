@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, drop_captions
-from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, uniform_times
+from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, even_times, uniform_times
 from lcm_jax.parameterization import add_noise, output, rows, target
 from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
-from lcm_jax.typing import Array, Key, Kind, Nets, Schedule
+from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Schedule
 
 # Named one by one, so that their numbers can be set from the command line.
 Density = Uniform | LogitNormal | Mode | CosMap
@@ -71,8 +71,16 @@ class Diffusion:
         x0, n = batch["x0"], batch["x0"].shape[0]
         cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
         t = uniform_times(self.schedule, time_key, n) if self.times is None else self.times(time_key, n)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        each, difference = self.at(nets, x0, eps, t, cond)
+        loss = jnp.mean(each)
+        error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
+        position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
+        return loss, {"loss": loss, "error": error, **by_quarter(each, position)}
+
+    def at(self, nets: Nets, x0: Image, eps: Image, t: Float[Array, " b"], cond: Cond) -> tuple[Array, Image]:
+        """Each example's weighted loss (b,) at its time and noise, and the network's error in its own output."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         x = add_noise(self.schedule, x0, eps, t)
         y = output(nets.apply, nets.student, x, t, cond, schedule=self.schedule, kind=self.kind)
         difference = y - target(self.kind, x0, eps, alpha, sigma)
@@ -81,7 +89,23 @@ class Diffusion:
             each = each * min_snr_weight(self.kind, alpha, sigma, self.min_snr_gamma)
         if self.weight is not None:
             each = each * self.weight.pdf(t)
-        loss = jnp.mean(each)
-        error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
-        position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
-        return loss, {"loss": loss, "error": error, **by_quarter(each, position)}
+        return each, difference
+
+
+def validation_loss(
+    objective: Diffusion, nets: Nets, batch: dict[str, Any], key: Key, *, levels: int = 8
+) -> tuple[Float[Array, ""], Float[Array, " levels"]]:
+    """The loss at `levels` evenly spaced times, from clean to noise, and its mean (SD3, 2403.03206, section 5).
+
+    Target and weight are the objective's; its density of times and its dropout are not, so runs that differ in these
+    compare. A function of the key: nothing but the network changes it from one evaluation to the next.
+    """
+    x0, times = batch["x0"], even_times(objective.schedule, levels)
+
+    def at_level(inputs: tuple[Array, Key]) -> Array:
+        t, key = inputs
+        eps = jax.random.normal(key, x0.shape, x0.dtype)
+        return jnp.mean(objective.at(nets, x0, eps, jnp.full(x0.shape[:1], t), batch["cond"])[0])
+
+    each = jax.lax.map(at_level, (times, jax.random.split(key, levels)))
+    return jnp.mean(each), each

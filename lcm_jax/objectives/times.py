@@ -122,6 +122,12 @@ class CosMap(TimeDensity):
         return 2.0 / (pi * (1.0 - 2.0 * t + 2.0 * t**2))
 
 
+def even_times(schedule: Schedule, n: int) -> Float[Array, " n"]:
+    """The middles of n equal parts of the schedule's time; of a DDPM table rounded to timesteps."""
+    t = schedule.t_min + (schedule.t_max - schedule.t_min) * (jnp.arange(n) + 0.5) / n
+    return jnp.round(t) if isinstance(schedule, DDPM) else t
+
+
 def uniform_times(schedule: Schedule, key: Key, n: int) -> Float[Array, " n"]:
     """Times drawn uniformly: from the integer timesteps 0 ... T-1 of a DDPM table, else from [t_min, t_max]."""
     if isinstance(schedule, DDPM):

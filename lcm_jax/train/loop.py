@@ -49,7 +49,8 @@ class LoopConfig:
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1  # micro-batches to a step
-    ema: float = 0.999
+    ema: float = 0.999  # decay of the moving average
+    ema_every: int = 1  # steps from one update of it to the next
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
@@ -57,7 +58,8 @@ class LoopConfig:
     keep: int = 2  # checkpoints on disk
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "preview_every", "keep"):
+        counts = ("steps", "batch_size", "accumulate", "ema_every", "log_every", "save_every", "preview_every", "keep")
+        for name in counts:
             if getattr(self, name) <= 0:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
         if self.batch_size % self.accumulate:
@@ -96,7 +98,9 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     tx = make_optimizer(optimizer, loop.steps)
     rate = learning_rate(optimizer, loop.steps)
     whole, split = shardings(loop.batch_size)
-    step_fn = make_train_step(task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate)
+    step_fn = make_train_step(
+        task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate, ema_every=loop.ema_every
+    )
     batches = task.batches(loop.batch_size, loop.seed)
     create = jax.jit(lambda key: TrainState.create(task.init(key), tx), out_shardings=whole)
     state = create(jax.random.key(loop.seed))

@@ -31,18 +31,26 @@ class TrainState(NamedTuple):
         return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def ema_decay(step: Array, decay: float) -> Array:
-    """Decay of the moving average at `step`: min(decay, (1 + step) / (10 + step)), so that the start is forgotten."""
-    return jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+def ema_decay(update: Array, decay: float) -> Array:
+    """Decay of the moving average's n-th update: min(decay, (1 + n) / (10 + n)), so that the start is forgotten."""
+    return jnp.minimum(decay, (1.0 + update) / (10.0 + update))
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, *, decay: float, seed: int, accumulate: int = 1
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    decay: float,
+    seed: int,
+    accumulate: int = 1,
+    ema_every: int = 1,
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Compiled `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
 
     With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update
     as the whole batch at once (for losses that are means over examples), at 1/m of the activation memory.
+
+    The moving average is updated after every `ema_every`-th step: SD3 (2403.03206) has a decay of 0.99 every 100.
     """
 
     def gradients(state: TrainState, frozen: Params, batch: Any, key: Key) -> tuple[Params, Metrics]:
@@ -66,7 +74,8 @@ def make_train_step(
         grads, metrics = gradients(state, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        rate = 1.0 - ema_decay(state.step, decay)
+        due = (state.step + 1) % ema_every == 0
+        rate = jnp.where(due, 1.0 - ema_decay(state.step // ema_every, decay), 0.0)
         ema = jax.tree.map(lambda e, p: (e + rate * (p - e)).astype(e.dtype), state.ema, params)
         return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 

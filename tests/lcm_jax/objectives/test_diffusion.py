@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight
+from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight, validation_loss
+from lcm_jax.objectives.times import CosMap, LogitNormal
 from lcm_jax.parameterization import KINDS
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Nets
@@ -54,6 +55,25 @@ def test_min_snr_weights_of_the_paper() -> None:
     zero_snr = weights(jnp.zeros_like(a), jnp.ones_like(s))
     np.testing.assert_array_equal(zero_snr["epsilon"], 1.0)
     assert all(jnp.isfinite(w).all() for w in zero_snr.values())
+
+
+def test_validation_loss_is_that_of_even_times(gaussian_on, make_batch) -> None:
+    """Of the posterior mean it is v^2 / S^2 for a flow, at t = 1/16, 3/16, ..., 15/16, whatever the training draws."""
+    schedule, batch = RectifiedFlow(), make_batch(4000)
+    gaussian = gaussian_on(schedule)
+    nets = gaussian.nets("flow", student=gaussian.teacher())
+    t = (np.arange(8) + 0.5) / 8
+    want = 0.49 / ((1 - t) ** 2 * 0.49 + t**2)
+    plain = Diffusion(schedule=schedule, kind="flow", caption_dropout=1.0, times=LogitNormal(mean=1.0, std=0.3))
+    run = jit(partial(validation_loss, plain, nets))
+    mean, each = run(batch, jax.random.key(0))
+    np.testing.assert_allclose(each, want, rtol=0.03)
+    np.testing.assert_allclose(mean, each.mean(), rtol=1e-6)
+    np.testing.assert_array_equal(run(batch, jax.random.key(0))[1], each)
+    assert (run(batch, jax.random.key(1))[1] != each).all()
+    weighted = dataclasses.replace(plain, weight=CosMap())
+    _, each = jit(partial(validation_loss, weighted, nets))(batch, jax.random.key(0))
+    np.testing.assert_allclose(each, want * CosMap().pdf(jnp.asarray(t)), rtol=0.03)
 
 
 def test_flow_target_and_network_time(recorder, make_batch) -> None:

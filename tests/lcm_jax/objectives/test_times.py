@@ -8,7 +8,7 @@ from scipy.special import logit
 from scipy.stats import kstest, norm
 
 from lcm_jax.objectives import CosMap, Diffusion, LogitNormal, Mode, Uniform
-from lcm_jax.objectives.times import TimeDensity, uniform_times
+from lcm_jax.objectives.times import TimeDensity, even_times, uniform_times
 from lcm_jax.overrides import flatten, override
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Nets
@@ -112,6 +112,11 @@ def test_densities_are_config_values() -> None:
     assert override(Diffusion(schedule=RectifiedFlow(), times=Mode()), ["--times.scale", "1"], "x").times == Mode(
         scale=1
     )
+
+
+def test_even_times() -> None:
+    np.testing.assert_allclose(even_times(RectifiedFlow(shift=3.0), 4), [0.125, 0.375, 0.625, 0.875])
+    np.testing.assert_array_equal(even_times(DDPM(), 4), [124, 374, 624, 874])
 
 
 def test_uniform_times() -> None:

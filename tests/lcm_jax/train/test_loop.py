@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,35 @@ def test_the_average_forgets_its_start() -> None:
     assert float(ema_decay(jnp.int32(10**6), 0.999)) == pytest.approx(0.999)
 
 
+def test_the_average_of_every_third_step() -> None:
+    """It stands still in between, and counts its own updates."""
+
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        return jnp.sum(params * batch), {"loss": jnp.sum(params)}
+
+    tx = optax.sgd(1.0)
+    step = make_train_step(loss, tx, decay=0.3, seed=0, ema_every=3)
+    state, ema, want = TrainState.create(jnp.float32(0.0), tx), [], 0.0
+    for i in range(9):
+        state, _ = step(state, {}, jnp.float32(-1.0))  # the parameter is i + 1
+        if i % 3 == 2:
+            decay = min(0.3, (1 + i // 3) / (10 + i // 3))
+            want = decay * want + (1 - decay) * (i + 1)
+        ema.append(want)
+        assert float(state.ema) == pytest.approx(want, rel=1e-6)
+    assert len(set(ema)) == 4
+
+
+def test_a_run_killed_between_two_updates_of_the_average_resumes_exactly(tmp_path: Path) -> None:
+    loop = replace(LOOP, ema_every=7)
+    whole = fit(line_task(), loop, OPTIMIZER, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(line_task(stop_at=17), loop, OPTIMIZER, tmp_path / "killed")
+    resumed = fit(line_task(), loop, OPTIMIZER, tmp_path / "killed")
+    np.testing.assert_array_equal(whole.ema["a"], resumed.ema["a"])
+    assert float(whole.ema["a"]) != float(whole.params["a"])
+
+
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     rate = learning_rate(OptimizerConfig(learning_rate=1.0, warmup=10, decay="cosine"), 100)
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.5, 1, 0], atol=1e-6)
@@ -102,7 +132,11 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "loop.steps is 0"), ({"batch_size": 8, "accumulate": 3}, "does not divide")],
+    [
+        ({"steps": 0}, "loop.steps is 0"),
+        ({"ema_every": 0}, "loop.ema_every is 0"),
+        ({"batch_size": 8, "accumulate": 3}, "does not divide"),
+    ],
 )
 def test_bad_loops_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
