@@ -3,6 +3,7 @@
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.objectives.diffusion import Diffusion, validation_loss
+from lcm_jax.objectives.terms import TextEncoders
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, Uniform
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LatentConsistencyFinetuning",
     "LogitNormal",
     "Mode",
+    "TextEncoders",
     "Uniform",
     "contrastive_loss",
     "validation_loss",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, drop_captions
+from lcm_jax.objectives.terms import Distance, TextEncoders, by_quarter, check, distance, drop_captions, drop_encoders
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, even_times, uniform_times
 from lcm_jax.parameterization import add_noise, output, rows, target
 from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
@@ -44,6 +44,8 @@ class Diffusion:
         times=pi, where SD3 (2403.03206) sec. 3.1 makes one the other; what differs is the variance.
     min_snr_gamma: None weighs every time by 1; Hang et al. use 5.
     caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`, so that CFG has its branch.
+    encoders: where each text encoder's part of the conditioning is, to zero it at the rate encoder_dropout (SD3, which
+        has no caption dropout: all three are gone often enough); None: encoders are not dropped.
     """
 
     schedule: DDPM | RectifiedFlow | Cosine | Schedule
@@ -54,6 +56,8 @@ class Diffusion:
     huber_c: float = 1e-3
     times: Density | Times | None = None
     weight: Density | None = None
+    encoders: TextEncoders | None = None
+    encoder_dropout: float = 0.464
 
     def __post_init__(self) -> None:
         check("kind", self.kind, Kind)
@@ -70,6 +74,8 @@ class Diffusion:
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         x0, n = batch["x0"], batch["x0"].shape[0]
         cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
+        if self.encoders is not None:
+            cond = drop_encoders(jax.random.fold_in(drop_key, 1), cond, self.encoders, self.encoder_dropout)
         t = uniform_times(self.schedule, time_key, n) if self.times is None else self.times(time_key, n)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         each, difference = self.at(nets, x0, eps, t, cond)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight, validation_loss
+from lcm_jax.objectives.terms import TextEncoders
 from lcm_jax.objectives.times import CosMap, LogitNormal
 from lcm_jax.parameterization import KINDS
 from lcm_jax.schedules import DDPM, RectifiedFlow
@@ -92,6 +93,33 @@ def test_flow_target_and_network_time(recorder, make_batch) -> None:
     assert set(metrics) == {"loss", "error", "loss_t1", "loss_t2", "loss_t3", "loss_t4"}
     assert all(v.shape == () and v.dtype == jnp.float32 for v in metrics.values())
     np.testing.assert_allclose(metrics["loss_t1"], 4 * loss, rtol=1e-6)
+
+
+def test_encoders_are_dropped_only_where_the_objective_says_so(recorder) -> None:
+    """In training, as `drop_encoders` does it; the validation loss sees the whole conditioning."""
+    cond = {"context": jnp.ones((64, 3, 4)), "pooled": jnp.ones((64, 2))}
+    batch = {"x0": jnp.ones((64, 1, 1, 1)), "cond": cond}
+    encoders = TextEncoders(clip_tokens=1, clip_widths=(2, 2), pooled_widths=(1, 1))
+    plain = Diffusion(schedule=RectifiedFlow(), kind="flow", caption_dropout=0.0)
+    for objective, share in (
+        (plain, 1.0),
+        (dataclasses.replace(plain, encoders=encoders), 0.536),
+        (dataclasses.replace(plain, encoders=encoders, encoder_dropout=1.0), 0.0),
+    ):
+        record = recorder(lambda net, x, t, cond: x)
+        nets = Nets(apply=record, student={"name": "student", "net": None})
+        objective(nets, batch, jax.random.key(0))
+        ((_, _, seen),) = record.calls["student"]
+        assert float(seen["context"].mean()) == pytest.approx(share, abs=0.1)
+
+    def apply(net, x, t, cond):
+        return x * cond["pooled"].mean()
+
+    losses = [
+        validation_loss(dataclasses.replace(plain, encoders=e), Nets(apply, {}), batch, jax.random.key(0))[0]
+        for e in (None, encoders)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_options_are_checked_and_static() -> None:

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.objectives.terms import by_quarter, distance, drop_captions, without_caption
+from lcm_jax.objectives.terms import (
+    TextEncoders,
+    by_quarter,
+    distance,
+    drop_captions,
+    drop_encoders,
+    without_caption,
+)
 
 
 def test_distances_are_means_over_elements() -> None:
@@ -31,6 +40,45 @@ def test_captions_drop_whole_examples_at_the_rate() -> None:
     np.testing.assert_array_equal(dropped["pooled"], np.broadcast_to(kept[:, None], (n, 5)))
     np.testing.assert_array_equal(dropped["time_ids"], cond["time_ids"])  # not of the caption: null lacks it
     assert abs(1 - kept.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / n)
+
+
+# two CLIPs of 3 and 4 channels on 2 tokens, a T5 on 5 more, 9 channels wide
+ENCODERS = TextEncoders(clip_tokens=2, clip_widths=(3, 4), pooled_widths=(2, 5))
+
+
+def sd3_condition(n: int) -> dict[str, jax.Array]:
+    return {"context": jnp.ones((n, 7, 9)), "pooled": jnp.ones((n, 7)), "other": jnp.ones((n, 1))}
+
+
+def test_encoders_drop_on_their_own_at_the_rate() -> None:
+    n, rate = 40_000, 0.464
+    cond = drop_encoders(jax.random.key(0), sd3_condition(n), ENCODERS, rate)
+    context, pooled = np.asarray(cond["context"]), np.asarray(cond["pooled"])
+    parts = [
+        np.concatenate([context[:, :2, :3].reshape(n, -1), pooled[:, :2]], axis=1),
+        np.concatenate([context[:, :2, 3:7].reshape(n, -1), pooled[:, 2:]], axis=1),
+        context[:, 2:].reshape(n, -1),
+    ]
+    kept = np.stack([part[:, 0] for part in parts], axis=1)
+    for i, part in enumerate(parts):
+        np.testing.assert_array_equal(part, np.broadcast_to(kept[:, i : i + 1], part.shape))
+    # every one of the eight subsets as often as three independent coins give it
+    for subset in itertools.product((0, 1), repeat=3):
+        want = np.prod([rate if gone else 1 - rate for gone in subset])
+        share = np.mean((kept == 1 - np.asarray(subset)).all(axis=1))
+        assert abs(share - want) < 4 * np.sqrt(want * (1 - want) / n)
+    assert rate**3 == pytest.approx(0.1, abs=1e-3)
+    np.testing.assert_array_equal(cond["other"], 1.0)
+
+
+def test_encoders_of_another_layout_are_refused() -> None:
+    cond = sd3_condition(2)
+    with pytest.raises(ValueError, match="does not fit a context of 7 tokens and 9 channels with 7 pooled channels"):
+        drop_encoders(jax.random.key(0), cond, TextEncoders(), 0.5)
+    with pytest.raises(ValueError, match=r"needs the leaves context and pooled, the conditioning has \['context'\]"):
+        drop_encoders(jax.random.key(0), {"context": cond["context"]}, ENCODERS, 0.5)
+    with pytest.raises(ValueError, match="must name the same CLIPs"):
+        TextEncoders(clip_widths=(3,), pooled_widths=(2, 5))
 
 
 def test_null_of_another_make_is_refused() -> None:
