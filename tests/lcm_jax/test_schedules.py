@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, from_config, log_snr
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, at_resolution, from_config, log_snr
 from lcm_jax.typing import Schedule
 
 LATENT = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -71,6 +71,24 @@ def test_shift_and_network_time() -> None:
     assert float(flow.sigma(0.5)) == pytest.approx(0.75)
     assert float(flow.network_time(0.5)) == pytest.approx(750.0)
     assert float(LATENT.network_time(19)) == 19.0
+
+
+def test_at_resolution() -> None:
+    flow, t = RectifiedFlow(), jnp.linspace(0.05, 0.95, 10)
+    assert at_resolution(flow, 1024**2, 256**2) == RectifiedFlow(shift=4.0)
+    assert at_resolution(flow, 1024**2, 1024**2 / 9) == RectifiedFlow(shift=3.0)  # what the paper's study preferred
+    # eq. 23; the log of alpha^2 / sigma^2 falls by log(m / n), and ours, of alpha / sigma, by half of it
+    large, ratio = at_resolution(flow, 768 * 512, 256**2), np.sqrt(6.0)
+    np.testing.assert_allclose(large.sigma(t), ratio * t / (1 + (ratio - 1) * t), rtol=1e-6)
+    np.testing.assert_allclose(log_snr(large, t), log_snr(flow, t) - 0.5 * np.log(6.0), atol=1e-5)
+    # a constant picture of m pixels is known to within sigma / (alpha sqrt(m)), the same for both
+    for schedule, pixels in ((flow, 256**2), (large, 768 * 512)):
+        known = schedule.sigma(t) / schedule.alpha(t) / np.sqrt(pixels)
+        np.testing.assert_allclose(known, t / (1 - t) / 256, rtol=1e-5)
+    there = at_resolution(RectifiedFlow(shift=3.0), 512**2, 1024**2)
+    assert at_resolution(there, 1024**2, 512**2) == RectifiedFlow(shift=3.0)
+    with pytest.raises(ValueError, match="pixels=0 and base=65536 must be positive"):
+        at_resolution(flow, 0, 65536)
 
 
 def test_from_config() -> None:

@@ -12,7 +12,7 @@ from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight, validation_l
 from lcm_jax.objectives.terms import TextEncoders
 from lcm_jax.objectives.times import CosMap, LogitNormal
 from lcm_jax.parameterization import KINDS
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.schedules import DDPM, RectifiedFlow, at_resolution
 from lcm_jax.typing import Nets
 
 # most of the time here is compilation
@@ -75,6 +75,20 @@ def test_validation_loss_is_that_of_even_times(gaussian_on, make_batch) -> None:
     weighted = dataclasses.replace(plain, weight=CosMap())
     _, each = jit(partial(validation_loss, weighted, nets))(batch, jax.random.key(0))
     np.testing.assert_allclose(each, want * CosMap().pdf(jnp.asarray(t)), rtol=0.03)
+
+
+def test_a_shifted_flow_trains_at_the_shifted_noise(recorder, make_batch) -> None:
+    """The density is that of the unshifted time; x, the target and the network's time are the shifted ones."""
+    schedule = at_resolution(RectifiedFlow(), 1024**2, 1024**2 / 9)
+    t, shifted = 0.4, 3 * 0.4 / (1 + 2 * 0.4)
+    objective = Diffusion(schedule=schedule, kind="flow", caption_dropout=0.0, times=lambda key, n: jnp.full((n,), t))
+    record, batch = recorder(lambda net, x, t, cond: x), make_batch(8)
+    loss, _ = objective(Nets(apply=record, student={"name": "student", "net": None}), batch, jax.random.key(0))
+    ((x, time, _),) = record.calls["student"]
+    np.testing.assert_allclose(time, 1000 * shifted, rtol=1e-6)
+    eps = (x - (1 - shifted) * batch["x0"]) / shifted
+    np.testing.assert_allclose(loss, jnp.mean((x - (eps - batch["x0"])) ** 2), rtol=1e-5)
+    assert abs(float(eps.std()) - 1) < 0.2
 
 
 def test_flow_target_and_network_time(recorder, make_batch) -> None:
