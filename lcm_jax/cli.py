@@ -18,7 +18,7 @@ from PIL import UnidentifiedImageError
 
 from lcm_jax import demo
 from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
-from lcm_jax.evaluate import ClipMetric, evaluate, reconstruction
+from lcm_jax.evaluate import ClipMetric, evaluate, reconstruct, reconstruction
 from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
@@ -227,7 +227,7 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     )  # fmt: skip
     title = f"{arguments.model} {options['sampler']}"
     named = [{"method": f"{title} {row['steps']}", **row} for row in rows]
-    vae = reconstruction(pipe, images)
+    vae = reconstruction(images, reconstruct(pipe.component("vae"), images))
     print(demo.table(named))
     print(f"VAE reconstruction: PSNR {vae['psnr']:.2f} dB, SSIM {vae['ssim']:.3f} on {len(images)} pictures")
     if arguments.out is not None:

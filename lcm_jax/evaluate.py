@@ -15,14 +15,22 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from lcm_jax.generate import to_uint8
-from lcm_jax.metrics import FeatureExtractor, NetworkFeatures, psnr, report, ssim
+from lcm_jax.generate import to_float, to_uint8
+from lcm_jax.metrics import (
+    FeatureExtractor,
+    Moments,
+    NetworkFeatures,
+    clip_score,
+    frechet_distance,
+    psnr,
+    report,
+    ssim,
+)
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
 from mmdit.text import Tokenizer, normalize_images
-from vae16 import unscale
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 
@@ -118,21 +126,32 @@ def evaluate(
     return rows
 
 
-def reconstruction(pipe: Pipeline, images: Pictures, *, batch_size: int = 32) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of pictures through the autoencoder: latent mean, decoded, as uint8."""
-    vae: Any = pipe.generator.vae
+def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32) -> Pictures:
+    """Pictures through an autoencoder: the latent's mean, decoded."""
 
     @jax.jit
-    def decode(params: Params, z: Array) -> Array:
-        return to_uint8(vae.apply({"params": params}, unscale(z, vae.config), method="decode"))
+    def run(params: Params, batch: Array) -> Array:
+        mean, _ = vae.module.apply({"params": params}, to_float(batch), method="encode")
+        return to_uint8(vae.module.apply({"params": params}, mean, method="decode"))
 
     made = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        made.append(np.asarray(decode(pipe.params["vae"], pipe.encode_image(padded)))[: len(batch)])
-    again = np.concatenate(made)
-    return {
-        "psnr": float(np.mean(psnr(jnp.asarray(images), jnp.asarray(again), data_range=255.0))),
-        "ssim": float(np.mean(ssim(jnp.asarray(images), jnp.asarray(again), data_range=255.0))),
-    }
+        made.append(np.asarray(run(vae.params, padded))[: len(batch)])
+    return np.concatenate(made)
+
+
+def reconstruction(images: Pictures, again: Pictures, clip: ClipMetric | None = None) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of reconstructed pictures. With a CLIP also `frechet`, on its image tower's features, and
+    `clip_distance`, the mean of 1 - cos between the embeddings of a picture and of its reconstruction.
+    """
+    pair = jnp.asarray(images), jnp.asarray(again)
+    scores = {name: float(np.mean(f(*pair, data_range=255.0))) for name, f in (("psnr", psnr), ("ssim", ssim))}
+    if clip is not None:
+        real, fake = clip.images(images), clip.images(again)
+        scores |= {
+            "frechet": frechet_distance(Moments.of(real[:, : clip.width]), Moments.of(fake[:, : clip.width])),
+            "clip_distance": 1.0 - clip_score(real[:, clip.width :], fake[:, clip.width :], weight=1.0),
+        }
+    return scores

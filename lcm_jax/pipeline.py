@@ -67,6 +67,10 @@ class Pipeline:
     def _net_params(self) -> Params:
         return self.params[self.folder.denoiser]
 
+    def component(self, name: str) -> Component:
+        """A network with its present parameters."""
+        return Component(self.folder.components[name].module, self.params[name])
+
     @property
     def default_sampler(self) -> str:
         """What the folder's scheduler config asks for, or what comes closest."""
@@ -181,7 +185,7 @@ class Pipeline:
 
         variant: such as "fp16", put into the files' names, as hubs that keep several precisions side by side do.
         """
-        parts = {name: Component(part.module, self.params[name]) for name, part in self.folder.components.items()}
+        parts = {name: self.component(name) for name in self.folder.components}
         kind = None if dtype is None else _dtype(dtype)
         save_folder(Path(path), replace(self.folder, components=parts), dtype=kind, variant=variant)
 

@@ -5,6 +5,7 @@ from lcm_jax.metrics.features import FeatureExtractor, NetworkFeatures
 from lcm_jax.metrics.frechet import Moments, frechet_distance, gaussian_distance
 from lcm_jax.metrics.inception import InceptionV3, inception_features, load_inception
 from lcm_jax.metrics.precision_recall import PrecisionRecall, precision_recall
+from lcm_jax.metrics.ranking import pareto_ranks, ranks, spearman
 from lcm_jax.metrics.reconstruction import psnr, ssim
 from lcm_jax.metrics.report import report
 from vae16.perceptual import LPIPS
@@ -22,8 +23,11 @@ __all__ = [
     "gaussian_distance",
     "inception_features",
     "load_inception",
+    "pareto_ranks",
     "precision_recall",
     "psnr",
+    "ranks",
     "report",
+    "spearman",
     "ssim",
 ]

@@ -26,21 +26,26 @@ class TrainConfig:
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = LoopConfig()
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
 
-    def run(self, workdir: Path) -> TrainState:
-        """Train, or go on training, in `workdir`; the result is in `workdir`/export.
+    def check(self, workdir: Path) -> None:
+        """Raise ValueError if `workdir` holds a run of another config, naming the first key that differs."""
+        record, mine = workdir / "config.json", self._record
+        theirs = read_json(record) if record.is_file() else mine
+        for key in sorted(mine.keys() | theirs.keys()):
+            if mine.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"{workdir} holds a run with {key} = {theirs.get(key)}, not {mine.get(key)}: "
+                    "give the same value, or another --workdir"
+                )
 
-        Raises ValueError if `workdir` holds a run of another config, naming the first key that differs.
+    @property
+    def _record(self) -> dict[str, str]:
+        return {key: repr(value) for key, value in flatten(self) if key not in WATCHING}
+
+    def run(self, workdir: Path) -> TrainState:
+        """Train, or go on training, in `workdir`; the result is in `workdir`/export, the numbers of its previews in
+        previews.json. ValueError as `check` says.
         """
-        record = workdir / "config.json"
-        mine = {key: repr(value) for key, value in flatten(self) if key not in WATCHING}
-        if record.is_file():
-            theirs = read_json(record)
-            for key in sorted(mine.keys() | theirs.keys()):
-                if mine.get(key) != theirs.get(key):
-                    raise ValueError(
-                        f"{workdir} holds a run with {key} = {theirs.get(key)}, not {mine.get(key)}: "
-                        "give the same value, or another --workdir"
-                    )
+        self.check(workdir)
         task = self.task.build()
-        write_json(record, mine)
+        write_json(workdir / "config.json", self._record)
         return fit(task, self.loop, self.optimizer, workdir)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.step import Loss, Metrics, TrainState, make_train_step
 from lcm_jax.typing import Key, Params
+from lcm_jax.weights.files import read_json, write_json
 
 
 class Batches(Protocol):
@@ -117,7 +118,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
         def advance(state: TrainState) -> tuple[TrainState, Metrics]:
             return step_fn(state, frozen, jax.device_put(next(batches), split))
 
-        state = _run(task, loop, rate, advance, state, batches, manager, log, name=workdir.name)
+        state = _run(task, loop, rate, advance, state, batches, manager, log, workdir / "previews.json")
     manager.wait_until_finished()
     manager.close()
     task.export(state.ema, workdir / "export")
@@ -142,10 +143,10 @@ def _run(
     batches: Batches,
     manager: ocp.CheckpointManager,
     log: SummaryWriter,
-    name: str,
+    previews: Path,
 ) -> TrainState:
     start = int(state.step)
-    bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=name)
+    bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=previews.parent.name)
     timer = Timer(start)
 
     def write(step: int, metrics: Metrics) -> None:
@@ -166,20 +167,28 @@ def _run(
         pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
         bar.update()
         last = step == loop.steps
-        if last or step % loop.save_every == 0:
-            _save(manager, state, batches)
         if last or step % loop.preview_every == 0:
             if pending is not None:  # before the preview, which is not to count as training time
                 write(*pending)
                 pending = None
-            for title, value in task.preview(state.ema, task.frozen).items():
+            seen = task.preview(state.ema, task.frozen)
+            for title, value in seen.items():
                 if isinstance(value, np.ndarray):
                     log.add_image(title, value, step, dataformats="HWC")
                 else:
                     log.add_scalar(title, value, step)
+            _record(previews, step, {k: float(v) for k, v in seen.items() if not isinstance(v, np.ndarray)})
             timer.restart(step)
+        if last or step % loop.save_every == 0:  # after the preview, which a run killed in between sees again
+            _save(manager, state, batches)
     bar.close()
     return state
+
+
+def _record(path: Path, step: int, numbers: dict[str, float]) -> None:
+    """Add the numbers of a preview to a JSON file: step -> title -> number. What a killed run had seen later goes."""
+    earlier = read_json(path) if path.is_file() else {}
+    write_json(path, {k: v for k, v in earlier.items() if int(k) < step} | {str(step): numbers})
 
 
 class Timer:

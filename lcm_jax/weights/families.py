@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
 from lcm_jax.typing import Params
 from lcm_jax.weights.engine import Rules
-from mmdit import RULES_MMDIT, MMDiT, MMDiTConfig
+from mmdit import (
+    RULES_MMDIT,
+    CrossDiT,
+    CrossDiTConfig,
+    DiT,
+    DiTConfig,
+    MMDiT,
+    MMDiTConfig,
+    UViT,
+    UViTConfig,
+)
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.rules import ALIASES_T5, OPTIONAL_CLIP, OPTIONAL_T5, RULES_CLIP_TEXT, RULES_CLIP_VISION, RULES_T5
 from mmdit.text import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, T5Config, T5Encoder
@@ -67,6 +77,18 @@ def _text(projection: bool) -> Family:
     )
 
 
+def _transformer(net: Any, config: Any, library: str) -> Family:
+    return Family(
+        config=config,
+        build=net,
+        fits=lambda module: isinstance(module, net),
+        example=mmdit_inputs,
+        rules=RULES_MMDIT,
+        stem="diffusion_pytorch_model",
+        library=library,
+    )
+
+
 FAMILIES: Mapping[str, Family] = {
     "AutoencoderKL": Family(
         config=AutoencoderConfig,
@@ -95,15 +117,10 @@ FAMILIES: Mapping[str, Family] = {
         stem="diffusion_pytorch_model",
         library="diffusers",
     ),
-    "SD3Transformer2DModel": Family(
-        config=MMDiTConfig,
-        build=MMDiT,
-        fits=lambda module: isinstance(module, MMDiT),
-        example=mmdit_inputs,
-        rules=RULES_MMDIT,
-        stem="diffusion_pytorch_model",
-        library="diffusers",
-    ),
+    "SD3Transformer2DModel": _transformer(MMDiT, MMDiTConfig, "diffusers"),
+    "DiT": _transformer(DiT, DiTConfig, "mmdit"),  # these three have no class in PyTorch
+    "CrossDiT": _transformer(CrossDiT, CrossDiTConfig, "mmdit"),
+    "UViT": _transformer(UViT, UViTConfig, "mmdit"),
     "CLIPTextModel": _text(projection=False),
     "CLIPTextModelWithProjection": _text(projection=True),
     "T5EncoderModel": Family(
@@ -133,14 +150,18 @@ TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_
 
 
 # The networks that a training may be about, by the name of their part in a diffusers folder.
-DENOISERS: Mapping[str, str] = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel"}
+DENOISERS: Mapping[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "transformer": ("SD3Transformer2DModel", "DiT", "CrossDiT", "UViT"),
+}
 
 
 def denoiser_of(config: Any) -> tuple[str, Family]:
     """The part's name and the family of a denoiser's config."""
-    for name, kind in DENOISERS.items():
-        if isinstance(config, FAMILIES[kind].config):
-            return name, FAMILIES[kind]
+    for name, kinds in DENOISERS.items():
+        for kind in kinds:
+            if type(config) is FAMILIES[kind].config:
+                return name, FAMILIES[kind]
     raise ValueError(f"{type(config).__name__} is no config of a denoiser; give that of a UNet or an MMDiT")
 
 

@@ -1,0 +1,217 @@
+"""What the studies share: a grid of cells (variant x seed), each trained, measured once and kept; a table and a plot.
+
+A cell lies in OUT/VARIANT/seed-N: a work folder of `TrainConfig.run`, which goes on from its checkpoint, and
+scores.json, written when the cell has been measured; with it the cell is skipped, its checkpoints are gone. After each
+cell OUT/table.md, table.json and plot.png are written anew, of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from lcm_jax.cli import use_compilation_cache
+from lcm_jax.metrics import ranks, spearman
+from lcm_jax.overrides import override
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.weights.files import read_json, write_json
+
+SCALES = ("tiny", "gpu", "paper")
+Scores = Mapping[str, float]
+Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]  # variant -> seed -> what scores.json holds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A score in the table, and what the paper has for it."""
+
+    key: str
+    title: str
+    best: str = "lowest"  # or "highest"
+    paper: Mapping[str, float] | None = None  # variant -> the paper's number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is compared, how it is measured and what the paper found."""
+
+    name: str
+    about: str
+    variants: Mapping[str, Callable[[str], TrainConfig]]  # name -> (scale -> config); the seed is set here
+    measure: Callable[[TrainConfig, Path], Scores]  # (config, work folder of the trained cell) -> scores
+    columns: Sequence[Column]
+    plot: Callable[[Study, Cells], None]  # onto matplotlib's current figure
+    # Scores that compare the variants of one seed: variant -> scores, in and out
+    compare: Callable[[Mapping[str, Scores]], Mapping[str, Scores]] | None = None
+
+
+def main(study: Study, argv: Sequence[str] | None = None) -> int:
+    """Run what is left of the study; bad input is one line on standard error and exit code 2."""
+    use_compilation_cache()
+    parser = argparse.ArgumentParser(description=study.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="tiny", help="size of the networks, steps and batches")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every variant for each")
+    parser.add_argument("--variants", nargs="+", default=list(study.variants), help="all of them, or some")
+    parser.add_argument("--out", type=Path, help=f"folder to write to; runs/sd3/{study.name}-SCALE by default")
+    parser.epilog = "What follows are overrides of every cell's config, as of lcm-jax train: --steps 100 ..."
+    arguments, overrides = parser.parse_known_args(argv)
+    out = arguments.out or Path("runs") / "sd3" / f"{study.name}-{arguments.scale}"
+    try:
+        run(study, arguments.scale, arguments.seeds, arguments.variants, out, overrides)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{study.name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print((out / "table.md").read_text())
+    return 0
+
+
+def run(
+    study: Study, scale: str, seeds: Sequence[int], variants: Sequence[str], out: Path, overrides: Sequence[str] = ()
+) -> None:
+    """Every cell that is not done, seed by seed; all configs are made and checked before the first one runs."""
+    configs: dict[tuple[int, str], TrainConfig] = {}
+    for seed in dict.fromkeys(seeds):
+        for name in variants:
+            if name not in study.variants:
+                raise ValueError(f"--variants {name}: no such variant; known are {', '.join(study.variants)}")
+            config = override(study.variants[name](scale), overrides, study.name)
+            config = replace(config, loop=replace(config.loop, seed=seed))
+            config.check(folder(out, name, seed))
+            configs[seed, name] = config
+    for (seed, name), config in configs.items():
+        run_cell(study, config, folder(out, name, seed))
+        report(study, scale, out)
+
+
+def folder(out: Path, variant: str, seed: int) -> Path:
+    """Of a cell."""
+    return out / re.sub(r"[^\w.,()-]", "_", variant) / f"seed-{seed}"
+
+
+def run_cell(study: Study, config: TrainConfig, workdir: Path) -> None:
+    """Train, measure, keep; nothing if that has been done."""
+    if (workdir / "scores.json").is_file():
+        return
+    start = time.perf_counter()
+    state = config.run(workdir)
+    trained = time.perf_counter()
+    scores = dict(study.measure(config, workdir))
+    about = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "seconds": {"training": trained - start, "measuring": time.perf_counter() - trained},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} (jax {jax.__version__})",
+    }
+    previews = read_json(workdir / "previews.json")
+    write_json(workdir / "scores.json", {"scores": scores, "previews": previews, **about})
+    shutil.rmtree(workdir / "checkpoints")
+
+
+def collect(study: Study, out: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """The cells that are done, with the scores by which those of one seed compare."""
+    cells: dict[str, dict[int, dict[str, Any]]] = {}
+    for name in study.variants:
+        for path in sorted(folder(out, name, 0).parent.glob("seed-*/scores.json")):
+            cells.setdefault(name, {})[int(path.parent.name.removeprefix("seed-"))] = read_json(path)
+    for seed in sorted({seed for runs in cells.values() for seed in runs}) if study.compare else ():
+        there = {name: runs[seed]["scores"] for name, runs in cells.items() if seed in runs}
+        for name, scores in study.compare(there).items():
+            cells[name][seed]["scores"] = cells[name][seed]["scores"] | dict(scores)
+    return cells
+
+
+def statistics(cells: Cells, key: str) -> dict[str, tuple[float, float]]:
+    """variant -> mean and standard error of the mean over seeds; the error of one seed is NaN."""
+    found = {}
+    for name, runs in cells.items():
+        values = np.array([cell["scores"][key] for cell in runs.values()])
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+        found[name] = (float(values.mean()), float(error))
+    return found
+
+
+def report(study: Study, scale: str, out: Path) -> None:
+    """Write table.json, table.md and plot.png of the cells that are done."""
+    cells = collect(study, out)
+    rows: dict[str, dict[str, Any]] = {name: {"seeds": sorted(cells[name])} for name in cells}
+    agreement = {}
+    for column in study.columns:
+        found, paper = statistics(cells, column.key), column.paper or {}
+        sign = 1.0 if column.best == "lowest" else -1.0
+        both = [name for name in found if name in paper]
+        order = dict(zip(found, ranks(sign * np.array([mean for mean, _ in found.values()])), strict=True))
+        theirs = dict(zip(paper, ranks(sign * np.array(list(paper.values()))), strict=True))
+        for name, (mean, error) in found.items():
+            entry = {"mean": mean, "standard_error": None if np.isnan(error) else error, "rank": order[name]}
+            if name in paper:
+                entry |= {"paper": paper[name], "paper_rank": theirs[name]}
+            rows[name][column.key] = entry
+        if len(both) > 1:
+            agreement[column.key] = spearman(*(np.array([x[name] for name in both]) for x in (order, theirs)))
+    about = {"study": study.name, "scale": scale, "spearman": agreement}
+    write_json(out / "table.json", about | {"rows": rows, "cells": cells})
+    (out / "table.md").write_text(markdown(study, cells, rows, agreement))
+    study.plot(study, cells)
+    plt.gcf().savefig(out / "plot.png", dpi=120, bbox_inches="tight")
+    plt.close()
+
+
+def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Mapping[str, float]) -> str:
+    """The table: mean +- standard error over seeds (rank), beside the paper's number (its rank)."""
+    heads = ["variant", "seeds", "parameters"]
+    for column in study.columns:
+        heads += [f"{column.title} ({column.best})"] + ["paper"] * (column.paper is not None)
+    lines = [heads, ["---"] * len(heads)]
+    for name, row in rows.items():
+        line = [name, str(len(row["seeds"])), f"{next(iter(cells[name].values()))['parameters'] / 1e6:.2f} M"]
+        for column in study.columns:
+            entry = row[column.key]
+            error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.2g}"
+            line.append(f"{entry['mean']:.4g}{error} ({entry['rank']:g})")
+            if column.paper is not None:
+                line.append(f"{entry['paper']:g} ({entry['paper_rank']:g})" if "paper" in entry else "")
+        lines.append(line)
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    titles = {column.key: column.title for column in study.columns}
+    if agreement:
+        said = "; ".join(f"{titles[key]} {value:.2f}" for key, value in agreement.items())
+        text += f"\nRank correlation (Spearman) with the paper: {said}.\n"
+    return text
+
+
+def curves(axes: Any, cells: Cells, title: str) -> None:
+    """A number of the previews against training steps: mean over seeds, and its standard error as a band."""
+    for name, runs in cells.items():
+        steps = sorted(set.intersection(*({int(step) for step in cell["previews"]} for cell in runs.values())))
+        values = np.array([[cell["previews"][str(step)][title] for step in steps] for cell in runs.values()])
+        (line,) = axes.plot(steps, values.mean(axis=0), marker="o", markersize=3, label=name)
+        if len(values) > 1:
+            error = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+            band = {"color": line.get_color(), "alpha": 0.2}
+            axes.fill_between(steps, values.mean(axis=0) - error, values.mean(axis=0) + error, **band)
+    axes.set_xlabel("training steps")
+    axes.set_ylabel(title.replace("_", " "))
+    axes.grid(alpha=0.3)
+
+
+def bars(axes: Any, cells: Cells, column: Column) -> None:
+    """A score of each variant with its standard error."""
+    found = statistics(cells, column.key)
+    means, errors = (np.array(values) for values in zip(*found.values(), strict=True))
+    colours = [f"C{i}" for i in range(len(found))]
+    axes.bar(list(found), means, yerr=np.nan_to_num(errors), color=colours, capsize=3)
+    axes.set_ylabel(f"{column.title} ({column.best} is best)")
+    spread = means.max() - means.min()
+    if spread:
+        axes.set_ylim(means.min() - 0.5 * spread, means.max() + 0.25 * spread)
+    axes.grid(axis="y", alpha=0.3)

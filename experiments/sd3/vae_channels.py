@@ -1,0 +1,129 @@
+"""Autoencoders of 4, 8 and 16 channels, trained alike: table 3 of arXiv:2403.03206.
+
+python experiments/sd3/vae_channels.py --scale tiny --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from study import Cells, Column, Scores, Study, main, statistics
+
+from lcm_jax import configs
+from lcm_jax.evaluate import ClipMetric, reconstruct, reconstruction
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.loop import LoopConfig
+from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.weights.folders import load_component
+from vae16 import AutoencoderConfig, DiscriminatorConfig, LossConfig
+
+CHANNELS = (4, 8, 16)
+PAPER = {
+    "frechet": (2.41, 1.56, 1.06),
+    "clip_distance": (0.85, 0.68, 0.45),  # there LPIPS
+    "ssim": (0.75, 0.79, 0.86),
+    "psnr": (25.12, 26.40, 28.62),
+}
+TITLES = {
+    "frechet": "Frechet distance",
+    "clip_distance": "CLIP distance (paper: LPIPS)",
+    "ssim": "SSIM",
+    "psnr": "PSNR",
+}
+
+
+def tiny() -> TrainConfig:
+    """The bundled autoencoder, an eighth of its training."""
+    config = configs.get("openmoji_vae")
+    return replace(config, loop=replace(config.loop, steps=600, preview_every=100, save_every=100))
+
+
+def gpu() -> TrainConfig:
+    """The same pictures, a wider network, longer."""
+    config = configs.get("openmoji_vae")
+    model = replace(config.task.model, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)
+    loop = LoopConfig(steps=20_000, batch_size=64, ema=0.999, save_every=1000, preview_every=2000)
+    optimizer = replace(config.optimizer, learning_rate=3e-4, warmup=500)
+    return replace(config, task=replace(config.task, model=model), loop=loop, optimizer=optimizer)
+
+
+def paper() -> TrainConfig:
+    """The published geometry and CompVis' training; give --task.data.name and --task.lpips."""
+    model = AutoencoderConfig(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=256,
+    )
+    task = AutoencoderTask(
+        model=model,
+        data=DataConfig(name="folder:imagenet", size=256),
+        validation=DataConfig(name="folder:coco", split="validation", size=256),
+        loss=LossConfig(),
+        discriminator=DiscriminatorConfig(),
+    )
+    loop = LoopConfig(steps=250_000, batch_size=32, save_every=5000, preview_every=10_000)
+    return TrainConfig(task=task, loop=loop, optimizer=OptimizerConfig(learning_rate=4.5e-6, b1=0.5, b2=0.9))
+
+
+def variant(channels: int) -> Callable[[str], TrainConfig]:
+    """Scale -> the config with so many latent channels."""
+
+    def make(scale: str) -> TrainConfig:
+        config = {"tiny": tiny, "gpu": gpu, "paper": paper}[scale]()
+        model = replace(config.task.model, latent_channels=channels)
+        return replace(config, task=replace(config.task, model=model))
+
+    return make
+
+
+def measure(config: TrainConfig, workdir: Path, *, clip: str = "openmoji") -> Scores:
+    """Of the validation pictures and their reconstructions."""
+    source = config.task.validation.open()
+    images = np.stack([source[i]["image"] for i in range(len(source))])
+    vae = load_component(workdir / "export", "vae")
+    return reconstruction(images, reconstruct(vae, images), ClipMetric.load(clip))
+
+
+def plot(study: Study, cells: Cells) -> None:
+    """Each score against the number of channels; the paper's on the right-hand axis."""
+    _, panels = plt.subplots(1, len(study.columns), figsize=(4 * len(study.columns), 3.2), layout="constrained")
+    for axes, column in zip(panels, study.columns, strict=True):
+        found = statistics(cells, column.key)
+        means, errors = zip(*found.values(), strict=True)
+        axes.errorbar(list(found), means, yerr=np.nan_to_num(errors), marker="o", capsize=3, label="here")
+        right = axes.twinx()
+        right.plot(list(found), [column.paper[name] for name in found], "C1s--", alpha=0.6, label="paper (right axis)")
+        axes.set_title(f"{column.title}, {column.best} is best", fontsize=9)
+        axes.grid(alpha=0.3)
+    handles = [line for ax in (axes, right) for line in ax.get_legend_handles_labels()[0]]
+    panels[0].legend(handles=handles, fontsize=8)
+
+
+STUDY = Study(
+    name="vae_channels",
+    about=__doc__ or "",
+    variants={f"{n} channels": variant(n) for n in CHANNELS},
+    measure=measure,
+    columns=[
+        Column(
+            key=key,
+            title=TITLES[key],
+            best="highest" if key in ("ssim", "psnr") else "lowest",
+            paper=dict(zip((f"{n} channels" for n in CHANNELS), numbers, strict=True)),
+        )
+        for key, numbers in PAPER.items()
+    ],
+    plot=plot,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
