@@ -2,11 +2,13 @@
 
 from lcm_jax.data.cache import Cache, cached, open_cache, write_cache
 from lcm_jax.data.loader import Batch, Loader, LoaderIterator
+from lcm_jax.data.mixing import CaptionMix
 from lcm_jax.data.sources import Record, Source, load_source
 
 __all__ = [
     "Batch",
     "Cache",
+    "CaptionMix",
     "Loader",
     "LoaderIterator",
     "Record",

@@ -21,6 +21,7 @@ from lcm_jax.data.sources import Source
 
 Batch = dict[str, Any]  # arrays (b, ...); texts as a list of b strings
 Transform = Callable[[Any], Mapping[str, Any]]
+Augment = Callable[[Any, np.random.Generator], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Loader:
         batch_size: of the global batch; each process yields batch_size / process_count rows.
         seed: of the order of the examples.
         transform: record -> record, applied to each example.
+        augment: (record, generator) -> record, before it. The generator is a function of the seed and the sample's
+            number, so what it decides is the same after a resume and for any number of processes.
         process_index, process_count: which part of each batch is read here.
         shuffle: False keeps the order of the source.
         threads: that read ahead of the iterator, 0 to read when asked.
@@ -41,6 +44,7 @@ class Loader:
     batch_size: int
     seed: int
     transform: Transform | None = None
+    augment: Augment | None = None
     process_index: int = 0
     process_count: int = 1
     shuffle: bool = True
@@ -65,7 +69,10 @@ class Loader:
         ordered = grain.MapDataset.source(self.source).seed(self.seed)
         if self.shuffle:
             ordered = ordered.shuffle()
-        part = _Part(ordered.repeat(), self.batch_size, self.process_index, self.batch_size // self.process_count)
+        samples = ordered.repeat()
+        if self.augment is not None:
+            samples = samples.random_map(self.augment)
+        part = _Part(samples, self.batch_size, self.process_index, self.batch_size // self.process_count)
         rows = grain.MapDataset.source(part)
         if self.transform is not None:
             rows = rows.map(self.transform)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,9 +30,13 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading
 
 
-class Record(TypedDict):
-    image: UInt8[np.ndarray, "h w 3"]
+class Texts(TypedDict):
     caption: str
+    synthetic_caption: NotRequired[str]  # a second text, see lcm_jax.data.mixing
+
+
+class Record(Texts):
+    image: UInt8[np.ndarray, "h w 3"]
 
 
 class Source(Protocol):
@@ -94,10 +98,8 @@ class OnDemand:
         return self.read(index % self.length)
 
 
-def _on_demand(pictures: Sequence[Path | bytes], captions: Sequence[str], size: int) -> OnDemand:
-    return OnDemand(
-        read=lambda i: {"image": read_picture(pictures[i], size), "caption": captions[i]}, length=len(pictures)
-    )
+def _on_demand(pictures: Sequence[Path | bytes], texts: Sequence[Texts], size: int) -> OnDemand:
+    return OnDemand(read=lambda i: {"image": read_picture(pictures[i], size), **texts[i]}, length=len(pictures))
 
 
 # --- OpenMoji
@@ -112,7 +114,7 @@ def open_openmoji(split: str, size: int, cache: Path | None = None) -> Source:
     encoded = [pictures[item.codepoints] for item in items]
     captions = tuple(item.caption for item in items)
     if len(items) * size * size * 3 > IN_MEMORY_BYTES:
-        return _on_demand(encoded, captions, size)
+        return _on_demand(encoded, [{"caption": caption} for caption in captions], size)
     images = np.stack([read_picture(data, size) for data in encoded])
     images.setflags(write=False)  # records are views, and a transform must not change the data set
     return InMemory(images=images, captions=captions)
@@ -122,7 +124,10 @@ def open_openmoji(split: str, size: int, cache: Path | None = None) -> Source:
 
 
 def open_folder(folder: Path, split: str, size: int) -> Source:
-    """PATH/SPLIT where that exists, else PATH itself for "train". Captions: metadata.jsonl if it exists, else .txt."""
+    """PATH/SPLIT where that exists, else PATH itself for "train". Captions: metadata.jsonl if it exists, else .txt.
+
+    A metadata.jsonl may give every picture a second text, "synthetic", which becomes the record's synthetic_caption.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a folder of pictures with captions")
     if (folder / split).is_dir():
@@ -131,15 +136,15 @@ def open_folder(folder: Path, split: str, size: int) -> Source:
         raise FileNotFoundError(f"{folder / split}: no such folder; a split of a folder is a folder of that name in it")
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     table = folder / "metadata.jsonl"
-    captions = _captions_from_table(table, pictures) if table.is_file() else _captions_beside(folder, pictures)
+    texts = _texts_from_table(table, pictures) if table.is_file() else _texts_beside(folder, pictures)
     if not pictures:
         raise ValueError(f"{folder}: empty dataset; put .png, .jpg or .webp pictures with captions in it")
     for path in tqdm(pictures, desc=f"checking {folder}", disable=None, leave=False):
         check_picture(path)
-    return _on_demand(pictures, captions, size)
+    return _on_demand(pictures, texts, size)
 
 
-def _captions_beside(folder: Path, pictures: Sequence[Path]) -> list[str]:
+def _texts_beside(folder: Path, pictures: Sequence[Path]) -> list[Texts]:
     texts = {path.with_suffix("") for path in folder.rglob("*.txt")}
     stems: dict[Path, Path] = {}
     for path in pictures:
@@ -151,7 +156,7 @@ def _captions_beside(folder: Path, pictures: Sequence[Path]) -> list[str]:
     for stem, path in stems.items():
         if stem not in texts:
             raise ValueError(f"{path}: picture without caption; write {path.stem}.txt or a metadata.jsonl")
-    return [_read_text(stem.parent / f"{stem.name}.txt") for stem in stems]
+    return [{"caption": _read_text(stem.parent / f"{stem.name}.txt")} for stem in stems]
 
 
 def _read_text(path: Path) -> str:
@@ -164,9 +169,12 @@ def _read_text(path: Path) -> str:
     return caption
 
 
-def _captions_from_table(table: Path, pictures: Sequence[Path]) -> list[str]:
-    """metadata.jsonl: one {"file_name": ..., "text": ...} a line, paths relative to it."""
-    found: dict[Path, str] = {}
+def _texts_from_table(table: Path, pictures: Sequence[Path]) -> list[Texts]:
+    """metadata.jsonl: one {"file_name": ..., "text": ..., "synthetic": ...} a line, paths relative to it.
+
+    "synthetic" may be left out of all lines, not of some: a cache holds the same fields of every picture.
+    """
+    found: dict[Path, Texts] = {}
     for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -180,13 +188,27 @@ def _captions_from_table(table: Path, pictures: Sequence[Path]) -> list[str]:
         path = table.parent / name
         if path in found:
             raise ValueError(f"{table}:{number}: {name} is listed twice; remove one of its lines")
-        found[path] = text.strip()
+        found[path] = {"caption": text.strip()}
+        if "synthetic" in row:
+            found[path]["synthetic_caption"] = _second_text(row["synthetic"], f"{table}:{number}")
     for path in sorted(found.keys() - set(pictures)):
         raise ValueError(f"{table}: caption of {path.name} without a picture; remove the line or add the picture")
     for path in pictures:
         if path not in found:
             raise ValueError(f"{path}: picture without caption; add a line for it to metadata.jsonl")
+    some = {path for path in pictures if "synthetic_caption" in found[path]}
+    for path in pictures:
+        if some and path not in some:
+            raise ValueError(
+                f'{table}: {path.name} has no "synthetic" text, others have; write one for all or for none'
+            )
     return [found[path] for path in pictures]
+
+
+def _second_text(text: Any, line: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{line}: "synthetic" is no text; write one or leave the key out of every line')
+    return text.strip()
 
 
 # --- tensorflow-datasets

@@ -53,6 +53,20 @@ def test_folder_with_metadata_and_splits(tmp_path):
     refused(FileNotFoundError, f"{tmp_path / 'validation'}: no such folder", tmp_path, "validation")
 
 
+def test_folder_with_two_texts_to_a_picture(folder):
+    names = ("a.png", "sub/b.jpg", "c.webp")
+    rows = [{"file_name": name, "text": f"{name} ", "synthetic": f" much about {name}"} for name in names]
+    table = folder / "metadata.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    record = load_source(str(folder), "train", 8)[0]
+    assert (record["caption"], record["synthetic_caption"]) == ("a.png", "much about a.png")
+    table.write_text("\n".join(map(json.dumps, [*rows[:2], rows[2] | {"synthetic": " "}])))
+    refused(ValueError, 'metadata.jsonl:3: "synthetic" is no text', folder)
+    del rows[1]["synthetic"]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    refused(ValueError, 'metadata.jsonl: b.jpg has no "synthetic" text, others have', folder)
+
+
 def test_pictures_are_scaled_and_cropped_about_the_centre(tmp_path):
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = (0, 255, 0)
