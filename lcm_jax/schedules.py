@@ -177,6 +177,8 @@ def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
 
 
+CONTINUOUS_SCHEDULES: Mapping[str, Any] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
+
 # The defaults of the diffusers classes, for configs that leave a key out.
 _LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -190,6 +192,8 @@ _FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "re
 def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
     """The schedule a diffusers scheduler_config.json describes (betas or flow; spacing and prediction are elsewhere).
 
+    A key of ours, `schedule`, names one of CONTINUOUS_SCHEDULES, for what diffusers has no scheduler.
+
     Raises ValueError for betas given as a list, for resolution-dependent shifting and for an unknown beta_schedule.
     """
     name = str(config.get("_class_name", ""))
@@ -197,6 +201,12 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
         raise ValueError(f"{source}: trained_betas is set: give beta_start, beta_end and beta_schedule instead")
     if config.get("use_dynamic_shifting"):
         raise ValueError(f"{source}: use_dynamic_shifting is unsupported: set it to false and give a fixed shift")
+    if "schedule" in config:
+        made = CONTINUOUS_SCHEDULES.get(config["schedule"])
+        if made is None:
+            known = ", ".join(CONTINUOUS_SCHEDULES)
+            raise ValueError(f"{source}: schedule {config['schedule']!r} is unknown: use one of {known}")
+        return made(**{k: v for k, v in config.items() if k in made.__dataclass_fields__})
     if name.startswith("FlowMatch"):
         return RectifiedFlow(shift=float(config.get("shift", 1.0)))
     if config.get("use_flow_sigmas"):

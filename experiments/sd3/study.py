@@ -8,7 +8,6 @@ cell OUT/table.md, table.json and plot.png are written anew, of what there is.
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 import time
@@ -39,7 +38,19 @@ class Column:
     key: str
     title: str
     best: str = "lowest"  # or "highest"
-    paper: Mapping[str, float] | None = None  # variant -> the paper's number
+    paper: Mapping[str, float] | Sequence[str] | None = None  # variant -> the paper's number; or its order, best first
+
+    def ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """1 for the best."""
+        costs = np.array(list(values.values())) * (1.0 if self.best == "lowest" else -1.0)
+        return dict(zip(values, ranks(costs), strict=True))
+
+    @property
+    def paper_ranks(self) -> dict[str, float]:
+        """Of the variants that the paper has."""
+        if self.paper is None or isinstance(self.paper, Mapping):
+            return self.ranks(self.paper or {})
+        return {name: float(i) for i, name in enumerate(self.paper, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +60,7 @@ class Study:
     name: str
     about: str
     variants: Mapping[str, Callable[[str], TrainConfig]]  # name -> (scale -> config); the seed is set here
-    measure: Callable[[TrainConfig, Path], Scores]  # (config, work folder of the trained cell) -> scores
+    measure: Callable[[str, TrainConfig, Path], Scores]  # (variant, config, work folder of the trained cell)
     columns: Sequence[Column]
     plot: Callable[[Study, Cells], None]  # onto matplotlib's current figure
     # Scores that compare the variants of one seed: variant -> scores, in and out
@@ -90,23 +101,23 @@ def run(
             config.check(folder(out, name, seed))
             configs[seed, name] = config
     for (seed, name), config in configs.items():
-        run_cell(study, config, folder(out, name, seed))
+        run_cell(study, name, config, folder(out, name, seed))
         report(study, scale, out)
 
 
 def folder(out: Path, variant: str, seed: int) -> Path:
     """Of a cell."""
-    return out / re.sub(r"[^\w.,()-]", "_", variant) / f"seed-{seed}"
+    return out / variant.replace("/", "_").replace(" ", "_") / f"seed-{seed}"
 
 
-def run_cell(study: Study, config: TrainConfig, workdir: Path) -> None:
+def run_cell(study: Study, variant: str, config: TrainConfig, workdir: Path) -> None:
     """Train, measure, keep; nothing if that has been done."""
     if (workdir / "scores.json").is_file():
         return
     start = time.perf_counter()
     state = config.run(workdir)
     trained = time.perf_counter()
-    scores = dict(study.measure(config, workdir))
+    scores = dict(study.measure(variant, config, workdir))
     about = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "seconds": {"training": trained - start, "measuring": time.perf_counter() - trained},
@@ -146,18 +157,18 @@ def report(study: Study, scale: str, out: Path) -> None:
     rows: dict[str, dict[str, Any]] = {name: {"seeds": sorted(cells[name])} for name in cells}
     agreement = {}
     for column in study.columns:
-        found, paper = statistics(cells, column.key), column.paper or {}
-        sign = 1.0 if column.best == "lowest" else -1.0
-        both = [name for name in found if name in paper]
-        order = dict(zip(found, ranks(sign * np.array([mean for mean, _ in found.values()])), strict=True))
-        theirs = dict(zip(paper, ranks(sign * np.array(list(paper.values()))), strict=True))
+        found, theirs = statistics(cells, column.key), column.paper_ranks
+        ours = column.ranks({name: mean for name, (mean, _) in found.items()})
         for name, (mean, error) in found.items():
-            entry = {"mean": mean, "standard_error": None if np.isnan(error) else error, "rank": order[name]}
-            if name in paper:
-                entry |= {"paper": paper[name], "paper_rank": theirs[name]}
+            entry = {"mean": mean, "standard_error": None if np.isnan(error) else error, "rank": ours[name]}
+            if name in theirs:
+                entry["paper_rank"] = theirs[name]
+            if isinstance(column.paper, Mapping) and name in column.paper:
+                entry["paper"] = column.paper[name]
             rows[name][column.key] = entry
+        both = [name for name in found if name in theirs]
         if len(both) > 1:
-            agreement[column.key] = spearman(*(np.array([x[name] for name in both]) for x in (order, theirs)))
+            agreement[column.key] = spearman(*(np.array([x[name] for name in both]) for x in (ours, theirs)))
     about = {"study": study.name, "scale": scale, "spearman": agreement}
     write_json(out / "table.json", about | {"rows": rows, "cells": cells})
     (out / "table.md").write_text(markdown(study, cells, rows, agreement))
@@ -179,7 +190,8 @@ def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Map
             error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.2g}"
             line.append(f"{entry['mean']:.4g}{error} ({entry['rank']:g})")
             if column.paper is not None:
-                line.append(f"{entry['paper']:g} ({entry['paper_rank']:g})" if "paper" in entry else "")
+                number = f"{entry['paper']:g} " if "paper" in entry else ""
+                line.append(f"{number}({entry['paper_rank']:g})" if "paper_rank" in entry else "")
         lines.append(line)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     titles = {column.key: column.title for column in study.columns}

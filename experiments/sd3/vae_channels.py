@@ -85,12 +85,12 @@ def variant(channels: int) -> Callable[[str], TrainConfig]:
     return make
 
 
-def measure(config: TrainConfig, workdir: Path, *, clip: str = "openmoji") -> Scores:
+def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     """Of the validation pictures and their reconstructions."""
     source = config.task.validation.open()
     images = np.stack([source[i]["image"] for i in range(len(source))])
     vae = load_component(workdir / "export", "vae")
-    return reconstruction(images, reconstruct(vae, images), ClipMetric.load(clip))
+    return reconstruction(images, reconstruct(vae, images), ClipMetric.load("openmoji"))
 
 
 def plot(study: Study, cells: Cells) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from numbers import Real
 from typing import Any, get_args
 
 from lcm_jax.sampling import Spacing
-from lcm_jax.schedules import DDPM, RectifiedFlow, from_config
+from lcm_jax.schedules import CONTINUOUS_SCHEDULES, DDPM, Cosine, RectifiedFlow, from_config
 from lcm_jax.typing import Kind, Schedule
+
+CONTINUOUS = "ContinuousScheduler"
+"""Of models that no scheduler of diffusers draws with, which refuses them by this name: `schedules.from_config`."""
 
 SCHEDULERS: Mapping[str, str] = {
     "DDIMScheduler": "ddim",
@@ -33,8 +36,9 @@ SCHEDULERS: Mapping[str, str] = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
     "FlowMatchLCMScheduler": "lcm",
+    CONTINUOUS: "euler",
 }
-"""diffusers' scheduler classes whose configs are read, each with the sampler that is it or comes closest."""
+"""The scheduler classes that are read, each with the sampler that is it or comes closest; all but one diffusers'."""
 
 # Keys our samplers have no choice about, with every value that leaves their pictures unchanged.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -56,7 +60,7 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 _NUMBERS = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset", "original_inference_steps")
 _READ = {field.name for field in (*fields(DDPM), *fields(Spacing))} | {
-    *("trained_betas", "prediction_type", "shift", "flow_shift", "use_flow_sigmas", "use_dynamic_shifting"),
+    *("trained_betas", "prediction_type", "schedule", "shift", "flow_shift", "use_flow_sigmas", "use_dynamic_shifting"),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
 }
 # Read by nothing while the keys above have those values, or by no sampler of ours.
@@ -87,20 +91,24 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
     schedule = from_config(config, source=source)
     kind = config.get("prediction_type", "epsilon" if isinstance(schedule, DDPM) else "flow")
     kind = {"flow_prediction": "flow"}.get(kind, kind)  # as the DPM solvers call it
-    if kind not in get_args(Kind):
-        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; known are {', '.join(get_args(Kind))}")
+    known = [name for name in get_args(Kind) if name != "edm" or "schedule" in config]  # diffusers has none of its own
+    if kind not in known:
+        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; known are {', '.join(known)}")
     return schedule, kind
 
 
 def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
-    """scheduler_config.json of a table schedule or a rectified flow, for the sampler "lcm" or any other."""
+    """scheduler_config.json of a schedule, for the sampler "lcm" or any other."""
+    if isinstance(schedule, Cosine) or (isinstance(schedule, RectifiedFlow) and kind != "flow"):
+        name = next(name for name, made in CONTINUOUS_SCHEDULES.items() if isinstance(schedule, made))
+        return {"_class_name": CONTINUOUS, "schedule": name, "prediction_type": kind, **asdict(schedule)}
     if isinstance(schedule, RectifiedFlow):
-        if kind != "flow":
-            raise ValueError(f"no scheduler_config.json says {kind!r} of a rectified flow; its kind is 'flow'")
         name = "FlowMatchLCMScheduler" if sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
         return {"_class_name": name, "num_train_timesteps": 1000, "shift": schedule.shift}
-    if not isinstance(schedule, DDPM):
-        raise ValueError(f"no scheduler_config.json is written for {type(schedule).__name__}; use a DDPM table")
+    if not isinstance(schedule, DDPM) or kind == "edm":
+        raise ValueError(
+            f"no scheduler_config.json is written for {kind!r} on {type(schedule).__name__}; use a rectified flow"
+        )
     shared = {
         "num_train_timesteps": schedule.num_train_timesteps,
         "beta_start": schedule.beta_start,

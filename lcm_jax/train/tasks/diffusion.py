@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets import UNetConfig
-from lcm_jax.objectives import Diffusion
+from lcm_jax.objectives import Diffusion, validation_loss
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
@@ -24,11 +25,16 @@ from lcm_jax.weights.folders import Component
 from mmdit import MMDiTConfig
 
 Denoiser = UNetConfig | MMDiTConfig
+HELD_OUT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask(LatentTask):
-    """A UNet or an MMDiT trained to undo noise, with caption dropout for guidance."""
+    """A UNet or an MMDiT trained to undo noise, with caption dropout for guidance.
+
+    A preview has pictures of the first captions of `prompts`, and the `validation_loss` over the first HELD_OUT of its
+    pictures at eight even times.
+    """
 
     net: Denoiser = UNetConfig()
     objective: Diffusion = Diffusion(schedule=DDPM())
@@ -54,14 +60,24 @@ class DiffusionTask(LatentTask):
         generator = Generator(
             net=net, vae=conditioner.vae.module, schedule=self.objective.schedule, kind=self.objective.kind
         )
+        prompts = self.prompts.open()
         show = preview(
             generator,
             conditioner,
-            captions(self.prompts.open(), 16),
+            captions(prompts, 16),
             sampler=sampler,
             steps=self.preview_steps,
             guidance=self.preview_guidance,
         )
+        described = {"data": self.prompts.name, "split": self.prompts.split, "size": self.prompts.size}
+        first = [prompts[i] for i in range(min(HELD_OUT, len(prompts)))]
+        encoded = conditioner.encode_source(first, {**described, "first": HELD_OUT})
+        held_out = {name: np.stack([encoded[i][name] for i in range(len(first))]) for name in encoded[0]}
+
+        @jax.jit
+        def held_out_loss(params: Params, batch: dict[str, Array]) -> Array:
+            latents = draw_latents(jax.random.key(0), batch)
+            return validation_loss(self.objective, Nets(as_apply(net), params), latents, jax.random.key(1))[0]
 
         def export(ema: Params, path: Path) -> None:
             component = Component(net, jax.device_get(ema))
@@ -72,7 +88,10 @@ class DiffusionTask(LatentTask):
             loss=loss,
             frozen={"null": null, "vae": conditioner.vae.params},
             batches=loader(records),
-            preview=lambda ema, frozen: show(ema, frozen["vae"]),
+            preview=lambda ema, frozen: {
+                "validation_loss": float(held_out_loss(ema, held_out)),
+                **show(ema, frozen["vae"]),
+            },
             export=export,
         )
 

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
+from lcm_jax.typing import Kind, Schedule
 from lcm_jax.weights.families import FAMILIES, abstract_params
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
 from lcm_jax.weights.hub import Location
-from lcm_jax.weights.scheduler import SCHEDULERS, read_scheduler, scheduler_config
+from lcm_jax.weights.scheduler import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config
 from mmdit.text import Tokenizer
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -315,8 +316,22 @@ def test_the_scheduler_of_a_flow_there_and_back(sampler: str) -> None:
     config = scheduler_config(RectifiedFlow(shift=2.5), "flow", sampler)
     assert read_scheduler(config) == (RectifiedFlow(shift=2.5), "flow")
     assert SCHEDULERS[config["_class_name"]] == sampler
-    with pytest.raises(ValueError, match="'epsilon' of a rectified flow"):
-        scheduler_config(RectifiedFlow(), "epsilon", sampler)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind"),
+    [(Cosine(), "v_prediction"), (RectifiedFlow(shift=2.0), "edm"), (RectifiedFlow(), "v_prediction")],
+)
+def test_what_diffusers_has_no_scheduler_for_is_named_so_that_it_refuses(schedule: Schedule, kind: Kind) -> None:
+    config = scheduler_config(schedule, kind, "euler")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_scheduler(config) == (schedule, kind)
+    assert config["_class_name"] == CONTINUOUS
+    with pytest.raises(ValueError, match="schedule 'spiral' is unknown: use one of cosine, rectified_flow"):
+        read_scheduler(config | {"schedule": "spiral"})
+    with pytest.raises(ValueError, match="'edm' on DDPM"):
+        scheduler_config(DDPM(), "edm", "euler")
 
 
 def test_unknown_scheduler_keys_are_a_warning() -> None:

@@ -1,0 +1,135 @@
+"""What the studies of formulations and of architectures share: the training, and how its result is drawn from.
+
+All cells of a study see the same pictures in the same order and the same noise. The network is SD3's: 2x2 patches of
+16-channel latents, captions through two CLIPs and a T5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+
+import lcm_jax
+from lcm_jax.evaluate import ClipMetric, evaluate
+from lcm_jax.objectives import Diffusion, TextEncoders
+from lcm_jax.objectives.formulations import Formulation
+from lcm_jax.sampling import SAMPLERS, Grid, pad
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.loop import LoopConfig
+from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.train.tasks.diffusion import DiffusionTask
+from lcm_jax.typing import Array, Cond, Image, Params
+from mmdit import MMDiTConfig
+
+PUBLISHED = "stabilityai/stable-diffusion-3-medium-diffusers"
+
+
+def network(kind: type[MMDiTConfig], depth: int, heads: int, **fields: Any) -> MMDiTConfig:
+    """Of `heads` heads of 64 channels, for the latents and the text encoders of "openmoji-sd3"."""
+    defaults = {"sample_size": 8, "joint_attention_dim": 320, "pooled_projection_dim": 256, "pos_embed_max_size": 8}
+    shape = {"num_layers": depth, "num_attention_heads": heads, "caption_projection_dim": 64 * heads}
+    return kind(**(defaults | shape | {"qk_norm": "rms_norm"} | fields))
+
+
+def tiny(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
+    """Minutes on two CPU cores."""
+    return TrainConfig(
+        task=DiffusionTask(text="openmoji-sd3", net=network(kind, 4, 3), objective=objective),
+        loop=LoopConfig(steps=1200, batch_size=32, ema=0.995, log_every=50, save_every=200, preview_every=200),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, b2=0.99),
+    )
+
+
+def gpu(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
+    """The same pictures; hours on one GPU."""
+    return TrainConfig(
+        task=DiffusionTask(text="openmoji-sd3", net=network(kind, 12, 8), objective=objective),
+        loop=LoopConfig(steps=20_000, batch_size=256, ema=0.999, log_every=100, save_every=1000, preview_every=2000),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=500, weight_decay=0.01),
+    )
+
+
+def paper(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
+    """Appendix B.3; depth 15 is that of the study of captions, as this one's is not given. Give --task.data.name."""
+    big = {"sample_size": 32, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 32}
+    task = DiffusionTask(
+        vae=PUBLISHED,
+        text=PUBLISHED,
+        data=DataConfig(name="folder:cc12m", size=256),
+        prompts=DataConfig(name="folder:coco", split="validation", size=256),
+        net=network(kind, 15, 15, qk_norm=None, **big),
+        objective=replace(objective, caption_dropout=0.0, encoders=TextEncoders(), encoder_dropout=0.464),
+        remat=True,
+        dtype="bfloat16",
+    )
+    return TrainConfig(
+        task=task,
+        loop=LoopConfig(steps=500_000, batch_size=1024, ema=0.99, ema_every=100, save_every=5000, preview_every=25_000),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=1000),
+    )
+
+
+TRAININGS = {"tiny": tiny, "gpu": gpu, "paper": paper}
+
+
+class Drawer:
+    """(captions, steps, guidance, seed) -> pictures of a trained cell, by Euler's rule on the formulation's grid.
+
+    The unconditional prediction is that of what was dropped in training: all encoders' zeros, or the empty caption.
+    """
+
+    def __init__(self, export: Path, formulation: Formulation) -> None:
+        self.pipe, self.formulation = lcm_jax.load(export), formulation
+
+    def __call__(
+        self, captions: Sequence[str], *, steps: int, guidance: float, seed: int
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        pipe, schedule = self.pipe, self.formulation.objective.schedule
+        times, vae = self.formulation.grid(steps, schedule), pipe.generator.vae.config
+        sides = [side // vae.downsample_factor for side in pipe.size]
+        noise = jax.random.normal(jax.random.key(seed), (len(captions), *sides, vae.latent_channels))
+        cond = pipe.encode_prompt(captions)
+        dropped = self.formulation.objective.encoders is not None
+        null = jax.tree.map(jnp.zeros_like, cond) if dropped else pipe.encode_prompt([""] * len(captions))
+        params = (pipe.params["transformer"], pipe.params["vae"])
+        x = schedule.sigma(times[0]) * noise
+        return np.asarray(self._draw(*params, cond, null, x, pad(times), guidance, guided=guidance != 1.0))
+
+    @cached_property
+    def _draw(self) -> Any:
+        generator, euler = self.pipe.generator, SAMPLERS["euler"]
+
+        @partial(jax.jit, static_argnames="guided")
+        def draw(
+            net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, *, guided: bool
+        ) -> Array:
+            key = jax.random.key(0)  # Euler's rule draws nothing
+            z = generator.latents(net, cond, null, x, grid, guidance, key, sampler=euler, guided=guided)
+            return generator.decode(vae, z)
+
+        return draw
+
+
+def score(
+    config: TrainConfig, workdir: Path, formulation: Formulation, settings: Sequence[tuple[int, float]]
+) -> dict[str, float]:
+    """`frechet/STEPS/GUIDANCE` and `clip_score/...` of each (steps, guidance), on the validation captions."""
+    source = config.task.prompts.open()
+    records = [source[i] for i in range(len(source))]
+    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+    clip: ClipMetric = ClipMetric.load("openmoji")
+    drawer: Any = Drawer(workdir / "export", replace(formulation, objective=config.task.objective))
+    found = {}
+    for steps, guidance in settings:
+        (row,) = evaluate(drawer, clip, images, captions, steps=[steps], guidance=guidance, seed=config.loop.seed)
+        found |= {f"{name}/{steps}/{guidance:g}": row[name] for name in ("frechet", "clip_score")}
+    return found
