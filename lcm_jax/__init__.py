@@ -1,7 +1,7 @@
 """Latent consistency models, Stable Diffusion and SD3 in JAX.
 
 pipe = lcm_jax.load("openmoji")
-images = pipe("red heart", steps=4, guidance=3.0)   # uint8 (1, 64, 64, 3)
+images = pipe("red heart", steps=4, guidance=4.0)   # uint8 (1, 64, 64, 3)
 """
 
 from lcm_jax.pipeline import Pipeline, load

@@ -1,6 +1,6 @@
 """Images to latents and back: the KL autoencoder with 4, 8 or 16 channels, what trains one, and the tiny one."""
 
-from vae16.autoencoder import AutoencoderConfig, AutoencoderKL, sample_latent, scale, unscale
+from vae16.autoencoder import AutoencoderConfig, AutoencoderKL, fold_shift, sample_latent, scale, unscale
 from vae16.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_discriminator, hinge_generator
 from vae16.losses import LossConfig, adaptive_weight, autoencoder_loss, kl_divergence
 from vae16.perceptual import LPIPS, LPIPSConfig
@@ -30,6 +30,7 @@ __all__ = [
     "autoencoder_loss",
     "decode_tiled",
     "encode_tiled",
+    "fold_shift",
     "hinge_discriminator",
     "hinge_generator",
     "kl_divergence",

@@ -6,8 +6,8 @@ any smaller network: the number of blocks, their widths and depth come from the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import jax
@@ -110,6 +110,28 @@ def scale(z: Float[Array, "*b h w z"], config: LatentUnits) -> Float[Array, "*b 
 def unscale(z: Float[Array, "*b h w z"], config: LatentUnits) -> Float[Array, "*b h w z"]:
     """Inverse of `scale`."""
     return z / config.scaling_factor + (config.shift_factor or 0.0)
+
+
+def fold_shift(config: AutoencoderConfig, params: Mapping[str, Any]) -> tuple[AutoencoderConfig, Mapping[str, Any]]:
+    """The same autoencoder with a shift_factor of 0, for readers that only scale; the shift moves into its weights.
+
+    mean' = mean - shift and decode'(z) = decode(z + shift): both lie in the 1x1 quantisation convolutions, which have
+    no padding, so this holds at the edges too. Where there are none they are made, identities with a bias.
+    """
+    shift, z = config.shift_factor, config.latent_channels
+    if not shift:
+        return config, params
+    dtype = params["decoder"]["conv_in"]["kernel"].dtype
+
+    def moved(name: str, width: int, to: Callable[[Array], Array]) -> dict[str, Array]:
+        found = params.get(name) or {"kernel": jnp.eye(width)[None, None], "bias": jnp.zeros(width)}
+        kernel, bias = (jnp.asarray(found[leaf], jnp.float32) for leaf in ("kernel", "bias"))
+        return {"kernel": kernel.astype(dtype), "bias": (bias + to(kernel)).astype(dtype)}
+
+    quant = moved("quant_conv", 2 * z, lambda _: jnp.where(jnp.arange(2 * z) < z, -shift, 0.0))  # the means' half
+    post = moved("post_quant_conv", z, lambda kernel: shift * kernel.sum((0, 1, 2)))
+    config = replace(config, use_quant_conv=True, use_post_quant_conv=True, shift_factor=0.0)
+    return config, {**params, "quant_conv": quant, "post_quant_conv": post}
 
 
 class _Stage(nn.Module):

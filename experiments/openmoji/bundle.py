@@ -5,6 +5,7 @@ export, the parts named here are written in half precision to lcm_jax/bundled/op
 left as it is. The student makes it a diffusers folder; the teacher's network and scheduler, the LoRA, the image tower
 and the reference features lie beside. "openmoji-sd3" reads what the two have in common from "openmoji".
 
+The autoencoder's shift is folded into its weights: UNet and MMDiT share it, and diffusers reads a shift of MMDiTs only.
 The student's weights are averaged with the teacher's, from which it started: between the two ends of a finetuning lie
 weights that are better than either (Wortsman et al. 2022, arXiv:2109.01903).
 """
@@ -25,7 +26,7 @@ from lcm_jax.data import load_source
 from lcm_jax.evaluate import ClipMetric
 from lcm_jax.typing import Params
 from lcm_jax.weights.files import write_json
-from lcm_jax.weights.folders import load_component, save_component
+from lcm_jax.weights.folders import load_component, save_component, without_shift
 
 BUNDLED = Path(lcm_jax.__file__).parent / "bundled"
 # bundle -> config -> networks of its export -> where they go
@@ -76,6 +77,8 @@ def write_bundle(runs: Path, bundle: str) -> None:
         export = runs / config / "export"
         for source, place in parts.items() if export.is_dir() else ():
             network = load_component(export, source)
+            if source == "vae":
+                network = without_shift(network)
             if (target / f"{place}_teacher").is_dir():
                 teacher = load_component(target, f"{place}_teacher").params
                 network = network._replace(params=averaged(network.params, teacher, TEACHER_SHARE[bundle]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lcm_jax.weights.hub import Location
 from lcm_jax.weights.model import Model, dispensable, read_folder
 from lcm_jax.weights.parts import Component, read_part, to_component, to_part, write_part
 from mmdit.text import Tokenizer
+from vae16 import AutoencoderKL, fold_shift
 
 SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 LCM = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
@@ -45,6 +46,19 @@ def save_component(
 ) -> tuple[str, str]:
     """Write `folder`/`name` as diffusers or transformers would; returns its (library, class) for model_index.json."""
     return write_part(folder / name, to_part(component), dtype=dtype, variant=variant)
+
+
+def without_shift(vae: Component) -> Component:
+    """The autoencoder with shift_factor 0, which every pipeline of diffusers draws with.
+
+    Those of UNets only scale latents, whatever the config says; those of SD3 shift them too, and want a number.
+    """
+    config, params = vae.module.config, vae.params
+    if config.shift_factor:
+        if not isinstance(vae.module, AutoencoderKL):
+            raise ValueError(f"the tiny autoencoder has shift_factor={config.shift_factor}; a UNet's must be 0")
+        config, params = fold_shift(config, params)
+    return Component(vae.module.clone(config=replace(config, shift_factor=0.0)), params)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +198,13 @@ def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str |
             "it, diffusers would leave that input out",
             stacklevel=2,
         )
+    components = dict(folder.components)
+    shift = components["vae"].module.config.shift_factor
+    if shift if folder.denoiser == "unet" else shift is None:
+        components["vae"] = without_shift(components["vae"])
     with replacing(path) as aside:
         index = {"_class_name": folder.pipeline, **folder.extras, **_settings(folder)}
-        for name, component in folder.components.items():
+        for name, component in components.items():
             index[name] = save_component(aside, name, component, dtype=dtype, variant=variant)
         for name, tokenizer in folder.tokenizers.items():
             tokenizer.save(aside / TOKENIZERS[name])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,22 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
         raise ValueError(f"{source}: names no scheduler, which says how the model was trained")
     scheduler = read_json(small["scheduler"] / "scheduler_config.json")
     dropped = tuple(name for name in UNUSED if name in named)
-    return Model(source=str(source), parts=parts, small=small, scheduler=scheduler, index=index, dropped=dropped)
+    return Model(
+        source=str(source), parts=_unshifted(parts), small=small, scheduler=scheduler, index=index, dropped=dropped
+    )
+
+
+def _unshifted(parts: Mapping[str, Part]) -> Mapping[str, Part]:
+    """The parts of a model with a UNet draw as in diffusers, whose pipelines only scale latents."""
+    vae = parts.get("vae")
+    if "unet" not in parts or vae is None or not vae.config.shift_factor:
+        return parts
+    warnings.warn(
+        f"{vae.source}: shift_factor={vae.config.shift_factor} is ignored: in diffusers only pipelines of Stable "
+        "Diffusion 3 and later shift latents",
+        stacklevel=2,
+    )
+    return {**parts, "vae": vae._replace(config=replace(vae.config, shift_factor=0.0))}
 
 
 def _read_named(location: Location, name: str, variant: str | None = None) -> Part:
@@ -145,7 +161,14 @@ def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
     parts = {name: part for name, part in single.parts.items() if t5 or name not in T5}
     for name in missing:  # a file without its text encoders (SD3.5, finetuned UNets) is completed from the folder
         parts[name] = _read_named(location, name)
-    return Model(source=str(path), parts=parts, small=small, scheduler=scheduler, index=index, dropped=single.dropped)
+    return Model(
+        source=str(path),
+        parts=_unshifted(parts),
+        small=small,
+        scheduler=scheduler,
+        index=index,
+        dropped=single.dropped,
+    )
 
 
 def lora_networks(networks: Mapping[str, tuple[str, Any, Any]]) -> dict[str, Network]:

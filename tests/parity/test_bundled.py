@@ -48,9 +48,8 @@ def assert_same(pipe: Any, ours: np.ndarray, **options: Any) -> None:
     theirs = np.round(pipe(PROMPTS, latents=to_torch(NOISE), output_type="np", **options).images * 255)
     difference = np.abs(ours - theirs)
     assert theirs.std() > 50
-    assert difference.mean() <= 0.3, difference.mean()
-    # The networks agree to 3e-6; diffusers multiplies its alphas in float32, and what is left grows along an edge.
-    assert (difference > 3).mean() <= 1e-3, difference.max()
+    assert difference.mean() <= 0.1, difference.mean()
+    assert difference.max() <= 1, difference.max()
 
 
 def test_teacher_with_its_own_sampler(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
-from vae16 import AutoencoderConfig, AutoencoderKL, kl_divergence, sample_latent, scale, unscale
+from vae16 import AutoencoderConfig, AutoencoderKL, fold_shift, kl_divergence, sample_latent, scale, unscale
 from vae16.autoencoder import last_convolution
 from vae16.layers import GroupNorm, Upsample
 
@@ -136,6 +139,29 @@ def test_scale_and_unscale_are_inverse():
     for config in (SMALL, AutoencoderConfig()):
         np.testing.assert_allclose(unscale(scale(z, config), config), z, atol=1e-6)
     np.testing.assert_allclose(scale(z, SMALL), (z - 0.0609) * 1.5305, atol=1e-6)
+
+
+@pytest.mark.parametrize("quant", [False, True])
+def test_a_folded_shift_changes_no_function(quant):
+    config = dataclasses.replace(SMALL, shift_factor=0.7, use_quant_conv=quant, use_post_quant_conv=quant)
+    vae, x = AutoencoderKL(config), jax.random.uniform(jax.random.key(0), (1, 8, 12, 3), minval=-1.0)
+    z = jax.random.normal(jax.random.key(1), (1, 2, 3, 16))
+    params = jax.jit(vae.init)(jax.random.key(2), x)["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(3), leaf.shape), params)
+    folded, moved = fold_shift(config, params)
+    assert (folded.shift_factor, folded.use_quant_conv, folded.use_post_quant_conv) == (0.0, True, True)
+    assert fold_shift(folded, moved) == (folded, moved)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(config, params):
+        apply = functools.partial(AutoencoderKL(config).apply, {"params": params})
+        mean, logvar = apply(x, method="encode")
+        return scale(mean, config), logvar, apply(unscale(z, config), method="decode")
+
+    for a, b in zip(both(config, params), both(folded, moved), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-6 * float(jnp.abs(a).max()))
+    shiftless = both(dataclasses.replace(config, shift_factor=None), params)
+    assert float(jnp.abs(shiftless[2] - both(config, params)[2]).max()) > 1e-2, "the shift must show"
 
 
 def test_samples_have_the_posterior_moments_and_kl_is_zero_at_the_prior():

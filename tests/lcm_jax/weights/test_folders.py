@@ -24,6 +24,7 @@ from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.scheduler import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config
 from mmdit.text import Tokenizer
+from vae16 import AutoencoderTiny, TinyConfig, unscale
 
 LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KINDS = {
@@ -144,6 +145,43 @@ def test_the_scheduler_config_is_written_back_as_it_was(copy: Any, tmp_path: Pat
     save_folder(tmp_path / "again", read(path))
     assert read_json(tmp_path / "again" / "scheduler" / "scheduler_config.json") == config
     assert read_json(tmp_path / "again" / "model_index.json")["scheduler"] == ["diffusers", "PNDMScheduler"]
+
+
+@pytest.mark.parametrize("quant", [False, True])
+def test_a_unets_folder_has_no_shift_of_latents(folders: dict[str, Folder], tmp_path: Path, quant: bool) -> None:
+    """diffusers would ignore it: what is drawn here with one is drawn there without."""
+    config = replace(folders["sd"].components["vae"].module.config, shift_factor=0.6)
+    vae = filled("AutoencoderKL", replace(config, use_quant_conv=quant, use_post_quant_conv=quant))
+    save_folder(tmp_path, replace(folders["sd"], components={**folders["sd"].components, "vae": vae}))
+    again = read(tmp_path).components["vae"]
+    assert again.module.config.shift_factor == 0.0
+    z = jax.random.normal(jax.random.key(0), (1, 2, 3, 4))
+    want, got = (
+        part.module.apply({"params": part.params}, unscale(z, part.module.config), method="decode")
+        for part in (vae, again)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_a_unets_folder_is_read_without_its_shift(saved: dict[str, Path], copy: Any) -> None:
+    path = copy("sd")
+    write_json(path / "vae" / "config.json", read_json(path / "vae" / "config.json") | {"shift_factor": 0.1})
+    with pytest.warns(UserWarning, match=r"vae: shift_factor=0.1 is ignored") as caught:
+        component = read(path).components["vae"]
+    assert len(caught) == 1
+    assert component.module.config.shift_factor == 0.0
+    assert_equal(component.params, read(saved["sd"]).components["vae"].params)
+
+
+def test_a_tiny_autoencoder_cannot_lose_its_shift(folders: dict[str, Folder], tmp_path: Path) -> None:
+    tiny = Component(AutoencoderTiny(TinyConfig(shift_factor=0.1)), {})
+    with pytest.raises(ValueError, match=r"tiny autoencoder has shift_factor=0\.1"):
+        save_folder(tmp_path / "x", replace(folders["sd"], components={**folders["sd"].components, "vae": tiny}))
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_sd3_folder_has_a_number_for_its_shift(tiny_sd3: Path) -> None:
+    assert read_json(tiny_sd3 / "vae" / "config.json")["shift_factor"] == 0.0
 
 
 def test_variants_lie_side_by_side(folders: dict[str, Folder], tmp_path: Path) -> None:
