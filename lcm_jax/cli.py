@@ -23,6 +23,7 @@ from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
 from lcm_jax.pipeline import DTYPES, Pipeline, load
+from lcm_jax.places import cache_dir
 from lcm_jax.sampling import SAMPLERS
 
 
@@ -45,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def use_compilation_cache() -> None:
     """Keep compiled programs in ~/.cache/lcm_jax/compiled (LCM_JAX_CACHE moves it), unless JAX has a place already."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        root = Path(os.environ.get("LCM_JAX_CACHE") or Path.home() / ".cache" / "lcm_jax")
-        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -27,7 +27,6 @@ from lcm_jax.weights.model import SMALL, UNUSED, Model, lora_networks, read_mode
 from lcm_jax.weights.parts import (
     Lazy,
     Part,
-    abstract_of,
     cast,
     check_part,
     names_of,
@@ -35,6 +34,7 @@ from lcm_jax.weights.parts import (
     write_config,
     write_part,
 )
+from lcm_jax.weights.shapes import abstract_params
 from lcm_jax.weights.single import write_single
 
 MODELS = ("diffusers", "single", "orbax")
@@ -209,4 +209,6 @@ def is_lora(source: str | Path) -> bool:
 def networks_of(model: Model) -> dict[str, Network]:
     """How LoRA files name the modules of a model's components."""
     parts = {name: part for name, part in model.parts.items() if name in TARGETS}
-    return lora_networks({name: (part.kind, part.config, abstract_of(part)) for name, part in parts.items()})
+    return lora_networks(
+        {name: (part.kind, part.config, abstract_params(part.kind, part.config)) for name, part in parts.items()}
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -38,13 +38,42 @@ from vae16 import scale
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
+class Parameters(MutableMapping[str, Params]):
+    """The trees of a model's networks by component; each is placed on the device when it is first read."""
+
+    def __init__(self, components: Mapping[str, Component]) -> None:
+        self.components = dict(components)
+
+    def __getitem__(self, name: str) -> Params:
+        return self.components[name].params
+
+    def __setitem__(self, name: str, params: Params) -> None:
+        self.components[name] = Component(self.components[name].module, params)
+
+    def __delitem__(self, name: str) -> None:
+        del self.components[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.components)
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+
+jax.tree_util.register_pytree_node(
+    Parameters,
+    lambda own: (tuple(own.values()), tuple((name, part.module) for name, part in own.components.items())),
+    lambda parts, trees: Parameters({name: Component(m, tree) for (name, m), tree in zip(parts, trees, strict=True)}),
+)
+
+
 class Pipeline:
     """A text-to-image model: networks, parameters and schedule. Made by `load`."""
 
     def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
         """source: the scheduler config's name in errors."""
         self.folder = folder
-        self.params: dict[str, Params] = {name: part.params for name, part in folder.components.items()}
+        self.params = Parameters(folder.components)
         config = dict(folder.scheduler)
         if folder.pipeline in SD and "steps_offset" in config:
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
@@ -69,7 +98,7 @@ class Pipeline:
 
     def component(self, name: str) -> Component:
         """A network with its present parameters."""
-        return Component(self.folder.components[name].module, self.params[name])
+        return self.params.components[name]
 
     @property
     def default_sampler(self) -> str:
@@ -185,9 +214,8 @@ class Pipeline:
 
         variant: such as "fp16", put into the files' names, as hubs that keep several precisions side by side do.
         """
-        parts = {name: self.component(name) for name in self.folder.components}
         kind = None if dtype is None else _dtype(dtype)
-        save_folder(Path(path), replace(self.folder, components=parts), dtype=kind, variant=variant)
+        save_folder(Path(path), replace(self.folder, components=self.params.components), dtype=kind, variant=variant)
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -325,6 +353,8 @@ def load(
     variant: such as "fp16", of files kept in several precisions. config: the diffusers folder or hub id with the
     configs, tokenizers and scheduler of a single file; the published one of its family by default. t5: False leaves
     out SD3's third text encoder, most of its memory.
+
+    What does not fit is told at once; values stay in the files, mapped, until a network is first used.
     """
     model = read_model(name, config=config, variant=variant, t5=t5)
     folder = to_folder(model, dtype=_dtype(dtype))

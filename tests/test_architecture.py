@@ -14,7 +14,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
-    {"typing", "extras", "overrides", "messages"},
+    {"typing", "extras", "overrides", "messages", "places"},
     {"schedules", "nets", "lora"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},

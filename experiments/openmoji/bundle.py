@@ -26,7 +26,7 @@ from lcm_jax.data import load_source
 from lcm_jax.evaluate import ClipMetric
 from lcm_jax.typing import Params
 from lcm_jax.weights.files import write_json
-from lcm_jax.weights.folders import load_component, save_component, without_shift
+from lcm_jax.weights.folders import Component, load_component, save_component, without_shift
 
 BUNDLED = Path(lcm_jax.__file__).parent / "bundled"
 # bundle -> config -> networks of its export -> where they go
@@ -81,7 +81,7 @@ def write_bundle(runs: Path, bundle: str) -> None:
                 network = without_shift(network)
             if (target / f"{place}_teacher").is_dir():
                 teacher = load_component(target, f"{place}_teacher").params
-                network = network._replace(params=averaged(network.params, teacher, TEACHER_SHARE[bundle]))
+                network = Component(network.module, averaged(network.params, teacher, TEACHER_SHARE[bundle]))
             shutil.rmtree(target / place, ignore_errors=True)
             save_component(target, place, network, dtype=jnp.float16)
     for config, parts in COPIES[bundle].items():

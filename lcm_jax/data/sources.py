@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from lcm_jax.data import openmoji
 from lcm_jax.data.images import check_picture, read_picture
+from lcm_jax.places import cache_dir
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading
@@ -45,11 +45,6 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
-
-
-def cache_dir() -> Path:
-    """Where prepared data lives: LCM_JAX_CACHE, or .cache/lcm_jax in the home folder."""
-    return Path(os.environ.get("LCM_JAX_CACHE") or Path.home() / ".cache" / "lcm_jax")
 
 
 def load_source(name: str, split: str = "train", size: int = 64) -> Source:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
-from lcm_jax.typing import Params
 from lcm_jax.weights.engine import Rules
 from mmdit import (
     RULES_MMDIT,
@@ -168,12 +166,3 @@ def denoiser_of(config: Any) -> tuple[str, Family]:
 def class_name(module: nn.Module) -> str:
     """The PyTorch class that a module of ours corresponds to."""
     return next(name for name, family in FAMILIES.items() if family.fits(module))
-
-
-def abstract_params(family: Family, module: nn.Module) -> Params:
-    """Shapes and dtypes of a module's parameters; nothing is computed."""
-
-    def init() -> Params:
-        return module.init(jax.random.key(0), *family.example(module.config))["params"]
-
-    return jax.eval_shape(init)

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lcm_jax.weights.families import FAMILIES, abstract_params
+from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.parts import Component, config_of
+from lcm_jax.weights.shapes import abstract_params
 
 NAME = "params"
 
@@ -29,9 +30,8 @@ def load_params(folder: Path, names: Mapping[str, str], *, shardings: Any = None
     modules, like = {}, {}
     for name, place in names.items():
         kind, config = config_of(folder / place / "config.json")
-        family = FAMILIES[kind]
-        modules[name] = family.build(config)
-        like[name] = abstract_params(family, modules[name])
+        modules[name] = FAMILIES[kind].build(config)
+        like[name] = abstract_params(kind, config)
     if shardings is not None:
         like = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), like, shardings)
     with ocp.StandardCheckpointer() as checkpointer:

@@ -13,8 +13,9 @@ import numpy as np
 
 from lcm_jax.typing import Params
 from lcm_jax.weights.engine import Shardings, check, from_torch, to_torch, torch_shapes
-from lcm_jax.weights.families import FAMILIES, TOWER, abstract_params, class_name
+from lcm_jax.weights.families import FAMILIES, TOWER, class_name
 from lcm_jax.weights.files import load_tensors, read_json, save_tensors, write_json
+from lcm_jax.weights.shapes import abstract_params
 
 
 class Part(NamedTuple):
@@ -26,11 +27,26 @@ class Part(NamedTuple):
     source: str  # named in errors
 
 
-class Component(NamedTuple):
-    """A network and its parameters."""
+class Component:
+    """A network and its parameters: a tree, or what places one on the device when it is first asked for.
 
-    module: Any  # a flax module with a `config`
-    params: Params
+    `module, params = component` works too.
+    """
+
+    def __init__(self, module: Any, params: Params | Callable[[], Params]) -> None:
+        """module: a flax module with a `config`."""
+        self.module = module
+        self._params = params
+
+    @property
+    def params(self) -> Params:
+        if callable(self._params):
+            self._params = self._params()
+        return self._params
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.module
+        yield self.params
 
 
 class Lazy(Mapping[str, np.ndarray]):
@@ -62,8 +78,7 @@ def cast(tensors: Mapping[str, np.ndarray], dtype: Any) -> Mapping[str, np.ndarr
 @lru_cache(maxsize=64)
 def names_of(kind: str, config: Any) -> Mapping[str, tuple[int, ...]]:
     """Names and shapes of a network's tensors."""
-    family = FAMILIES[kind]
-    return MappingProxyType(torch_shapes(abstract_params(family, family.build(config)), family.rules))
+    return MappingProxyType(torch_shapes(abstract_params(kind, config), FAMILIES[kind].rules))
 
 
 def config_of(source: Path) -> tuple[str, Any]:
@@ -105,35 +120,40 @@ def write_part(place: Path, part: Part, *, dtype: Any = None, variant: str | Non
     return family.library, part.kind
 
 
-def abstract_of(part: Part) -> Params:
-    """Shapes of the network's parameters."""
-    family = FAMILIES[part.kind]
-    return abstract_params(family, family.build(part.config))
-
-
 def check_part(part: Part) -> None:
     """ValueError that lists what a part lacks, has too much, or has in another shape than its config says."""
     family = FAMILIES[part.kind]
-    check(part.tensors, abstract_of(part), family.rules, optional=family.optional, source=part.source)
+    check(
+        part.tensors,
+        abstract_params(part.kind, part.config),
+        family.rules,
+        optional=family.optional,
+        source=part.source,
+    )
 
 
 def to_component(part: Part, *, dtype: Any = jnp.float32, shardings: Shardings | None = None) -> Component:
-    """The network with its parameters on the device. dtype: of both; float32 for weights that overflow in float16."""
+    """The network; its parameters are placed on the device when first asked for, and until then stay in the file.
+
+    dtype: of both; float32 for weights that overflow in float16. Raises one ValueError for all that does not fit, at
+    once; values that are not finite are found when the parameters are placed.
+    """
     family = FAMILIES[part.kind]
     if dtype == jnp.float16 and getattr(part.config, "force_upcast", False):
         dtype = jnp.float32
     module = family.build(part.config, dtype=dtype)
-    like = abstract_params(family, module)
-    params = from_torch(
+    check_part(part)
+    place = partial(
+        from_torch,
         part.tensors,
-        like,
+        abstract_params(part.kind, part.config),
         family.rules,
         dtype=dtype,
         optional=family.optional,
         source=part.source,
         shardings=shardings,
     )
-    return Component(module, params)
+    return Component(module, place)
 
 
 def to_part(component: Component, *, source: str = "model") -> Part:

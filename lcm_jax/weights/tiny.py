@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.weights.engine import from_torch, to_torch
-from lcm_jax.weights.families import FAMILIES, abstract_params
 from lcm_jax.weights.files import load_tensors, read_json, save_tensors
 from lcm_jax.weights.folders import Component, load_component
+from lcm_jax.weights.shapes import abstract_params
 from vae16 import TINY_ORIGINAL_RULES, AutoencoderTiny, TinyConfig
 
 _KIND = "AutoencoderTiny"
@@ -50,7 +50,7 @@ def load_tiny(path: str | Path, *, dtype: Any = jnp.float32) -> Component:
         raise ValueError(f"{folder}: {error}") from None
     module = AutoencoderTiny(config, dtype=dtype)
     tensors = {f"{half}.{key}": tensor for half, part in parts.items() for key, tensor in part.items()}
-    like = abstract_params(FAMILIES[_KIND], module)
+    like = abstract_params(_KIND, config)
     return Component(module, from_torch(tensors, like, TINY_ORIGINAL_RULES, dtype=dtype, source=str(folder)))
 
 

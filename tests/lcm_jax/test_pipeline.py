@@ -13,8 +13,9 @@ import pytest
 
 import lcm_jax
 from lcm_jax import Pipeline, lora
+from lcm_jax.cli import main
 from lcm_jax.nets import RULES_UNET, UNet
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.files import load_tensors, read_json, save_tensors, write_json
 from lcm_jax.weights.folders import Component, Folder
 from lcm_jax.weights.lora import save_lora
 from mmdit.text import CLIPTextModel
@@ -130,6 +131,40 @@ def test_missing_or_truncated_checkpoint_names_the_file(tiny_model: Path, tmp_pa
     (broken / file).unlink()
     with pytest.raises(FileNotFoundError, match=Path(file).name.split(".")[0]):
         lcm_jax.load(broken)
+
+
+def test_parameters_wait_in_the_file_until_they_are_used(tiny_model: Path) -> None:
+    pipe = lcm_jax.load(tiny_model)
+
+    def waiting() -> set[str]:
+        return {name for name, part in pipe.params.components.items() if callable(part._params)}
+
+    assert waiting() == {"unet", "vae", "text_encoder"}
+    pipe.encode_prompt(["red heart"])
+    assert waiting() == {"unet", "vae"}
+    pipe.params = jax.tree.map(lambda leaf: 2 * leaf, pipe.params)
+    assert not waiting()
+    plain = lcm_jax.load(tiny_model)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), pipe.params["unet"], plain.params["unet"])
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_values_that_are_not_finite_are_found_before_drawing(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (file,) = (folder / part).glob("*.safetensors")
+    tensors = {name: np.array(tensor) for name, tensor in load_tensors(file).items()}
+    last = sorted(tensors)[-1]
+    tensors[last].flat[0] = np.nan
+    save_tensors(file, tensors)
+    pipe = lcm_jax.load(folder)
+    with pytest.raises(ValueError, match=rf"{part}: 1 tensors \({last}\) hold values that are not finite"):
+        pipe("red heart")
+    assert main(["sample", "--model", str(folder), "--prompt", "red heart", "--out", str(tmp_path / "a.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_unknown_model_lists_the_bundled_ones() -> None:

@@ -115,7 +115,8 @@ def test_there_and_back_and_loaded_there_again(saved, tmp_path):
 
 def test_the_embedding_under_either_name_or_both_and_a_whole_t5(saved, tmp_path):
     _, folder = saved
-    config, params = load_component(folder, "text_encoder_3")[0].config, load_component(folder, "text_encoder_3")[1]
+    module, params = load_component(folder, "text_encoder_3")
+    config = module.config
     tensors = dict(load_tensors(folder / "text_encoder_3", stem="model"))
     shared = tensors.pop("shared.weight")
     decoder = {"decoder.block.0.layer.0.SelfAttention.q.weight": shared, "lm_head.weight": shared}

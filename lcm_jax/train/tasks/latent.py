@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import Cache, Source, cached
-from lcm_jax.data.sources import cache_dir
 from lcm_jax.generate import Generator, to_float
+from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.train.tasks.common import DataConfig, grid

@@ -18,11 +18,12 @@ import pytest
 
 from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Kind, Schedule
-from lcm_jax.weights.families import FAMILIES, abstract_params
+from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.scheduler import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config
+from lcm_jax.weights.shapes import abstract_params
 from mmdit.text import Tokenizer
 from vae16 import AutoencoderTiny, TinyConfig, unscale
 
@@ -37,10 +38,9 @@ KINDS = {
 
 def filled(kind: str, config: Any) -> Component:
     """A network with random parameters; nothing is compiled."""
-    family = FAMILIES[kind]
-    module = family.build(config)
+    module = FAMILIES[kind].build(config)
     random = np.random.default_rng(0)
-    like = abstract_params(family, module)
+    like = abstract_params(kind, config)
     return Component(module, jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape), leaf.dtype), like))
 
 
