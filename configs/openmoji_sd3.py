@@ -102,7 +102,7 @@ def openmoji_sd3_lcm() -> TrainConfig:
     """Latent consistency distillation of the mini SD3, with a w-embedding."""
     return TrainConfig(
         task=ConsistencyTask(text="openmoji-sd3", teacher="openmoji-sd3-teacher", objective=consistency(0.0, 5.0)),
-        loop=LoopConfig(steps=1800, batch_size=32, ema=0.98, save_every=100, preview_every=300),
+        loop=LoopConfig(steps=1500, batch_size=32, ema=0.98, save_every=100, preview_every=300),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=100, decay="cosine", b2=0.99),
     )
 
