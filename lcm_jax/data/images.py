@@ -1,41 +1,39 @@
-"""Pictures of any kind -> uint8 (size, size, 3), or one clear refusal."""
+"""Pictures of any kind -> uint8 (height, width, 3), or one clear refusal."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+Size = tuple[int, int]  # height, width in pixels
 
 # 8-bit modes that PIL turns to RGB without losing range; 16-bit and float modes would be clipped without a word
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 _UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
 
 
-def check_picture(path: Path) -> None:
-    """Reads the header (and a PNG's checksums), decodes nothing. Raises ValueError naming the file."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: picture of zero bytes; remove it or write it again")
-    try:
-        with Image.open(path) as picture:
-            _check_mode(picture, str(path))
-            picture.verify()
-    except _UNREADABLE as error:
-        raise ValueError(f"{path}: not a readable picture ({_reason(error)}); remove it or write it again") from error
+def check_picture(data: Path | bytes, source: str = "") -> Size:
+    """The size it is shown in. Reads the header (and a PNG's checksums), decodes nothing. ValueError names the file."""
+    if isinstance(data, Path) and data.stat().st_size == 0:
+        raise ValueError(f"{data}: picture of zero bytes; remove it or write it again")
+    with _opened(data, source) as picture:
+        exif = Image.Image.getexif(picture)  # a PNG's own would decode it, where no orientation comes first
+        lying = exif.get(ExifTags.Base.Orientation, 1) >= 5
+        picture.verify()
+        return picture.size if lying else (picture.height, picture.width)
 
 
-def read_picture(data: Path | bytes, size: int, source: str = "") -> UInt8[np.ndarray, "size size 3"]:
-    """Decodes, turns to RGB on white, scales the shorter side to `size` pixels and crops the centre."""
-    name = source or str(data if isinstance(data, Path) else "picture")
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            _check_mode(picture, name)
-            picture.load()
-            return np.asarray(square(to_rgb(ImageOps.exif_transpose(picture)), size))
-    except _UNREADABLE as error:
-        raise ValueError(f"{name}: not a readable picture ({_reason(error)}); remove it or write it again") from error
+def read_picture(data: Path | bytes, size: Size, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes, turns to RGB on white, scales it to cover `size` and crops the centre."""
+    with _opened(data, source) as picture:
+        picture.load()
+        return np.asarray(fit(to_rgb(ImageOps.exif_transpose(picture)), size))
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -46,11 +44,23 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def square(picture: Image.Image, size: int) -> Image.Image:
-    """(w, h) -> (size, size): shorter side scaled to `size`, centre kept."""
-    if picture.size == (size, size):
+def fit(picture: Image.Image, size: Size) -> Image.Image:
+    """Scaled so that it just covers (height, width), centre kept."""
+    height, width = size
+    if picture.size == (width, height):
         return picture
-    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+@contextlib.contextmanager
+def _opened(data: Path | bytes, source: str) -> Iterator[Image.Image]:
+    name = source or str(data if isinstance(data, Path) else "picture")
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
+            _check_mode(picture, name)
+            yield picture
+    except _UNREADABLE as error:
+        raise ValueError(f"{name}: not a readable picture ({_reason(error)}); remove it or write it again") from error
 
 
 def _check_mode(picture: Image.Image, name: str) -> None:

@@ -4,11 +4,14 @@ Sample n of the global order is example pi_e(n mod N) of epoch e = n // N, with 
 (grain's index shuffle). Batch k is samples [k B, (k + 1) B), and process p of P reads its p-th contiguous part of it,
 so the global batch is the same array however many processes share the work. Epochs follow one another without a seam:
 nothing is dropped, each example comes once an epoch, and a data set smaller than a batch will do.
+
+A BucketLoader gives every batch from one of several such orders, as examples of different shapes need.
 """
 
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,8 +62,7 @@ class Loader:
             )
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(f"process_index={self.process_index} must lie in [0, process_count={self.process_count})")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        _check_seed(self.seed)
         if self.threads < 0:
             raise ValueError(f"threads={self.threads} must not be negative")
 
@@ -78,6 +80,11 @@ class Loader:
             rows = rows.map(self.transform)
         return rows.batch(part.rows, drop_remainder=True, batch_fn=_stack)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, JSON-able."""
+        return {"seed": self.seed, "examples": len(self.source)}
+
     def __getitem__(self, index: int) -> Batch:
         if index < 0:
             raise IndexError(f"batch {index}: an endless sequence has no end to count from")
@@ -87,10 +94,88 @@ class Loader:
         return LoaderIterator(self)
 
 
+@dataclass(frozen=True)
+class BucketLoader:
+    """An endless sequence of batches, each of one bucket, that is all from one of the `loaders`; make it by `of`.
+
+    Bucket b, of n_b examples, has given floor((e n_b + o_b) / B) batches of B when epoch e begins; those that an epoch
+    brings it, of all buckets, come in an order drawn from the seed and the epoch. So in each epoch the buckets share
+    the batches in proportion to their examples, those short of a batch wait for the next epoch and none is dropped.
+    Within its batches a bucket is a Loader: a permutation of its examples after another. The offset o_b is drawn from
+    0 .. B - 1, so that the expected number of batches is (e n_b) / B in the first epochs too, for the smallest bucket.
+
+    All this is the same for every process: their parts of a batch are of one bucket.
+    """
+
+    loaders: tuple[Loader, ...]
+    seed: int
+
+    @classmethod
+    def of(cls, sources: Sequence[Any], batch_size: int, seed: int, **options: Any) -> BucketLoader:
+        """One bucket a source. Options as of Loader; a bucket's own seed is drawn from `seed`."""
+        _check_seed(seed)
+        seeds = map(int, np.random.SeedSequence((seed, _BUCKETS)).generate_state(len(sources)))
+        pairs = zip(sources, seeds, strict=True)
+        return cls(tuple(Loader(source, batch_size, own, **options) for source, own in pairs), seed)
+
+    @property
+    def batch_size(self) -> int:
+        return self.loaders[0].batch_size
+
+    @property
+    def threads(self) -> int:
+        return self.loaders[0].threads
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, JSON-able."""
+        return {"seed": self.seed, "examples": list(map(int, self._counts)), "batch_size": self.batch_size}
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Of batch `index`: its bucket, and which of that bucket's batches it is."""
+        examples = int(self._counts.sum())
+        latest = (index + 1 + len(self.loaders)) * self.batch_size // examples + 1  # by then it has been given
+        epoch = bisect_right(range(1, latest + 1), index, key=lambda epoch: int(self._given(epoch).sum()))
+        before = self._given(epoch)
+        order = np.repeat(np.arange(len(self.loaders)), self._given(epoch + 1) - before)
+        order = np.random.default_rng((self.seed, epoch, _ORDER)).permutation(order)
+        row = index - int(before.sum())
+        bucket = int(order[row])
+        return bucket, int(before[bucket] + np.count_nonzero(order[:row] == bucket))
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return np.asarray([len(loader.source) for loader in self.loaders])
+
+    @cached_property
+    def _offsets(self) -> np.ndarray:
+        return np.random.default_rng((self.seed, _OFFSETS)).integers(self.batch_size, size=len(self.loaders))
+
+    def _given(self, epoch: int) -> np.ndarray:
+        """Batches of each bucket before an epoch."""
+        return (epoch * self._counts + self._offsets) // self.batch_size
+
+    @cached_property
+    def _batches(self) -> grain.MapDataset[Batch]:
+        return grain.MapDataset.source(_Scheduled(self))
+
+    def __getitem__(self, index: int) -> Batch:
+        if index < 0:
+            raise IndexError(f"batch {index}: an endless sequence has no end to count from")
+        bucket, number = self.place(index)
+        return self.loaders[bucket][number]
+
+    def __iter__(self) -> LoaderIterator:
+        return LoaderIterator(self)
+
+
+_ORDER, _BUCKETS, _OFFSETS = 1, 2, 3  # what is drawn from a BucketLoader's seed
+
+
 class LoaderIterator(Iterator[Batch]):
     """Batches in order. The state is a JSON-able dict that any number of processes resumes."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader | BucketLoader) -> None:
         self._loader = loader
         options = grain.ReadOptions(num_threads=loader.threads, prefetch_buffer_size=2 if loader.threads else 0)
         self._iterator = iter(loader._batches.to_iter_dataset(options))
@@ -98,18 +183,20 @@ class LoaderIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         return next(self._iterator)
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """`position`: the number of samples that the global order has given so far."""
-        position = self._iterator.get_state()["next_index"] * self._loader.batch_size
-        return {"position": position, "seed": self._loader.seed, "examples": len(self._loader.source)}
+        return {
+            "position": self._iterator.get_state()["next_index"] * self._loader.batch_size,
+            **self._loader.identity,
+        }
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from there. Raises ValueError where the order would not be the one the state belongs to."""
-        here = self.get_state()
-        for key in ("seed", "examples"):
-            if state.get(key) != here[key]:
+        for key, mine in self._loader.identity.items():
+            if state.get(key) != mine:
                 raise ValueError(
-                    f"loader state has {key}={state.get(key)}, this loader {here[key]}; give it the same data"
+                    f"loader state has {key}={state.get(key)}, this loader {mine}; "
+                    "give it the data, the seed and the batch size it was saved with"
                 )
         batch, rest = divmod(int(state["position"]), self._loader.batch_size)
         if rest:
@@ -132,6 +219,24 @@ class _Part:
     def __getitem__(self, index: int) -> Any:
         batch, row = divmod(index, self.rows)
         return self._ordered[batch * self._batch_size + self._process * self.rows + row]
+
+
+class _Scheduled:
+    """The batches of a BucketLoader as a source that grain reads."""
+
+    def __init__(self, loader: BucketLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._loader.batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._loader[index]
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie in [0, 2**32)")
 
 
 def _stack(records: Sequence[Mapping[str, Any]]) -> Batch:

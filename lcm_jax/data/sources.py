@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -23,7 +23,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from lcm_jax.data import openmoji
-from lcm_jax.data.images import check_picture, read_picture
+from lcm_jax.data.buckets import nearest_bucket
+from lcm_jax.data.images import Size, check_picture, read_picture
 from lcm_jax.places import cache_dir
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -51,15 +52,24 @@ def load_source(name: str, split: str = "train", size: int = 64) -> Source:
     """Opens a source by name, see above; pictures come as uint8 (size, size, 3). A bare path of a folder works too."""
     if size < 1:
         raise ValueError(f"size={size}: give the edge of the pictures in pixels, at least 1")
+    (source,) = load_buckets(name, split, [(size, size)]).values()
+    return source
+
+
+def load_buckets(name: str, split: str, sizes: Sequence[Size]) -> dict[Size, Source]:
+    """The same with each picture in that of the sizes which is nearest its shape (lcm_jax.data.buckets): a source for
+    every size that has pictures, in the order given."""
     kind, colon, rest = name.partition(":")
     if name == "openmoji":
-        return open_openmoji(split, size)
+        if len(sizes) > 1:
+            raise ValueError("openmoji: its drawings are square and have one size; leave buckets out")
+        return {size: open_openmoji(split, size[0]) for size in sizes}
     if colon and kind == "folder":
-        return open_folder(Path(rest), split, size)
+        return open_folder(Path(rest), split, sizes)
     if colon and kind == "tfds":
-        return open_tfds(rest, split, size)
+        return open_tfds(rest, split, sizes)
     if Path(name).is_dir():
-        return open_folder(Path(name), split, size)
+        return open_folder(Path(name), split, sizes)
     raise ValueError(f"no data source {name!r}: give openmoji, folder:PATH (an existing folder) or tfds:NAME")
 
 
@@ -93,8 +103,16 @@ class OnDemand:
         return self.read(index % self.length)
 
 
-def _on_demand(pictures: Sequence[Path | bytes], texts: Sequence[Texts], size: int) -> OnDemand:
+def _on_demand(pictures: Sequence[Path | bytes], texts: Sequence[Texts], size: Size) -> OnDemand:
     return OnDemand(read=lambda i: {"image": read_picture(pictures[i], size), **texts[i]}, length=len(pictures))
+
+
+def _by_bucket(sizes: Sequence[Size], pictures: Iterable[Size]) -> dict[Size, list[int]]:
+    """Which pictures, of these sizes, come in which of `sizes`."""
+    found: dict[Size, list[int]] = {size: [] for size in sizes}
+    for index, picture in enumerate(pictures):
+        found[nearest_bucket(sizes, picture)].append(index)
+    return {size: indices for size, indices in found.items() if indices}
 
 
 # --- OpenMoji
@@ -109,8 +127,8 @@ def open_openmoji(split: str, size: int, cache: Path | None = None) -> Source:
     encoded = [pictures[item.codepoints] for item in items]
     captions = tuple(item.caption for item in items)
     if len(items) * size * size * 3 > IN_MEMORY_BYTES:
-        return _on_demand(encoded, [{"caption": caption} for caption in captions], size)
-    images = np.stack([read_picture(data, size) for data in encoded])
+        return _on_demand(encoded, [{"caption": caption} for caption in captions], (size, size))
+    images = np.stack([read_picture(data, (size, size)) for data in encoded])
     images.setflags(write=False)  # records are views, and a transform must not change the data set
     return InMemory(images=images, captions=captions)
 
@@ -118,7 +136,7 @@ def open_openmoji(split: str, size: int, cache: Path | None = None) -> Source:
 # --- a folder of pictures
 
 
-def open_folder(folder: Path, split: str, size: int) -> Source:
+def open_folder(folder: Path, split: str, sizes: Sequence[Size]) -> dict[Size, Source]:
     """PATH/SPLIT where that exists, else PATH itself for "train". Captions: metadata.jsonl if it exists, else .txt.
 
     A metadata.jsonl may give every picture a second text, "synthetic", which becomes the record's synthetic_caption.
@@ -134,9 +152,11 @@ def open_folder(folder: Path, split: str, size: int) -> Source:
     texts = _texts_from_table(table, pictures) if table.is_file() else _texts_beside(folder, pictures)
     if not pictures:
         raise ValueError(f"{folder}: empty dataset; put .png, .jpg or .webp pictures with captions in it")
-    for path in tqdm(pictures, desc=f"checking {folder}", disable=None, leave=False):
-        check_picture(path)
-    return _on_demand(pictures, texts, size)
+    shown = map(check_picture, tqdm(pictures, desc=f"checking {folder}", disable=None, leave=False))
+    return {
+        size: _on_demand([pictures[i] for i in indices], [texts[i] for i in indices], size)
+        for size, indices in _by_bucket(sizes, shown).items()
+    }
 
 
 def _texts_beside(folder: Path, pictures: Sequence[Path]) -> list[Texts]:
@@ -209,8 +229,11 @@ def _second_text(text: Any, line: str) -> str:
 # --- tensorflow-datasets
 
 
-def open_tfds(name: str, split: str, size: int, data_dir: Path | None = None) -> Source:
-    """Pictures from the first Image feature; captions from the first Text, else the names of the first ClassLabel."""
+def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | None = None) -> dict[Size, Source]:
+    """Pictures from the first Image feature; captions from the first Text, else the names of the first ClassLabel.
+
+    For more than one size every picture's header is read first.
+    """
     try:
         builder = tfds.builder(name, data_dir=data_dir or cache_dir() / "tfds", file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
@@ -231,11 +254,19 @@ def open_tfds(name: str, split: str, size: int, data_dir: Path | None = None) ->
         raise ValueError(f"tfds:{name}: empty dataset; split {split!r} holds no picture")
     words = getattr(features[caption], "int2str", lambda text: text.decode())
 
-    def read(index: int) -> Record:
-        row = stored[index]
-        return {"image": read_picture(row[image], size, f"tfds:{name}[{index}]"), "caption": words(row[caption])}
+    def bucket(size: Size, indices: Sequence[int]) -> Source:
+        def read(index: int) -> Record:
+            at = indices[index]
+            row = stored[at]
+            return {"image": read_picture(row[image], size, f"tfds:{name}[{at}]"), "caption": words(row[caption])}
 
-    return OnDemand(read=read, length=len(stored))
+        return OnDemand(read=read, length=len(indices))
+
+    if len(sizes) == 1:
+        return {sizes[0]: bucket(sizes[0], range(len(stored)))}
+    every = tqdm(range(len(stored)), desc=f"measuring {name}", disable=None, leave=False)
+    shown = (check_picture(stored[i][image], f"tfds:{name}[{i}]") for i in every)
+    return {size: bucket(size, indices) for size, indices in _by_bucket(sizes, shown).items()}
 
 
 def _first(features: Mapping[str, Any], kind: type) -> str | None:

@@ -192,7 +192,7 @@ class TinyLabels(tfds.core.GeneratorBasedBuilder):
 
 
 def test_tfds_pictures_and_labels(tmp_path, capsys):
-    source = open_tfds("tiny_labels", "train", 4, data_dir=tmp_path)
+    (source,) = open_tfds("tiny_labels", "train", [(4, 4)], data_dir=tmp_path).values()
     assert len(source) == 6
     for i in range(6):
         record = source[i]
@@ -200,7 +200,9 @@ def test_tfds_pictures_and_labels(tmp_path, capsys):
         assert (record["image"] == {"dark": 0, "bright": 200}[record["caption"]]).all()
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="no split 'test'; choose one of train"):
-        open_tfds("tiny_labels", "test", 4, data_dir=tmp_path)
+        open_tfds("tiny_labels", "test", [(4, 4)], data_dir=tmp_path)
+    buckets = open_tfds("tiny_labels", "train", [(4, 8), (8, 8), (8, 4)], data_dir=tmp_path)  # the pictures are 8 x 6
+    assert {size: (len(part), part[5]["image"].shape) for size, part in buckets.items()} == {(8, 8): (6, (8, 8, 3))}
 
 
 def test_unknown_tfds_name_is_refused():
