@@ -10,20 +10,69 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
 
-from lcm_jax.data import Loader, LoaderIterator, Source, load_source
-from lcm_jax.data.loader import Transform
+from lcm_jax.data import (
+    BucketLoader,
+    CaptionMix,
+    Loader,
+    LoaderIterator,
+    Source,
+    bucket_sizes,
+    load_buckets,
+    load_source,
+)
+from lcm_jax.data.images import Size
+from lcm_jax.data.loader import Augment, Transform
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Captioned pictures: "openmoji", "folder:PATH" or "tfds:NAME"."""
+    """Captioned pictures: "openmoji", "folder:PATH" or "tfds:NAME".
+
+    Squares of `size`, or with `buckets` pictures of all shapes of about as many pixels, each batch of one shape (see
+    lcm_jax.data.buckets). Buckets and synthetic captions are for the data of diffusion and of its distillation.
+    """
 
     name: str = "openmoji"
     split: str = "train"
     size: int = 64  # pixels
+    buckets: bool = False
+    aspect: float = 2.0  # of buckets: the longer side over the shorter, at most
+    multiple: int = 16  # of buckets: what sides are multiples of; the larger, the fewer buckets and compilations
+    synthetic: float | None = None  # share of synthetic captions; None: half of them where the data has them, else none
+
+    def __post_init__(self) -> None:
+        _ = self.sizes  # raises ValueError
+        if self.synthetic is not None and not 0.0 <= self.synthetic <= 1.0:
+            raise ValueError(f"data.synthetic is {self.synthetic}: the share of synthetic captions, from 0 to 1")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Of the pictures."""
+        return bucket_sizes(self.size, self.multiple, self.aspect) if self.buckets else ((self.size, self.size),)
 
     def open(self) -> Source:
+        """The squares."""
+        if self.buckets or self.synthetic:
+            raise ValueError(
+                f"{self.name} with buckets={self.buckets}, synthetic={self.synthetic}: only task.data of diffusion and "
+                "of its distillation takes them; leave them out here"
+            )
         return load_source(self.name, self.split, self.size)
+
+    def open_buckets(self) -> dict[Size, Source]:
+        """A source for each size that has pictures."""
+        return load_buckets(self.name, self.split, self.sizes)
+
+    def mix(self, source: Source) -> CaptionMix | None:
+        """What mixes in the source's synthetic captions."""
+        there = "synthetic_caption" in source[0]
+        rate = (0.5 if there else 0.0) if self.synthetic is None else self.synthetic
+        if rate and not there:
+            raise ValueError(
+                f"data.synthetic is {rate}, but {self.name} has no synthetic captions: "
+                'give every line of its metadata.jsonl a "synthetic" text'
+            )
+        return CaptionMix(rate=rate) if rate else None
 
 
 def captions(source: Source, most: int | None = None) -> list[str]:
@@ -32,9 +81,20 @@ def captions(source: Source, most: int | None = None) -> list[str]:
     return [source[i]["caption"] for i in range(count)]
 
 
-def loader(source: Any, transform: Transform | None = None) -> Callable[[int, int], LoaderIterator]:
-    """(batch size, seed) -> resumable iterator over random-access records, each passed through `transform`."""
-    return lambda batch_size, seed: iter(Loader(source, batch_size, seed, transform=transform))
+def loader(
+    *sources: Any, transform: Transform | None = None, augment: Augment | None = None
+) -> Callable[[int, int], LoaderIterator]:
+    """(batch size, seed) -> resumable iterator over random-access records, each passed through `augment`, `transform`.
+
+    Of several sources every batch is of one (BucketLoader).
+    """
+
+    def start(batch_size: int, seed: int) -> LoaderIterator:
+        if len(sources) == 1:
+            return iter(Loader(sources[0], batch_size, seed, transform=transform, augment=augment))
+        return iter(BucketLoader.of(sources, batch_size, seed, transform=transform, augment=augment))
+
+    return start
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:

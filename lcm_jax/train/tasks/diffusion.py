@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.data.images import Size
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion, validation_loss
+from lcm_jax.pictures import check_size
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
-from lcm_jax.train.tasks.common import captions, loader
+from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
 from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.families import denoiser_of
@@ -45,8 +47,9 @@ class DiffusionTask(LatentTask):
 
     def build(self) -> Task:
         conditioner = Conditioner.load(self.vae, self.text)
-        check_fit(self.net, conditioner)
-        records = self.records(conditioner)
+        check_fit(self.net, conditioner, self.data.sizes)
+        sources, prompts = self.data.open_buckets(), self.prompts.open()
+        batches = self.batches(conditioner, sources)
         net = build_net(self.net, dtype=self.dtype, remat=self.remat)
         null = conditioner.encode_text([""])
 
@@ -60,7 +63,6 @@ class DiffusionTask(LatentTask):
         generator = Generator(
             net=net, vae=conditioner.vae.module, schedule=self.objective.schedule, kind=self.objective.kind
         )
-        prompts = self.prompts.open()
         show = preview(
             generator,
             conditioner,
@@ -87,7 +89,7 @@ class DiffusionTask(LatentTask):
             init=initial(net),
             loss=loss,
             frozen={"null": null, "vae": conditioner.vae.params},
-            batches=loader(records),
+            batches=batches,
             preview=lambda ema, frozen: {
                 "validation_loss": float(held_out_loss(ema, held_out)),
                 **show(ema, frozen["vae"]),
@@ -96,8 +98,8 @@ class DiffusionTask(LatentTask):
         )
 
 
-def check_fit(net: Denoiser, conditioner: Conditioner) -> None:
-    """The network's channels and widths must be those of the networks around it."""
+def check_fit(net: Denoiser, conditioner: Conditioner, sizes: Sequence[Size]) -> None:
+    """The network's channels and widths must be those of the networks around it, and the pictures' sizes possible."""
     channels, cond = conditioner.vae.module.config.latent_channels, conditioner.widths
     if net.in_channels != channels:
         raise ValueError(f"task.net.in_channels is {net.in_channels}, but the VAE has {channels} latent channels")
@@ -111,6 +113,12 @@ def check_fit(net: Denoiser, conditioner: Conditioner) -> None:
     for key, (mine, given) in keys.items():
         if mine != given:
             raise ValueError(f"task.net.{key} is {mine}, but the text encoders' width is {given}")
+    factor = conditioner.vae.module.config.downsample_factor * getattr(net, "patch_size", 1)
+    for size in sizes:
+        try:
+            check_size(size, factor, getattr(net, "pos_embed_max_size", None))
+        except ValueError as error:
+            raise ValueError(f"task.data.size (and the aspect and multiple of its buckets): {error}") from None
 
 
 def initial(net: Any) -> Callable[[Key], Params]:

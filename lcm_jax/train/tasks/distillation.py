@@ -13,7 +13,7 @@ from lcm_jax.objectives import LatentConsistencyDistillation, LatentConsistencyF
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
-from lcm_jax.train.tasks.common import captions, loader
+from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
 from lcm_jax.typing import Array, Key, Nets, Params
@@ -62,8 +62,9 @@ class ConsistencyTask(LatentTask):
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         teacher: Component = load_component(location.path, location.place(part))
-        check_fit(teacher.module.config, conditioner)
-        records = self.records(conditioner)
+        check_fit(teacher.module.config, conditioner, self.data.sizes)
+        sources, prompts = self.data.open_buckets(), self.prompts.open()
+        batches = self.batches(conditioner, sources)
         null = conditioner.encode_text([""])
         config = teacher.module.config
         first = teacher.params
@@ -98,9 +99,7 @@ class ConsistencyTask(LatentTask):
             net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind, embeds_guidance=adapted is None
         )
         guidance = self.preview_guidance if adapted is None else 1.0
-        show = preview(
-            generator, conditioner, captions(self.prompts.open(), 16), sampler="lcm", steps=4, guidance=guidance
-        )
+        show = preview(generator, conditioner, captions(prompts, 16), sampler="lcm", steps=4, guidance=guidance)
 
         def export(ema: Params, path: Path) -> None:
             if adapted is not None:
@@ -113,7 +112,7 @@ class ConsistencyTask(LatentTask):
             init=init,
             loss=loss,
             frozen={"teacher": teacher.params, "null": null, "vae": conditioner.vae.params},
-            batches=loader(records),
+            batches=batches,
             preview=lambda ema, frozen: show(student(ema, frozen), frozen["vae"]),
             export=export,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.data import Cache, Source, cached
+from lcm_jax.data import Cache, LoaderIterator, Source, cached
+from lcm_jax.data.images import Size
+from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.generate import Generator, to_float
 from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
-from lcm_jax.train.tasks.common import DataConfig, grid
+from lcm_jax.train.tasks.common import DataConfig, grid, loader
 from lcm_jax.typing import Array, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
@@ -76,8 +78,12 @@ class Conditioner:
         """Captions to conditioning: {"context": (n, l, d)}, of three encoders "pooled" (n, p) too."""
         return self.prompts(self.params, captions)
 
-    def encode_source(self, source: Source, described: dict[str, Any]) -> Cache:
-        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once."""
+    def encode_source(self, source: Source, described: dict[str, Any], *, synthetic: bool = False) -> Cache:
+        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once.
+
+        The pictures must have one size. synthetic: the conditioning of the synthetic caption too, as synthetic_context
+        and so on.
+        """
         vae = self.vae.module
 
         @jax.jit
@@ -87,18 +93,21 @@ class Conditioner:
 
         def produce() -> Iterator[dict[str, Any]]:
             for start in range(0, len(source), ENCODE_BATCH):
-                records = [source[i] for i in range(start, min(start + ENCODE_BATCH, len(source)))]
+                records: list[Any] = [source[i] for i in range(start, min(start + ENCODE_BATCH, len(source)))]
                 fill = ENCODE_BATCH - len(records)  # one shape, one compilation
                 images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
-                captions = [r["caption"] for r in records] + [""] * fill
                 mean, std = encode(self.vae.params, images)
-                cond = self.encode_text(captions)
-                columns = {"mean": mean, "std": std, **cond}
+                columns = {"mean": mean, "std": std}
+                for prefix in ("", SYNTHETIC) if synthetic else ("",):
+                    captions = [r[f"{prefix}caption"] for r in records] + [""] * fill
+                    columns |= {f"{prefix}{name}": leaf for name, leaf in self.encode_text(captions).items()}
                 arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
                 for i in range(len(records)):
                     yield {name: array[i] for name, array in arrays.items()}
 
         produced_by = {"kind": "latents", "version": 1, "weights": self.digest, **described}
+        if synthetic:
+            produced_by["synthetic"] = True
         return cached(cache_dir() / "latents", produced_by, produce, total=len(source))
 
 
@@ -111,10 +120,16 @@ class LatentTask:
     data: DataConfig = DataConfig()
     prompts: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))  # captions of the previews
 
-    def records(self, conditioner: Conditioner) -> Cache:
-        """The encoded training data."""
+    def batches(self, conditioner: Conditioner, sources: Mapping[Size, Source]) -> Callable[[int, int], LoaderIterator]:
+        """The training data, encoded, as the loop takes it: a cache for each bucket, whose latents have one shape."""
+        mix = self.data.mix(next(iter(sources.values())))
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
-        return conditioner.encode_source(self.data.open(), described)
+
+        def encoded(size: Size, source: Source) -> Cache:
+            bucket = {"bucket": size, "buckets": self.data.sizes} if self.data.buckets else {}
+            return conditioner.encode_source(source, described | bucket, synthetic=mix is not None)
+
+        return loader(*(encoded(size, source) for size, source in sources.items()), augment=mix)
 
 
 def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
