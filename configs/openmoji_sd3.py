@@ -117,6 +117,6 @@ def openmoji_sd3_lcm_lora() -> TrainConfig:
             objective=consistency(3.0, 3.0),
             lora=LoraConfig(rank=16, targets=MMDIT_TARGETS),
         ),
-        loop=LoopConfig(steps=1000, batch_size=32, ema=0.98, save_every=100, preview_every=250),
+        loop=LoopConfig(steps=600, batch_size=32, ema=0.98, save_every=100, preview_every=200),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=50, decay="cosine", b2=0.99),
     )
