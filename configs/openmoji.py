@@ -12,7 +12,7 @@ from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.contrastive import ContrastiveTask
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig
+from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
 from mmdit.text import CLIPTextConfig, CLIPVisionConfig
 from vae16 import AutoencoderConfig, LossConfig
 
@@ -108,7 +108,7 @@ def openmoji_lcm() -> TrainConfig:
         schedule=SCHEDULE, skip=SKIP, w_min=0.0, w_max=5.0, loss="huber", huber_c=0.05
     )
     return TrainConfig(
-        task=ConsistencyTask(objective=objective),
+        task=DistillationTask(objective=objective),
         loop=LoopConfig(steps=1800, batch_size=32, ema=0.98, save_every=100, preview_every=300),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=100, decay="cosine", b2=0.99),
     )
@@ -121,7 +121,7 @@ def openmoji_lcm_lora() -> TrainConfig:
         schedule=SCHEDULE, skip=SKIP, w_min=3.0, w_max=3.0, loss="huber", huber_c=0.05
     )
     return TrainConfig(
-        task=ConsistencyTask(objective=objective, lora=LoraConfig(rank=32)),
+        task=DistillationTask(objective=objective, lora=LoraConfig(rank=32)),
         loop=LoopConfig(steps=1000, batch_size=32, ema=0.98, save_every=100, preview_every=250),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=50, decay="cosine", b2=0.99),
     )
@@ -132,7 +132,7 @@ def openmoji_lcf() -> TrainConfig:
     """Latent consistency finetuning of the teacher on pictures alone: no teacher is asked."""
     objective = LatentConsistencyFinetuning(schedule=SCHEDULE, w_min=0.0, w_max=5.0, loss="huber", huber_c=1e-2)
     return TrainConfig(
-        task=ConsistencyTask(objective=objective),
+        task=DistillationTask(objective=objective),
         loop=LoopConfig(steps=1000, batch_size=32, ema=0.99, save_every=100, preview_every=250),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=50, decay="cosine", b2=0.99),
     )

@@ -11,7 +11,7 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig
+from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
 from lcm_jax.train.tasks.locked import LockedImageTask
 from lcm_jax.train.tasks.masked import MaskedTask
 from mmdit import MMDiTConfig
@@ -101,7 +101,7 @@ def consistency(w_min: float, w_max: float) -> LatentConsistencyDistillation:
 def openmoji_sd3_lcm() -> TrainConfig:
     """Latent consistency distillation of the mini SD3, with a w-embedding."""
     return TrainConfig(
-        task=ConsistencyTask(text="openmoji-sd3", teacher="openmoji-sd3-teacher", objective=consistency(0.0, 5.0)),
+        task=DistillationTask(text="openmoji-sd3", teacher="openmoji-sd3-teacher", objective=consistency(0.0, 5.0)),
         loop=LoopConfig(steps=1500, batch_size=32, ema=0.98, save_every=100, preview_every=300),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=100, decay="cosine", b2=0.99),
     )
@@ -111,7 +111,7 @@ def openmoji_sd3_lcm() -> TrainConfig:
 def openmoji_sd3_lcm_lora() -> TrainConfig:
     """LCM-LoRA of the same teacher: fixed w, adapters of the attentions only."""
     return TrainConfig(
-        task=ConsistencyTask(
+        task=DistillationTask(
             text="openmoji-sd3",
             teacher="openmoji-sd3-teacher",
             objective=consistency(3.0, 3.0),

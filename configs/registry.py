@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 
+from lcm_jax.objectives import ProgressiveDistillation, method
 from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.tasks.distillation import DistillationTask
 
 CONFIGS: dict[str, Callable[[], TrainConfig]] = {}
 
@@ -25,3 +28,21 @@ def get(name: str) -> TrainConfig:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(CONFIGS))}"
         raise ValueError(f"--config {name}: no such config; {hint}")
     return CONFIGS[name]()
+
+
+def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig:
+    """A distillation by another method, with its published defaults; the range of w stays the config's.
+
+    Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end.
+    """
+    task = config.task
+    if not isinstance(task, DistillationTask):
+        raise ValueError(f"--objective: config {name} is no distillation")
+    old = task.objective
+    made = method(method_name, schedule=old.schedule, kind=old.kind)
+    if made.needs_teacher:
+        made = replace(made, w_min=old.w_min, w_max=old.w_max)
+    loop = config.loop
+    if isinstance(made, ProgressiveDistillation):
+        loop = replace(loop, ema=0.0, ema_every=made.stage_steps)
+    return replace(config, task=replace(task, objective=made), loop=loop)

@@ -101,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
         sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
+        if name == "distill":
+            sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
+        if name == "distill":
+            sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
 
     sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)
@@ -252,8 +256,11 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     import lcm_jax.configs as configs
 
     asked = ["--help"] if arguments.help else []
-    config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
-    workdir = arguments.workdir or Path("runs") / arguments.config
+    config, name = configs.get(arguments.config), arguments.config
+    if getattr(arguments, "objective", None) is not None:
+        config, name = configs.with_method(config, arguments.objective, name), f"{name}_{arguments.objective}"
+    config = override(config, [*overrides, *asked], arguments.config)
+    workdir = arguments.workdir or Path("runs") / name
     config.run(workdir)
     print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
 

@@ -28,8 +28,8 @@ def consistency(
 ) -> Denoiser:
     """The consistency function over a denoiser: x0 becomes f(x, t) = c_skip x + c_out x0; eps stays the network's."""
 
-    def f(x: Image, t: Time) -> Prediction:
-        prediction = denoise(x, t)
+    def f(x: Image, t: Time, s: Time | None = None) -> Prediction:
+        prediction = denoise(x, t, schedule.t_min)
         scalings = boundary_scalings(schedule, t, sigma_data=sigma_data, timestep_scaling=timestep_scaling)
         c_skip, c_out = (expand(c, x) for c in scalings)
         # where c_out is 0 the network is not asked: its x0 may be inf there

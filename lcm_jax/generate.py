@@ -56,6 +56,7 @@ class Generator:
     """The static half of a text-to-image model; parameters, conditioning and noise are arguments.
 
     embeds_guidance: the network takes w = guidance - 1 as an input (a distilled student), so CFG is not run on top.
+    embeds_span: it takes how far the step reaches, too.
     """
 
     net: Any  # flax module, apply({"params": ...}, x, t, cond)
@@ -63,6 +64,7 @@ class Generator:
     schedule: Schedule
     kind: Kind
     embeds_guidance: bool = False
+    embeds_span: bool = False
 
     def denoiser(
         self,
@@ -79,19 +81,19 @@ class Generator:
         guided: static, whether classifier-free guidance is run (two rows for each picture). skip: used if it is.
         """
 
-        apply = as_apply(self.net)
+        apply, spans = as_apply(self.net), self.embeds_span
         if self.embeds_guidance:
             rows = next(iter(cond.values())).shape[0]
             w = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32) - 1.0, (rows,))
-            return bind(apply, params, {**cond, "guidance": w}, self.schedule, self.kind)
+            return bind(apply, params, {**cond, "guidance": w}, self.schedule, self.kind, spans=spans)
         if not guided:
-            return bind(apply, params, cond, self.schedule, self.kind)
+            return bind(apply, params, cond, self.schedule, self.kind, spans=spans)
         both = {name: jnp.concatenate([null[name], value]) for name, value in cond.items()}
-        paired = bind(apply, params, both, self.schedule, self.kind)
+        paired = bind(apply, params, both, self.schedule, self.kind, spans=spans)
         if skip is None:
             return cfg(paired, guidance)
         skipping = as_apply(self.net, skip_layers=skip.layers)
-        skipped = bind(skipping, params, cond, self.schedule, self.kind)
+        skipped = bind(skipping, params, cond, self.schedule, self.kind, spans=spans)
         return skip_layer_guidance(paired, skipped, guidance, skip.scale, interval=skip.interval)
 
     def latents(

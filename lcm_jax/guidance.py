@@ -33,9 +33,9 @@ def cfg(
     if rescaled and schedule is None:
         raise ValueError("guidance rescale acts on the network's raw output: pass schedule= and kind= to cfg")
 
-    def denoise(x: Image, t: Time) -> Prediction:
+    def denoise(x: Image, t: Time, s: Time | None = None) -> Prediction:
         t = jnp.asarray(t, jnp.float32)
-        uncond, cond = _halves(paired, x, t)
+        uncond, cond = _halves(paired, x, t, s)
         w = jnp.asarray(scale, jnp.float32)
         if interval is not None:
             w = jnp.where(_within(t, interval), w, 1.0)
@@ -65,20 +65,24 @@ def skip_layer_guidance(
     rows if for any; elsewhere this is `cfg`.
     """
 
-    def denoise(x: Image, t: Time) -> Prediction:
+    def denoise(x: Image, t: Time, s: Time | None = None) -> Prediction:
         t = jnp.asarray(t, jnp.float32)
-        uncond, cond = _halves(paired, x, t)
+        uncond, cond = _halves(paired, x, t, s)
         guided = _move(uncond, uncond, cond, expand(jnp.asarray(scale, jnp.float32), x))
         inside = _within(t, interval)
-        s = expand(jnp.where(inside, jnp.asarray(skip_scale, jnp.float32), 0.0), x)
-        return jax.lax.cond(jnp.any(inside), lambda: _move(guided, skipped(x, t), cond, s), lambda: guided)
+        strength = expand(jnp.where(inside, jnp.asarray(skip_scale, jnp.float32), 0.0), x)
+        return jax.lax.cond(jnp.any(inside), lambda: _move(guided, skipped(x, t, s), cond, strength), lambda: guided)
 
     return denoise
 
 
-def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"]) -> tuple[Prediction, Prediction]:
+def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"], s: Time | None = None) -> tuple[Prediction, Prediction]:
     """What a denoiser of 2n rows says of n rows without and with the prompt."""
-    both = paired(jnp.concatenate([x, x]), jnp.concatenate([t, t]) if t.ndim else t)
+
+    def twice(u: Time) -> Time:
+        return jnp.concatenate([u, u]) if jnp.ndim(u) else u
+
+    both = paired(jnp.concatenate([x, x]), twice(t), None if s is None else twice(s))
     (x0_u, x0_c), (eps_u, eps_c) = (jnp.split(y, 2) for y in both)
     return Prediction(x0_u, eps_u), Prediction(x0_c, eps_c)
 

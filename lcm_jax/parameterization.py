@@ -22,6 +22,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcm_jax.schedules import log_snr
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Kind, Params, Prediction, Schedule, Time
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -80,11 +81,50 @@ def output(apply: Apply, params: Params, x: Image, t: Time, cond: Cond, *, sched
     return apply(params, x, schedule.network_time(t), cond)
 
 
-def bind(apply: Apply, params: Params, cond: Cond, schedule: Schedule, kind: Kind) -> Denoiser:
-    """The denoiser of one network with its parameters and conditioning fixed; the solve is in float32."""
+def bind(apply: Apply, params: Params, cond: Cond, schedule: Schedule, kind: Kind, *, spans: bool = False) -> Denoiser:
+    """The denoiser of one network with its parameters and conditioning fixed; the solve is in float32.
 
-    def denoise(x: Image, t: Time) -> Prediction:
-        y = output(apply, params, x, t, cond, schedule=schedule, kind=kind)
+    spans: the network takes as cond["span"] how far the step will reach, t - s in its own time.
+    """
+
+    def denoise(x: Image, t: Time, s: Time | None = None) -> Prediction:
+        told = cond
+        if spans:
+            span = schedule.network_time(t) - schedule.network_time(t if s is None else s)
+            told = {**cond, "span": jnp.broadcast_to(span, x.shape[:1])}
+        y = output(apply, params, x, t, told, schedule=schedule, kind=kind)
         return to_prediction(kind, y.astype(jnp.float32), x, schedule.alpha(t), schedule.sigma(t))
 
     return denoise
+
+
+def on_schedule(denoise: Denoiser, own: Schedule, seen: Schedule) -> Denoiser:
+    """A denoiser of the schedule `own` for the x of the schedule `seen`.
+
+    Where the log-SNR is the same, x differs by a factor and what is believed of x0 and eps does not differ at all. So
+    any network can be looked at in the time in which a method is written.
+    """
+    if own == seen:
+        return denoise
+
+    def there(t: Time) -> Time:
+        return own.time_at(log_snr(seen, t))
+
+    def moved(x: Image, t: Time, s: Time | None = None) -> Prediction:
+        u = there(t)
+        factor = _length(own, u) / _length(seen, t)
+        return denoise(expand(factor, x) * x, u, None if s is None else there(s))
+
+    return moved
+
+
+def _length(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
+    return jnp.hypot(schedule.alpha(t), schedule.sigma(t))
+
+
+def jump(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) -> Image:
+    """alpha_s x0 + sigma_s eps of a denoiser that is told where the step ends: DDIM's step, the trajectory function of
+    CTM (2310.02279 eq. 9) and TCD (2402.19159 eq. 14), and x - (t - s) u on a flow (MeanFlow, 2505.13447 eq. 12).
+    """
+    prediction = denoise(x, t, s)
+    return expand(schedule.alpha(s), x) * prediction.x0 + expand(schedule.sigma(s), x) * prediction.eps

@@ -21,7 +21,7 @@ from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.prompts import Prompts, pair_texts
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
-from lcm_jax.solvers import Kept
+from lcm_jax.solvers import TCD, Kept
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
@@ -81,7 +81,10 @@ class Pipeline:
         self.spacing = Spacing.from_config(config, source=source)
         net, vae = folder.components[folder.denoiser].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
-        self.generator = Generator(net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds)
+        spans = getattr(net.config, "span_embedding", False)
+        self.generator = Generator(
+            net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds, embeds_span=spans
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -103,7 +106,8 @@ class Pipeline:
     @property
     def default_sampler(self) -> str:
         """What the folder's scheduler config asks for, or what comes closest."""
-        return SCHEDULERS.get(self.folder.scheduler.get("_class_name", ""), "ddim")
+        config = self.folder.scheduler
+        return str(config.get("sampler") or SCHEDULERS.get(config.get("_class_name", ""), "ddim"))
 
     def __call__(
         self,
@@ -113,6 +117,7 @@ class Pipeline:
         steps: int = 4,
         guidance: float = 1.0,
         sampler: str = "lcm",
+        gamma: float | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         num_images: int = 1,
@@ -134,8 +139,9 @@ class Pipeline:
 
         prompt, negative_prompt: one text or a list. steps: network evaluations (twice that for heun and dpm2).
         guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding is told w = guidance - 1.
-        sampler: "lcm", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". seed: of the noise. size: (height,
-        width) in pixels, the model's own by default. latents: the initial unit noise, for parity with other systems.
+        sampler: "lcm", "tcd", "jump", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". gamma: of tcd, 0.3 by
+        default: how much of a step is noise. seed: of the noise. size: (height, width) in pixels, the model's own by
+        default. latents: the initial unit noise, for parity with other systems.
         image, strength: image-to-image; the picture is noised up to `strength` (0.6 by default) of the way and redrawn.
         mask: inpainting; only what is white (128 and above) or true is redrawn, from nothing if no strength is given.
 
@@ -161,6 +167,10 @@ class Pipeline:
         size = self._check_size(image.shape[-3:-1] if image is not None and size is None else size)
         sizes = self._sizes(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
         spec = SAMPLERS[sampler].at(steps, spacing)
+        if gamma is not None:
+            if sampler != "tcd":
+                raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")
+            spec = replace(spec, solver=TCD(gamma=gamma))
         times = self._times(generator, spec, steps, spacing, strength)
         guided = (guidance != 1.0 or bool(skip_layers)) and not generator.embeds_guidance
         skip = None

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.schedules import DDPM, RectifiedFlow
-from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMSolver2, Euler, Heun
+from lcm_jax.solvers import DDIM, LCM, TCD, DPMpp2M, DPMSolver2, Euler, Heun
 from lcm_jax.typing import Denoiser, Image, Key, Schedule, Solver
 
 CAPACITY = 1000
@@ -257,6 +257,14 @@ def _consistency_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarr
     return lcm_grid(steps, original_steps=original, num_train_timesteps=total, strength=strength)
 
 
+def _tcd_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return np.maximum(_consistency_grid(steps, spacing, strength), 0.0)  # diffusers' ends at timestep 0
+
+
+def _trailing_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _ddim_grid(steps, replace(spacing, timestep_spacing="trailing"), strength)
+
+
 def _table_grid(
     steps: int, spacing: Spacing, strength: float, *, clean: bool, default: str = "linspace", **rule: bool
 ) -> np.ndarray:
@@ -286,12 +294,14 @@ class Sampler:
 
     grid(steps, spacing, strength) is for table schedules; `time_grid` serves all. spread_start: the noise starts at
     sigma(t_0), not at 1, unless spacing is leading (diffusers' Euler and Heun). consistency: the denoiser must be one.
+    even: in continuous time its steps are equally long, and all lie below the strength.
     """
 
     solver: Solver
     grid: Callable[[int, Spacing, float], np.ndarray]
     spread_start: bool = False
     consistency: bool = False
+    even: bool = False
 
     def at(self, steps: int, spacing: Spacing) -> Sampler:
         """The sampler of a grid of so many steps: to a final sigma above 0 a short DPM++(2M) ends in first order."""
@@ -306,7 +316,9 @@ class Sampler:
 
 
 SAMPLERS: Mapping[str, Sampler] = {
-    "lcm": Sampler(solver=LCM(), grid=_consistency_grid, consistency=True),
+    "lcm": Sampler(solver=LCM(), grid=_consistency_grid, consistency=True, even=True),
+    "tcd": Sampler(solver=TCD(), grid=_tcd_grid, even=True),
+    "jump": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True),
     "ddim": Sampler(solver=DDIM(), grid=_ddim_grid),
     "euler": Sampler(solver=Euler(), grid=_euler_grid, spread_start=True),
     "euler_a": Sampler(solver=DDIM(eta=1.0), grid=_heun_grid, spread_start=True),  # ancestral: DDPM's noise
@@ -326,7 +338,7 @@ def time_grid(
     """
     if isinstance(schedule, DDPM):
         return sampler.grid(steps, spacing, strength)
-    if sampler.consistency:
+    if sampler.even:
         _check_strength(strength)
         return strength * even_grid(steps, schedule)
     if isinstance(schedule, RectifiedFlow):

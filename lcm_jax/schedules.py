@@ -172,9 +172,48 @@ class Cosine:
         return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32))) / (0.5 * jnp.pi)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrigFlow:
+    """An arc (Lu & Song 2024, 2410.11081 sec. 3.1): alpha = cos t, sigma = sigma_data sin t, t in [0, pi / 2].
+
+    x has the standard deviation sigma_data at every time if the data have. The network is given 1000 t.
+    """
+
+    sigma_data: float = 1.0
+
+    @property
+    def t_min(self) -> float:
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        return 0.5 * math.pi
+
+    @property
+    def gauge(self) -> float:
+        return 1.0  # x / alpha is infinite at the end
+
+    def alpha(self, t: Time) -> Float[Array, "*b"]:
+        return jnp.sin(0.5 * jnp.pi - jnp.asarray(t, jnp.float32))
+
+    def sigma(self, t: Time) -> Float[Array, "*b"]:
+        return self.sigma_data * jnp.sin(jnp.asarray(t, jnp.float32))
+
+    def network_time(self, t: Time) -> Float[Array, "*b"]:
+        return 1000.0 * jnp.asarray(t, jnp.float32)
+
+    def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
+        return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32)) / self.sigma_data)
+
+
 def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     """lambda(t) = log(alpha / sigma) in nats (Lu 2022, 2206.00927); +inf at the clean end, -inf where alpha is 0."""
     return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
+
+
+def whole(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
+    """Times of a table rounded down to its entries; others as they are."""
+    return jnp.floor(t) if isinstance(schedule, DDPM) else jnp.asarray(t)
 
 
 CONTINUOUS_SCHEDULES: Mapping[str, Any] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.parameterization import add_noise, expand
-from lcm_jax.schedules import log_snr
+from lcm_jax.parameterization import add_noise, expand, jump
+from lcm_jax.schedules import log_snr, whole
 from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Solver, Time
 
 
@@ -193,6 +193,36 @@ class LCM:
     ) -> tuple[Image, Carry]:
         alpha_s, sigma_s = _scales(schedule, s, x)
         return alpha_s * denoise(x, t).x0 + sigma_s * unit_noise(key, x), carry
+
+
+@dataclass(frozen=True, kw_only=True)
+class TCD:
+    """Strategic stochastic sampling (Zheng et al. 2024, 2402.19159 Alg. 4), a jump to s' = (1 - gamma) s and noise:
+
+    x_s = (alpha_s / alpha_s') x_s' + sqrt(sigma_s^2 - (alpha_s / alpha_s')^2 sigma_s'^2) z.
+
+    gamma 0 is deterministic DDIM, gamma 1 jumps to the clean time as LCM does. A network that knows its end knows s'.
+    """
+
+    gamma: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"gamma is {self.gamma}: it must be between 0 and 1")
+
+    def init(self, x: Image) -> Carry:
+        return ()
+
+    def step(
+        self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
+    ) -> tuple[Image, Carry]:
+        if self.gamma == 0.0:
+            return jump(denoise, schedule, x, t, s), carry
+        below = whole(schedule, jnp.maximum((1.0 - self.gamma) * s, schedule.t_min))
+        (alpha_s, sigma_s), (alpha, sigma) = _scales(schedule, s, x), _scales(schedule, below, x)
+        ratio = alpha_s / alpha
+        std = jnp.sqrt(jnp.maximum(sigma_s**2 - (ratio * sigma) ** 2, 0.0))
+        return ratio * jump(denoise, schedule, x, t, below) + std * unit_noise(key, x), carry
 
 
 class Kept(NamedTuple):

@@ -12,7 +12,20 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-__all__ = ["Apply", "Array", "Carry", "Cond", "Denoiser", "Image", "Key", "Kind", "Nets", "Params", "Prediction"]
+__all__ = [
+    "Apply",
+    "Array",
+    "Carry",
+    "Cond",
+    "Critic",
+    "Denoiser",
+    "Image",
+    "Key",
+    "Kind",
+    "Nets",
+    "Params",
+    "Prediction",
+]
 __all__ += ["Schedule", "Solver", "Time"]
 
 Key = PRNGKeyArray
@@ -35,8 +48,11 @@ class Prediction(NamedTuple):
     eps: Image
 
 
-Denoiser = Callable[[Image, Time], Prediction]
-"""(x_t, t) -> Prediction, with parameters and conditioning already bound."""
+class Denoiser(Protocol):
+    """(x_t, t) -> Prediction, with parameters and conditioning already bound."""
+
+    def __call__(self, x: Image, t: Time, s: Time | None = None, /) -> Prediction:
+        """s: where the step will end, for a network that is told (None: at t itself); others do not look at it."""
 
 
 class Schedule(Protocol):
@@ -77,11 +93,22 @@ class Solver(Protocol):
         """x at time s, and the carry. `key` is a random key, or the unit noise itself, of x's shape."""
 
 
+Critic = Callable[[Params, Params, Image, Time, Cond], Float[Array, "b k"]]
+"""critic(heads, base, x, network_time, cond) -> logits of heads on the features of the network with parameters base."""
+
+
 class Nets(NamedTuple):
-    """One pure function and its parameter trees; `null` is the conditioning of the empty prompt, batch 1."""
+    """One pure function and its parameter trees; `null` is the conditioning of the empty prompt, batch 1.
+
+    others: trees that are trained beside the student (a fake score, a discriminator's heads), by name. critic: see
+    `Critic`. step: how many steps have been trained, for what changes on the way.
+    """
 
     apply: Apply
     student: Params
     target: Params = None
     teacher: Params = None
     null: Any = None
+    others: Any = None
+    critic: Critic | None = None
+    step: Array | float = 0.0

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
-    """Fields carry the names, meanings and defaults of diffusers' config.json; only the last is not one of its keys.
+    """Fields carry the names, meanings and defaults of diffusers' config.json; the last two are not keys of it.
 
     pos_embed_max_size: patches on a side of the position grid that the weights carry, and so of the largest picture.
     sample_size: side of the latents trained on, which sets the scale of that grid. time_cond_proj_dim: width of the
-    w-embedding of a student that takes guidance as an input.
+    w-embedding of a student that takes guidance as an input. span_embedding: it takes the length of the step, too.
     """
 
     class_name: ClassVar[str] = "SD3Transformer2DModel"
@@ -33,6 +33,7 @@ class MMDiTConfig:
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str | None = None
     time_cond_proj_dim: int | None = None
+    span_embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.out_channels is None:  # diffusers' way to say: as many as come in
@@ -103,8 +104,9 @@ class MMDiTConfig:
     def to_dict(self) -> dict[str, Any]:
         """A config.json; diffusers loads that of an MMDiT."""
         values = dataclasses.asdict(self) | {"dual_attention_layers": list(self.dual_attention_layers)}
-        if self.time_cond_proj_dim is None:
-            del values["time_cond_proj_dim"]
+        for own in ("time_cond_proj_dim", "span_embedding"):
+            if not values[own]:
+                del values[own]
         return {"_class_name": self.class_name, **values}
 
 

@@ -102,21 +102,33 @@ class PatchEmbed(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Two layers, in float32. cond_proj_dim: width of a second input, whose projection (zero at first) is added."""
+    """Two layers, in float32.
+
+    cond_proj_dim: width of a second input (guidance); spans: there is a third of x's width (how far a step reaches).
+    Their projections, zero at first, are added to x.
+    """
 
     features: int
     cond_proj_dim: int | None = None
     param_dtype: Any = jnp.float32
+    spans: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n"], condition: Float[Array, "b w"] | None = None) -> Float[Array, "b d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b n"],
+        condition: Float[Array, "b w"] | None = None,
+        span: Float[Array, "b n"] | None = None,
+    ) -> Float[Array, "b d"]:
         types = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
-        normal = nn.initializers.normal(0.02)
-        if self.cond_proj_dim is not None and condition is None and self.is_initializing():
-            condition = jnp.zeros((x.shape[0], self.cond_proj_dim), jnp.float32)
-        if condition is not None:
-            zero = nn.initializers.zeros_init()
-            x = x + nn.Dense(x.shape[-1], use_bias=False, kernel_init=zero, name="cond_proj", **types)(condition)
+        normal, zero = nn.initializers.normal(0.02), nn.initializers.zeros_init()
+        width = x.shape[-1]
+        extra = {"cond_proj": (condition, self.cond_proj_dim), "span_proj": (span, width if self.spans else None)}
+        for name, (value, dim) in extra.items():
+            if value is None and dim is not None and self.is_initializing():
+                value = jnp.zeros((x.shape[0], dim), jnp.float32)
+            if value is not None:
+                x = x + nn.Dense(width, use_bias=False, kernel_init=zero, name=name, **types)(value)
         x = nn.silu(nn.Dense(self.features, kernel_init=normal, name="linear_1", **types)(x))
         return nn.Dense(self.features, kernel_init=normal, name="linear_2", **types)(x)
 
@@ -127,13 +139,19 @@ class TimeTextEmbed(nn.Module):
     features: int
     cond_proj_dim: int | None = None
     param_dtype: Any = jnp.float32
+    spans: bool = False
 
     @nn.compact
     def __call__(
-        self, t: Float[Array, " b"], pooled: Float[Array, "b p"], guidance: Float[Array, " b"] | None = None
+        self,
+        t: Float[Array, " b"],
+        pooled: Float[Array, "b p"],
+        guidance: Float[Array, " b"] | None = None,
+        span: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
         time = sinusoidal(t, TIME_WIDTH, cosines_first=True, freq_shift=0.0)
+        reach = None if span is None else sinusoidal(span, TIME_WIDTH, cosines_first=True, freq_shift=0.0)
         w = None if guidance is None else guidance_embedding(guidance, self.cond_proj_dim or 0)
-        embed = Embedder(self.features, self.cond_proj_dim, self.param_dtype, name="timestep_embedder")
+        embed = Embedder(self.features, self.cond_proj_dim, self.param_dtype, self.spans, name="timestep_embedder")
         text = Embedder(self.features, param_dtype=self.param_dtype, name="text_embedder")
-        return embed(time, w) + text(pooled.astype(jnp.float32))
+        return embed(time, w, reach) + text(pooled.astype(jnp.float32))

@@ -52,7 +52,8 @@ class MMDiT(nn.Module):
         skip_layers: tuple[int, ...] = (),
     ) -> Float[Array, "b h w o"]:
         """t: scalar or (b,), 1000 times the time of the rectified flow, 0..1000. cond: "context" (b, l, d) and
-        "pooled" (b, p); where the config has time_cond_proj_dim "guidance" (b,), the w of the w-embedding.
+        "pooled" (b, p); where the config has time_cond_proj_dim "guidance" (b,), the w of the w-embedding, and
+        where it has span_embedding "span" (b,), how far the step reaches, in t's unit (none: 0, the velocity at t).
         skip_layers: blocks to pass by, for skip-layer guidance; static."""
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         check_inputs(config, x, cond)
@@ -99,11 +100,14 @@ def embed_condition(
     config: MMDiTConfig, batch: int, t: Array, cond: Mapping[str, Array], types: dict[str, Any]
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
     """The text's tokens and the activated vector that modulates, by layers of the module that calls."""
-    guidance = cond.get("guidance")
-    if guidance is not None:
-        guidance = jnp.broadcast_to(jnp.asarray(guidance), (batch,))
-    embed = TimeTextEmbed(config.width, config.time_cond_proj_dim, types["param_dtype"], name="time_text_embed")
-    c = embed(jnp.broadcast_to(jnp.asarray(t), (batch,)), cond["pooled"], guidance)
+    guidance, span = (
+        None if cond.get(name) is None else jnp.broadcast_to(jnp.asarray(cond[name]), (batch,))
+        for name in ("guidance", "span")
+    )
+    embed = TimeTextEmbed(
+        config.width, config.time_cond_proj_dim, types["param_dtype"], config.span_embedding, name="time_text_embed"
+    )
+    c = embed(jnp.broadcast_to(jnp.asarray(t), (batch,)), cond["pooled"], guidance, span)
     context = dense(config.width, "context_embedder", **types)(cond["context"].astype(types["dtype"]))
     return context, nn.silu(c).astype(types["dtype"])
 
@@ -140,6 +144,8 @@ def check_inputs(config: MMDiTConfig, x: Array, cond: Mapping[str, Array]) -> No
             "cond has 'guidance', but the MMDiT config has no time_cond_proj_dim: leave it out, or set "
             "time_cond_proj_dim=256 for a network with a w-embedding"
         )
+    if cond.get("span") is not None and not config.span_embedding:
+        raise ValueError("cond has 'span', but the MMDiT config has no span_embedding: leave it out, or set it to true")
 
 
 def example_inputs(
@@ -152,6 +158,8 @@ def example_inputs(
     }
     if config.time_cond_proj_dim is not None:
         cond["guidance"] = jnp.zeros((batch,))
+    if config.span_embedding:
+        cond["span"] = jnp.zeros((batch,))
     h, w = (config.patch_size, config.patch_size) if size is None else size
     return jnp.zeros((batch, h, w, config.in_channels)), jnp.zeros((batch,)), cond
 

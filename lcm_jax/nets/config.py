@@ -76,6 +76,7 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
     time_cond_proj_dim: int | None = None
+    span_embedding: bool = False  # no key of diffusers': the network takes how far a step reaches
     conv_in_kernel: int = 3
     conv_out_kernel: int = 3
 
@@ -214,4 +215,6 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """A config.json that diffusers loads."""
         values = {field.name: _lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if not self.span_embedding:
+            del values["span_embedding"]
         return {"_class_name": "UNet2DConditionModel", **values}

@@ -31,19 +31,31 @@ def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b
 
 
 class TimestepEmbedding(nn.Module):
-    """Two layers on a sinusoid. cond_proj_dim: width of a second input, whose projection (zero at first) is added."""
+    """Two layers on a sinusoid.
+
+    cond_proj_dim: width of a second input (guidance); spans: there is a third of x's width (how far a step reaches).
+    Their projections, zero at first, are added to x.
+    """
 
     features: int
     cond_proj_dim: int | None = None
     param_dtype: Any = jnp.float32
+    spans: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b n"], condition: Float[Array, "b w"] | None = None) -> Float[Array, "b d"]:
-        if self.cond_proj_dim is not None and condition is None and self.is_initializing():
-            condition = jnp.zeros((x.shape[0], self.cond_proj_dim), jnp.float32)
-        if condition is not None:
-            zero = nn.initializers.zeros_init()
-            project = dense(x.shape[-1], "cond_proj", jnp.float32, self.param_dtype, use_bias=False, kernel_init=zero)
-            x = x + project(condition)
+    def __call__(
+        self,
+        x: Float[Array, "b n"],
+        condition: Float[Array, "b w"] | None = None,
+        span: Float[Array, "b n"] | None = None,
+    ) -> Float[Array, "b d"]:
+        width = x.shape[-1]
+        extra = {"cond_proj": (condition, self.cond_proj_dim), "span_proj": (span, width if self.spans else None)}
+        for name, (value, dim) in extra.items():
+            if value is None and dim is not None and self.is_initializing():
+                value = jnp.zeros((x.shape[0], dim), jnp.float32)
+            if value is not None:
+                zero = nn.initializers.zeros_init()
+                x = x + dense(width, name, jnp.float32, self.param_dtype, use_bias=False, kernel_init=zero)(value)
         x = dense(self.features, "linear_1", jnp.float32, self.param_dtype)(x)
         return dense(self.features, "linear_2", jnp.float32, self.param_dtype)(nn.silu(x))

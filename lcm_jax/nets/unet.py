@@ -38,7 +38,8 @@ class UNet(nn.Module):
         self, x: Float[Array, "b h w c"], t: Shaped[Array, "*b"], cond: Mapping[str, Array]
     ) -> Float[Array, "b h w o"]:
         """t: scalar or (b,), in DDPM timesteps 0..999, fractions allowed. cond: "context" (b, l, d); where the config
-        has them "guidance" (b,), the w of the w-embedding, and "pooled" (b, p) with "time_ids" (b, 6) in pixels."""
+        has them "guidance" (b,), the w of the w-embedding, "span" (b,), how far the step reaches in t's unit (none: 0),
+        and "pooled" (b, p) with "time_ids" (b, 6) in pixels."""
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         time = nn.silu(self._time(x.shape[0], t, cond)).astype(self.dtype)
@@ -104,8 +105,16 @@ class UNet(nn.Module):
         def sinusoid(values: Array, dim: int) -> Array:
             return sinusoidal(values, dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
 
-        embed = TimestepEmbedding(features, config.time_cond_proj_dim, self.param_dtype, name="time_embedding")
-        time = embed(sinusoid(jnp.broadcast_to(jnp.asarray(t), (batch,)), width), guidance)
+        if cond.get("span") is not None and not config.span_embedding:
+            raise ValueError(
+                "cond has 'span', but the UNet config has no span_embedding: leave it out, or set it to true"
+            )
+        span = None if cond.get("span") is None else jnp.broadcast_to(jnp.asarray(cond["span"]), (batch,))
+        embed = TimestepEmbedding(
+            features, config.time_cond_proj_dim, self.param_dtype, config.span_embedding, name="time_embedding"
+        )
+        time = sinusoid(jnp.broadcast_to(jnp.asarray(t), (batch,)), width)
+        time = embed(time, guidance, None if span is None else sinusoid(span, width))
         if config.text_time is None:
             return time
         if cond.get("pooled") is None or cond.get("time_ids") is None:
@@ -128,6 +137,8 @@ def example_inputs(
     cond = {"context": jnp.zeros((batch, tokens, config.level("cross_attention_dim", 0)))}
     if config.time_cond_proj_dim is not None:
         cond["guidance"] = jnp.zeros((batch,))
+    if config.span_embedding:
+        cond["span"] = jnp.zeros((batch,))
     if config.text_time is not None:
         width, total = config.text_time
         ids = 5 if total == 2560 else 6  # the refiner has one aesthetic score for two target sizes

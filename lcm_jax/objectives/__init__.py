@@ -1,20 +1,52 @@
 """Training objectives, `(nets, batch, key) -> (loss, metrics)`: one file a family."""
 
+from lcm_jax.objectives.base import FewStep
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
+from lcm_jax.objectives.continuous import ContinuousConsistency, MeanFlow, Shortcut
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.objectives.diffusion import Diffusion, validation_loss
+from lcm_jax.objectives.distribution import (
+    AdversarialDistillation,
+    DistributionMatching,
+    LatentAdversarialDistillation,
+)
+from lcm_jax.objectives.methods import METHODS, method
+from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
+from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistillation
 from lcm_jax.objectives.terms import TextEncoders
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, Uniform
+from lcm_jax.objectives.trajectory import (
+    ConsistencyTrajectory,
+    PhasedConsistency,
+    TrajectoryConsistencyDistillation,
+)
 
 __all__ = [
+    "METHODS",
+    "AdversarialDistillation",
+    "ConsistencyTrajectory",
+    "ContinuousConsistency",
     "CosMap",
     "Diffusion",
+    "DistributionMatching",
+    "FewStep",
+    "GrowingPairs",
+    "GuidedDistillation",
+    "KarrasPairs",
+    "LatentAdversarialDistillation",
     "LatentConsistencyDistillation",
     "LatentConsistencyFinetuning",
     "LogitNormal",
+    "MeanFlow",
     "Mode",
+    "PhasedConsistency",
+    "ProgressiveDistillation",
+    "Shortcut",
+    "ShrinkingPairs",
     "TextEncoders",
+    "TrajectoryConsistencyDistillation",
     "Uniform",
     "contrastive_loss",
+    "method",
     "validation_loss",
 ]

@@ -5,31 +5,29 @@ Both are d(f(z_t, w, c, t), f^-(z_s, w, c, s)) for a pair of times t > s and dif
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from lcm_jax.consistency import consistency
-from lcm_jax.objectives.terms import (
-    Distance,
-    by_quarter,
-    check,
-    distance,
-    drop_captions,
-    without_caption,
-)
+from lcm_jax.objectives.base import FewStep
+from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
+from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, without_caption
 from lcm_jax.parameterization import add_noise, bind, expand
-from lcm_jax.solvers import DDIM, DPMpp2S, DPMSolver2
+from lcm_jax.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
 
 Target = Literal["ema", "online"]
-TEACHER_SOLVERS: Mapping[str, Solver] = MappingProxyType({"ddim": DDIM(), "dpm": DPMSolver2(), "dpm++": DPMpp2S()})
+Weight = Literal["one", "gap"]
+TEACHER_SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {"ddim": DDIM(), "dpm": DPMSolver2(), "dpm++": DPMpp2S(), "heun": Heun()}
+)
 
 
 def augmented_step(
@@ -51,84 +49,88 @@ def augmented_step(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentConsistency(ABC):
-    """What distillation and finetuning share. Trains `nets.student`; the defaults are the paper's.
+class LatentConsistency(FewStep):
+    """d(f(z_t, w, c, t), f^-(z_s, w, c, s)); where z_s comes from tells the kinds apart. The defaults are the paper's.
 
     grid_points: t is one of N points that end at t_max: of a 1000-step table 50 -> {19, 39, ..., 999}, 1000 -> any.
     skip: s = max(t - skip, 0), in the schedule's time (table steps for DDPM): the paper's k. It need not be the grid's.
-    w_min, w_max: w = guidance scale - 1, drawn uniformly per example; equal: fixed (LCM-LoRA: 7.5).
-    embed_w: feed w to the student as cond["guidance"]; False for LCM-LoRA, whose network has no w-embedding.
+    pairs: another rule for (t, s); None is that of grid_points and skip.
     target: f^- is `nets.target`, the moving average ("ema"), or the student behind a stop_gradient ("online").
     loss, huber_c: see `terms.distance`; the paper has l2, the released scripts l2 or huber.
-    kind: the parameterization of the teacher, which is also the student's.
+    weight: "gap" divides by the difference of the two noise levels sigma / alpha (iCT, ECT).
     """
 
-    schedule: Schedule
-    kind: Kind = "epsilon"
     grid_points: int = 50
     skip: float = 20.0
-    w_min: float = 2.0
-    w_max: float = 14.0
-    embed_w: bool = True
+    pairs: KarrasPairs | GrowingPairs | ShrinkingPairs | None = None
     target: Target = "ema"
     loss: Distance = "l2"
     huber_c: float = 1e-3
-    caption_dropout: float = 0.0
+    weight: Weight = "one"
     sigma_data: float = 0.5
     timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:
-        check("kind", self.kind, Kind)
+        super().__post_init__()
         check("loss", self.loss, Distance)
         check("target", self.target, Target)
-        if self.w_min > self.w_max:
-            raise ValueError(f"w_min={self.w_min} is above w_max={self.w_max}")
+        check("weight", self.weight, Weight)
         if self.grid_points < 1 or self.skip <= 0:
             raise ValueError(f"grid_points={self.grid_points} and skip={self.skip} must be positive")
+
+    @property
+    def needs_target(self) -> bool:
+        return self.target == "ema"
 
     @abstractmethod
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """The point z_s to which z_t must agree."""
 
-    def times(self, key: Key, n: int) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """The pairs (t, s)."""
+        if self.pairs is not None:
+            return self.pairs(self.schedule, key, n, step)
         start, end = self.schedule.t_min, self.schedule.t_max
         index = jax.random.randint(key, (n,), 1, self.grid_points + 1).astype(jnp.float32)
         t = start + index * ((end - start) / self.grid_points)
         return t, jnp.maximum(t - self.skip, 0.0)
 
+    def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
+        """Where both are mapped to, at s or before: here the clean time."""
+        return jnp.full_like(t, self.schedule.t_min)
+
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """batch: x0 (b, h, w, c) latents in the network's units, cond without "guidance" -> loss and scalar metrics."""
-        time_key, noise_key, w_key, drop_key = jax.random.split(key, 4)
-        x0, n = batch["x0"], batch["x0"].shape[0]
-        cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
-        t, s = self.times(time_key, n)
-        w = jax.random.uniform(w_key, (n,), minval=self.w_min, maxval=self.w_max)
-        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        t, s = self.times(jax.random.split(key, 4)[0], len(x0), nets.step)
+        end = self.end(jax.random.fold_in(key, 4), t, s)
         z = add_noise(self.schedule, x0, eps, t)
         z_s = self.earlier(nets, x0, eps, z, t, s, cond, w)
-        student_cond = {**cond, "guidance": w} if self.embed_w else cond
         slow = nets.student if self.target == "online" else nets.target
-        aim = jax.lax.stop_gradient(self.solution(nets, slow, student_cond, z_s, s))
-        difference = self.solution(nets, nets.student, student_cond, z, t) - aim
+        aim = jax.lax.stop_gradient(self.solution(nets, slow, told, z_s, s, end))
+        mine = self.solution(nets, nets.student, told, z, t, end)
+        difference = mine - aim
         each = distance(self.loss, difference, self.huber_c)
+        if self.weight == "gap":
+            each = each / (level(self.schedule, t) - level(self.schedule, s))
         loss = jnp.mean(each)
-        position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
-        error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
-        return loss, {"loss": loss, "error": error, **by_quarter(each, position)}
+        metrics = {"error": jnp.mean(jnp.abs(difference.astype(jnp.float32))), **by_quarter(each, self.position(t))}
+        if self.adversarial:
+            student, critic = self.contest(nets, aim, mine, cond, jax.random.fold_in(key, 7))
+            loss, metrics = loss + self.adversarial * student + critic, {**metrics, "critic": critic}
+        return loss, {"loss": loss, **metrics}
 
-    def solution(self, nets: Nets, params: Params, cond: Cond, z: Image, t: Array) -> Image:
+    def solution(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array, end: Float[Array, " n"]) -> Image:
         """f(z, w, c, t) = c_skip(t) z + c_out(t) x0hat (LCM Eq. 9), the map to the start of the trajectory."""
-        denoise = bind(nets.apply, params, cond, self.schedule, self.kind)
         scalings = {"sigma_data": self.sigma_data, "timestep_scaling": self.timestep_scaling}
-        return consistency(denoise, self.schedule, **scalings)(z, t).x0
+        return consistency(self.student(nets, params, told), self.schedule, **scalings)(z, t).x0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConsistencyDistillation(LatentConsistency):
     """LCD (LCM Sec. 4.3, Alg. 1): z_s is one step of the teacher from z_t (see `augmented_step`).
 
-    solver: "ddim", "dpm" (DPM-Solver-2), "dpm++" (DPM-Solver++ 2S), both with the midpoint, or a deterministic Solver.
+    solver: "ddim", "dpm" (DPM-Solver-2), "dpm++" (DPM-Solver++ 2S), both with the midpoint, "heun", or a deterministic
+    Solver. With `KarrasPairs`, heun and w = 0 this is CD (2303.01469).
     """
 
     solver: Solver | str = "ddim"
@@ -149,7 +151,11 @@ class LatentConsistencyFinetuning(LatentConsistency):
     """LCF (LCM Sec. 4.4, Alg. 4): no teacher; z_s is the same latent noised to s with the same noise.
 
     w is drawn and embedded as in distillation, so that a distilled student keeps its input; it has no other part here.
+    With `KarrasPairs` this is CT (2303.01469), with `GrowingPairs` iCT (2310.14189), with `ShrinkingPairs` ECT
+    (2406.14548).
     """
+
+    needs_teacher: ClassVar[bool] = False
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """Forward noising."""

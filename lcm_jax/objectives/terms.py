@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from lcm_jax.parameterization import expand
 from lcm_jax.typing import Array, Cond, Key
 
-Distance = Literal["l2", "huber"]
+Distance = Literal["l2", "huber", "huber_whole"]
 
 
 def check(name: str, value: object, allowed: object) -> None:
@@ -25,13 +25,16 @@ def check(name: str, value: object, allowed: object) -> None:
 def distance(kind: Distance, difference: Float[Array, "b ..."], c: float = 1e-3) -> Float[Array, " b"]:
     """Mean over the elements of each example, in float32.
 
-    "l2": d^2. "huber": the pseudo-Huber sqrt(d^2 + c^2) - c, element by element (Song & Dhariwal 2023 apply it to the
-    norm of the whole example; the released LCM code applies it to the elements, and so does this).
+    "l2": d^2. "huber": the pseudo-Huber sqrt(d^2 + c^2) - c of each element, as in the released LCM code.
+    "huber_whole": that of the example's root mean square, which is Song & Dhariwal's (2310.14189, sec. 3.3) of its norm
+    divided by sqrt(n); their c = 0.00054 sqrt(n) is c = 0.00054 here.
     """
     d = difference.astype(jnp.float32)
+    square = jnp.square(d).reshape(d.shape[0], -1)
+    if kind == "huber_whole":
+        square = jnp.mean(square, axis=1, keepdims=True)
     # d^2 / (sqrt(d^2 + c^2) + c) is the same without the cancellation
-    each = d * d if kind == "l2" else d * d / (jnp.sqrt(d * d + c * c) + c)
-    return jnp.mean(each.reshape(each.shape[0], -1), axis=1)
+    return jnp.mean(square if kind == "l2" else square / (jnp.sqrt(square + c * c) + c), axis=1)
 
 
 def without_caption(null: Cond, cond: Cond) -> Cond:
@@ -116,3 +119,13 @@ def by_quarter(values: Float[Array, " b"], position: Float[Array, " b"]) -> dict
     """
     quarter = jnp.clip(jnp.ceil(position * 4) - 1, 0, 3)
     return {f"loss_t{i + 1}": 4 * jnp.mean(jnp.where(quarter == i, values, 0.0)) for i in range(4)}
+
+
+def hinge(real: Float[Array, "b k"], fake: Float[Array, "b k"]) -> Float[Array, ""]:
+    """A discriminator's loss, of its logits: mean max(0, 1 - real) + mean max(0, 1 + fake) (2311.17042 eq. 3)."""
+    return jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake))
+
+
+def frozen(tree: Any) -> Any:
+    """The tree without gradient."""
+    return jax.tree.map(jax.lax.stop_gradient, tree)

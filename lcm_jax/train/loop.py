@@ -41,6 +41,8 @@ class Task:
     # (ema, frozen) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
     preview: Callable[[Params, Params], dict[str, float | np.ndarray]]
     export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
+    # what becomes of the run's optimizer, for tasks that train several trees
+    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     the data position and the step number (which is the random stream) are all a checkpoint holds and all there is.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    tx = make_optimizer(optimizer, loop.steps)
+    tx = task.optimizer(make_optimizer(optimizer, loop.steps))
     rate = learning_rate(optimizer, loop.steps)
     whole, split = shardings(loop.batch_size)
     step_fn = make_train_step(

@@ -173,11 +173,10 @@ def mmdit_config(shapes: Shapes, *, source: str) -> MMDiTConfig:
         pos_embed_max_size=side,
         dual_attention_layers=tuple(sorted(int(i) for i in dual)),
         qk_norm="rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
-        **(
-            {"time_cond_proj_dim": shapes["t_embedder.cond_proj.weight"][1]}
-            if "t_embedder.cond_proj.weight" in shapes
-            else {}
-        ),
+        time_cond_proj_dim=shapes["t_embedder.cond_proj.weight"][1]
+        if "t_embedder.cond_proj.weight" in shapes
+        else None,
+        span_embedding="t_embedder.span_proj.weight" in shapes,
     )
 
 

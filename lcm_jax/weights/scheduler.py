@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from numbers import Real
 from typing import Any, get_args
 
-from lcm_jax.sampling import Spacing
+from lcm_jax.sampling import SAMPLERS, Spacing
 from lcm_jax.schedules import CONTINUOUS_SCHEDULES, DDPM, Cosine, RectifiedFlow, from_config
 from lcm_jax.typing import Kind, Schedule
 
@@ -32,7 +32,7 @@ SCHEDULERS: Mapping[str, str] = {
     "DEISMultistepScheduler": "dpm++2m",
     "UniPCMultistepScheduler": "dpm++2m",
     "LCMScheduler": "lcm",
-    "TCDScheduler": "lcm",
+    "TCDScheduler": "tcd",
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
     "FlowMatchLCMScheduler": "lcm",
@@ -60,7 +60,16 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 _NUMBERS = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset", "original_inference_steps")
 _READ = {field.name for field in (*fields(DDPM), *fields(Spacing))} | {
-    *("trained_betas", "prediction_type", "schedule", "shift", "flow_shift", "use_flow_sigmas", "use_dynamic_shifting"),
+    *(
+        "trained_betas",
+        "prediction_type",
+        "sampler",
+        "schedule",
+        "shift",
+        "flow_shift",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
+    ),
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
 }
 # Read by nothing while the keys above have those values, or by no sampler of ours.
@@ -76,6 +85,8 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
     name = config.get("_class_name")
     if name is not None and name not in SCHEDULERS:
         raise ValueError(f"{source}: _class_name {name!r} is not supported; known are {', '.join(SCHEDULERS)}")
+    if config.get("sampler") is not None and config["sampler"] not in SAMPLERS:
+        raise ValueError(f"{source}: sampler {config['sampler']!r} is unknown; known are {', '.join(SAMPLERS)}")
     for key, value in config.items():
         if key in _FIXED and value not in _FIXED[key]:
             raise ValueError(f"{source}: {key}={value!r} is not supported; set it to {_FIXED[key][0]!r}")
@@ -98,7 +109,13 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
 
 
 def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
-    """scheduler_config.json of a schedule, for the sampler "lcm" or any other."""
+    """scheduler_config.json of a schedule, for a sampler; the key "sampler" names one that is not its class's."""
+    config = _scheduler_config(schedule, kind, sampler)
+    own = SCHEDULERS[config["_class_name"]]
+    return config if sampler in (own, "ddim", "euler") else {**config, "sampler": sampler}
+
+
+def _scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
     if isinstance(schedule, Cosine) or (isinstance(schedule, RectifiedFlow) and kind != "flow"):
         name = next(name for name, made in CONTINUOUS_SCHEDULES.items() if isinstance(schedule, made))
         return {"_class_name": CONTINUOUS, "schedule": name, "prediction_type": kind, **asdict(schedule)}
@@ -119,6 +136,7 @@ def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, 
         "clip_sample": False,
         "set_alpha_to_one": True,
     }
-    if sampler == "lcm":
-        return {"_class_name": "LCMScheduler", **shared, "original_inference_steps": 50, "timestep_scaling": 10.0}
+    if sampler in ("lcm", "tcd"):
+        name = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}[sampler]
+        return {"_class_name": name, **shared, "original_inference_steps": 50, "timestep_scaling": 10.0}
     return {"_class_name": "DDIMScheduler", **shared, "timestep_spacing": "trailing", "steps_offset": 0}

@@ -12,7 +12,7 @@ from lcm_jax.typing import Prediction, Schedule
 X = jax.random.normal(jax.random.key(0), (2, 2, 2, 3))
 
 
-def denoise(x: jax.Array, t: jax.Array) -> Prediction:
+def denoise(x: jax.Array, t: jax.Array, s: object = None) -> Prediction:
     return Prediction(x0=jnp.full_like(x, 7.0), eps=2.0 * x)
 
 
@@ -23,7 +23,7 @@ def test_identity_at_zero(schedule: Schedule, times: tuple[float, ...]) -> None:
 
 
 def test_identity_even_where_the_network_is_not_finite() -> None:
-    bad = consistency(lambda x, t: Prediction(x0=x / 0.0, eps=x), DDPM())
+    bad = consistency(lambda x, t, s: Prediction(x0=x / 0.0, eps=x), DDPM())
     np.testing.assert_array_equal(bad(X, 0.0).x0, X)
 
 

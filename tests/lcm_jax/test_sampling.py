@@ -30,7 +30,7 @@ KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 2, 2, 3))
 
 
-def denoise(x: jax.Array, t: jax.Array) -> Prediction:
+def denoise(x: jax.Array, t: jax.Array, s: object = None) -> Prediction:
     eps = jnp.tanh(x + 0.001 * t)
     return Prediction((x - SCHEDULE.sigma(t) * eps) / SCHEDULE.alpha(t), eps)
 

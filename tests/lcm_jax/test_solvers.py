@@ -26,7 +26,7 @@ MEAN, STD = 0.7, 0.4
 def gaussian(schedule: Schedule) -> Denoiser:
     """The exact denoiser of independent pixels N(MEAN, STD^2)."""
 
-    def denoise(x: jax.Array, t: jax.Array) -> Prediction:
+    def denoise(x: jax.Array, t: jax.Array, s: object = None) -> Prediction:
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
         variance = (alpha * STD) ** 2 + sigma**2
         centred = (x - alpha * MEAN) / variance
@@ -44,7 +44,7 @@ def flow_of_gaussian(schedule: Schedule, x: jax.Array, t: float, s: float) -> ja
 def point(schedule: Schedule, x0: jax.Array) -> Denoiser:
     """The exact denoiser of data that is always x0."""
 
-    def denoise(x: jax.Array, t: jax.Array) -> Prediction:
+    def denoise(x: jax.Array, t: jax.Array, s: object = None) -> Prediction:
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
         return Prediction(jnp.broadcast_to(x0, x.shape), (x - alpha * x0) / sigma)
 

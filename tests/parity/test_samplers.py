@@ -17,7 +17,7 @@ from lcm_jax.guidance import cfg
 from lcm_jax.parameterization import add_noise, bind, to_prediction
 from lcm_jax.sampling import SAMPLERS, Sampler, Spacing, flow_grid, lcm_grid, time_grid
 from lcm_jax.schedules import DDPM, RectifiedFlow, from_config
-from lcm_jax.solvers import DDIM, Heun
+from lcm_jax.solvers import DDIM, TCD, Heun
 from lcm_jax.typing import Kind, Prediction, Schedule, Solver
 
 torch = pytest.importorskip("torch")
@@ -163,6 +163,17 @@ def test_lcm(kind: Kind, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(schedulers.scheduling_lcm, "randn_tensor", lambda *args, **kwargs: next(drawn))
     scheduler = diffusers.LCMScheduler(**LATENT, prediction_type=kind)
     close(ours(SAMPLERS["lcm"], LATENT, kind, steps), theirs(scheduler, steps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 25])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_tcd(kind: Kind, gamma: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter(torch.from_numpy(NOISE))
+    monkeypatch.setattr(schedulers.scheduling_tcd, "randn_tensor", lambda *args, **kwargs: next(drawn))
+    scheduler = diffusers.TCDScheduler(**LATENT, prediction_type=kind)
+    sampler = replace(SAMPLERS["tcd"], solver=TCD(gamma=gamma))
+    close(ours(sampler, LATENT, kind, steps), theirs(scheduler, steps, eta=gamma))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

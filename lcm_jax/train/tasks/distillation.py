@@ -1,28 +1,36 @@
-"""Latent consistency models: distilled from a teacher (LCM, LCM-LoRA) or finetuned without one (LCF)."""
+"""Few-step students: distilled from a teacher by any method of `lcm_jax.objectives`, or trained on pictures alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 from lcm_jax import lora
 from lcm_jax.generate import Generator, as_apply
-from lcm_jax.objectives import LatentConsistencyDistillation, LatentConsistencyFinetuning
+from lcm_jax.nets.critic import Heads, features
+from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
-from lcm_jax.typing import Array, Key, Nets, Params
+from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 from lcm_jax.weights.families import DENOISERS, denoiser_of
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import save_lora
 from lcm_jax.weights.scheduler import read_scheduler
+from mmdit.text import normalize_images
+from vae16 import unscale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +43,24 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyTask(LatentTask):
+class DistillationTask(LatentTask):
     """A student of `teacher` (a bundled name, folder or hub id). The schedule and the kind are the teacher's.
 
     With `lora` only adapters are trained, the student is the teacher with them merged and has no w-embedding: one
-    network in memory is teacher and student. Otherwise the student is a copy of the teacher with a zero-initialised
-    w-embedding of `guidance_dim`, so that it starts as the teacher.
+    network in memory is teacher and student. Otherwise the student is a copy of the teacher, with a zero-initialised
+    w-embedding of `guidance_dim` and an embedding of the step's length where the objective has use for them, so that it
+    starts as the teacher.
     """
 
     teacher: str = "openmoji-teacher"
     start: str | None = None  # a student (name or folder) to go on from; None starts as the teacher. Not for LoRA
-    objective: LatentConsistencyDistillation | LatentConsistencyFinetuning = LatentConsistencyDistillation(
-        schedule=DDPM()
-    )
+    objective: FewStep = LatentConsistencyDistillation(schedule=DDPM())
     lora: LoraConfig | None = None
     guidance_dim: int = 256
+    rate_of_others: float = 1.0  # the learning rate of a fake score or a discriminator, over the student's
+    image_encoder: str = "openmoji"  # a model whose image tower a discriminator of pictures looks through
     preview_guidance: float = 3.0
+    preview_steps: int = 4
     remat: bool = False
     dtype: str = "float32"
 
@@ -58,15 +68,16 @@ class ConsistencyTask(LatentTask):
         location = locate(self.teacher)
         scheduler = location.at("scheduler") / "scheduler_config.json"
         schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
-        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=self.lora is None)
+        embed_w = self.objective.embed_w and self.lora is None
+        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         teacher: Component = load_component(location.path, location.place(part))
-        check_fit(teacher.module.config, conditioner, self.data.sizes)
-        sources, prompts = self.data.open_buckets(), self.prompts.open()
-        batches = self.batches(conditioner, sources)
-        null = conditioner.encode_text([""])
         config = teacher.module.config
+        check_fit(config, conditioner, self.data.sizes)
+        sources, prompts = self.data.open_buckets(), self.prompts.open()
+        if self.lora is not None and objective.spans:
+            raise ValueError("the objective tells the student how far a step reaches, which a LoRA's network cannot be")
         first = teacher.params
         if self.start is not None:
             if self.lora is not None:
@@ -74,52 +85,167 @@ class ConsistencyTask(LatentTask):
             begun = locate(self.start)
             student_net, first = load_component(begun.path, begun.place(part))
             config = student_net.config
-        if self.lora is None and config.time_cond_proj_dim is None:
+        if embed_w and config.time_cond_proj_dim is None:
             config = replace(config, time_cond_proj_dim=self.guidance_dim)
+        config = replace(config, span_embedding=config.span_embedding or objective.spans)
+        embeds_guidance = config.time_cond_proj_dim is not None
         net = build_net(config, dtype=self.dtype, remat=self.remat)
+        batches = self.batches(conditioner, sources)
+        null = conditioner.encode_text([""])
+        critic = self.critic(objective, net, conditioner) if objective.adversarial else None
         adapted = self.lora
 
         def init(key: Key) -> Params:
             if adapted is not None:
-                return lora.init(key, teacher.params, rank=adapted.rank, alpha=adapted.alpha, targets=adapted.targets)
-            return graft(initial(net)(key), first)
+                own = lora.init(key, teacher.params, rank=adapted.rank, alpha=adapted.alpha, targets=adapted.targets)
+            else:
+                own = graft(initial(net)(key), first)
+            others = dict(objective.others(key, jax.tree.map(jnp.copy, teacher.params)))
+            if critic is not None:
+                others["heads"] = critic.init(key, teacher.params, null)
+            return {"student": own, "others": others} if others else own
+
+        def split(params: Params) -> tuple[Params, Any]:
+            pair = isinstance(params, dict) and params.keys() == {"student", "others"}
+            return (params["student"], params["others"]) if pair else (params, None)
 
         def student(params: Params, frozen: Params) -> Params:
-            return params if adapted is None else lora.merge(frozen["teacher"], params)
+            own = split(params)[0]
+            return own if adapted is None else lora.merge(frozen["teacher"], own)
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
             draw, rest = jax.random.split(key)
-            target = student(ema, frozen) if objective.target == "ema" else None
-            nets = Nets(as_apply(net), student(params, frozen), target, frozen["teacher"], frozen["null"])
+            nets = Nets(
+                as_apply(net),
+                student(params, frozen),
+                student(ema, frozen) if objective.needs_target else None,
+                frozen["teacher"],
+                frozen["null"],
+                others=split(params)[1],
+                critic=None if critic is None else critic.bind(frozen),
+                step=step,
+            )
             return objective(nets, draw_latents(draw, batch), rest)
 
         generator = Generator(
-            net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind, embeds_guidance=adapted is None
+            net=net,
+            vae=conditioner.vae.module,
+            schedule=schedule,
+            kind=kind,
+            embeds_guidance=embeds_guidance,
+            embeds_span=config.span_embedding,
         )
-        guidance = self.preview_guidance if adapted is None else 1.0
-        show = preview(generator, conditioner, captions(prompts, 16), sampler="lcm", steps=4, guidance=guidance)
+        # A student that was not told w has the guidance it was trained with inside, if any.
+        guidance = self.preview_guidance if embeds_guidance or not objective.needs_teacher else 1.0
+        show = preview(
+            generator,
+            conditioner,
+            captions(prompts, 16),
+            sampler=objective.sampler,
+            steps=self.preview_steps,
+            guidance=guidance,
+        )
 
         def export(ema: Params, path: Path) -> None:
+            own = jax.device_get(split(ema)[0])
             if adapted is not None:
                 path.mkdir(parents=True, exist_ok=True)
-                save_lora(path / "pytorch_lora_weights.safetensors", jax.device_get(ema), denoiser_of(config)[1].rules)
+                save_lora(path / "pytorch_lora_weights.safetensors", own, denoiser_of(config)[1].rules)
                 return
-            export_folder(path, Component(net, jax.device_get(ema)), conditioner, schedule, kind, sampler="lcm")
+            export_folder(path, Component(net, own), conditioner, schedule, kind, sampler=objective.sampler)
 
         return Task(
             init=init,
             loss=loss,
-            frozen={"teacher": teacher.params, "null": null, "vae": conditioner.vae.params},
+            frozen={
+                "teacher": teacher.params,
+                "null": null,
+                "vae": conditioner.vae.params,
+                **({} if critic is None else critic.frozen),
+            },
             batches=batches,
             preview=lambda ema, frozen: show(student(ema, frozen), frozen["vae"]),
             export=export,
+            optimizer=partial(by_tree, every=objective.updates, rate=self.rate_of_others),
         )
+
+    def critic(self, objective: FewStep, net: Any, conditioner: Conditioner) -> Discriminator:
+        """Heads on the teacher's blocks, or on the image tower's layers where the objective shows it pictures."""
+        if not objective.judges_pictures:
+            return Discriminator(features=partial(features, net), net=net, frozen={})
+        at = locate(self.image_encoder)
+        tower, vae = load_component(at.path, at.place("image_encoder")), conditioner.vae.module
+
+        def look(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
+            pictures = vae.apply({"params": params["vae"]}, unscale(x, vae.config), method="decode")
+            seen = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
+            return [seen.last_hidden]
+
+        frozen = {"vae": conditioner.vae.params, "tower": tower.params}
+        return Discriminator(features=look, net=net, frozen={"eyes": frozen})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discriminator:
+    """Heads on features; `frozen` has the parameters these are computed with, if they are not the objective's base."""
+
+    features: Callable[[Params, Image, Array, Cond], list[Array]]
+    net: Any
+    frozen: dict[str, Params]
+
+    def bind(self, frozen: Params) -> Callable[..., Array]:
+        """The `Critic` that objectives ask."""
+        eyes = frozen["eyes"] if self.frozen else None
+
+        def judge(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
+            seen = self.features(base if eyes is None else eyes, x, t, cond)
+            logits: Array = Heads().apply({"params": heads}, seen)  # type: ignore[assignment]
+            return logits
+
+        return judge
+
+    def init(self, key: Key, teacher: Params, null: Cond) -> Params:
+        """Random heads."""
+        side, channels = self.net.config.sample_size, self.net.config.in_channels
+        base = self.frozen["eyes"] if self.frozen else teacher
+
+        def seen() -> list[Array]:
+            return self.features(base, jnp.zeros((1, side, side, channels)), jnp.zeros(1), null)
+
+        shapes = jax.eval_shape(seen)
+        return Heads().init(key, [jnp.zeros(leaf.shape) for leaf in shapes])["params"]
+
+
+def by_tree(tx: optax.GradientTransformation, *, every: Mapping[str, int], rate: float) -> optax.GradientTransformation:
+    """The optimizer of a state {"student", "others"}: each tree by itself, its gradient clipped by itself.
+
+    every: tree -> one of how many steps it is updated in. rate: the learning rate of the others over the student's.
+    """
+
+    def of(name: str) -> optax.GradientTransformation:
+        own = tx if name == "student" else optax.chain(tx, optax.scale(rate))
+        period = every.get(name, 1)
+        return own if period == 1 else optax.conditionally_mask(own, partial(_due, period))
+
+    both = optax.partition({name: of(name) for name in ("student", "others")}, label)
+
+    def pick(params: Params) -> optax.GradientTransformation:
+        return both if isinstance(params, dict) and params.keys() == {"student", "others"} else tx
+
+    return optax.GradientTransformation(
+        lambda params: pick(params).init(params),
+        lambda grads, state, params=None: pick(grads).update(grads, state, params),
+    )
+
+
+def _due(period: int, step: Array, **_: Any) -> Array:
+    return step % period == 0
 
 
 def graft(fresh: Params, trained: Params) -> Params:
-    """`fresh` with every leaf that `trained` has; what is new (the w-embedding) keeps its zero initialisation."""
+    """`fresh` with every leaf that `trained` has; what is new (an embedding) keeps its zero initialisation."""
     if not isinstance(fresh, dict):
         return trained
     return {key: graft(value, trained[key]) if key in trained else value for key, value in fresh.items()}

@@ -24,7 +24,7 @@ from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask, move
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import ConsistencyTask, LoraConfig, graft
+from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig, graft
 from lcm_jax.train.tasks.latent import ENCODE_BATCH, Conditioner
 from lcm_jax.train.tasks.locked import LockedImageTask
 from lcm_jax.train.tasks.masked import MaskedTask
@@ -163,7 +163,7 @@ def test_teacher_is_a_pipeline_that_keeps_its_parameterization(teacher: Path) ->
 def test_student_embeds_guidance(
     objective: type, teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path
 ) -> None:
-    task = ConsistencyTask(
+    task = DistillationTask(
         teacher=str(teacher),
         vae=str(tiny_model),
         text=str(tiny_model),
@@ -183,7 +183,7 @@ def test_student_embeds_guidance(
 
 
 def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:
-    task = ConsistencyTask(
+    task = DistillationTask(
         teacher=str(teacher),
         vae=str(tiny_model),
         text=str(tiny_model),
@@ -223,7 +223,7 @@ def test_students_of_a_flow(
     objective = LatentConsistencyDistillation(
         schedule=RectifiedFlow(), grid_points=8, skip=0.125, w_min=0.0, w_max=4.0, target="online"
     )
-    task = ConsistencyTask(
+    task = DistillationTask(
         teacher=str(flow_teacher),
         vae=str(tiny_sd3),
         text=str(tiny_sd3),
@@ -304,7 +304,7 @@ def test_a_student_takes_buckets(tiny_sd3: Path, shapes: DataConfig, data: DataC
     objective = LatentConsistencyDistillation(schedule=RectifiedFlow(), grid_points=8, skip=0.125)
     model = str(tiny_sd3)
     options = {"objective": objective, "lora": LoraConfig(rank=2, targets=lora.MMDIT_TARGETS), "prompts": data}
-    task = ConsistencyTask(teacher=model, vae=model, text=model, data=shapes, **options).build()
+    task = DistillationTask(teacher=model, vae=model, text=model, data=shapes, **options).build()
     key = jax.random.key(0)
     params, batches, shapes_seen = jax.eval_shape(task.init, key), task.batches(4, 0), set()
     for batch in (next(batches) for _ in range(4)):

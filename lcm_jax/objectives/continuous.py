@@ -1,0 +1,196 @@
+"""Continuous time: derivatives along the trajectory by forward mode (sCM, MeanFlow), or pairs of half steps (Shortcut).
+
+Each is written in its paper's time, on which any teacher and student are looked at by `on_schedule`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.objectives.base import Draw, FewStep
+from lcm_jax.objectives.terms import check, frozen
+from lcm_jax.objectives.times import LogitNormal
+from lcm_jax.parameterization import add_noise, expand, jump, on_schedule
+from lcm_jax.schedules import RectifiedFlow, TrigFlow
+from lcm_jax.typing import Array, Denoiser, Image, Key, Nets, Params, Schedule, Time
+
+Velocity = Literal["teacher", "data"]
+FLOW = RectifiedFlow()
+
+
+def _velocity(denoise: Denoiser, x: Image, t: Time, s: Time | None = None) -> Image:
+    """dx/dt = eps - x0 on the straight path; with a network that is told s, the mean velocity from t to s."""
+    prediction = denoise(x, t, s)
+    return prediction.eps - prediction.x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuous(FewStep):
+    """velocity: of the trajectory, the guided teacher's, or eps and x0 of the example (training without a teacher)."""
+
+    velocity: Velocity = "teacher"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check("velocity", self.velocity, Velocity)
+
+    def seen(self, nets: Nets, params: Params, draw: Draw, schedule: Schedule) -> Denoiser:
+        """The student on the paper's schedule."""
+        return on_schedule(self.student(nets, params, draw.told), self.schedule, schedule)
+
+    def belief(self, nets: Nets, draw: Draw, schedule: Schedule, x: Image, t: Array) -> tuple[Image, Image]:
+        """(x0, eps) whose velocity is followed."""
+        if self.velocity == "data":
+            return draw.x0, draw.eps
+        return frozen(tuple(on_schedule(self.teacher(nets, draw.cond, draw.w), self.schedule, schedule)(x, t)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuousConsistency(Continuous):
+    """sCM (Lu & Song 2024, 2410.11081, Alg. 1), in TrigFlow: x = cos t x0 + sin t z, f = cos t x - sin t sigma_d F.
+
+    loss = |F - F^- - g / (|g| + c)|^2 (exp(w) / D, and - w, with a learned w(t) where `adaptive`), where F^- is without
+    gradient, v = dx/dt and  g = -cos^2 t (sigma_d F^- - v) - r cos t sin t (x + sigma_d dF^-/dt).
+    The derivative is one forward-mode product with the tangent (cos t sin t v, cos t sin t). r rises to 1 over `warmup`
+    steps; |g| is the root mean square. t = arctan(e^tau / sigma_d), tau ~ N(mean, std^2).
+
+    Attention kernels without forward mode (cuDNN's) must be set aside: build the network with attention="xla".
+    """
+
+    mean: float = -1.0
+    std: float = 1.4
+    sigma_data: float = 1.0
+    warmup: int = 10_000
+    c: float = 0.1
+    adaptive: bool = True
+
+    def others(self, key: Key, teacher: Params) -> dict[str, Params]:
+        """w(t): a linear map of sines and cosines of t, zero at first."""
+        return {"weight": jnp.zeros(2 * _WAVES + 1)} if self.adaptive else {}
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        draw = self.draw(nets, batch, key)
+        schedule, scale = TrigFlow(sigma_data=self.sigma_data), self.sigma_data
+        tau = self.mean + self.std * jax.random.normal(jax.random.split(key, 4)[0], draw.x0.shape[:1])
+        t = jnp.arctan(jnp.exp(tau) / scale)
+        x = add_noise(schedule, draw.x0, draw.eps, t)
+        cos, sin = expand(jnp.cos(t), x), expand(jnp.sin(t), x)
+
+        def slope(x0: Image, eps: Image, cos: Array, sin: Array) -> Image:
+            return cos * scale * eps - sin * x0  # dx/dt
+
+        def F(params: Params, x: Image, t: Array) -> Image:
+            belief = self.seen(nets, params, draw, schedule)(x, t)
+            return slope(*belief, expand(jnp.cos(t), x), expand(jnp.sin(t), x)) / scale
+
+        v = slope(*self.belief(nets, draw, schedule, x, t), cos, sin)
+        still = frozen(nets.student)
+        tangent = (cos * sin * v, jnp.cos(t) * jnp.sin(t))
+        before, derivative = jax.jvp(lambda x, t: F(still, x, t), (x, t), tangent)
+        r = jnp.minimum(1.0, (nets.step + 1.0) / self.warmup)
+        g = -(cos**2) * (scale * before - v) - r * (cos * sin * x + scale * derivative)
+        rms = jnp.sqrt(jnp.mean(g**2, axis=(1, 2, 3), keepdims=True))
+        aim = frozen(before + g / (rms + self.c))
+        each = jnp.mean((F(nets.student, x, t) - aim) ** 2, axis=(1, 2, 3))
+        loss = jnp.mean(each)
+        metrics = {"error": jnp.mean(rms), "squares": loss}
+        if self.adaptive:
+            w = _waves(t) @ nets.others["weight"]
+            loss = jnp.mean(jnp.exp(w) * each - w)
+        return loss, {"loss": loss, **metrics}
+
+
+_WAVES = 4
+
+
+def _waves(t: Float[Array, " b"]) -> Float[Array, "b w"]:
+    angles = 2.0 * t[:, None] * jnp.arange(1, _WAVES + 1)
+    return jnp.concatenate([jnp.ones_like(t)[:, None], jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlow(Continuous):
+    """MeanFlow (Geng et al. 2025, 2505.13447 eq. 10, 11): the network is the mean velocity u(x, r, t) on the flow,
+
+    u_target = v - (t - r) (v d/dx + d/dt) u, one forward-mode product with the tangent (v, r: 0, t: 1); loss
+    |u - u_target|^2 / (|u - u_target|^2 + c)^power, the denominator without gradient. t and r are the larger and the
+    smaller of two logit-normal draws, r = t in all but `share` of the examples. Drawn in jumps, as TCD with gamma 0.
+    """
+
+    spans: ClassVar[bool] = True
+    sampler: ClassVar[str] = "jump"
+
+    mean: float = -0.4
+    std: float = 1.0
+    share: float = 0.25
+    power: float = 1.0
+    c: float = 1e-3
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        draw = self.draw(nets, batch, key)
+        n = len(draw.x0)
+        first, second, third = jax.random.split(jax.random.split(key, 4)[0], 3)
+        density = LogitNormal(mean=self.mean, std=self.std)
+        one, two = density(first, n), density(second, n)
+        t = jnp.maximum(one, two)
+        r = jnp.where(jax.random.bernoulli(third, self.share, (n,)), jnp.minimum(one, two), t)
+        x = add_noise(FLOW, draw.x0, draw.eps, t)
+        x0, eps = self.belief(nets, draw, FLOW, x, t)
+        v = eps - x0
+
+        def u(x: Image, t: Array) -> Image:
+            return _velocity(self.seen(nets, nets.student, draw, FLOW), x, t, r)
+
+        mean, derivative = jax.jvp(u, (x, t), (v, jnp.ones_like(t)))
+        aim = frozen(v - expand(t - r, x) * derivative)
+        square = jnp.sum((mean - aim) ** 2, axis=(1, 2, 3))
+        loss = jnp.mean(square / frozen(square + self.c) ** self.power)
+        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(mean - aim))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortcut(Continuous):
+    """Shortcut models (Frans et al. 2024, 2410.12557 eq. 5): one step of 2d is two steps of d, d = 2^-k on the flow.
+
+    For `share` of the batch the mean velocity over 2d is that of two steps of d by the moving average; the rest learns
+    the velocity itself (d = 0). The smallest d is 1 / `finest`.
+    """
+
+    spans: ClassVar[bool] = True
+    sampler: ClassVar[str] = "jump"
+
+    share: float = 0.25
+    finest: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.finest < 2 or self.finest & (self.finest - 1):
+            raise ValueError(f"finest={self.finest} must be a power of two")
+
+    @property
+    def needs_target(self) -> bool:
+        return True
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        draw = self.draw(nets, batch, key)
+        n = len(draw.x0)
+        pairs = jnp.arange(n) < round(self.share * n)
+        first, second, third = jax.random.split(jax.random.split(key, 4)[0], 3)
+        d = 2.0 ** -jax.random.randint(first, (n,), 1, self.finest.bit_length()).astype(jnp.float32)
+        even = 2.0 * d * jnp.floor(1.0 + jax.random.uniform(second, (n,)) * (0.5 / d))  # multiples of 2d, to 1
+        t = jnp.where(pairs, even, jax.random.uniform(third, (n,), minval=1e-3))
+        x = add_noise(FLOW, draw.x0, draw.eps, t)
+        x0, eps = self.belief(nets, draw, FLOW, x, t)
+        slow = self.seen(nets, nets.target, draw, FLOW)
+        middle = jump(slow, FLOW, x, t, t - d)
+        last = jump(slow, FLOW, middle, t - d, t - 2.0 * d)
+        aim = frozen(jnp.where(expand(pairs, x), (x - last) / expand(2.0 * d, x), eps - x0))
+        u = _velocity(self.seen(nets, nets.student, draw, FLOW), x, t, jnp.where(pairs, t - 2.0 * d, t))
+        each = jnp.mean((u - aim) ** 2, axis=(1, 2, 3))
+        loss = jnp.mean(each)
+        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(u - aim)), "pairs": jnp.mean(jnp.where(pairs, each, 0.0))}

@@ -1,0 +1,159 @@
+"""Matching distributions rather than trajectories: DMD2, and the adversarial ADD and LADD.
+
+What is trained beside the student, a fake score or a discriminator's heads, lies in `nets.others`; each part of the
+loss sees the other parts' trees without gradient, so one gradient of the sum trains them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.consistency import consistency
+from lcm_jax.objectives.base import FewStep
+from lcm_jax.objectives.terms import frozen
+from lcm_jax.parameterization import add_noise, bind, expand, output, target
+from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator(FewStep):
+    """A student that draws in `steps` steps of equal length, as the solver LCM does."""
+
+    steps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be positive")
+
+    def time(self, i: Array | int) -> Array:
+        """The time of step i: of 4 steps 1, 3/4, 1/2, 1/4 of the way."""
+        return self.at(1.0 - jnp.asarray(i, jnp.float32) / self.steps)
+
+    def picture(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array) -> Image:
+        """The clean picture that the student sees in z."""
+        return consistency(self.student(nets, params, told), self.schedule)(z, t).x0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionMatching(Generator):
+    """DMD2 (Yin et al. 2024, 2405.14867): the student follows the difference of its own pictures' score and real ones'.
+
+    The gradient of its picture x, noised to x_t, is (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real| (Yin et al.
+    2023, 2311.18828 eq. 7, 8). x0_real is the guided teacher's; x0_fake that of a copy of the teacher,
+    `others["fake"]`, trained on the student's pictures. The student's input is what its own earlier steps leave
+    (backward simulation, sec. 4.5). The student learns in one of `every` steps, the fake score in all (sec. 4.2).
+    adversarial: sec. 4.3, heads on the fake score's features; not saturating.
+    """
+
+    embed_w: bool = False
+    w_min: float = 3.0
+    w_max: float = 3.0
+    every: int = 5
+
+    def others(self, key: Key, teacher: Params) -> dict[str, Params]:
+        """The fake score begins as the teacher."""
+        return {"fake": teacher}
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        return {"student": self.every}
+
+    def simulate(self, nets: Nets, told: Cond, noise: Image, number: Array, key: Key) -> Image:
+        """What lies before the student at step `number`, for each example its own."""
+        still, z = frozen(nets.student), noise
+        for i in range(self.steps - 1):
+            again = jax.random.normal(jax.random.fold_in(key, i), z.shape)
+            there = jnp.full(number.shape, self.time(i))
+            following = add_noise(self.schedule, self.picture(nets, still, told, z, there), again, self.time(i + 1))
+            z = jnp.where(expand(i < number, z), following, z)
+        return jax.lax.stop_gradient(z)
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        real, noise, cond, told, w = self.draw(nets, batch, key)
+        keys = jax.random.split(jax.random.fold_in(key, 6), 8)
+        number = jax.random.randint(keys[0], real.shape[:1], 0, self.steps)
+        start = expand(self.schedule.sigma(self.time(0)), noise) * noise
+        z, t_z = self.simulate(nets, told, start, number, keys[1]), self.time(number)
+        fake, learns = nets.others["fake"], jnp.asarray(nets.step) % self.every == 0
+
+        def score(params: Params) -> Any:
+            return bind(nets.apply, params, cond, self.schedule, self.kind)
+
+        def of_student() -> tuple[Array, Array]:
+            x = self.picture(nets, nets.student, told, z, t_z)
+            t = self.at(jax.random.uniform(keys[2], real.shape[:1], minval=0.02, maxval=0.98))
+            x_t = add_noise(self.schedule, frozen(x), jax.random.normal(keys[3], x.shape), t)
+            x0_real = self.teacher(nets, cond, w)(x_t, t).x0
+            x0_fake = score(frozen(fake))(x_t, t).x0
+            size = jnp.mean(jnp.abs(x - x0_real), axis=(1, 2, 3), keepdims=True)
+            direction = frozen((x0_fake - x0_real) / (size + 1e-6))
+            loss = 0.5 * jnp.mean((x - frozen(x - direction)) ** 2)
+            if self.adversarial:
+                logits = self.judge(nets, frozen(nets.others["heads"]), frozen(fake), x, cond, keys[4])
+                loss = loss + self.adversarial * jnp.mean(jax.nn.softplus(-logits))
+            return loss, jnp.mean(jnp.abs(direction))
+
+        student, direction = jax.lax.cond(learns, of_student, lambda: (jnp.float32(0.0), jnp.float32(0.0)))
+        made = frozen(self.picture(nets, frozen(nets.student), told, z, t_z))
+        t = self.at(jax.random.uniform(keys[5], real.shape[:1], minval=1e-3))
+        eps = jax.random.normal(keys[6], made.shape)
+        x_t = add_noise(self.schedule, made, eps, t)
+        y = output(nets.apply, fake, x_t, t, cond, schedule=self.schedule, kind=self.kind)
+        guess = jnp.mean((y - target(self.kind, made, eps, self.schedule.alpha(t), self.schedule.sigma(t))) ** 2)
+        total = student + guess
+        metrics = {"student": student, "fake": guess, "error": direction}
+        if self.adversarial:
+            verdict = [self.judge(nets, nets.others["heads"], frozen(fake), x, cond, keys[7]) for x in (real, made)]
+            critic = jnp.mean(jax.nn.softplus(-verdict[0])) + jnp.mean(jax.nn.softplus(verdict[1]))
+            total, metrics = total + critic, {**metrics, "critic": critic}
+        return total, {"loss": total, **metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAdversarialDistillation(Generator):
+    """LADD (Sauer et al. 2024, 2403.12015): the student cleans a picture noised to one of `steps` times at once.
+
+    Heads on the teacher's features of the result, noised anew, judge it (hinge). distillation: weight of
+    alpha(t) |x - x0_teacher(x_t)|^2, the teacher's opinion of it, which LADD leaves out.
+    """
+
+    embed_w: bool = False
+    w_min: float = 3.0
+    w_max: float = 3.0
+    adversarial: float = 1.0
+    distillation: float = 0.0
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        real, noise, cond, told, w = self.draw(nets, batch, key)
+        keys = jax.random.split(jax.random.fold_in(key, 6), 6)
+        t_z = self.time(jax.random.randint(keys[0], real.shape[:1], 0, self.steps))
+        x = self.picture(nets, nets.student, told, add_noise(self.schedule, real, noise, t_z), t_z)
+        student, critic = self.contest(nets, real, x, cond, keys[1])
+        loss, metrics = self.adversarial * student, {"student": student, "critic": critic}
+        if self.distillation:
+            t = self.at(jax.random.uniform(keys[3], real.shape[:1], minval=0.02, maxval=0.98))
+            x_t = add_noise(self.schedule, frozen(x), jax.random.normal(keys[4], x.shape), t)
+            aim = frozen(self.teacher(nets, cond, w)(x_t, t).x0)
+            each = self.schedule.alpha(t) * jnp.mean((x - aim) ** 2, axis=(1, 2, 3))
+            loss, metrics = loss + self.distillation * jnp.mean(each), {**metrics, "error": jnp.mean(jnp.abs(x - aim))}
+        total = loss + critic
+        return total, {"loss": total, **metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialDistillation(LatentAdversarialDistillation):
+    """ADD (Sauer et al. 2023, 2311.17042 eq. 1): as LADD, but the heads look at pictures through a frozen image tower,
+
+    and the teacher's opinion has a weight of 2.5.
+    """
+
+    judges_pictures: ClassVar[bool] = True
+
+    distillation: float = 2.5

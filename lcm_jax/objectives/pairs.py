@@ -1,0 +1,129 @@
+"""Pairs of times t > s between which consistency is asked for: what tells CM, iCT and ECT apart.
+
+Karras et al.'s noise level is sigma / alpha, so their grids go with any schedule; the lowest level is the clean time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lcm_jax.schedules import log_snr
+from lcm_jax.typing import Key, Schedule, Time
+
+Pair = tuple[Float[Array, " n"], Float[Array, " n"]]
+
+
+class Pairs(Protocol):
+    """(schedule, key, n, step) -> (t, s) of n examples at a training step."""
+
+    def __call__(self, schedule: Schedule, key: Key, n: int, step: Array | float) -> Pair: ...
+
+
+def level(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
+    """sigma / alpha."""
+    return jnp.exp(-log_snr(schedule, t))
+
+
+def at_level(schedule: Schedule, level: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """The time of a noise level; 0 is the clean time."""
+    return schedule.time_at(-jnp.log(level))
+
+
+def _highest(schedule: Schedule, high: float) -> Float[Array, ""]:
+    """A table ends before Karras' 80."""
+    return jnp.minimum(high, level(schedule, jnp.float32(schedule.t_max)))
+
+
+def _karras(index: Array, points: Array | int, low: float, high: Array, rho: float) -> Array:
+    """Level number `index` of `points`, from 0 at index 0 over `low` at 1 to `high` at points - 1."""
+    share = (index - 1) / (points - 2)
+    levels = (low ** (1 / rho) + share * (high ** (1 / rho) - low ** (1 / rho))) ** rho
+    return jnp.where(index == 0, 0.0, levels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KarrasPairs:
+    """Neighbours on Karras' grid (2206.00364 eq. 5) of `points` noise levels, all alike (CM, 2303.01469: 18, to 80)."""
+
+    points: int = 18
+    low: float = 0.002
+    high: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if self.points < 3:
+            raise ValueError(f"points={self.points}: a grid needs at least 3")
+
+    def __call__(self, schedule: Schedule, key: Key, n: int, step: Array | float) -> Pair:
+        index = jax.random.randint(key, (n,), 1, self.points)
+        high = _highest(schedule, self.high)
+        t, s = (at_level(schedule, _karras(i, self.points, self.low, high, self.rho)) for i in (index, index - 1))
+        return t, s
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowingPairs:
+    """Neighbours on a grid that doubles from `first` to `last` points over `steps`, at log-normal levels (iCT).
+
+    Song & Dhariwal 2023 (2310.14189) sec. 3.4, 3.5: N(k) = min(first 2^floor(k / K'), last) + 1 with
+    K' = steps / (log2(last / first) + 1); the pair's lower neighbour is the one below log level ~ N(mean, std^2).
+    """
+
+    first: int = 10
+    last: int = 1280
+    steps: int = 400_000
+    mean: float = -1.1
+    std: float = 2.0
+    low: float = 0.002
+    high: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.first <= self.last:
+            raise ValueError(f"first={self.first} and last={self.last} must be in order and at least 3")
+
+    def points(self, step: Array | float) -> Float[Array, ""]:
+        """N at a training step."""
+        doublings = jnp.log2(self.last / self.first)
+        stage = jnp.floor(step / (self.steps / (doublings + 1.0)))
+        return jnp.minimum(self.first * 2.0**stage, self.last) + 1.0
+
+    def __call__(self, schedule: Schedule, key: Key, n: int, step: Array | float) -> Pair:
+        high, points = _highest(schedule, self.high), self.points(step)
+        ends = (jnp.log(jnp.array([self.low, high])) - self.mean) / self.std
+        drawn = jnp.exp(self.mean + self.std * jax.random.truncated_normal(key, ends[0], ends[1], (n,)))
+        root, bottom, top = (x ** (1 / self.rho) for x in (drawn, self.low, high))
+        index = 1.0 + jnp.clip(jnp.floor((points - 2) * (root - bottom) / (top - bottom)), 0, points - 3)
+        t, s = (_karras(i, points, self.low, high, self.rho) for i in (index + 1, index))
+        return at_level(schedule, t), at_level(schedule, jnp.where(index == 1, 0.0, s))  # `low` counts as clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkingPairs:
+    """A level from a log-normal and one below it, whose distance shrinks by stages (ECT, 2406.14548 eq. 17):
+
+    r = t max(0, 1 - (1 + k sigmoid(-b t)) / q^(1 + stage)), stage = floor(step / stage_steps), from diffusion (r = 0)
+    to consistency.
+    """
+
+    mean: float = -1.1
+    std: float = 2.0
+    q: float = 2.0
+    k: float = 8.0
+    b: float = 1.0
+    stage_steps: int = 10_000
+    stages: int = 8
+    low: float = 0.002
+    high: float = 80.0
+
+    def __call__(self, schedule: Schedule, key: Key, n: int, step: Array | float) -> Pair:
+        drawn = jnp.exp(self.mean + self.std * jax.random.normal(key, (n,)))
+        drawn = jnp.clip(drawn, self.low, _highest(schedule, self.high))
+        stage = jnp.minimum(jnp.floor(step / self.stage_steps), self.stages - 1)
+        below = drawn * jnp.maximum(0.0, 1.0 - (1.0 + self.k * jax.nn.sigmoid(-self.b * drawn)) / self.q ** (1 + stage))
+        return at_level(schedule, drawn), at_level(schedule, below)

@@ -1,0 +1,88 @@
+"""Progressive and guided distillation: the student learns one step of what takes its teacher two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.objectives.base import FewStep
+from lcm_jax.objectives.terms import frozen
+from lcm_jax.parameterization import add_noise, expand, jump
+from lcm_jax.typing import Array, Denoiser, Image, Key, Nets
+
+
+def truncated_snr(alpha: Float[Array, " b"], sigma: Float[Array, " b"]) -> Float[Array, " b"]:
+    """max(alpha^2 / sigma^2, 1), the weight of x0's squared error (Salimans & Ho 2022, 2202.00512 sec. 4)."""
+    return jnp.maximum(alpha**2 / jnp.maximum(sigma**2, 1e-8), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedDistillation(FewStep):
+    """Stage one of Meng et al. 2022 (2210.03142 sec. 3.1): a student told w predicts what the guided teacher does,
+
+    E max(SNR, 1) |x0(z, w) - x0_w(z)|^2. It draws in as many steps as its teacher, with half the evaluations.
+    """
+
+    sampler: ClassVar[str] = "ddim"
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        t = self.at(jax.random.uniform(jax.random.split(key, 4)[0], x0.shape[:1], minval=1e-3))
+        z = add_noise(self.schedule, x0, eps, t)
+        aim = frozen(self.teacher(nets, cond, w)(z, t).x0)
+        return self.compare(self.student(nets, nets.student, told)(z, t).x0 - aim, t)
+
+    def compare(self, difference: Image, t: Float[Array, " b"]) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The weighted square of an error of x0."""
+        weight = truncated_snr(self.schedule.alpha(t), self.schedule.sigma(t))
+        loss = jnp.mean(weight * jnp.mean(difference**2, axis=(1, 2, 3)))
+        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(difference))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveDistillation(GuidedDistillation):
+    """Salimans & Ho 2022 (2202.00512, Alg. 2), with guidance as in stage two of Meng et al. 2022.
+
+    Stage i has first_steps / 2^i steps: the student's one DDIM step goes where two of half its length by the last
+    stage's student go, in the first stage those of the guided teacher. The last stage's student is `nets.target`: train
+    with a moving average of decay 0 that is updated every `stage_steps` steps.
+    """
+
+    first_steps: int = 16
+    stage_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first_steps < 1 or self.first_steps & (self.first_steps - 1):
+            raise ValueError(f"first_steps={self.first_steps} must be a power of two")
+
+    @property
+    def needs_target(self) -> bool:
+        return True
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        stage = jnp.floor(jnp.asarray(nets.step, jnp.float32) / self.stage_steps)
+        steps = jnp.maximum(self.first_steps / 2.0**stage, 1.0)
+        number = jnp.floor(1.0 + jax.random.uniform(jax.random.split(key, 4)[0], x0.shape[:1]) * steps)
+        t, middle, end = (self.at(jnp.maximum(number - part, 0.0) / steps) for part in (0.0, 0.5, 1.0))
+        z = add_noise(self.schedule, x0, eps, t)
+
+        def two_steps(denoise: Denoiser) -> Image:
+            return jump(denoise, self.schedule, jump(denoise, self.schedule, z, t, middle), middle, end)
+
+        reached = jax.lax.cond(
+            stage == 0.0,
+            lambda: two_steps(self.teacher(nets, cond, w)),
+            lambda: two_steps(self.student(nets, nets.target, told)),
+        )
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (
+            (expand(self.schedule.alpha(u), z), expand(self.schedule.sigma(u), z)) for u in (t, end)
+        )
+        ratio = sigma_s / sigma_t
+        aim = frozen((reached - ratio * z) / (alpha_s - ratio * alpha_t))
+        return self.compare(self.student(nets, nets.student, told)(z, t).x0 - aim, t)

@@ -1,0 +1,126 @@
+"""Consistency along the trajectory, not only with its end: TCD, PCM and CTM.
+
+Both points of a pair are mapped to a time `end`, at which they must agree, by the function of `jump`: the straight line
+of a prediction, which is DDIM's step. With the clean time as the end all three are LCM, but for its c_skip (at t > 0
+less than 1e-5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.objectives.consistency import LatentConsistencyDistillation, Target
+from lcm_jax.objectives.terms import Distance, distance, frozen
+from lcm_jax.parameterization import add_noise, jump
+from lcm_jax.schedules import whole
+from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
+    """TCD (Zheng et al. 2024, 2402.19159 eq. 17): the end is uniform between the clean time and s.
+
+    The network is the teacher's: what it predicts at t serves every end. Drawn by the solver of the same name.
+    """
+
+    sampler: ClassVar[str] = "tcd"
+
+    loss: Distance = "huber"
+
+    def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
+        """Uniform."""
+        start = self.schedule.t_min
+        return whole(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
+
+    def solution(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array, end: Float[Array, " n"]) -> Image:
+        """alpha_end x0 + sigma_end eps."""
+        return jump(self.student(nets, params, told), self.schedule, z, t, end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhasedConsistency(TrajectoryConsistencyDistillation):
+    """PCM (Wang et al. 2024, 2405.18407 eq. 5): time is cut into `phases` equal parts, and each maps to its own edge.
+
+    Deterministic sampling in `phases` steps then has no error but the student's. adversarial: 0.1 in sec. 4.3, whose
+    discriminator compares the student's points with their targets.
+    """
+
+    phases: int = 4
+    target: Target = "online"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.phases < 1:
+            raise ValueError(f"phases={self.phases} must be positive")
+
+    def edge(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The largest edge below t."""
+        number = jnp.maximum(jnp.ceil(self.position(t) * self.phases - 1e-5) - 1.0, 0.0)
+        return whole(self.schedule, self.at(number / self.phases))
+
+    def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """A pair does not cross an edge."""
+        t, s = super().times(key, n, step)
+        return t, jnp.maximum(s, self.edge(t))
+
+    def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
+        """The phase's edge."""
+        return self.edge(t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyTrajectory(LatentConsistencyDistillation):
+    """CTM (Kim et al. 2023, 2310.02279 eq. 12, 14): a network that is told its end, G(x, t, s) = `jump`.
+
+    The teacher goes from t to a u between s and t in `solver_steps` steps; from there to s the student without
+    gradient. Both ends are then mapped to the clean time by the student without gradient, where they are compared.
+    denoising: weight of the loss of x0 at s = t, which makes G(., t, t) the denoiser. `target` is that without gradient
+    or the moving average.
+    """
+
+    spans: ClassVar[bool] = True
+    sampler: ClassVar[str] = "tcd"
+
+    solver_steps: int = 2
+    target: Target = "online"
+    denoising: float = 1.0
+
+    def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+        """t on the grid, u uniform below it, at least a grid's step away."""
+        first, second = jax.random.split(key)
+        t, below = super().times(first, n, step)
+        start = self.schedule.t_min
+        return t, whole(self.schedule, start + jax.random.uniform(second, t.shape) * (below - start))
+
+    def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
+        """Uniform below u."""
+        start = self.schedule.t_min
+        return whole(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
+
+    def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
+        """The teacher's steps, of equal length in the schedule's time."""
+        for i in range(self.solver_steps):
+            a, b = (t + (s - t) * (j / self.solver_steps) for j in (i, i + 1))
+            z = super().earlier(nets, x0, eps, z, a, b, cond, w)
+        return z
+
+    def solution(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array, end: Float[Array, " n"]) -> Image:
+        """G(G(z, t, end), end, clean)."""
+        point = jump(self.student(nets, params, told), self.schedule, z, t, end)
+        clean = jnp.full_like(end, self.schedule.t_min)
+        return jump(self.student(nets, frozen(params), told), self.schedule, point, end, clean)
+
+    def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        loss, metrics = super().__call__(nets, batch, key)
+        x0, eps, _, told, _ = self.draw(nets, batch, key)
+        t = self.at(jax.random.uniform(jax.random.fold_in(key, 5), x0.shape[:1], minval=1e-3))
+        x = add_noise(self.schedule, x0, eps, t)
+        guess = self.student(nets, nets.student, told)(x, t, t).x0
+        denoising = jnp.mean(distance(self.loss, guess - x0, self.huber_c))
+        total = loss + self.denoising * denoising
+        return total, {**metrics, "loss": total, "denoising": denoising}

@@ -1,0 +1,327 @@
+"""Laws of the few-step objectives, on Gaussian data, where every map along a trajectory has a closed form.
+
+For x0 ~ N(m, v^2) on a flow the probability-flow ODE takes x_t to alpha_s m + (S_s / S_t) (x_t - alpha_t m), with
+S^2 = alpha^2 v^2 + sigma^2. The network below is told its end and is that map, or the posterior mean where it is not.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax.objectives import METHODS, method
+from lcm_jax.objectives.continuous import FLOW
+from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
+from lcm_jax.objectives.trajectory import PhasedConsistency
+from lcm_jax.parameterization import bind, jump, on_schedule
+from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, TrigFlow, log_snr
+from lcm_jax.solvers import DDIM, LCM, TCD
+from lcm_jax.typing import Array, Cond, Image, Nets, Params
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+PLAIN: dict[str, Any] = {"schedule": FLOW, "kind": "flow", "w_min": 0.0, "w_max": 0.0, "embed_w": False}
+EXACT = {"m": jnp.float32(0.3), "v": jnp.float32(0.7), "map": jnp.float32(1.0)}
+TEACHER = {**EXACT, "map": jnp.float32(0.0)}
+OFF = {**EXACT, "m": jnp.float32(0.6), "v": jnp.float32(0.9)}
+NULL = {"context": jnp.zeros((1, 1))}
+
+
+def spread(v: Array, t: Array) -> Array:
+    return jnp.sqrt(((1 - t) * v) ** 2 + t**2)
+
+
+def along(params: Params, x: Image, t: Array, s: Array) -> Image:
+    """The ODE's map from t to s."""
+    t, s = (jnp.broadcast_to(u, x.shape[:1]).reshape(-1, 1, 1, 1) for u in (t, s))
+    return (1 - s) * params["m"] + spread(params["v"], s) / spread(params["v"], t) * (x - (1 - t) * params["m"])
+
+
+def network(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+    """The mean velocity from t to t - span; at span 0 the velocity at t; without a span to the end, with "map"."""
+    t = jnp.broadcast_to(jnp.asarray(t) / 1000.0, x.shape[:1])
+    span = jnp.broadcast_to(cond["span"] / 1000.0 if "span" in cond else jnp.where(params["map"] > 0, t, 0.0), t.shape)
+    rows = t.reshape(-1, 1, 1, 1)
+    a, variance = 1 - rows, spread(params["v"], rows) ** 2
+    x0 = params["m"] + a * params["v"] ** 2 / variance * (x - a * params["m"])
+    eps = rows / variance * (x - a * params["m"])
+    far = jnp.maximum(span, 1e-6).reshape(-1, 1, 1, 1)
+    return jnp.where(span.reshape(-1, 1, 1, 1) > 1e-5, (x - along(params, x, t, t - span)) / far, eps - x0)
+
+
+def critic(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
+    return heads * jnp.mean(x, axis=(1, 2, 3))[:, None]
+
+
+def setting(n: int = 64, seed: int = 0) -> tuple[dict[str, Any], Nets]:
+    noise = jax.random.normal(jax.random.key(seed), (n, 2, 2, 2))
+    batch = {"x0": EXACT["m"] + EXACT["v"] * noise, "cond": {"context": jnp.zeros((n, 1))}}
+    nets = Nets(network, EXACT, EXACT, TEACHER, NULL, {"heads": jnp.ones(3)}, critic, 20_000.0)
+    return batch, nets
+
+
+# An exact student's loss: zero up to the teacher's solver.
+FIXED: dict[str, tuple[dict[str, Any], float]] = {
+    "lcm": ({"grid_points": 100, "skip": 0.01, "sigma_data": 1e-6}, 1e-7),
+    "cd": ({"pairs": KarrasPairs(points=200), "sigma_data": 1e-6}, 5e-8),
+    "ctm": ({"grid_points": 100, "skip": 0.01, "solver_steps": 64, "denoising": 0.0, "loss": "l2"}, 2e-5),
+    "scm": ({}, 1e-6),
+    "meanflow": ({"power": 0.0}, 1e-5),
+    "shortcut": ({}, 1e-9),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_an_exact_student_has_no_loss(name: str) -> None:
+    options, tolerance = FIXED[name]
+    batch, nets = setting()
+    objective = method(name, **{**PLAIN, **options})
+    nets = nets._replace(others=objective.others(jax.random.key(0), TEACHER))
+    loss = jit(lambda p: objective(nets._replace(student=p, target=p), batch, jax.random.key(1))[0])
+    assert abs(float(loss(EXACT))) < tolerance
+    assert float(loss(OFF)) > 100 * tolerance
+
+
+def test_guided_distillation_ends_at_the_guided_teacher() -> None:
+    batch, nets = setting()
+    objective = method("guided", **{**PLAIN, "w_min": 2.0, "w_max": 2.0})
+    loss = jit(lambda p: objective(nets._replace(student=p), batch, jax.random.key(1))[0])
+    assert loss(TEACHER) < 1e-9  # conditions do not differ here, so guidance changes nothing
+    assert loss({**OFF, "map": jnp.float32(0.0)}) > 1e-2
+
+
+def test_distribution_matching_rests_where_the_two_scores_agree() -> None:
+    batch, nets = setting()
+    objective = method("dmd2", **PLAIN)
+
+    def direction(fake: Params) -> Array:
+        return objective(nets._replace(others={"fake": fake}), batch, jax.random.key(1))[1]["error"]
+
+    assert jit(direction)(TEACHER) == 0.0
+    assert jit(direction)({**OFF, "map": jnp.float32(0.0)}) > 1e-2
+
+
+def test_the_student_of_distribution_matching_rests_between_its_steps() -> None:
+    batch, nets = setting(8)
+    objective = method("dmd2", every=5, **PLAIN)
+    off = {**OFF, "map": jnp.float32(0.0)}
+
+    def loss(trees: Any, step: Array) -> Array:
+        own = nets._replace(student=trees[0], others={"fake": trees[1]}, step=step)
+        return objective(own, batch, jax.random.key(1))[0]
+
+    grad = jit(jax.grad(loss))
+    for step, learns in ((0, True), (1, False), (4, False), (5, True)):
+        student, fake = grad((EXACT, off), jnp.int32(step))
+        assert (student["m"] != 0.0) == learns
+        assert fake["m"] != 0.0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_finite_and_reach_the_student_alone(name: str) -> None:
+    batch, nets = setting(16)
+    objective = method(name, **PLAIN)
+    others = {"heads": jnp.ones(3), **objective.others(jax.random.key(0), {**OFF, "map": jnp.float32(0.0)})}
+
+    def loss(student: Params, target: Params, teacher: Params, others: Any) -> Array:
+        own = nets._replace(student=student, target=target, teacher=teacher, others=others, step=0)
+        return objective(own, batch, jax.random.key(1))[0]
+
+    student, target, teacher, extra = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(OFF, EXACT, TEACHER, others)
+    assert np.isfinite(student["m"])
+    assert student["m"] != 0.0
+    assert all(g == 0.0 for tree in (target, teacher) for g in jax.tree.leaves(tree))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(extra))
+
+
+# -- Reductions: one method is another's special case.
+
+
+def same(first: Any, second: Any, **nets: Any) -> tuple[Array, Array]:
+    batch, start = setting()
+    start = start._replace(student=OFF, **nets)
+    return tuple(jit(lambda o=o: o(start, batch, jax.random.key(1))[0])() for o in (first, second))
+
+
+SHARED: dict[str, Any] = {**PLAIN, "grid_points": 20, "skip": 0.05, "loss": "l2", "sigma_data": 1e-6}
+
+
+def test_one_phase_is_lcm() -> None:
+    a, b = same(method("pcm", phases=1, target="ema", **SHARED), method("lcm", **SHARED))
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    a, b = same(method("pcm", phases=2, target="ema", **SHARED), method("lcm", **SHARED))
+    assert abs(a - b) > 1e-3 * b
+
+
+@pytest.mark.parametrize("name", ["tcd", "ctm"])
+def test_with_the_clean_time_as_end_trajectories_are_lcm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**SHARED, **({"solver_steps": 1, "denoising": 0.0, "target": "ema"} if name == "ctm" else {})}
+    objective, lcm = method(name, **options), method("lcm", **SHARED)
+    monkeypatch.setattr(type(objective), "end", type(lcm).end)
+    if name == "ctm":
+        monkeypatch.setattr(type(objective), "times", type(lcm).times)
+    np.testing.assert_allclose(*same(objective, lcm), rtol=1e-5)
+
+
+def test_phases_do_not_cross_an_edge() -> None:
+    for schedule, skip in ((FLOW, 0.2), (DDPM(), 200.0)):
+        objective = PhasedConsistency(schedule=schedule, grid_points=1000, skip=skip, phases=4)
+        t, s = objective.times(jax.random.key(0), 4096)
+        edge = objective.end(jax.random.key(1), t, s)
+        assert bool(jnp.all((edge <= s) & (s <= t)))
+        assert len(np.unique(np.asarray(edge))) == 4
+
+
+# -- Forward mode is the difference quotient.
+
+
+@pytest.mark.parametrize("name", ["scm", "meanflow"])
+def test_forward_mode_is_the_difference_in_time(name: str) -> None:
+    """Along the trajectory, d/dt of the student: by jvp with the velocity, and by two points on it."""
+    objective = method(name, **PLAIN)
+    schedule = TrigFlow() if name == "scm" else FLOW
+    denoise = on_schedule(bind(network, OFF, {}, FLOW, "flow", spans=objective.spans), FLOW, schedule)
+    follow = on_schedule(bind(network, TEACHER, {}, FLOW, "flow"), FLOW, schedule)
+    t, r = jnp.linspace(0.4, 0.8, 8), jnp.full(8, 0.2)
+    x = jax.random.normal(jax.random.key(0), (8, 1, 1, 2))
+
+    def velocity(x: Image, t: Array) -> Image:
+        def along(t: Array) -> Image:
+            x0, eps = follow(x, t)
+            return x0, eps
+
+        x0, eps = along(t)
+        cos = jax.vmap(jax.grad(schedule.alpha))(t).reshape(-1, 1, 1, 1)
+        sin = jax.vmap(jax.grad(schedule.sigma))(t).reshape(-1, 1, 1, 1)
+        return cos * x0 + sin * eps
+
+    def value(x: Image, t: Array) -> Image:
+        return jnp.stack(denoise(x, t, r if objective.spans else None))
+
+    v = velocity(x, t)
+    _, forward = jax.jvp(value, (x, t), (v, jnp.ones_like(t)))
+    h = 1e-2
+    ahead, behind = value(x + h * v, t + h), value(x - h * v, t - h)
+    np.testing.assert_allclose(forward, (ahead - behind) / (2 * h), atol=2e-2, rtol=2e-2)
+
+
+# -- One network, seen in any time.
+
+
+@pytest.mark.parametrize("seen", [Cosine(), TrigFlow(), TrigFlow(sigma_data=0.5), RectifiedFlow(shift=3.0), DDPM()])
+def test_beliefs_do_not_depend_on_the_schedule_that_looks(seen: Any) -> None:
+    denoise = bind(network, TEACHER, {}, FLOW, "flow")
+    moved = on_schedule(denoise, FLOW, seen)
+    t = jnp.linspace(0.2, 0.9, 5) * (seen.t_max - seen.t_min) + seen.t_min
+    x0, eps = (jax.random.normal(jax.random.key(i), (5, 2, 2, 2)) for i in (0, 1))
+    scale = partial(jnp.reshape, shape=(5, 1, 1, 1))
+    x = scale(seen.alpha(t)) * x0 + scale(seen.sigma(t)) * eps
+    u = FLOW.time_at(log_snr(seen, t))
+    mine, theirs = moved(x, t), denoise(scale(FLOW.alpha(u)) * x0 + scale(FLOW.sigma(u)) * eps, u)
+    for a, b in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+    back = scale(seen.alpha(t)) * mine.x0 + scale(seen.sigma(t)) * mine.eps
+    np.testing.assert_allclose(back, x, atol=2e-4)
+
+
+def test_trigflow_keeps_the_spread() -> None:
+    schedule, t = TrigFlow(sigma_data=0.5), jnp.linspace(0.0, jnp.pi / 2, 7)
+    np.testing.assert_allclose(jnp.hypot(0.5 * schedule.alpha(t), schedule.sigma(t)), 0.5, atol=1e-6)
+    np.testing.assert_allclose(schedule.time_at(log_snr(schedule, t)), t, atol=1e-5)
+
+
+# -- Sampling.
+
+
+def test_strategic_stochastic_sampling_reaches_from_ddim_to_lcm() -> None:
+    schedule = DDPM()
+    denoise = bind(lambda params, x, t, cond: 0.3 * x, {}, {}, schedule, "epsilon")
+    x, noise = (jax.random.normal(jax.random.key(i), (4, 2, 2, 1)) for i in (0, 1))
+
+    def step(solver: Any, s: float) -> Image:
+        return solver.step(denoise, schedule, x, 799.0, s, (), noise)[0]
+
+    for s in (499.0, 0.0, -1.0):
+        np.testing.assert_allclose(step(TCD(gamma=0.0), s), step(DDIM(), s), atol=1e-5)
+    np.testing.assert_allclose(step(TCD(gamma=1.0), 499.0), step(LCM(), 499.0), atol=2e-2)  # to timestep 0, not -1
+    np.testing.assert_allclose(step(TCD(gamma=0.5), -1.0), step(LCM(), -1.0), atol=1e-5)
+
+
+def test_the_noise_of_a_step_keeps_the_spread() -> None:
+    """x_s of exact data has the variance alpha^2 v^2 + sigma^2 for every gamma."""
+    n, t, s = 20_000, 0.8, 0.4
+    x = EXACT["m"] * (1 - t) + spread(EXACT["v"], jnp.float32(t)) * jax.random.normal(jax.random.key(0), (n, 1, 1, 1))
+    denoise = bind(network, EXACT, {}, FLOW, "flow", spans=True)
+    for gamma in (0.0, 0.3, 1.0):
+        y, _ = TCD(gamma=gamma).step(denoise, FLOW, x, jnp.float32(t), jnp.float32(s), (), jax.random.key(1))
+        np.testing.assert_allclose(jnp.std(y), spread(EXACT["v"], jnp.float32(s)), rtol=0.02)
+        np.testing.assert_allclose(jnp.mean(y), (1 - s) * EXACT["m"], atol=0.02)
+
+
+def test_an_exact_jump_lands_on_the_trajectory() -> None:
+    x, t, s = jax.random.normal(jax.random.key(0), (8, 2, 2, 2)), jnp.linspace(0.3, 1.0, 8), jnp.linspace(0.0, 0.3, 8)
+    denoise = bind(network, EXACT, {}, FLOW, "flow", spans=True)
+    np.testing.assert_allclose(jump(denoise, FLOW, x, t, s), along(EXACT, x, t, s), atol=1e-5)
+
+
+# -- Pairs of times.
+
+
+@pytest.mark.parametrize("schedule", [FLOW, DDPM(), Cosine()])
+@pytest.mark.parametrize("pairs", [KarrasPairs(), GrowingPairs(), ShrinkingPairs()])
+@pytest.mark.parametrize("step", [0, 10**6])
+def test_pairs_are_in_order_and_on_the_schedule(schedule: Any, pairs: Any, step: int) -> None:
+    t, s = pairs(schedule, jax.random.key(0), 2000, step)
+    assert bool(jnp.all((schedule.t_min <= s) & (s < t) & (t <= schedule.t_max + 1e-4)))
+    assert bool(jnp.any(s == schedule.t_min)) or isinstance(pairs, ShrinkingPairs)
+
+
+def test_the_grid_doubles() -> None:
+    pairs = GrowingPairs(first=10, last=1280, steps=800)
+    assert [float(pairs.points(step)) for step in (0, 99, 100, 250, 700, 10_000)] == [11, 11, 21, 41, 1281, 1281]
+
+
+def test_log_normal_levels_fall_between_neighbours() -> None:
+    """The share of pairs at each lower neighbour is the log-normal's mass between the two levels (iCT, sec. 3.5)."""
+    from scipy.stats import norm
+
+    pairs = GrowingPairs(first=10, last=10)
+    t, _ = pairs(FLOW, jax.random.key(0), 100_000, 0)
+    upper = np.log(np.asarray(level(FLOW, t)))
+    edges, counts = np.unique(np.round(upper, 4), return_counts=True)
+    below = np.concatenate([[np.log(pairs.low)], edges[:-1]])
+    mass = norm.cdf(edges, pairs.mean, pairs.std) - norm.cdf(below, pairs.mean, pairs.std)
+    np.testing.assert_allclose(counts / 100_000, mass / mass.sum(), atol=5e-3)
+
+
+def test_ect_goes_from_diffusion_to_consistency() -> None:
+    pairs = ShrinkingPairs(stage_steps=10)
+    gaps = []
+    for step in (0, 10, 30, 70):
+        t, s = pairs(FLOW, jax.random.key(0), 1000, step)
+        gaps.append(float(jnp.mean(1.0 - level(FLOW, s) / level(FLOW, t))))
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] > 0.9
+    assert gaps[-1] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("pcm", {"phases": 0}, "phases=0"),
+        ("shortcut", {"finest": 3}, "power of two"),
+        ("progressive", {"first_steps": 12}, "power of two"),
+        ("dmd2", {"steps": 0}, "steps=0"),
+        ("meanflow", {"velocity": "other"}, "velocity='other' is unknown"),
+        ("lcm", {"w_min": 3.0, "w_max": 1.0}, "w_min=3.0 is above"),
+        ("tdc", {}, "did you mean tcd"),
+    ],
+)
+def test_bad_values_are_one_line(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        method(name, **{"schedule": FLOW, **options})
+    assert "\n" not in str(caught.value)
