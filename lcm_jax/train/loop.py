@@ -114,15 +114,14 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     if start > loop.steps:
         raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
 
-    with SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as log:
-        frozen = jax.device_put(task.frozen, whole)
+    frozen = jax.device_put(task.frozen, whole)
 
-        def advance(state: TrainState) -> tuple[TrainState, Metrics]:
-            return step_fn(state, frozen, jax.device_put(next(batches), split))
+    def advance(state: TrainState) -> tuple[TrainState, Metrics]:
+        return step_fn(state, frozen, jax.device_put(next(batches), split))
 
+    # What closes the manager waits for the checkpoint under way, however the run ends.
+    with manager, SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as log:
         state = _run(task, loop, rate, advance, state, batches, manager, log, workdir / "previews.json")
-    manager.wait_until_finished()
-    manager.close()
     task.export(state.ema, workdir / "export")
     return state
 
@@ -151,19 +150,33 @@ def _run(
     bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=previews.parent.name)
     timer = Timer(start)
 
+    losses: dict[int, jax.Array] = {}  # of the steps since they were last looked at
+
+    def check(until: int) -> None:
+        for step in [step for step in losses if step <= until]:
+            loss = losses.pop(step)
+            if not np.isfinite(loss):
+                saved = manager.latest_step()
+                last = "nothing was saved" if saved is None else f"the last good checkpoint is of step {saved}"
+                raise FloatingPointError(
+                    f"the loss is {float(loss)} at step {step} (examples {(step - 1) * loop.batch_size} to "
+                    f"{step * loop.batch_size - 1} of the data's order); {last}, in {manager.directory}: "
+                    "lower --learning-rate"
+                )
+
     def write(step: int, metrics: Metrics) -> None:
         scalars = {key: float(value) for key, value in metrics.items()}
         scalars |= {"learning_rate": float(rate(step - 1)), "samples_per_second": timer.rate(step) * loop.batch_size}
         for key, value in scalars.items():
             log.add_scalar(key, value, step)
         bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {scalars['samples_per_second']:.0f} samples/s", refresh=False)
-        if not np.isfinite(scalars["loss"]):
-            raise FloatingPointError(f"the loss is {scalars['loss']} at step {step}: lower --learning-rate")
+        check(step)
 
     # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
     pending: tuple[int, Metrics] | None = None
     for step in range(start + 1, loop.steps + 1):
         state, metrics = advance(state)
+        losses[step] = metrics["loss"]
         if pending is not None:
             write(*pending)
         pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
@@ -182,6 +195,7 @@ def _run(
             _record(previews, step, {k: float(v) for k, v in seen.items() if not isinstance(v, np.ndarray)})
             timer.restart(step)
         if last or step % loop.save_every == 0:  # after the preview, which a run killed in between sees again
+            check(step)  # so that every checkpoint is of a run that was sound until then
             _save(manager, state, batches)
     bar.close()
     return state

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from lcm_jax.data import Loader
-from lcm_jax.train.loop import LoopConfig, Task, fit
+from lcm_jax.train.loop import LoopConfig, Task, checkpoints, fit
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.step import TrainState, ema_decay, make_train_step
 
@@ -144,8 +144,21 @@ def test_bad_loops_are_refused(options: dict[str, int], message: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="learning-rate"):
+    message = r"the loss is (nan|inf) at step \d+ \(examples \d+ to \d+ of .*nothing was saved.*lower --learning-rate"
+    with pytest.raises(FloatingPointError, match=message):
         fit(line_task(), LOOP, OptimizerConfig(learning_rate=1e30, warmup=0, clip=0), tmp_path)
+
+
+def test_no_checkpoint_is_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    task, loop = line_task(), LoopConfig(steps=40, batch_size=8, log_every=40, save_every=2)
+
+    def broken(params, ema, frozen, batch, key, step):
+        loss, metrics = task.loss(params, ema, frozen, batch, key, step)
+        return loss, {**metrics, "loss": jnp.where(step >= 6, jnp.nan, metrics["loss"])}  # step 6 is the seventh
+
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7 .*the last good checkpoint is of step 6"):
+        fit(replace(task, loss=broken), loop, OPTIMIZER, tmp_path)
+    assert checkpoints(tmp_path, loop).latest_step() == 6
 
 
 def test_fewer_steps_than_done_is_refused(tmp_path: Path) -> None:
