@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from lcm_jax.consistency import consistency
 from lcm_jax.guidance import cfg, skip_layer_guidance
+from lcm_jax.lora import Adapted, branches
 from lcm_jax.parameterization import bind
 from lcm_jax.sampling import Grid, Sampler, sample
 from lcm_jax.solvers import Inpaint, Kept
@@ -22,8 +23,15 @@ from vae16 import AutoencoderKL, AutoencoderTiny, unscale
 
 
 def as_apply(net: Any, **options: Any) -> Apply:
-    """A flax module as the pure function that the mathematics takes."""
-    return lambda params, x, t, cond: net.apply({"params": params}, x, t, cond, **options)
+    """A flax module as the pure function that the mathematics takes; parameters may be `lora.Adapted`."""
+
+    def apply(params: Params, x: Image, t: Time, cond: Cond) -> Image:
+        if isinstance(params, Adapted):
+            with branches(params.adapters):
+                return net.apply({"params": params.params}, x, t, cond, **options)
+        return net.apply({"params": params}, x, t, cond, **options)
+
+    return apply
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("scale", "interval"), meta_fields=("layers",))

@@ -13,10 +13,12 @@ difference of two checkpoints to adapters.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,6 +137,41 @@ def merge_all(params: Params, parts: Sequence[tuple[Adapters, float | Array]]) -
 def merge(params: Params, adapters: Adapters, scale: float | Array = 1.0) -> Params:
     """Parameters with the adapters added: W + scale * alpha / r * up down."""
     return merge_all(params, [(adapters, scale)])
+
+
+class Adapted(NamedTuple):
+    """Parameters and adapters that are not merged: the tree of a network that `branches` is around.
+
+    To train adapters so takes no gradient of the kernels and no second copy of them, as merging in every step would.
+    """
+
+    params: Params
+    adapters: Adapters
+
+
+def branches(adapters: Adapters) -> contextlib.AbstractContextManager[None]:
+    """Within it every flax Dense and Conv with an adapter gives y + alpha / r * up(down(x)); the others are unchanged.
+
+    Adapters of stacked layers are refused: there is one for each layer, and inside of a scan no telling which.
+    """
+    stacked = [path for path, adapter in adapters.items() if jnp.ndim(adapter["alpha"])]
+    if stacked:
+        raise ValueError(f"{few('adapters', stacked)} are of stacked layers: merge them, or build the network unrolled")
+
+    def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y, module = next_function(*args, **kwargs), context.module
+        adapter = None
+        if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.Conv)):
+            adapter = adapters.get("/".join((*module.path, "kernel")))
+        if adapter is None:
+            return y
+        rank, outputs = adapter["up"].shape[-2:]
+        narrow = module.clone(parent=None, name=None, features=rank, use_bias=False)
+        z: Any = narrow.apply({"params": {"kernel": adapter["down"]}}, *args)
+        factor = jax.lax.stop_gradient(adapter["alpha"]) / rank
+        return y + (factor * (z @ adapter["up"].reshape(rank, outputs).astype(z.dtype))).astype(y.dtype)
+
+    return nn.intercept_methods(call)
 
 
 def count(adapters: Adapters) -> int:

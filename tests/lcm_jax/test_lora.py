@@ -9,8 +9,10 @@ import pytest
 from flax import traverse_util
 
 from lcm_jax import lora
+from lcm_jax.generate import as_apply
+from lcm_jax.nets import UNetConfig
 from lcm_jax.nets.presets import SD15, SDXL
-from lcm_jax.nets.unet import UNet, abstract_params
+from lcm_jax.nets.unet import UNet, abstract_params, example_inputs
 from mmdit import model as mmdit
 from mmdit.config import MMDiTConfig
 from mmdit.text import CLIPTextConfig, CLIPTextModel
@@ -259,3 +261,56 @@ def test_checkpoints_that_do_not_belong_together_are_named(params):
     broken = params | {"time_embedding": {"linear_1": {"kernel": array(4, 4) * np.nan}}}
     with pytest.raises(ValueError, match=r"time_embedding/linear_1/kernel: the difference .* NaN"):
         lora.extract(params, broken, rank=2)
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit", "remat"])
+def test_branches_are_what_merging_gives(kind: str) -> None:
+    """The output, and the gradient of the adapters."""
+    if kind == "mmdit":
+        config = MMDiTConfig(
+            sample_size=4,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            joint_attention_dim=16,
+            caption_projection_dim=16,
+            pooled_projection_dim=8,
+        )
+        net, inputs, targets = mmdit.MMDiT(config), mmdit.example_inputs(config, size=(4, 4)), lora.MMDIT_TARGETS
+    else:
+        config = UNetConfig(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=6,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+        )
+        net, inputs, targets = UNet(config, remat=kind == "remat"), example_inputs(config), lora.DEFAULT_TARGETS
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *inputs)["params"])
+    params = jax.tree.map(lambda leaf: 0.3 * array(*leaf.shape), shapes)
+    x = jax.random.normal(jax.random.key(1), inputs[0].shape)
+    adapters = lora.init(jax.random.key(2), params, rank=3, alpha=2.0, targets=targets)
+    adapters = {path: {**a, "up": jnp.ones_like(a["up"]) * 0.1} for path, a in adapters.items()}
+    apply = as_apply(net)
+
+    def loss(tree: object) -> jax.Array:
+        return jnp.mean(apply(tree, x, *inputs[1:]) ** 2)
+
+    split, splits = jax.jit(jax.value_and_grad(lambda a: loss(lora.Adapted(params, a))))(adapters)
+    whole, wholes = jax.jit(jax.value_and_grad(lambda a: loss(lora.merge(params, a))))(adapters)
+    plain = jax.jit(loss)(params)
+    np.testing.assert_allclose(split, whole, rtol=1e-4)
+    assert abs(split - plain) > 1e-3 * plain
+    for path, adapter in splits.items():
+        assert not adapter["alpha"].any()
+        for name in ("down", "up"):
+            scale = float(jnp.abs(wholes[path][name]).max())
+            np.testing.assert_allclose(adapter[name], wholes[path][name], rtol=2e-3, atol=2e-3 * scale + 1e-9)
+
+
+def test_branches_of_stacked_layers_are_refused() -> None:
+    adapters = {"a/kernel": {"down": jnp.zeros((2, 3, 1)), "up": jnp.zeros((2, 1, 3)), "alpha": jnp.zeros(2)}}
+    with pytest.raises(ValueError, match="are of stacked layers: merge them"):
+        lora.branches(adapters)

@@ -111,7 +111,7 @@ class DistillationTask(LatentTask):
 
         def student(params: Params, frozen: Params) -> Params:
             own = split(params)[0]
-            return own if adapted is None else lora.merge(frozen["teacher"], own)
+            return own if adapted is None else lora.Adapted(frozen["teacher"], own)
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
