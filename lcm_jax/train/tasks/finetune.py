@@ -69,13 +69,15 @@ class FinetuneTask(LatentTask):
         conditioner = Conditioner.load(self.model, self.model)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         whole = load_component(location.path, location.place(part))
-        check_fit(whole.module.config, conditioner)
+        check_fit(whole.module.config, conditioner, self.data.sizes)
+        source = self.data.open()
         net = build_net(whole.module.config, dtype=self.dtype, remat=self.remat)
         generator = Generator(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
         null = conditioner.encode_text([""])
-        records: Any = self.records(conditioner)
+        described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
+        records: Any = conditioner.encode_source(source, described)
         if self.train_text:
-            records = _WithIds(records, conditioner, captions(self.data.open()))
+            records = _WithIds(records, conditioner, captions(source))
         if self.class_prompt:
             digest = _digest(location, part)
             prior = self.class_records(generator, whole.params, conditioner, schedule, digest)
@@ -136,7 +138,7 @@ class FinetuneTask(LatentTask):
         show = preview(
             generator,
             conditioner,
-            captions(self.data.open(), 16),
+            captions(source, 16),
             sampler=sampler,
             steps=self.preview_steps,
             guidance=self.preview_guidance,
