@@ -229,6 +229,9 @@ def by_tree(tx: optax.GradientTransformation, *, every: Mapping[str, int], rate:
         period = every.get(name, 1)
         return own if period == 1 else optax.conditionally_mask(own, partial(_due, period))
 
+    def label(params: Params) -> Params:
+        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
+
     both = optax.partition({name: of(name) for name in ("student", "others")}, label)
 
     def pick(params: Params) -> optax.GradientTransformation:
