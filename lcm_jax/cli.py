@@ -103,8 +103,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
         if name == "distill":
             sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
-        if name == "distill":
-            sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
 
     sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)

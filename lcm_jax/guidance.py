@@ -71,7 +71,11 @@ def skip_layer_guidance(
         guided = _move(uncond, uncond, cond, expand(jnp.asarray(scale, jnp.float32), x))
         inside = _within(t, interval)
         strength = expand(jnp.where(inside, jnp.asarray(skip_scale, jnp.float32), 0.0), x)
-        return jax.lax.cond(jnp.any(inside), lambda: _move(guided, skipped(x, t, s), cond, strength), lambda: guided)
+        return jax.lax.cond(
+            jnp.any(inside),
+            lambda: _move(guided, skipped(x, t, *(() if s is None else (s,))), cond, strength),
+            lambda: guided,
+        )
 
     return denoise
 
@@ -82,7 +86,7 @@ def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"], s: Time | None = 
     def twice(u: Time) -> Time:
         return jnp.concatenate([u, u]) if jnp.ndim(u) else u
 
-    both = paired(jnp.concatenate([x, x]), twice(t), None if s is None else twice(s))
+    both = paired(jnp.concatenate([x, x]), twice(t), *(() if s is None else (twice(s),)))
     (x0_u, x0_c), (eps_u, eps_c) = (jnp.split(y, 2) for y in both)
     return Prediction(x0_u, eps_u), Prediction(x0_c, eps_c)
 

@@ -220,7 +220,7 @@ def test_solution_at_the_start_is_the_identity(gaussian, make_batch) -> None:
         ("sample", RectifiedFlow()),
     ):
         objective = LatentConsistencyFinetuning(schedule=schedule, kind=kind)  # x0hat may be infinite there
-        np.testing.assert_array_equal(objective.solution(nets, {}, {}, z, jnp.zeros(4)), z)
+        np.testing.assert_array_equal(objective.solution(nets, {}, {}, z, jnp.zeros(4), jnp.zeros(4)), z)
 
 
 def test_the_pair_at_the_start_has_no_loss(gaussian, make_batch) -> None:

@@ -18,6 +18,8 @@ from lcm_jax.sampling import SAMPLERS, Spacing, pad, sample, time_grid
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
+pytestmark = pytest.mark.slow
+
 FLOW = RectifiedFlow()
 MODES = jnp.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
 SPREAD = 0.15
