@@ -31,7 +31,7 @@ def get(name: str) -> TrainConfig:
 
 
 def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig:
-    """A distillation by another method, with its published defaults; the range of w stays the config's.
+    """A distillation by another method, with its published defaults; a student that is told w keeps the config's range.
 
     Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end.
     """
@@ -40,7 +40,7 @@ def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig
         raise ValueError(f"--objective: config {name} is no distillation")
     old = task.objective
     made = method(method_name, schedule=old.schedule, kind=old.kind)
-    if made.needs_teacher:
+    if made.needs_teacher and (made.embed_w or old.w_min == old.w_max):
         made = replace(made, w_min=old.w_min, w_max=old.w_max)
     loop = config.loop
     if isinstance(made, ProgressiveDistillation):

@@ -23,7 +23,7 @@ from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
 from lcm_jax.pipeline import DTYPES, Pipeline, load
-from lcm_jax.places import cache_dir
+from lcm_jax.places import use_compilation_cache
 from lcm_jax.sampling import SAMPLERS
 
 
@@ -41,13 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lcm-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs in ~/.cache/lcm_jax/compiled (LCM_JAX_CACHE moves it), unless JAX has a place already."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class _Help(argparse.Action):

@@ -24,7 +24,7 @@ RANKS = [
     {"configs"},
     {"pipeline"},
     {"evaluate", "convert"},
-    {"demo"},
+    {"demo", "study"},
     {"cli"},
 ]
 # Networks are known only here.

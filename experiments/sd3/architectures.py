@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from study import Cells, Column, Scores, Study, bars, curves, main
 from training import TRAININGS, score
 
 from lcm_jax.objectives.formulations import FORMULATIONS
+from lcm_jax.study import Cells, Column, Scores, Study, bars, curves, main
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.weights.files import read_json
 from mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig

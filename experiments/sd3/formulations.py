@@ -15,11 +15,11 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from study import Cells, Column, Scores, Study, main, statistics
 from training import TRAININGS, score
 
 from lcm_jax.metrics import pareto_ranks
 from lcm_jax.objectives.formulations import FORMULATIONS, Formulation
+from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from mmdit import MMDiTConfig
 

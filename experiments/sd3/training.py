@@ -43,9 +43,9 @@ def network(kind: type[MMDiTConfig], depth: int, heads: int, **fields: Any) -> M
 def tiny(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
     """Minutes on two CPU cores."""
     return TrainConfig(
-        task=DiffusionTask(text="openmoji-sd3", net=network(kind, 4, 3), objective=objective),
-        loop=LoopConfig(steps=1200, batch_size=32, ema=0.995, log_every=50, save_every=200, preview_every=200),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, weight_decay=0.01, b2=0.99),
+        task=DiffusionTask(text="openmoji-sd3", net=network(kind, 4, 2), objective=objective),
+        loop=LoopConfig(steps=600, batch_size=32, ema=0.99, log_every=50, save_every=300, preview_every=150),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=60, decay="cosine", weight_decay=0.01, b2=0.99),
     )
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from study import Cells, Column, Scores, Study, main, statistics
 
 from lcm_jax import configs
 from lcm_jax.evaluate import ClipMetric, reconstruct, reconstruction
+from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig

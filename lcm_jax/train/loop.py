@@ -17,7 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.step import Loss, Metrics, TrainState, make_train_step
+from lcm_jax.train.step import Loss, Metrics, Step, TrainState, make_train_step
 from lcm_jax.typing import Key, Params
 from lcm_jax.weights.files import read_json, write_json
 
@@ -98,12 +98,9 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     the data position and the step number (which is the random stream) are all a checkpoint holds and all there is.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    tx = task.optimizer(make_optimizer(optimizer, loop.steps))
+    tx, step_fn = optimizer_and_step(task, loop, optimizer)
     rate = learning_rate(optimizer, loop.steps)
     whole, split = shardings(loop.batch_size)
-    step_fn = make_train_step(
-        task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate, ema_every=loop.ema_every
-    )
     batches = task.batches(loop.batch_size, loop.seed)
     create = jax.jit(lambda key: TrainState.create(task.init(key), tx), out_shardings=whole)
     state = create(jax.random.key(loop.seed))
@@ -124,6 +121,15 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
         state = _run(task, loop, rate, advance, state, batches, manager, log, workdir / "previews.json")
     task.export(state.ema, workdir / "export")
     return state
+
+
+def optimizer_and_step(
+    task: Task, loop: LoopConfig, optimizer: OptimizerConfig
+) -> tuple[optax.GradientTransformation, Step]:
+    """What a run's state is made with, and its compiled step."""
+    tx = task.optimizer(make_optimizer(optimizer, loop.steps))
+    options = {"decay": loop.ema, "seed": loop.seed, "accumulate": loop.accumulate, "ema_every": loop.ema_every}
+    return tx, make_train_step(task.loss, tx, **options)
 
 
 def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:

@@ -17,6 +17,9 @@ Metrics = dict[str, Array]
 Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]]
 
 
+Step = jax.stages.Wrapped  # (state, frozen, batch) -> (state, metrics)
+
+
 class TrainState(NamedTuple):
     """What changes while training. The random stream is `fold_in(key(seed), step)`: the step number restores it."""
 
@@ -44,7 +47,7 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     ema_every: int = 1,
-) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+) -> Step:
     """Compiled `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
 
     With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update

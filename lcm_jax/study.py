@@ -1,8 +1,9 @@
-"""What the studies share: a grid of cells (variant x seed), each trained, measured once and kept; a table and a plot.
+"""Studies: a grid of cells (variant x seed), each trained, measured once and kept; a table and a plot.
 
 A cell lies in OUT/VARIANT/seed-N: a work folder of `TrainConfig.run`, which goes on from its checkpoint, and
 scores.json, written when the cell has been measured; with it the cell is skipped, its checkpoints are gone. After each
-cell OUT/table.md, table.json and plot.png are written anew, of what there is.
+cell OUT/table.md, table.json and plot.png are written anew, of what there is. Several processes may share OUT as long
+as they run different cells (--variants, --seeds); whichever ends last writes the table of all.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lcm_jax.cli import use_compilation_cache
 from lcm_jax.metrics import ranks, spearman
 from lcm_jax.overrides import override
+from lcm_jax.places import use_compilation_cache
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.weights.files import read_json, write_json
 
@@ -38,6 +39,7 @@ class Column:
     key: str
     title: str
     best: str = "lowest"  # or "highest"
+    ranked: bool = True  # whether the table shows ranks
     paper: Mapping[str, float] | Sequence[str] | None = None  # variant -> the paper's number; or its order, best first
 
     def ranks(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -63,6 +65,10 @@ class Study:
     measure: Callable[[str, TrainConfig, Path], Scores]  # (variant, config, work folder of the trained cell)
     columns: Sequence[Column]
     plot: Callable[[Study, Cells], None]  # onto matplotlib's current figure
+    # (variant, scale, config with overrides) -> the config that is run; not asked for cells that are done
+    prepare: Callable[[str, str, TrainConfig], TrainConfig] = lambda variant, scale, config: config
+    # (study, OUT): further files, after each cell
+    draw: Callable[[Study, Path], None] = lambda study, out: None
     # Scores that compare the variants of one seed: variant -> scores, in and out
     compare: Callable[[Mapping[str, Scores]], Mapping[str, Scores]] | None = None
 
@@ -74,10 +80,10 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="size of the networks, steps and batches")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every variant for each")
     parser.add_argument("--variants", nargs="+", default=list(study.variants), help="all of them, or some")
-    parser.add_argument("--out", type=Path, help=f"folder to write to; runs/sd3/{study.name}-SCALE by default")
+    parser.add_argument("--out", type=Path, help=f"folder to write to; runs/{study.name}-SCALE by default")
     parser.epilog = "What follows are overrides of every cell's config, as of lcm-jax train: --steps 100 ..."
     arguments, overrides = parser.parse_known_args(argv)
-    out = arguments.out or Path("runs") / "sd3" / f"{study.name}-{arguments.scale}"
+    out = arguments.out or Path("runs") / f"{study.name}-{arguments.scale}"
     try:
         run(study, arguments.scale, arguments.seeds, arguments.variants, out, overrides)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -97,12 +103,19 @@ def run(
             if name not in study.variants:
                 raise ValueError(f"--variants {name}: no such variant; known are {', '.join(study.variants)}")
             config = override(study.variants[name](scale), overrides, study.name)
-            config = replace(config, loop=replace(config.loop, seed=seed))
-            config.check(folder(out, name, seed))
+            config, workdir = replace(config, loop=replace(config.loop, seed=seed)), folder(out, name, seed)
+            if not is_done(workdir):
+                config = study.prepare(name, scale, config)
+                config.check(workdir)
             configs[seed, name] = config
     for (seed, name), config in configs.items():
         run_cell(study, name, config, folder(out, name, seed))
         report(study, scale, out)
+
+
+def is_done(workdir: Path) -> bool:
+    """Whether a cell has been measured."""
+    return (workdir / "scores.json").is_file()
 
 
 def folder(out: Path, variant: str, seed: int) -> Path:
@@ -112,15 +125,19 @@ def folder(out: Path, variant: str, seed: int) -> Path:
 
 def run_cell(study: Study, variant: str, config: TrainConfig, workdir: Path) -> None:
     """Train, measure, keep; nothing if that has been done."""
-    if (workdir / "scores.json").is_file():
+    if is_done(workdir):
         return
+    saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     start = time.perf_counter()
     state = config.run(workdir)
     trained = time.perf_counter()
     scores = dict(study.measure(variant, config, workdir))
+    steps = config.loop.steps
+    share = 1.0 - max(saved, default=0) / steps  # what was not left to do by a process that was killed
+    scores |= {"steps": steps, "training_seconds": (trained - start) / share if share else float("nan")}
     about = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "seconds": {"training": trained - start, "measuring": time.perf_counter() - trained},
+        "measuring_seconds": time.perf_counter() - trained,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} (jax {jax.__version__})",
     }
     previews = read_json(workdir / "previews.json")
@@ -175,6 +192,7 @@ def report(study: Study, scale: str, out: Path) -> None:
     study.plot(study, cells)
     plt.gcf().savefig(out / "plot.png", dpi=120, bbox_inches="tight")
     plt.close()
+    study.draw(study, out)
 
 
 def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Mapping[str, float]) -> str:
@@ -188,7 +206,7 @@ def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Map
         for column in study.columns:
             entry = row[column.key]
             error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.2g}"
-            line.append(f"{entry['mean']:.4g}{error} ({entry['rank']:g})")
+            line.append(f"{entry['mean']:.4g}{error}" + (f" ({entry['rank']:g})" if column.ranked else ""))
             if column.paper is not None:
                 number = f"{entry['paper']:g} " if "paper" in entry else ""
                 line.append(f"{number}({entry['paper_rank']:g})" if "paper_rank" in entry else "")

@@ -1,0 +1,159 @@
+"""Every few-step method from one teacher at equal compute: pictures in 1, 2, 4 and 8 steps.
+
+python experiments/few_step/ablate.py --scale tiny --seeds 0 1 2
+
+A method trains for as many steps as the budget of floating-point operations allows, which it is charged for from its
+lowered training step: a method that asks more of its teacher gets fewer steps. What the tables call the guidance scale
+is 4: told to students with a w-embedding, fixed in the training of those without. Those that learn from pictures alone
+are not guided.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import lcm_jax
+from lcm_jax import configs
+from lcm_jax.demo import GUIDANCE, labelled_grid
+from lcm_jax.evaluate import ClipMetric, evaluate
+from lcm_jax.objectives import GrowingPairs, ProgressiveDistillation, ShrinkingPairs
+from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.cost import step_cost
+from lcm_jax.train.tasks.common import DataConfig
+
+STEPS = (1, 2, 4, 8)
+PROMPTS = ("red heart", "cat face", "woman pilot, dark skin tone", "santa claus", "victory hand", "flag of france")
+PUBLISHED = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+BUDGETS = {"tiny": 1e13, "gpu": 1.3e15, "paper": 7e17}  # 150 steps of LCM's at 32; 5,000 at 128; 2,000 of SD1.5's at 72
+
+# The bundled teacher draws as well in eight steps as in fifty: see configs/openmoji.py.
+PAIRS: dict[str, Any] = {"skip": 125.0, "loss": "huber", "huber_c": 0.05}
+# method -> what of its published defaults goes by the length of a run, or by the teacher
+OPTIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
+    "lcm": lambda steps: PAIRS,
+    "lcf": lambda steps: PAIRS,
+    "cd": lambda steps: {},
+    "ct": lambda steps: {},
+    "ict": lambda steps: {"pairs": GrowingPairs(steps=steps)},
+    "ect": lambda steps: {"pairs": ShrinkingPairs(stage_steps=max(steps // 8, 1))},
+    "ctm": lambda steps: PAIRS,
+    "tcd": lambda steps: PAIRS,
+    "pcm": lambda steps: PAIRS,
+    "scm": lambda steps: {"warmup": max(steps // 4, 1)},
+    "meanflow": lambda steps: {},
+    "shortcut": lambda steps: {},
+    "guided": lambda steps: {},
+    "progressive": lambda steps: {"first_steps": 8, "stage_steps": max(steps // 4, 1)},
+    "dmd2": lambda steps: {},
+    "add": lambda steps: {},
+    "ladd": lambda steps: {},
+}
+
+
+def variant(name: str, scale: str) -> TrainConfig:
+    """The bundled student's config, or its LoRA's, with another method."""
+    config = configs.get("openmoji_lcm_lora" if name == "lcm-lora" else "openmoji_lcm")
+    if name != "lcm-lora":
+        config = configs.with_method(config, name, "openmoji_lcm")
+    loop = replace(config.loop, steps=1, preview_every=10**6, save_every=100)
+    optimizer = replace(config.optimizer, warmup=10)
+    if scale == "gpu":
+        loop, optimizer = replace(loop, batch_size=128, save_every=1000), replace(optimizer, warmup=100)
+    if scale == "paper":  # LCM's section 5.2 on its smaller teacher; give --task.data.name
+        data = DataConfig(name="folder:laion-aesthetics", size=512)
+        prompts = DataConfig(name="folder:coco", split="validation", size=512)
+        around = {"vae": PUBLISHED, "text": PUBLISHED, "teacher": PUBLISHED, "data": data, "prompts": prompts}
+        config = replace(config, task=replace(config.task, **around, remat=True, dtype="bfloat16"))
+        loop = replace(loop, batch_size=72, ema=0.95, save_every=500)
+        optimizer = replace(optimizer, learning_rate=8e-6, decay="constant", warmup=100)
+    return replace(config, loop=loop, optimizer=optimizer)
+
+
+def prepare(name: str, scale: str, config: TrainConfig) -> TrainConfig:
+    """As many steps as the budget allows, unless --steps was given, and what goes by them."""
+    steps = config.loop.steps
+    if steps == variant(name, scale).loop.steps:
+        steps = max(round(BUDGETS[scale] / step_cost(config, compile=False).flops), 4)
+    if name == "progressive":
+        steps -= steps % 4  # four stages
+    options = OPTIONS.get(name, lambda steps: {})(steps)
+    objective = replace(config.task.objective, **options)
+    loop = replace(config.loop, steps=steps)
+    if isinstance(objective, ProgressiveDistillation):
+        loop = replace(loop, ema_every=objective.stage_steps)
+    return replace(config, task=replace(config.task, objective=objective), loop=loop)
+
+
+def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
+    """Frechet distance and CLIP score in each number of steps; a grid of pictures beside the scores."""
+    task, cost = config.task, step_cost(config)
+    export = workdir / "export"
+    pipe = lcm_jax.load(task.teacher, lora=export) if task.lora else lcm_jax.load(export)
+    guidance = GUIDANCE if pipe.generator.embeds_guidance else 1.0
+    options: dict[str, Any] = {"sampler": task.objective.sampler, "guidance": guidance}
+    source = task.prompts.open()
+    records = [source[i] for i in range(len(source))]
+    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+    rows = evaluate(pipe, ClipMetric.load("openmoji"), images, captions, steps=STEPS, seed=config.loop.seed, **options)
+    drawn = {n: pipe(PROMPTS, steps=n, seed=0, **options) for n in STEPS}
+    np.savez_compressed(workdir / "pictures.npz", **{str(n): pictures for n, pictures in drawn.items()})
+    scores = {f"{key}/{row['steps']}": row[key] for row in rows for key in ("frechet", "clip_score")}
+    seconds = next(row["seconds_per_image"] for row in rows if row["steps"] == 4)
+    return {**scores, "seconds_per_image": seconds, "memory": cost.memory / 2**20, "gflops": cost.flops / 1e9}
+
+
+def plot(study: Study, cells: Cells) -> None:
+    """Frechet distance and CLIP score against the number of steps."""
+    _, panels = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    for axes, key, label in zip(panels, ("frechet", "clip_score"), ("Frechet distance", "CLIP score"), strict=True):
+        for i, name in enumerate(cells):
+            found = [statistics({name: cells[name]}, f"{key}/{n}")[name] for n in STEPS]
+            means, errors = np.array(found).T
+            style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+            axes.errorbar(STEPS, means, yerr=np.nan_to_num(errors), marker="o", markersize=3, label=name, **style)
+        axes.set(xscale="log", xlabel="sampling steps", ylabel=label)
+        axes.set_xticks(STEPS, [str(n) for n in STEPS])
+        axes.grid(alpha=0.3)
+    panels[0].set_yscale("log")
+    panels[1].legend(fontsize=8, ncol=2)
+
+
+def grid(study: Study, out: Path, *, steps: int = 4) -> None:
+    """OUT/grid.png: a column of pictures for each method, of the first seed that is done."""
+    columns = {}
+    for name in study.variants:
+        for path in sorted((out / name).glob("seed-*/pictures.npz"))[:1]:
+            columns[name] = np.load(path)[str(steps)]
+    if columns:
+        labelled_grid(list(columns), PROMPTS, list(columns.values())).save(out / "grid.png")
+
+
+STUDY = Study(
+    name="few_step",
+    about=__doc__ or "",
+    variants={name: partial(variant, name) for name in (*OPTIONS, "lcm-lora")},
+    prepare=prepare,
+    measure=measure,
+    columns=[
+        *(Column(key=f"frechet/{n}", title=f"FD, {n}", ranked=n == 4) for n in STEPS),
+        *(Column(key=f"clip_score/{n}", title=f"CLIP, {n}", best="highest", ranked=False) for n in STEPS),
+        Column(key="seconds_per_image", title="s/image, 4", ranked=False),
+        Column(key="steps", title="training steps", best="highest", ranked=False),
+        Column(key="training_seconds", title="training, s", ranked=False),
+        Column(key="memory", title="step's memory, MiB", ranked=False),
+    ],
+    plot=plot,
+    draw=grid,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
