@@ -93,19 +93,29 @@ def prepare(name: str, scale: str, config: TrainConfig) -> TrainConfig:
     return replace(config, task=replace(config.task, objective=objective), loop=loop)
 
 
-def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
-    """Frechet distance and CLIP score in each number of steps; a grid of pictures beside the scores."""
-    task, cost = config.task, step_cost(config)
+def drawn_by(config: TrainConfig, workdir: Path) -> tuple[lcm_jax.Pipeline, float]:
+    """What was trained, and the guidance scale to draw with."""
     export = workdir / "export"
-    pipe = lcm_jax.load(task.teacher, lora=export) if task.lora else lcm_jax.load(export)
-    guidance = GUIDANCE if pipe.generator.embeds_guidance else 1.0
-    options: dict[str, Any] = {"sampler": task.objective.sampler, "guidance": guidance}
-    source = task.prompts.open()
+    pipe = lcm_jax.load(config.task.teacher, lora=export) if config.task.lora else lcm_jax.load(export)
+    return pipe, GUIDANCE if pipe.generator.embeds_guidance else 1.0
+
+
+def validation(config: TrainConfig) -> tuple[np.ndarray, list[str]]:
+    """The pictures that nothing was trained on, and their captions."""
+    source = config.task.prompts.open()
     records = [source[i] for i in range(len(source))]
-    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
-    rows = evaluate(pipe, ClipMetric.load("openmoji"), images, captions, steps=STEPS, seed=config.loop.seed, **options)
-    drawn = {n: pipe(PROMPTS, steps=n, seed=0, **options) for n in STEPS}
-    np.savez_compressed(workdir / "pictures.npz", **{str(n): pictures for n, pictures in drawn.items()})
+    return np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+
+
+def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
+    """Frechet distance and CLIP score in each number of steps; pictures beside the scores."""
+    cost = step_cost(config)
+    pipe, guidance = drawn_by(config, workdir)
+    options: dict[str, Any] = {"sampler": config.task.objective.sampler, "guidance": guidance}
+    clip, seed = ClipMetric.load("openmoji"), config.loop.seed
+    rows = evaluate(pipe, clip, *validation(config), steps=STEPS, seed=seed, **options)
+    drawn = {str(n): pipe(PROMPTS, steps=n, seed=0, **options) for n in STEPS}
+    np.savez_compressed(workdir / "pictures.npz", **drawn)
     scores = {f"{key}/{row['steps']}": row[key] for row in rows for key in ("frechet", "clip_score")}
     seconds = next(row["seconds_per_image"] for row in rows if row["steps"] == 4)
     return {**scores, "seconds_per_image": seconds, "memory": cost.memory / 2**20, "gflops": cost.flops / 1e9}

@@ -65,7 +65,7 @@ def study(log: Path, **options: Any) -> Study:
     slopes = {"flat": 1.0, "steep/er": 2.0, "wall": 3.0}
 
     def plot(own: Study, cells: Any) -> None:
-        figure, panels = mpl.pyplot.subplots(1, 2)
+        _, panels = mpl.pyplot.subplots(1, 2)
         curves(panels[0], cells, "validation")
         bars(panels[1], cells, own.columns[0])
 
