@@ -70,7 +70,7 @@ class Study:
     # (study, OUT): further files, after each cell
     draw: Callable[[Study, Path], None] = lambda study, out: None
     # Scores that compare the variants of one seed: variant -> scores, in and out
-    compare: Callable[[Mapping[str, Scores]], Mapping[str, Scores]] | None = None
+    compare: Callable[[Mapping[str, Scores]], Mapping[str, Scores]] = lambda scores: {}
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
@@ -151,7 +151,7 @@ def collect(study: Study, out: Path) -> dict[str, dict[int, dict[str, Any]]]:
     for name in study.variants:
         for path in sorted(folder(out, name, 0).parent.glob("seed-*/scores.json")):
             cells.setdefault(name, {})[int(path.parent.name.removeprefix("seed-"))] = read_json(path)
-    for seed in sorted({seed for runs in cells.values() for seed in runs}) if study.compare else ():
+    for seed in sorted({seed for runs in cells.values() for seed in runs}):
         there = {name: runs[seed]["scores"] for name, runs in cells.items() if seed in runs}
         for name, scores in study.compare(there).items():
             cells[name][seed]["scores"] = cells[name][seed]["scores"] | dict(scores)

@@ -36,7 +36,7 @@ def step_cost(config: TrainConfig, *, compile: bool = True) -> StepCost:
     def placed(tree: Any, sharding: NamedSharding) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
-    lowered = step.lower(placed(state, whole), placed(task.frozen, whole), placed(batch, split))
+    lowered: Any = step.lower(placed(state, whole), placed(task.frozen, whole), placed(batch, split))
     memory = 0
     if compile:
         found = lowered.compile().memory_analysis()

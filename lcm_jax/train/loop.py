@@ -128,8 +128,9 @@ def optimizer_and_step(
 ) -> tuple[optax.GradientTransformation, Step]:
     """What a run's state is made with, and its compiled step."""
     tx = task.optimizer(make_optimizer(optimizer, loop.steps))
-    options = {"decay": loop.ema, "seed": loop.seed, "accumulate": loop.accumulate, "ema_every": loop.ema_every}
-    return tx, make_train_step(task.loss, tx, **options)
+    return tx, make_train_step(
+        task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate, ema_every=loop.ema_every
+    )
 
 
 def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
