@@ -18,7 +18,7 @@ from PIL import UnidentifiedImageError
 
 from lcm_jax import demo
 from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
-from lcm_jax.evaluate import ClipMetric, evaluate, reconstruct, reconstruction
+from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction
 from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
@@ -213,8 +213,7 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         raise ValueError(f"--steps {min(arguments.steps)}: it must be at least 1")
     pipe, options = _load(arguments)
     source = load_source(arguments.data, arguments.split, pipe.size[0])
-    records = [source[i] for i in range(min(len(source), arguments.limit or len(source)))]
-    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+    images, captions = captioned(source, arguments.limit)
     features = None if arguments.inception is None else inception_features(arguments.inception)
     rows = evaluate(
         pipe, ClipMetric.load(arguments.clip), images, captions, steps=arguments.steps, features=features,

@@ -87,6 +87,12 @@ class ClipMetric:
         return report(real, fake, both[:, self.width :], self.embed_texts(texts))
 
 
+def captioned(source: Any, most: int | None = None) -> tuple[Pictures, list[str]]:
+    """The first pictures of a source (lcm_jax.data.Source), or all, with their captions."""
+    records = [source[i] for i in range(min(len(source), most or len(source)))]
+    return np.stack([record["image"] for record in records]), [record["caption"] for record in records]
+
+
 def generate(
     pipe: Pipeline, prompts: Sequence[str], *, batch_size: int = 32, seed: int = 0, title: str = "", **options: Any
 ) -> tuple[Pictures, float]:

@@ -23,7 +23,7 @@ import numpy as np
 import lcm_jax
 from lcm_jax import configs
 from lcm_jax.demo import GUIDANCE, labelled_grid
-from lcm_jax.evaluate import ClipMetric, evaluate
+from lcm_jax.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.objectives import GrowingPairs, ProgressiveDistillation, ShrinkingPairs
 from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
@@ -100,20 +100,13 @@ def drawn_by(config: TrainConfig, workdir: Path) -> tuple[lcm_jax.Pipeline, floa
     return pipe, GUIDANCE if pipe.generator.embeds_guidance else 1.0
 
 
-def validation(config: TrainConfig) -> tuple[np.ndarray, list[str]]:
-    """The pictures that nothing was trained on, and their captions."""
-    source = config.task.prompts.open()
-    records = [source[i] for i in range(len(source))]
-    return np.stack([r["image"] for r in records]), [r["caption"] for r in records]
-
-
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     """Frechet distance and CLIP score in each number of steps; pictures beside the scores."""
     cost = step_cost(config)
     pipe, guidance = drawn_by(config, workdir)
     options: dict[str, Any] = {"sampler": config.task.objective.sampler, "guidance": guidance}
     clip, seed = ClipMetric.load("openmoji"), config.loop.seed
-    rows = evaluate(pipe, clip, *validation(config), steps=STEPS, seed=seed, **options)
+    rows = evaluate(pipe, clip, *captioned(config.task.prompts.open()), steps=STEPS, seed=seed, **options)
     drawn = {str(n): pipe(PROMPTS, steps=n, seed=0, **options) for n in STEPS}
     np.savez_compressed(workdir / "pictures.npz", **drawn)
     scores = {f"{key}/{row['steps']}": row[key] for row in rows for key in ("frechet", "clip_score")}

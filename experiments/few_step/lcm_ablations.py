@@ -17,9 +17,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from ablate import drawn_by, validation, variant
+from ablate import drawn_by, variant
 
-from lcm_jax.evaluate import ClipMetric, evaluate
+from lcm_jax.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 
@@ -53,7 +53,7 @@ def cell(name: str, scale: str) -> TrainConfig:
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     """In four steps with each guidance scale that the student can be told, and in 1, 2 and 8 with the demo's."""
     pipe, guidance = drawn_by(config, workdir)
-    images, captions = validation(config)
+    images, captions = captioned(config.task.prompts.open())
     clip, seed = ClipMetric.load("openmoji"), config.loop.seed
     asked = [(4, g) for g in GUIDANCES] if pipe.generator.embeds_guidance else []
     asked = [*dict.fromkeys([*asked, *((n, guidance) for n in (1, 2, 4, 8))])] if name == BASE else [(4, guidance)]

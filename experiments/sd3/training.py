@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 import lcm_jax
-from lcm_jax.evaluate import ClipMetric, evaluate
+from lcm_jax.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.objectives import Diffusion, TextEncoders
 from lcm_jax.objectives.formulations import Formulation
 from lcm_jax.sampling import SAMPLERS, Grid, pad
@@ -123,9 +123,7 @@ def score(
     config: TrainConfig, workdir: Path, formulation: Formulation, settings: Sequence[tuple[int, float]]
 ) -> dict[str, float]:
     """`frechet/STEPS/GUIDANCE` and `clip_score/...` of each (steps, guidance), on the validation captions."""
-    source = config.task.prompts.open()
-    records = [source[i] for i in range(len(source))]
-    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+    images, captions = captioned(config.task.prompts.open())
     clip: ClipMetric = ClipMetric.load("openmoji")
     drawer: Any = Drawer(workdir / "export", replace(formulation, objective=config.task.objective))
     found = {}

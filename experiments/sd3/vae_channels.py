@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lcm_jax import configs
-from lcm_jax.evaluate import ClipMetric, reconstruct, reconstruction
+from lcm_jax.evaluate import ClipMetric, captioned, reconstruct, reconstruction
 from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
@@ -87,8 +87,7 @@ def variant(channels: int) -> Callable[[str], TrainConfig]:
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     """Of the validation pictures and their reconstructions."""
-    source = config.task.validation.open()
-    images = np.stack([source[i]["image"] for i in range(len(source))])
+    images, _ = captioned(config.task.validation.open())
     vae = load_component(workdir / "export", "vae")
     return reconstruction(images, reconstruct(vae, images), ClipMetric.load("openmoji"))
 
