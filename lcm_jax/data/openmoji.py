@@ -241,7 +241,7 @@ def fingerprint() -> str:
 
 
 def prepare(size: int, cache_dir: Path, style: Style = "colour") -> Openmoji:
-    """The builder of a style at one size with its files made; the first call renders every drawing (within a minute)."""
+    """The builder of a style at one size with its files made; the first call renders all drawings (within a minute)."""
     made = OpenmojiConfig(size, style)
     config = next((known for known in Openmoji.BUILDER_CONFIGS if known.name == made.name), made)
     data_dir = cache_dir / f"openmoji-{fingerprint()}"
