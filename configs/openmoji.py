@@ -142,10 +142,30 @@ def openmoji_lcf() -> TrainConfig:
 
 @register
 def openmoji_outline() -> TrainConfig:
-    """The teacher in another style, black lines alone: what LCM-LoRA, distilled before, is put onto."""
+    """The teacher in another style, black lines alone. What was distilled before, LCM-LoRA, is worn by the result."""
     objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.1, min_snr_gamma=5.0)
     return TrainConfig(
         task=FinetuneTask(data=DataConfig(name="openmoji-outline"), objective=objective),
         loop=LoopConfig(steps=400, batch_size=32, ema=0.98, save_every=100, preview_every=100),
-        optimizer=OptimizerConfig(learning_rate=2e-4, warmup=50, decay="cosine", b2=0.99),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_dreambooth() -> TrainConfig:
+    """DreamBooth by adapters: a handful of pictures, "sks cat face" in each caption, held by cat faces drawn before."""
+    objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.0, min_snr_gamma=5.0)
+    task = FinetuneTask(
+        data=DataConfig(name="folder:my-cat"),
+        objective=objective,
+        class_prompt="cat face",
+        class_pictures=64,
+        train_text=True,
+        lora=LoraConfig(rank=8),
+        preview_prompts=("sks cat face", "cat face", "dog face", "red heart"),
+    )
+    return TrainConfig(
+        task=task,
+        loop=LoopConfig(steps=200, batch_size=4, ema=0.98, save_every=100, preview_every=100),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup=20, b2=0.99),
     )

@@ -33,7 +33,7 @@ from lcm_jax.weights.folders import Component, Folder, load_component, save_fold
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import save_loras
 from lcm_jax.weights.model import lora_networks
-from lcm_jax.weights.scheduler import SCHEDULERS, read_scheduler
+from lcm_jax.weights.scheduler import read_scheduler, sampler_of
 from mmdit.text import T5Encoder
 
 NET = "net"  # the denoiser among the networks that learn
@@ -46,7 +46,8 @@ class FinetuneTask:
     """A model goes on with the diffusion loss on `data`, whose captions are taken as they are ("a sks dog").
 
     DreamBooth (Ruiz et al. 2022, 2208.12242 eq. 2) adds prior_weight times the same loss on pictures that the model
-    drew of class_prompt ("a dog") before it learned anything, so that it does not forget what a dog is.
+    drew of class_prompt ("a dog") before it learned anything, so that it does not forget what a dog is. A batch then
+    has as many of these beside its own.
     """
 
     model: str = "openmoji-teacher"  # a bundled name, folder or hub id: all its networks
@@ -93,13 +94,12 @@ class FinetuneTask:
         jax.eval_shape(learners.init, jax.random.key(0))  # says what is wrong with rank and targets
         source = self.data.open()
 
-        sampler = SCHEDULERS.get(scheduler.get("_class_name", ""), "ddim")
         generator = Generator(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
         kinds = [Pictures.of(conditioner, conditioner.encode_source(source, described), captions(source), texts)]
         if self.class_prompt:
             weights = conditioner.digest + _digest(location.at(part))
-            drawn = self.class_records(generator, base.params, conditioner, sampler, weights)
+            drawn = self.class_records(generator, base.params, conditioner, scheduler, weights)
             kinds.append(Pictures.of(conditioner, drawn, [self.class_prompt] * len(drawn), texts))
         weight_of = jnp.asarray([1.0, self.prior_weight][: len(kinds)])
         nothing = conditioner.prompts.tokenize([""])
@@ -129,7 +129,7 @@ class FinetuneTask:
             generator,
             conditioner,
             list(self.preview_prompts) or captions(source, 16),
-            sampler=sampler,
+            sampler=sampler_of(scheduler),
             steps=self.preview_steps,
             guidance=self.preview_guidance,
         )
@@ -164,10 +164,18 @@ class FinetuneTask:
         )
 
     def class_records(
-        self, generator: Generator, params: Params, conditioner: Conditioner, sampler: str, weights: str
+        self,
+        generator: Generator,
+        params: Params,
+        conditioner: Conditioner,
+        scheduler: Mapping[str, Any],
+        weights: str,
     ) -> Cache:
-        """Latents of the pictures' size that the model draws of the class prompt, as records, once."""
-        spec, spacing = SAMPLERS[sampler], Spacing(timestep_spacing="trailing")
+        """Latents of the pictures' size that the model draws of the class prompt by its own sampler, as records, once.
+
+        weights: the digest of all that draws.
+        """
+        spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
         times = time_grid(spec, generator.schedule, self.class_steps, spacing=spacing)
         cond, null = (conditioner.encode_text([text] * DRAWN) for text in (self.class_prompt, ""))
         vae, guidance = conditioner.vae.module.config, self.class_guidance
@@ -196,7 +204,7 @@ class FinetuneTask:
             "prompt": self.class_prompt,
             "count": self.class_pictures,
             "size": self.data.size,
-            "sampler": sampler,
+            "scheduler": dict(scheduler),
             "steps": self.class_steps,
             "guidance": guidance,
         }

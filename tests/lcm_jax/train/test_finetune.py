@@ -162,7 +162,7 @@ def test_class_pictures_are_drawn_once_and_are_the_models(
     # the pipeline from the same noise
     pipe, noise = lcm_jax.load(tiny_model), jax.random.split(jax.random.fold_in(jax.random.key(0), 0))[0]
     noise = jax.random.normal(noise, (16, 8, 8, 4))
-    want = pipe(["dog face"] * 16, steps=2, sampler="ddim", latents=noise)[:3]
+    want = pipe(["dog face"] * 16, steps=2, sampler=pipe.default_sampler, latents=noise)[:3]
     latents = np.stack(list(drawn.values())).astype(np.float32)
     made = np.asarray(pipe.generator.decode(pipe.params["vae"], latents))
     assert all(np.min(np.abs(want - picture.astype(np.int16)).max(axis=(1, 2, 3))) <= 2 for picture in made)
