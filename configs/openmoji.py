@@ -142,7 +142,7 @@ def openmoji_lcf() -> TrainConfig:
 
 @register
 def openmoji_outline() -> TrainConfig:
-    """The teacher in another style, black lines alone. What was distilled before, LCM-LoRA, is worn by the result."""
+    """The teacher in another style, black lines alone; experiments/few_step/universality.py puts LCM-LoRA onto it."""
     objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.1, min_snr_gamma=5.0)
     return TrainConfig(
         task=FinetuneTask(data=DataConfig(name="openmoji-outline"), objective=objective),
