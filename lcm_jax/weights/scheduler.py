@@ -108,6 +108,11 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
     return schedule, kind
 
 
+def sampler_of(config: Mapping[str, Any]) -> str:
+    """The sampler that a scheduler_config.json asks for, or what comes closest."""
+    return str(config.get("sampler") or SCHEDULERS.get(config.get("_class_name", ""), "ddim"))
+
+
 def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
     """scheduler_config.json of a schedule, for a sampler; the key "sampler" names one that is not its class's."""
     config = _scheduler_config(schedule, kind, sampler)

@@ -26,7 +26,7 @@ from lcm_jax.data.loader import Augment, Transform
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Captioned pictures: "openmoji", "folder:PATH" or "tfds:NAME".
+    """Captioned pictures: "openmoji", "openmoji-outline", "folder:PATH" or "tfds:NAME".
 
     Squares of `size`, or with `buckets` pictures of all shapes of about as many pixels, each batch of one shape (see
     lcm_jax.data.buckets). Buckets and synthetic captions are for the data of diffusion and of its distillation.

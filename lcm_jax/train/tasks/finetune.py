@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,40 @@ from lcm_jax.generate import Generator, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.places import cache_dir
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
+from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
-from lcm_jax.train.tasks.common import captions, loader
+from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.distillation import LoraConfig
-from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
-from lcm_jax.typing import Array, Key, Nets, Params, Schedule
+from lcm_jax.train.tasks.latent import Conditioner, draw_latents, preview
+from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.families import DENOISERS, class_name
 from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import Component, load_component
-from lcm_jax.weights.hub import Location, locate
+from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
+from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import save_loras
 from lcm_jax.weights.model import lora_networks
-from lcm_jax.weights.scheduler import SCHEDULERS, read_scheduler
+from lcm_jax.weights.scheduler import read_scheduler, sampler_of
+from mmdit.text import T5Encoder
 
-PRIOR = "prior_"  # before the names of a record's fields that are of a class picture
+NET = "net"  # the denoiser among the networks that learn
+TOKENS = "tokens_"  # before the number of the text encoder whose tokens they are
 DRAWN = 16  # class pictures at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneTask(LatentTask):
-    """A model goes on with the diffusion loss on `data` (captions as they are: "a sks dog").
+class FinetuneTask:
+    """A model goes on with the diffusion loss on `data`, whose captions are taken as they are ("a sks dog").
 
     DreamBooth (Ruiz et al. 2022, 2208.12242 eq. 2) adds prior_weight times the same loss on pictures that the model
-    drew of class_prompt ("a dog") before it learned anything, so that it does not forget what a dog is.
+    drew of class_prompt ("a dog") before it learned anything, so that it does not forget what a dog is. A batch then
+    has as many of these beside its own.
     """
 
     model: str = "openmoji-teacher"  # a bundled name, folder or hub id: all its networks
+    data: DataConfig = DataConfig()
+    objective: Diffusion = Diffusion(schedule=DDPM(), caption_dropout=0.0)  # its schedule and kind are the model's
     class_prompt: str = ""  # none: no class pictures
     class_pictures: int = 100
     class_steps: int = 50
@@ -54,205 +60,229 @@ class FinetuneTask(LatentTask):
     prior_weight: float = 1.0
     train_text: bool = False  # the CLIP text encoders learn too
     lora: LoraConfig | None = None  # train adapters instead of all weights
-    caption_dropout: float = 0.0
+    preview_prompts: tuple[str, ...] = ()  # none: the first captions of the data
     preview_steps: int = 25
     preview_guidance: float = 4.0
     remat: bool = False
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("class_pictures", "class_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.prior_weight < 0:
+            raise ValueError(f"task.prior_weight is {self.prior_weight}; it must not be negative")
 
     def build(self) -> Task:
         location = locate(self.model)
         config_file = location.at("scheduler") / "scheduler_config.json"
         scheduler = read_json(config_file)
         schedule, kind = read_scheduler(scheduler, source=str(config_file))
-        objective = Diffusion(schedule=schedule, kind=kind, caption_dropout=self.caption_dropout)
+        objective = replace(self.objective, schedule=schedule, kind=kind)
         conditioner = Conditioner.load(self.model, self.model)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
-        whole = load_component(location.path, location.place(part))
-        check_fit(whole.module.config, conditioner, self.data.sizes)
+        base = load_component(location.path, location.place(part))
+        if base.module.config.time_cond_proj_dim is not None:
+            raise ValueError(f"task.model {self.model} is a distilled student, told its guidance: finetune its teacher")
+        check_fit(base.module.config, conditioner, self.data.sizes)
+        net = build_net(base.module.config, dtype=self.dtype, remat=self.remat)
+        texts = [
+            n for n, text in conditioner.texts.items() if self.train_text and not isinstance(text.module, T5Encoder)
+        ]
+        networks = {NET: base.params, **(conditioner.params if texts else {})}
+        learners = Learners(networks=networks, texts=texts, lora=self.lora)
+        jax.eval_shape(learners.init, jax.random.key(0))  # says what is wrong with rank and targets
         source = self.data.open()
-        net = build_net(whole.module.config, dtype=self.dtype, remat=self.remat)
+
         generator = Generator(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
-        null = conditioner.encode_text([""])
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
-        records: Any = conditioner.encode_source(source, described)
-        if self.train_text:
-            records = _WithIds(records, conditioner, captions(source))
+        kinds = [Pictures.of(conditioner, conditioner.encode_source(source, described), captions(source), texts)]
         if self.class_prompt:
-            digest = _digest(location, part)
-            prior = self.class_records(generator, whole.params, conditioner, schedule, digest)
-            records = _Beside(records, prior, conditioner if self.train_text else None, self.class_prompt)
-
-        texts = [name for name in conditioner.texts if name != "text_encoder_3"] if self.train_text else []
-        frozen = {"net": whole.params, **conditioner.params}
-        learning = {"net": lora.DEFAULT_TARGETS, **dict.fromkeys(texts, lora.CLIP_TARGETS)}
-        adapted = self.lora
-        if adapted is not None:
-            learning["net"] = adapted.targets
-
-        def init(key: Key) -> Params:
-            if adapted is None:
-                return {name: jax.tree.map(jnp.copy, frozen[name]) for name in learning}
-            keys = jax.random.split(key, len(learning))
-            return {
-                name: lora.init(k, frozen[name], rank=adapted.rank, alpha=adapted.alpha, targets=targets)
-                for k, (name, targets) in zip(keys, learning.items(), strict=True)
-            }
-
-        def trees(params: Params, still: Params) -> dict[str, Params]:
-            """Every network's parameters; of the denoiser adapters stay branches."""
-            own = dict(still)
-            for name, tree in params.items():
-                if adapted is None:
-                    own[name] = tree
-                else:
-                    own[name] = lora.Adapted(still[name], tree) if name == "net" else lora.merge(still[name], tree)
-            return own
-
-        def one(
-            nets: Nets, networks: dict[str, Params], batch: dict[str, Array], key: Key
-        ) -> tuple[Array, dict[str, Array]]:
-            ids = [batch.pop(name) for name in sorted(batch) if name.startswith("ids_")]
-            draw, rest = jax.random.split(key)
-            latents = draw_latents(draw, batch)
-            if ids:
-                latents["cond"] = conditioner.prompts.encode(networks, ids)
-            return objective(nets, latents, rest)
+            weights = conditioner.digest + _digest(location.at(part))
+            drawn = self.class_records(generator, base.params, conditioner, scheduler, weights)
+            kinds.append(Pictures.of(conditioner, drawn, [self.class_prompt] * len(drawn), texts))
+        weight_of = jnp.asarray([1.0, self.prior_weight][: len(kinds)])
+        nothing = conditioner.prompts.tokenize([""])
 
         def loss(
-            params: Params, ema: Params, still: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
-            networks = trees(params, still["networks"])
-            nets = Nets(as_apply(net), networks["net"], null=still["null"])
-            first, second = jax.random.split(key)
-            own = {name: leaf for name, leaf in batch.items() if not name.startswith(PRIOR)}
-            value, metrics = one(nets, networks, own, first)
-            if not self.class_prompt:
-                return value, metrics
-            kept = {name.removeprefix(PRIOR): leaf for name, leaf in batch.items() if name.startswith(PRIOR)}
-            prior, _ = one(nets, networks, kept, second)
-            total = value + self.prior_weight * prior
-            return total, {**metrics, "loss": total, "own": value, "prior": prior}
+            trees = learners.trees(params, frozen["networks"])
+            null = conditioner.prompts.encode(trees, nothing) if texts else frozen["null"]
+            nets = Nets(as_apply(net), trees[NET], null=null)
 
-        sampler = SCHEDULERS.get(scheduler.get("_class_name", ""), "ddim")
+            def of_kind(batch: dict[str, Array], key: Key) -> tuple[Array, Metrics]:
+                draw, rest = jax.random.split(key)
+                latents = draw_latents(draw, {n: leaf for n, leaf in batch.items() if not n.startswith(TOKENS)})
+                if texts:
+                    tokens = [batch[name] for name in sorted(batch) if name.startswith(TOKENS)]
+                    latents["cond"] = conditioner.prompts.encode(trees, tokens)
+                return objective(nets, latents, rest)
+
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(kinds)))
+            each, metrics = jax.vmap(of_kind, in_axes=(1, 0))(batch, keys)  # the network is traced once for both kinds
+            total = jnp.sum(weight_of * each)
+            shown = {name: values[0] for name, values in metrics.items()} | {"loss": total}
+            return total, shown if len(kinds) == 1 else {**shown, "own": each[0], "prior": each[1]}
+
         show = preview(
             generator,
             conditioner,
-            captions(source, 16),
-            sampler=sampler,
+            list(self.preview_prompts) or captions(source, 16),
+            sampler=sampler_of(scheduler),
             steps=self.preview_steps,
             guidance=self.preview_guidance,
         )
 
-        def export(ema: Params, path: Path) -> None:
-            own = jax.device_get(ema)
-            if adapted is not None:
-                path.mkdir(parents=True, exist_ok=True)
-                modules = {part: net, **{name: conditioner.texts[name].module for name in texts}}
-                like = {part: frozen["net"], **{name: frozen[name] for name in texts}}
-                networks = lora_networks({n: (class_name(m), m.config, like[n]) for n, m in modules.items()})
-                found = {part if name == "net" else name: tree for name, tree in own.items()}
-                save_loras(path / "pytorch_lora_weights.safetensors", found, networks)
-                return
-            around = replace(
-                conditioner,
-                texts={
-                    name: Component(text.module, own.get(name, text.params)) for name, text in conditioner.texts.items()
-                },
-            )
-            export_folder(path, Component(net, own["net"]), around, schedule, kind, sampler=sampler)
+        def shown(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
+            trees = learners.trees(ema, frozen["networks"])
+            return show(trees[NET], frozen["vae"], trees if texts else None)
 
-        def drawing(ema: Params) -> Params:
-            return lora.merge(frozen["net"], ema["net"]) if adapted is not None else ema["net"]
+        def export(ema: Params, path: Path) -> None:
+            own = {part if name == NET else name: tree for name, tree in jax.device_get(ema).items()}
+            whole = {part: Component(net, base.params), "vae": conditioner.vae, **conditioner.texts}
+            if self.lora is not None:
+                path.mkdir(parents=True, exist_ok=True)
+                parts = {name: (class_name(c.module), c.module.config, c.params) for name, c in whole.items()}
+                save_loras(path / "pytorch_lora_weights.safetensors", own, lora_networks(parts))
+                return
+            components = whole | {name: Component(whole[name].module, tree) for name, tree in own.items()}
+            tokenizers = conditioner.prompts.tokenizers
+            save_folder(path, Folder(components=components, tokenizers=tokenizers, scheduler=scheduler))
 
         return Task(
-            init=init,
+            init=learners.init,
             loss=loss,
-            frozen={"networks": frozen, "null": null, "vae": conditioner.vae.params},
-            batches=loader(records),
-            preview=lambda ema, still: show(drawing(ema), still["vae"]),
+            frozen={
+                "networks": learners.frozen,
+                "null": conditioner.encode_text([""]),
+                "vae": conditioner.vae.params,
+            },
+            batches=loader(Beside(kinds=kinds)),
+            preview=shown,
             export=export,
         )
 
     def class_records(
-        self, generator: Generator, params: Params, conditioner: Conditioner, schedule: Schedule, digest: str
+        self,
+        generator: Generator,
+        params: Params,
+        conditioner: Conditioner,
+        scheduler: Mapping[str, Any],
+        weights: str,
     ) -> Cache:
-        """Latents that the model draws of the class prompt, once."""
-        spec = SAMPLERS["euler"]
-        grid = pad(time_grid(spec, schedule, self.class_steps, spacing=Spacing(timestep_spacing="trailing")))
+        """Latents of the pictures' size that the model draws of the class prompt by its own sampler, as records, once.
+
+        weights: the digest of all that draws.
+        """
+        spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
+        times = time_grid(spec, generator.schedule, self.class_steps, spacing=spacing)
         cond, null = (conditioner.encode_text([text] * DRAWN) for text in (self.class_prompt, ""))
-        side, channels = generator.net.config.sample_size, generator.net.config.in_channels
+        vae, guidance = conditioner.vae.module.config, self.class_guidance
+        side = self.data.size // vae.downsample_factor
 
         @jax.jit
         def draw(params: Params, key: Key) -> Array:
             noise, rest = jax.random.split(key)
-            x = jax.random.normal(noise, (DRAWN, side, side, channels))
-            x = x * schedule.sigma(grid.times[0])
-            return generator.latents(
-                params, cond, null, x, grid, self.class_guidance, rest, sampler=spec, guided=self.class_guidance != 1.0
-            )
+            x = jax.random.normal(noise, (DRAWN, side, side, vae.latent_channels))
+            x = x * spec.init_scale(generator.schedule, times, spacing)
+            grid = pad(times)
+            return generator.latents(params, cond, null, x, grid, guidance, rest, sampler=spec, guided=guidance != 1.0)
 
         def produce() -> Iterator[dict[str, Any]]:
             one = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
-            batches = range(-(-self.class_pictures // DRAWN))
-            for i in tqdm(batches, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
-                made = np.asarray(draw(params, jax.random.fold_in(jax.random.key(0), i)), np.float16)
-                for latent in made[: self.class_pictures - i * DRAWN]:
+            starts = range(0, self.class_pictures, DRAWN)
+            for start in tqdm(starts, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
+                made = np.asarray(draw(params, jax.random.fold_in(jax.random.key(0), start)), np.float16)
+                for latent in made[: self.class_pictures - start]:
                     yield {"mean": latent, "std": np.zeros_like(latent), **one}
 
-        described = {
+        produced_by = {
             "kind": "class pictures",
             "version": 1,
-            "weights": conditioner.digest + digest,
+            "weights": weights,
             "prompt": self.class_prompt,
             "count": self.class_pictures,
+            "size": self.data.size,
+            "scheduler": dict(scheduler),
             "steps": self.class_steps,
-            "guidance": self.class_guidance,
+            "guidance": guidance,
         }
-        return cached(cache_dir() / "latents", described, produce, total=self.class_pictures)
+        return cached(cache_dir() / "latents", produced_by, produce, total=self.class_pictures)
 
 
-def _digest(location: Location, part: str) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(location.at(part).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learners:
+    """What of a model learns: the denoiser and the text encoders named in `texts`, whole or by adapters."""
 
+    networks: Mapping[str, Params]  # as they were: the denoiser, and where a text encoder learns all of these
+    texts: Sequence[str]
+    lora: LoraConfig | None
 
-def _ids(conditioner: Conditioner, texts: list[str]) -> list[np.ndarray]:
-    return [np.asarray(ids) for ids in conditioner.prompts.tokenize(texts)]
+    @property
+    def frozen(self) -> dict[str, Params]:
+        """The networks that a step needs and does not change."""
+        learning = set() if self.lora is not None else {NET, *self.texts}
+        return {name: tree for name, tree in self.networks.items() if name not in learning}
 
-
-class _WithIds:
-    """Records with their captions' tokens in the place of their conditioning."""
-
-    def __init__(self, records: Cache, conditioner: Conditioner, texts: list[str]) -> None:
-        self._records, self._ids = records, _ids(conditioner, texts)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        record = self._records[index]
+    def init(self, key: Key) -> Params:
+        """Copies, or adapters that change nothing yet."""
+        if self.lora is None:
+            return {name: jax.tree.map(jnp.copy, self.networks[name]) for name in (NET, *self.texts)}
+        config, targets = self.lora, {NET: self.lora.targets, **dict.fromkeys(self.texts, lora.CLIP_TARGETS)}
         return {
-            **{name: record[name] for name in ("mean", "std")},
-            **{f"ids_{i}": ids[index] for i, ids in enumerate(self._ids)},
+            name: lora.init(k, self.networks[name], rank=config.rank, alpha=config.alpha, targets=pattern)
+            for k, (name, pattern) in zip(jax.random.split(key, len(targets)), targets.items(), strict=True)
         }
 
+    def trees(self, params: Params, frozen: Mapping[str, Params]) -> dict[str, Params]:
+        """Every network's parameters; the denoiser's adapters stay branches beside it."""
+        if self.lora is None:
+            return {**frozen, **params}
+        texts = {name: lora.merge(frozen[name], params[name]) for name in self.texts}
+        return {**frozen, **texts, NET: lora.Adapted(frozen[NET], params[NET])}
 
-class _Beside:
-    """Each record with a class picture; the shorter of the two lists is gone through again."""
 
-    def __init__(self, records: Any, prior: Any, conditioner: Conditioner | None, prompt: str) -> None:
-        self._records, self._prior = records, prior
-        self._ids = None if conditioner is None else _ids(conditioner, [prompt])
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pictures:
+    """Encoded records; where text encoders learn, with their captions' tokens in the place of the conditioning."""
+
+    records: Cache
+    tokens: Mapping[str, np.ndarray] | None  # (n, l) for each encoder
+
+    @classmethod
+    def of(cls, conditioner: Conditioner, records: Cache, texts: list[str], learning: Sequence[str]) -> Pictures:
+        ids = enumerate(conditioner.prompts.tokenize(texts)) if learning else ()
+        return cls(records=records, tokens={f"{TOKENS}{i}": np.asarray(each) for i, each in ids} if learning else None)
 
     def __len__(self) -> int:
-        return max(len(self._records), len(self._prior))
+        return len(self.records)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        prior = dict(self._prior[index % len(self._prior)])
-        if self._ids is not None:
-            prior = {name: prior[name] for name in ("mean", "std")}
-            prior |= {f"ids_{i}": ids[0] for i, ids in enumerate(self._ids)}
-        return {**self._records[index % len(self._records)], **{PRIOR + name: leaf for name, leaf in prior.items()}}
+        record = self.records[index]
+        if self.tokens is None:
+            return record
+        own = {name: record[name] for name in ("mean", "std")}
+        return own | {name: ids[index] for name, ids in self.tokens.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Beside:
+    """One record of each kind, stacked; the shorter list is gone through again."""
+
+    kinds: Sequence[Pictures]
+
+    def __len__(self) -> int:
+        return max(map(len, self.kinds))
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        rows = [kind[index % len(kind)] for kind in self.kinds]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

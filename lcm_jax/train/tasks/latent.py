@@ -21,7 +21,7 @@ from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
-from lcm_jax.typing import Array, Key, Kind, Params, Schedule
+from lcm_jax.typing import Array, Cond, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
@@ -143,23 +143,33 @@ def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
 def preview(
     generator: Generator, conditioner: Conditioner, captions: list[str], *, sampler: str, steps: int, guidance: float
 ) -> Any:
-    """`(net params, frozen) -> {title: grid}`: the captions' pictures, the same noise every time."""
+    """`(net params, vae params) -> {title: grid}`: the captions' pictures, the same noise every time.
+
+    A third argument are the text encoders' parameters, where they learn.
+    """
     n, spec = len(captions), SAMPLERS[sampler]
-    cond, null = conditioner.encode_text(captions), conditioner.encode_text([""] * n)
+
+    def encode(texts: Mapping[str, Params]) -> list[dict[str, Array]]:
+        return [conditioner.prompts(texts, each) for each in (captions, [""] * n)]
+
+    still = encode(conditioner.params)
     times = time_grid(spec, generator.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
     noise = jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
 
     @jax.jit
-    def run(params: Params, vae_params: Params) -> Array:
+    def run(params: Params, vae_params: Params, cond: Cond, null: Cond) -> Array:
         x = generator.latents(
             params, cond, null, noise, pad(times), guidance, jax.random.key(1), sampler=spec, guided=guidance != 1.0
         )
         return generator.decode(vae_params, x)
 
-    def show(params: Params, vae_params: Params) -> dict[str, float | np.ndarray]:
-        return {f"{sampler}, {steps} steps": grid(np.asarray(run(params, vae_params)), 8)}
+    def show(
+        params: Params, vae_params: Params, texts: Mapping[str, Params] | None = None
+    ) -> dict[str, float | np.ndarray]:
+        cond, null = still if texts is None else encode(texts)
+        return {f"{sampler}, {steps} steps": grid(np.asarray(run(params, vae_params, cond, null)), 8)}
 
     return show
 

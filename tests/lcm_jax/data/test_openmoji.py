@@ -84,6 +84,18 @@ def test_render_is_opaque_rgb_on_white():
     assert np.ptp(pixels) > 200
 
 
+def test_an_outline_is_the_drawing_without_its_fills():
+    colour, outline = (
+        np.asarray(Image.open(io.BytesIO(openmoji.render("1F34B", 64, style)))).astype(int)
+        for style in ("colour", "outline")
+    )
+    assert (np.ptp(outline, axis=-1) == 0).all()  # no colour
+    assert (outline == 255).all(axis=-1).mean() > 0.7
+    black = (outline == 0).all(axis=-1)
+    assert black.any()
+    assert (colour[black] == 0).all()  # its lines are the drawing's
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """load_source over 24 + 4 + 4 drawings, in a cache of its own."""
@@ -106,6 +118,10 @@ def test_source_reads_what_was_rendered(small):
         drawn = np.asarray(Image.open(io.BytesIO(openmoji.render(items[1].codepoints, 64))))
         assert source[1]["image"].dtype == np.uint8
         np.testing.assert_array_equal(source[1]["image"], drawn)
+        outlines = load_source("openmoji-outline", split, 64)
+        assert [outlines[i]["caption"] for i in range(len(outlines))] == [i.caption for i in items]
+        drawn = np.asarray(Image.open(io.BytesIO(openmoji.render(items[1].codepoints, 64, "outline"))))
+        np.testing.assert_array_equal(outlines[1]["image"], drawn)
         with pytest.raises(ValueError, match="read-only"):
             source[1]["image"][0] = 0
     assert "tensorflow" not in sys.modules

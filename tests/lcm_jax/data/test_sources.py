@@ -102,7 +102,7 @@ def test_bad_folders_are_refused(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     refused(ValueError, f"{empty}: empty dataset", empty)
     refused(FileNotFoundError, "no such folder", f"folder:{empty}/nowhere")
-    refused(ValueError, "no data source 'nowhere': give openmoji, folder:PATH", "nowhere")
+    refused(ValueError, "no data source 'nowhere': give openmoji, openmoji-outline, folder:PATH", "nowhere")
     (folder / "a.txt").write_text(" \n")
     refused(ValueError, f"{folder / 'a.txt'}: empty caption", folder)
     (folder / "a.txt").write_bytes(b"\xff\xfe\x00x")
