@@ -31,18 +31,22 @@ def get(name: str) -> TrainConfig:
 
 
 def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig:
-    """A distillation by another method, with its published defaults; the range of w stays the config's.
+    """A distillation by another method, with its published defaults; where the student is told w, its range stays the
+    config's.
 
-    Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end.
+    Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end, and as
+    many stages as lead to the steps of the preview.
     """
     task = config.task
     if not isinstance(task, DistillationTask):
         raise ValueError(f"--objective: config {name} is no distillation")
     old = task.objective
     made = method(method_name, schedule=old.schedule, kind=old.kind)
-    if made.needs_teacher:
+    if made.needs_teacher and made.embed_w:
         made = replace(made, w_min=old.w_min, w_max=old.w_max)
     loop = config.loop
     if isinstance(made, ProgressiveDistillation):
+        stages = 1 + max(0, (made.first_steps // task.preview_steps).bit_length() - 1)
+        made = replace(made, stage_steps=max(1, loop.steps // stages))
         loop = replace(loop, ema=0.0, ema_every=made.stage_steps)
     return replace(config, task=replace(task, objective=made), loop=loop)
