@@ -143,10 +143,10 @@ def test_gradients_are_finite_and_reach_the_student_alone(name: str) -> None:
 # CTM the one by the student without gradient that maps its point on. All the others, the moving average's, the
 # teacher's and the fake score's, are aims or what leads to them.
 LIVE: dict[str, list[str]] = {
-    **dict.fromkeys(("lcm", "cd", "tcd"), ["teacher", "target", "student*"]),
+    **{name: ["teacher", "target", "student*"] for name in ("lcm", "cd", "tcd")},
     "pcm": ["teacher", "student", "student*"],
-    **dict.fromkeys(("lcf", "ct"), ["target", "student*"]),
-    **dict.fromkeys(("ict", "ect"), ["student", "student*"]),
+    **{name: ["target", "student*"] for name in ("lcf", "ct")},
+    **{name: ["student", "student*"] for name in ("ict", "ect")},
     "ctm": ["teacher", "teacher", "student", "student", "student*", "student*", "student*"],
     "scm": ["teacher", "student", "student*"],
     "meanflow": ["teacher", "student*"],
