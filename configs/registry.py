@@ -31,9 +31,11 @@ def get(name: str) -> TrainConfig:
 
 
 def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig:
-    """A distillation by another method, with its published defaults; a student that is told w keeps the config's range.
+    """A distillation by another method, with its published defaults; a student that is told w keeps
+    the config's range.
 
-    Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end.
+    Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end, and as
+    many stages as lead to the steps of the preview.
     """
     task = config.task
     if not isinstance(task, DistillationTask):
@@ -44,5 +46,7 @@ def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig
         made = replace(made, w_min=old.w_min, w_max=old.w_max)
     loop = config.loop
     if isinstance(made, ProgressiveDistillation):
+        stages = 1 + max(0, (made.first_steps // task.preview_steps).bit_length() - 1)
+        made = replace(made, stage_steps=max(1, loop.steps // stages))
         loop = replace(loop, ema=0.0, ema_every=made.stage_steps)
     return replace(config, task=replace(task, objective=made), loop=loop)

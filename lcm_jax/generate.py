@@ -27,7 +27,7 @@ def as_apply(net: Any, **options: Any) -> Apply:
 
     def apply(params: Params, x: Image, t: Time, cond: Cond) -> Image:
         if isinstance(params, Adapted):
-            with branches(params.adapters):
+            with branches(params.adapters, params.dropout):
                 return net.apply({"params": params.params}, x, t, cond, **options)
         return net.apply({"params": params}, x, t, cond, **options)
 

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -139,6 +142,24 @@ def merge(params: Params, adapters: Adapters, scale: float | Array = 1.0) -> Par
     return merge_all(params, [(adapters, scale)])
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=("key",), meta_fields=("rate",))
+@dataclass(frozen=True, kw_only=True)
+class Dropout:
+    """Of what enters an adapter, as in PEFT: a share `rate` is zeroed, the rest divided by 1 - rate.
+
+    One key gives an adapter the same mask at every call, so that a student and its own target share theirs (iCT,
+    2310.14189 sec. 3.2).
+    """
+
+    key: Key
+    rate: float
+
+    def __call__(self, x: Array, path: str) -> Array:
+        """The input of the adapter at `path`."""
+        kept = jax.random.bernoulli(jax.random.fold_in(self.key, zlib.crc32(path.encode())), 1.0 - self.rate, x.shape)
+        return jnp.where(kept, x / (1.0 - self.rate), jnp.zeros_like(x))
+
+
 class Adapted(NamedTuple):
     """Parameters and adapters that are not merged: the tree of a network that `branches` is around.
 
@@ -147,9 +168,10 @@ class Adapted(NamedTuple):
 
     params: Params
     adapters: Adapters
+    dropout: Dropout | None = None
 
 
-def branches(adapters: Adapters) -> contextlib.AbstractContextManager[None]:
+def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.AbstractContextManager[None]:
     """Within it every flax Dense and Conv with an adapter gives y + alpha / r * up(down(x)); the others are unchanged.
 
     Adapters of stacked layers are refused: there is one for each layer, and inside of a scan no telling which.
@@ -160,14 +182,16 @@ def branches(adapters: Adapters) -> contextlib.AbstractContextManager[None]:
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         y, module = next_function(*args, **kwargs), context.module
+        path = "/".join((*module.path, "kernel"))
         adapter = None
         if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.Conv)):
-            adapter = adapters.get("/".join((*module.path, "kernel")))
+            adapter = adapters.get(path)
         if adapter is None:
             return y
+        x = args[0] if dropout is None else dropout(args[0], path)
         rank, outputs = adapter["up"].shape[-2:]
         narrow = module.clone(parent=None, name=None, features=rank, use_bias=False)
-        z: Any = narrow.apply({"params": {"kernel": adapter["down"]}}, *args)
+        z: Any = narrow.apply({"params": {"kernel": adapter["down"]}}, x)
         factor = jax.lax.stop_gradient(adapter["alpha"]) / rank
         return y + (factor * (z @ adapter["up"].reshape(rank, outputs).astype(z.dtype))).astype(y.dtype)
 

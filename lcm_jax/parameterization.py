@@ -74,6 +74,13 @@ def add_noise(schedule: Schedule, x0: Image, eps: Image, t: Time) -> Image:
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 
+def noise_further(schedule: Schedule, x: Image, eps: Image, s: Time, t: Time) -> Image:
+    """x_t of x_s, for a t not before s: r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) eps, r = alpha_t / alpha_s."""
+    ratio = schedule.alpha(t) / schedule.alpha(s)
+    std = jnp.sqrt(jnp.maximum(schedule.sigma(t) ** 2 - (ratio * schedule.sigma(s)) ** 2, 0.0))
+    return expand(ratio, x) * x + expand(std, x) * eps
+
+
 def output(apply: Apply, params: Params, x: Image, t: Time, cond: Cond, *, schedule: Schedule, kind: Kind) -> Image:
     """The network's raw output at x_t: given x (for edm c_in x = x / S, of unit variance) and the network time."""
     if kind == "edm":

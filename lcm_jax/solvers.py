@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.parameterization import add_noise, expand, jump
+from lcm_jax.parameterization import add_noise, expand, jump, noise_further
 from lcm_jax.schedules import log_snr, whole
 from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Solver, Time
 
@@ -219,10 +219,8 @@ class TCD:
         if self.gamma == 0.0:
             return jump(denoise, schedule, x, t, s), carry
         below = whole(schedule, jnp.maximum((1.0 - self.gamma) * s, schedule.t_min))
-        (alpha_s, sigma_s), (alpha, sigma) = _scales(schedule, s, x), _scales(schedule, below, x)
-        ratio = alpha_s / alpha
-        std = jnp.sqrt(jnp.maximum(sigma_s**2 - (ratio * sigma) ** 2, 0.0))
-        return ratio * jump(denoise, schedule, x, t, below) + std * unit_noise(key, x), carry
+        reached = jump(denoise, schedule, x, t, below)
+        return noise_further(schedule, reached, unit_noise(key, x), below, s), carry
 
 
 class Kept(NamedTuple):

@@ -64,7 +64,7 @@ def variant(name: str, scale: str) -> TrainConfig:
     config = configs.get("openmoji_lcm_lora" if name == "lcm-lora" else "openmoji_lcm")
     if name != "lcm-lora":
         config = configs.with_method(config, name, "openmoji_lcm")
-    loop = replace(config.loop, steps=1, preview_every=10**6, save_every=100)
+    loop = replace(config.loop, steps=1, ema_every=1, preview_every=10**6, save_every=100)
     optimizer = replace(config.optimizer, warmup=10)
     if scale == "gpu":
         loop, optimizer = replace(loop, batch_size=128, save_every=1000), replace(optimizer, warmup=100)

@@ -39,5 +39,7 @@ def features(net: nn.Module, params: Any, x: Array, t: Array, cond: Any) -> list
         return method == "__call__" and isinstance(module, _BLOCKS)
 
     _, seen = net.apply({"params": params}, x, t, cond, capture_intermediates=wanted, mutable=["intermediates"])
-    calls = jax.tree.leaves(seen["intermediates"], is_leaf=lambda node: isinstance(node, tuple))
+    calls = jax.tree.leaves(seen.get("intermediates", {}), is_leaf=lambda node: isinstance(node, tuple))
+    if not calls:
+        raise ValueError(f"a discriminator looks at the blocks of a UNet or an MMDiT; {type(net).__name__} has none")
     return [jax.tree.leaves(call)[0] for call in calls]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from lcm_jax.guidance import cfg
 from lcm_jax.objectives.terms import check, drop_captions, frozen, hinge, without_caption
-from lcm_jax.parameterization import add_noise, bind
+from lcm_jax.parameterization import bind, noise_further
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Kind, Nets, Params, Schedule
 
 
@@ -40,6 +40,8 @@ class FewStep(ABC):
 
     spans: ClassVar[bool] = False  # the student is told how far a step reaches: cond["span"]
     needs_teacher: ClassVar[bool] = True
+    needs_w: ClassVar[bool] = False  # a range of w is of use to a student alone that is told w
+    forward_mode: ClassVar[bool] = False  # it takes a jvp of the network, which flash kernels do not have
     judges_pictures: ClassVar[bool] = False  # the discriminator looks at clean pictures, not at noised latents
     sampler: ClassVar[str] = "lcm"  # by which the student draws
 
@@ -94,24 +96,42 @@ class FewStep(ABC):
         twice = {k: jnp.concatenate([without, cond[k]]) for k, without in without_caption(nets.null, cond).items()}
         return cfg(bind(nets.apply, nets.teacher, twice, self.schedule, self.kind), 1.0 + w)
 
-    def judge(self, nets: Nets, heads: Params, base: Params, x: Image, cond: Cond, key: Key) -> Float[Array, "b k"]:
-        """Logits of latents noised to a time uniform between 2 % and 98 % of the way, or of clean ones."""
+    def judge(
+        self,
+        nets: Nets,
+        heads: Params,
+        base: Params,
+        x: Image,
+        cond: Cond,
+        key: Key,
+        since: Float[Array, "*b"] | float | None = None,
+    ) -> Float[Array, "b k"]:
+        """Logits of latents at the time `since` (None: clean), noised to a time uniform between 2 % and 98 % of what is
+        left of the way, or of clean pictures.
+        """
         assert nets.critic is not None
         if self.judges_pictures:
             return nets.critic(heads, base, x, jnp.zeros(x.shape[:1]), cond)
         first, second = jax.random.split(key)
-        t = self.at(jax.random.uniform(first, x.shape[:1], minval=0.02, maxval=0.98))
-        noised = add_noise(self.schedule, x, jax.random.normal(second, x.shape), t)
+        start = jnp.asarray(self.schedule.t_min if since is None else since)
+        t = start + jax.random.uniform(first, x.shape[:1], minval=0.02, maxval=0.98) * (self.schedule.t_max - start)
+        noised = noise_further(self.schedule, x, jax.random.normal(second, x.shape), start, t)
         return nets.critic(heads, base, noised, self.schedule.network_time(t), cond)
 
     def contest(
-        self, nets: Nets, real: Image, fake: Image, cond: Cond, key: Key
+        self,
+        nets: Nets,
+        real: Image,
+        fake: Image,
+        cond: Cond,
+        key: Key,
+        since: Float[Array, "*b"] | float | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """The hinge losses of the student, whose pictures are `fake`, and of the heads on the teacher's features."""
         heads = nets.others["heads"]
         first, second = jax.random.split(key)
-        student = -jnp.mean(self.judge(nets, frozen(heads), nets.teacher, fake, cond, first))
-        verdicts = (self.judge(nets, heads, nets.teacher, frozen(x), cond, second) for x in (real, fake))
+        student = -jnp.mean(self.judge(nets, frozen(heads), nets.teacher, fake, cond, first, since))
+        verdicts = (self.judge(nets, heads, nets.teacher, frozen(x), cond, second, since) for x in (real, fake))
         return student, hinge(*verdicts)
 
     def at(self, share: Float[Array, "*b"] | float) -> Float[Array, "*b"]:

@@ -54,6 +54,7 @@ class LatentConsistency(FewStep):
 
     grid_points: t is one of N points that end at t_max: of a 1000-step table 50 -> {19, 39, ..., 999}, 1000 -> any.
     skip: s = max(t - skip, 0), in the schedule's time (table steps for DDPM): the paper's k. It need not be the grid's.
+        None: a fiftieth of the way, which is the paper's 20 of 1000.
     pairs: another rule for (t, s); None is that of grid_points and skip.
     target: f^- is `nets.target`, the moving average ("ema"), or the student behind a stop_gradient ("online").
     loss, huber_c: see `terms.distance`; the paper has l2, the released scripts l2 or huber.
@@ -61,7 +62,7 @@ class LatentConsistency(FewStep):
     """
 
     grid_points: int = 50
-    skip: float = 20.0
+    skip: float | None = None
     pairs: KarrasPairs | GrowingPairs | ShrinkingPairs | None = None
     target: Target = "ema"
     loss: Distance = "l2"
@@ -75,8 +76,11 @@ class LatentConsistency(FewStep):
         check("loss", self.loss, Distance)
         check("target", self.target, Target)
         check("weight", self.weight, Weight)
-        if self.grid_points < 1 or self.skip <= 0:
+        if self.grid_points < 1 or (self.skip is not None and self.skip <= 0):
             raise ValueError(f"grid_points={self.grid_points} and skip={self.skip} must be positive")
+        length = self.schedule.t_max - self.schedule.t_min
+        if self.skip is not None and self.skip > length:
+            raise ValueError(f"skip={self.skip} is longer than the schedule, whose time is {length:g} long")
 
     @property
     def needs_target(self) -> bool:
@@ -93,11 +97,16 @@ class LatentConsistency(FewStep):
         start, end = self.schedule.t_min, self.schedule.t_max
         index = jax.random.randint(key, (n,), 1, self.grid_points + 1).astype(jnp.float32)
         t = start + index * ((end - start) / self.grid_points)
-        return t, jnp.maximum(t - self.skip, 0.0)
+        skip = (end - start) / 50 if self.skip is None else self.skip
+        return t, jnp.maximum(t - skip, 0.0)
 
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
         """Where both are mapped to, at s or before: here the clean time."""
         return jnp.full_like(t, self.schedule.t_min)
+
+    def real(self, x0: Image, aim: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
+        """What a discriminator takes for real, and the time at which that and the student's points lie."""
+        return aim, end
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, eps, cond, told, w = self.draw(nets, batch, key)
@@ -115,7 +124,8 @@ class LatentConsistency(FewStep):
         loss = jnp.mean(each)
         metrics = {"error": jnp.mean(jnp.abs(difference.astype(jnp.float32))), **by_quarter(each, self.position(t))}
         if self.adversarial:
-            student, critic = self.contest(nets, aim, mine, cond, jax.random.fold_in(key, 7))
+            real, there = self.real(x0, aim, end)
+            student, critic = self.contest(nets, real, mine, cond, jax.random.fold_in(key, 7), there)
             loss, metrics = loss + self.adversarial * student + critic, {**metrics, "critic": critic}
         return loss, {"loss": loss, **metrics}
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from lcm_jax.objectives.base import Draw, FewStep
 from lcm_jax.objectives.terms import check, frozen
 from lcm_jax.objectives.times import LogitNormal
-from lcm_jax.parameterization import add_noise, expand, jump, on_schedule
+from lcm_jax.parameterization import add_noise, expand, on_schedule
 from lcm_jax.schedules import RectifiedFlow, TrigFlow
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets, Params, Schedule, Time
 
@@ -58,9 +58,9 @@ class ContinuousConsistency(Continuous):
     gradient, v = dx/dt and  g = -cos^2 t (sigma_d F^- - v) - r cos t sin t (x + sigma_d dF^-/dt).
     The derivative is one forward-mode product with the tangent (cos t sin t v, cos t sin t). r rises to 1 over `warmup`
     steps; |g| is the root mean square. t = arctan(e^tau / sigma_d), tau ~ N(mean, std^2).
-
-    Attention kernels without forward mode (cuDNN's) must be set aside: build the network with attention="xla".
     """
+
+    forward_mode: ClassVar[bool] = True
 
     mean: float = -1.0
     std: float = 1.4
@@ -123,6 +123,7 @@ class MeanFlow(Continuous):
     """
 
     spans: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
     sampler: ClassVar[str] = "jump"
 
     mean: float = -0.4
@@ -158,7 +159,8 @@ class Shortcut(Continuous):
     """Shortcut models (Frans et al. 2024, 2410.12557 eq. 5): one step of 2d is two steps of d, d = 2^-k on the flow.
 
     For `share` of the batch the mean velocity over 2d is that of two steps of d by the moving average; the rest learns
-    the velocity itself (d = 0). The smallest d is 1 / `finest`.
+    the velocity itself (d = 0). The smallest d is 1 / `finest`; its two steps follow the velocity, as nothing else
+    would teach them.
     """
 
     spans: ClassVar[bool] = True
@@ -187,8 +189,12 @@ class Shortcut(Continuous):
         x = add_noise(FLOW, draw.x0, draw.eps, t)
         x0, eps = self.belief(nets, draw, FLOW, x, t)
         slow = self.seen(nets, nets.target, draw, FLOW)
-        middle = jump(slow, FLOW, x, t, t - d)
-        last = jump(slow, FLOW, middle, t - d, t - 2.0 * d)
+        told = jnp.where(d > 1.5 / self.finest, d, 0.0)
+
+        def half(x: Image, t: Array) -> Image:
+            return x - expand(d, x) * _velocity(slow, x, t, t - told)
+
+        last = half(half(x, t), t - d)
         aim = frozen(jnp.where(expand(pairs, x), (x - last) / expand(2.0 * d, x), eps - x0))
         u = _velocity(self.seen(nets, nets.student, draw, FLOW), x, t, jnp.where(pairs, t - 2.0 * d, t))
         each = jnp.mean((u - aim) ** 2, axis=(1, 2, 3))

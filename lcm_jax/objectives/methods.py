@@ -34,7 +34,7 @@ METHODS: Mapping[str, Callable[..., FewStep]] = MappingProxyType(
         "lcm": LatentConsistencyDistillation,
         "lcf": LatentConsistencyFinetuning,
         "cd": partial(LatentConsistencyDistillation, pairs=KarrasPairs(), solver="heun"),
-        "ct": partial(LatentConsistencyFinetuning, pairs=KarrasPairs(), **_FROM_DATA),
+        "ct": partial(LatentConsistencyFinetuning, pairs=KarrasPairs(points=150), **_FROM_DATA),
         "ict": partial(LatentConsistencyFinetuning, pairs=GrowingPairs(), **_IMPROVED),
         "ect": partial(LatentConsistencyFinetuning, pairs=ShrinkingPairs(), **_IMPROVED),
         "ctm": ConsistencyTrajectory,

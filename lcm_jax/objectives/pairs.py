@@ -1,6 +1,6 @@
 """Pairs of times t > s between which consistency is asked for: what tells CM, iCT and ECT apart.
 
-Karras et al.'s noise level is sigma / alpha, so their grids go with any schedule; the lowest level is the clean time.
+Karras et al.'s noise level is sigma / alpha, so their grids go with any schedule; the lowest level counts as clean.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def _highest(schedule: Schedule, high: float) -> Float[Array, ""]:
 
 
 def _karras(index: Array, points: Array | int, low: float, high: Array, rho: float) -> Array:
-    """Level number `index` of `points`, from 0 at index 0 over `low` at 1 to `high` at points - 1."""
-    share = (index - 1) / (points - 2)
+    """Level number `index` of `points`, from `low`, in whose place is 0, to `high` at points - 1."""
+    share = index / (points - 1)
     levels = (low ** (1 / rho) + share * (high ** (1 / rho) - low ** (1 / rho))) ** rho
     return jnp.where(index == 0, 0.0, levels)
 
@@ -56,8 +56,8 @@ class KarrasPairs:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if self.points < 3:
-            raise ValueError(f"points={self.points}: a grid needs at least 3")
+        if self.points < 2:
+            raise ValueError(f"points={self.points}: a grid needs at least 2")
 
     def __call__(self, schedule: Schedule, key: Key, n: int, step: Array | float) -> Pair:
         index = jax.random.randint(key, (n,), 1, self.points)
@@ -84,8 +84,8 @@ class GrowingPairs:
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 3 <= self.first <= self.last:
-            raise ValueError(f"first={self.first} and last={self.last} must be in order and at least 3")
+        if not 1 <= self.first <= self.last:
+            raise ValueError(f"first={self.first} and last={self.last} must be in order and at least 1")
 
     def points(self, step: Array | float) -> Float[Array, ""]:
         """N at a training step."""
@@ -98,9 +98,9 @@ class GrowingPairs:
         ends = (jnp.log(jnp.array([self.low, high])) - self.mean) / self.std
         drawn = jnp.exp(self.mean + self.std * jax.random.truncated_normal(key, ends[0], ends[1], (n,)))
         root, bottom, top = (x ** (1 / self.rho) for x in (drawn, self.low, high))
-        index = 1.0 + jnp.clip(jnp.floor((points - 2) * (root - bottom) / (top - bottom)), 0, points - 3)
-        t, s = (_karras(i, points, self.low, high, self.rho) for i in (index + 1, index))
-        return at_level(schedule, t), at_level(schedule, jnp.where(index == 1, 0.0, s))  # `low` counts as clean
+        index = jnp.clip(jnp.floor((points - 1) * (root - bottom) / (top - bottom)), 0, points - 2)
+        t, s = (at_level(schedule, _karras(i, points, self.low, high, self.rho)) for i in (index + 1, index))
+        return t, s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ class GuidedDistillation(FewStep):
     E max(SNR, 1) |x0(z, w) - x0_w(z)|^2. It draws in as many steps as its teacher, with half the evaluations.
     """
 
+    needs_w: ClassVar[bool] = True
     sampler: ClassVar[str] = "ddim"
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -49,8 +50,10 @@ class ProgressiveDistillation(GuidedDistillation):
 
     Stage i has first_steps / 2^i steps: the student's one DDIM step goes where two of half its length by the last
     stage's student go, in the first stage those of the guided teacher. The last stage's student is `nets.target`: train
-    with a moving average of decay 0 that is updated every `stage_steps` steps.
+    with a moving average of decay 0 that is updated every `stage_steps` steps. Drawn on even times, as trained.
     """
+
+    sampler: ClassVar[str] = "jump"
 
     first_steps: int = 16
     stage_steps: int = 1000

@@ -47,8 +47,10 @@ class PhasedConsistency(TrajectoryConsistencyDistillation):
     """PCM (Wang et al. 2024, 2405.18407 eq. 5): time is cut into `phases` equal parts, and each maps to its own edge.
 
     Deterministic sampling in `phases` steps then has no error but the student's. adversarial: 0.1 in sec. 4.3, whose
-    discriminator compares the student's points with their targets.
+    discriminator compares the student's points with their targets, both noised on from the edge.
     """
+
+    sampler: ClassVar[str] = "jump"  # noise, as TCD's sampler adds it, needs steps beyond the edge
 
     phases: int = 4
     target: Target = "online"
@@ -79,8 +81,9 @@ class ConsistencyTrajectory(LatentConsistencyDistillation):
 
     The teacher goes from t to a u between s and t in `solver_steps` steps; from there to s the student without
     gradient. Both ends are then mapped to the clean time by the student without gradient, where they are compared.
-    denoising: weight of the loss of x0 at s = t, which makes G(., t, t) the denoiser. `target` is that without gradient
-    or the moving average.
+    denoising: weight of the loss of x0 at s = t, which makes G(., t, t) the denoiser: with guidance the mean of
+    x0 + w (E[x0 | x, c] - E[x0 | x]). adversarial: against pictures. `target` is the student without gradient or the
+    moving average.
     """
 
     spans: ClassVar[bool] = True
@@ -115,12 +118,19 @@ class ConsistencyTrajectory(LatentConsistencyDistillation):
         clean = jnp.full_like(end, self.schedule.t_min)
         return jump(self.student(nets, frozen(params), told), self.schedule, point, end, clean)
 
+    def real(self, x0: Image, aim: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
+        """Pictures."""
+        return x0, jnp.full_like(end, self.schedule.t_min)
+
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         loss, metrics = super().__call__(nets, batch, key)
-        x0, eps, _, told, _ = self.draw(nets, batch, key)
+        x0, eps, cond, told, w = self.draw(nets, batch, key)
         t = self.at(jax.random.uniform(jax.random.fold_in(key, 5), x0.shape[:1], minval=1e-3))
         x = add_noise(self.schedule, x0, eps, t)
+        aim = x0
+        if self.w_max > 0.0:
+            aim = x0 + frozen(self.teacher(nets, cond, w)(x, t).x0 - self.teacher(nets, cond)(x, t).x0)
         guess = self.student(nets, nets.student, told)(x, t, t).x0
-        denoising = jnp.mean(distance(self.loss, guess - x0, self.huber_c))
+        denoising = jnp.mean(distance(self.loss, guess - aim, self.huber_c))
         total = loss + self.denoising * denoising
         return total, {**metrics, "loss": total, "denoising": denoising}

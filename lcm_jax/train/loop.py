@@ -67,6 +67,11 @@ class LoopConfig:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
         if self.batch_size % self.accumulate:
             raise ValueError(f"loop.accumulate = {self.accumulate} does not divide loop.batch_size = {self.batch_size}")
+        if self.ema_every > self.steps:
+            raise ValueError(
+                f"loop.ema_every = {self.ema_every} is above loop.steps = {self.steps}: the moving average, which is "
+                "the result, would never move"
+            )
 
 
 def checkpoints(workdir: Path, config: LoopConfig) -> ocp.CheckpointManager:

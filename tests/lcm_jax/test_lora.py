@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -13,6 +16,10 @@ from lcm_jax.generate import as_apply
 from lcm_jax.nets import UNetConfig
 from lcm_jax.nets.presets import SD15, SDXL
 from lcm_jax.nets.unet import UNet, abstract_params, example_inputs
+from lcm_jax.objectives import LatentConsistencyDistillation
+from lcm_jax.schedules import RectifiedFlow
+from lcm_jax.train.step import TrainState, make_train_step
+from lcm_jax.typing import Nets
 from mmdit import model as mmdit
 from mmdit.config import MMDiTConfig
 from mmdit.text import CLIPTextConfig, CLIPTextModel
@@ -314,3 +321,65 @@ def test_branches_of_stacked_layers_are_refused() -> None:
     adapters = {"a/kernel": {"down": jnp.zeros((2, 3, 1)), "up": jnp.zeros((2, 1, 3)), "alpha": jnp.zeros(2)}}
     with pytest.raises(ValueError, match="are of stacked layers: merge them"):
         lora.branches(adapters)
+
+
+def test_dropout_is_of_the_adapters_input_and_unbiased() -> None:
+    """The mean over masks is the branch without dropout, of one layer; each adapter has a mask of its own."""
+    net, x = nn.Sequential([nn.Dense(3)]), array(5, 4)
+    params = {"layers_0": {"kernel": array(4, 3), "bias": array(3)}}
+    adapters = lora.init(jax.random.key(0), params, rank=2, targets="kernel$")
+    adapters["layers_0/kernel"]["up"] = array(2, 3)
+
+    def apply(dropout: lora.Dropout | None) -> jax.Array:
+        with lora.branches(adapters, dropout):
+            return net.apply({"params": params}, x)
+
+    def dropped(key: jax.Array, rate: float = 0.5) -> jax.Array:
+        return apply(lora.Dropout(key=key, rate=rate))
+
+    whole, base = apply(None), net.apply({"params": params}, x)
+    many = jax.vmap(dropped)(jax.random.split(jax.random.key(1), 4096))
+    deviation = jnp.std(many, axis=0)
+    assert bool(jnp.all(deviation > 0.1 * jnp.abs(whole - base)))
+    assert bool(jnp.all(jnp.abs(jnp.mean(many, axis=0) - whole) < 5 * deviation / 64))
+    np.testing.assert_array_equal(dropped(jax.random.key(2), 0.0), whole)
+    np.testing.assert_array_equal(dropped(jax.random.key(2)), dropped(jax.random.key(2)))
+    kept = jnp.stack([lora.Dropout(key=jax.random.key(2), rate=0.25)(jnp.ones(4096), path) for path in ("a", "b")])
+    np.testing.assert_allclose(jnp.mean(kept > 0, axis=1), 0.75, atol=0.03)
+    assert bool(jnp.any(kept[0] != kept[1]))
+
+
+def test_training_adapters_holds_the_network_once() -> None:
+    """What a step of LCM-LoRA takes beside the kernels is small against them; where adapters are merged it is not."""
+    config = MMDiTConfig(  # its kernels are all of products: the host's compiler turns a convolution's over in a copy
+        sample_size=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=64,
+        joint_attention_dim=256,
+        caption_projection_dim=256,
+        pooled_projection_dim=256,
+        pos_embed_max_size=2,
+    )
+    net = mmdit.MMDiT(config)
+    x, _, cond = jax.eval_shape(lambda: mmdit.example_inputs(config, size=(4, 4), tokens=2))
+    base = jax.eval_shape(lambda: net.init(jax.random.key(0), *mmdit.example_inputs(config))["params"])
+    init = partial(lora.init, rank=1, targets="(attn|ff).*kernel$")
+    adapters = jax.eval_shape(init, jax.random.key(0), base)
+    objective = LatentConsistencyDistillation(schedule=RectifiedFlow(), kind="flow", embed_w=False, target="online")
+    optimizer = optax.adam(1e-3)
+
+    def bytes_of_step(adapt: Any) -> int:
+        def loss(own: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+            teacher, null = frozen
+            return objective(Nets(as_apply(net), adapt(teacher, own), teacher=teacher, null=null), batch, key)
+
+        step = make_train_step(loss, optimizer, decay=0.9, seed=0)
+        state = jax.eval_shape(partial(TrainState.create, optimizer=optimizer), adapters)
+        memory = step.lower(state, (base, cond), {"x0": x, "cond": cond}).compile().memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        return held + memory.temp_size_in_bytes
+
+    once = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(base))
+    assert bytes_of_step(lora.Adapted) < 1.3 * once
+    assert bytes_of_step(lora.merge) > 1.5 * once

@@ -25,6 +25,7 @@ from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import Component
 from mmdit import MMDiTConfig
+from mmdit.attention import Implementation
 
 Denoiser = UNetConfig | MMDiTConfig
 HELD_OUT = 256
@@ -127,6 +128,6 @@ def initial(net: Any) -> Callable[[Key], Params]:
     return lambda key: net.init(key, *family.example(net.config))["params"]
 
 
-def build_net(config: Denoiser, *, dtype: str, remat: bool) -> Any:
-    """The module of a denoiser's config."""
-    return denoiser_of(config)[1].build(config, dtype=jnp.dtype(dtype), remat=remat)
+def build_net(config: Denoiser, *, dtype: str, remat: bool, attention: Implementation | None = None) -> Any:
+    """The module of a denoiser's config. attention: the kernel; None chooses by platform and precision."""
+    return denoiser_of(config)[1].build(config, dtype=jnp.dtype(dtype), remat=remat, attention=attention)

@@ -29,6 +29,7 @@ from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import save_lora
 from lcm_jax.weights.scheduler import read_scheduler
+from mmdit.attention import Implementation
 from mmdit.text import normalize_images
 from vae16 import unscale
 
@@ -40,6 +41,11 @@ class LoraConfig:
     rank: int = 64
     alpha: float | None = None  # None: the rank
     targets: str = lora.DEFAULT_TARGETS  # regex on parameter paths
+    dropout: float = 0.0  # of what enters the adapters, in training
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora.dropout is {self.dropout}: the share of zeroed inputs, at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +76,24 @@ class DistillationTask(LatentTask):
         schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
         embed_w = self.objective.embed_w and self.lora is None
         objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
+        if kind == "epsilon" and float(schedule.alpha(schedule.t_max)) == 0.0:
+            raise ValueError(
+                f"{self.teacher} predicts epsilon, which at the end of a schedule of zero terminal SNR says nothing of "
+                "the picture: few-step students need v_prediction or flow"
+            )
+        if self.lora is not None and objective.spans:
+            raise ValueError("the objective tells the student how far a step reaches, which a LoRA's network cannot be")
+        if objective.needs_w and not embed_w and objective.w_min < objective.w_max:
+            raise ValueError(
+                f"the objective tells the student its guidance, w from {objective.w_min} to {objective.w_max}, which a "
+                "network without a w-embedding, such as a LoRA's, cannot be: set w_min and w_max to one value"
+            )
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         teacher: Component = load_component(location.path, location.place(part))
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open()
-        if self.lora is not None and objective.spans:
-            raise ValueError("the objective tells the student how far a step reaches, which a LoRA's network cannot be")
         first = teacher.params
         if self.start is not None:
             if self.lora is not None:
@@ -89,8 +105,8 @@ class DistillationTask(LatentTask):
             config = replace(config, time_cond_proj_dim=self.guidance_dim)
         config = replace(config, span_embedding=config.span_embedding or objective.spans)
         embeds_guidance = config.time_cond_proj_dim is not None
-        net = build_net(config, dtype=self.dtype, remat=self.remat)
-        batches = self.batches(conditioner, sources)
+        kernel: Implementation | None = "xla" if objective.forward_mode else None
+        net = build_net(config, dtype=self.dtype, remat=self.remat, attention=kernel)
         null = conditioner.encode_text([""])
         critic = self.critic(objective, net, conditioner) if objective.adversarial else None
         adapted = self.lora
@@ -105,13 +121,19 @@ class DistillationTask(LatentTask):
                 others["heads"] = critic.init(key, teacher.params, null)
             return {"student": own, "others": others} if others else own
 
+        jax.eval_shape(init, jax.random.key(0))  # so that what does not fit is said before the pictures are encoded
+        batches = self.batches(conditioner, sources)
+
         def split(params: Params) -> tuple[Params, Any]:
             pair = isinstance(params, dict) and params.keys() == {"student", "others"}
             return (params["student"], params["others"]) if pair else (params, None)
 
-        def student(params: Params, frozen: Params) -> Params:
+        def student(params: Params, frozen: Params, key: Key | None = None) -> Params:
             own = split(params)[0]
-            return own if adapted is None else lora.Adapted(frozen["teacher"], own)
+            if adapted is None:
+                return own
+            drops = None if key is None or adapted.dropout == 0.0 else lora.Dropout(key=key, rate=adapted.dropout)
+            return lora.Adapted(frozen["teacher"], own, drops)
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
@@ -119,7 +141,7 @@ class DistillationTask(LatentTask):
             draw, rest = jax.random.split(key)
             nets = Nets(
                 as_apply(net),
-                student(params, frozen),
+                student(params, frozen, jax.random.fold_in(key, 2)),
                 student(ema, frozen) if objective.needs_target else None,
                 frozen["teacher"],
                 frozen["null"],
