@@ -234,14 +234,10 @@ def curves(axes: Any, cells: Cells, title: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def bars(axes: Any, cells: Cells, column: Column) -> None:
+def points(axes: Any, cells: Cells, column: Column) -> None:
     """A score of each variant with its standard error."""
-    found = statistics(cells, column.key)
-    means, errors = (np.array(values) for values in zip(*found.values(), strict=True))
-    colours = [f"C{i}" for i in range(len(found))]
-    axes.bar(list(found), means, yerr=np.nan_to_num(errors), color=colours, capsize=3)
+    for i, (name, (mean, error)) in enumerate(statistics(cells, column.key).items()):
+        axes.errorbar([name], [mean], yerr=np.nan_to_num(error), fmt="o", markersize=9, color=f"C{i}", capsize=4)
+    axes.margins(x=0.15, y=0.15)
     axes.set_ylabel(f"{column.title} ({column.best} is best)")
-    spread = means.max() - means.min()
-    if spread:
-        axes.set_ylim(means.min() - 0.5 * spread, means.max() + 0.25 * spread)
     axes.grid(axis="y", alpha=0.3)

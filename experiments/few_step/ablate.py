@@ -125,9 +125,12 @@ def plot(study: Study, cells: Cells) -> None:
             axes.errorbar(STEPS, means, yerr=np.nan_to_num(errors), marker="o", markersize=3, label=name, **style)
         axes.set(xscale="log", xlabel="sampling steps", ylabel=label)
         axes.set_xticks(STEPS, [str(n) for n in STEPS])
+        axes.tick_params(which="minor", bottom=False, labelbottom=False)
         axes.grid(alpha=0.3)
     panels[0].set_yscale("log")
-    panels[1].legend(fontsize=8, ncol=2)
+    for formatter in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    plt.gcf().legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=9, ncol=9)
 
 
 def grid(study: Study, out: Path, *, steps: int = 4) -> None:

@@ -75,6 +75,7 @@ def plot(study: Study, cells: Cells) -> None:
             left.errorbar(list(found), means, yerr=np.nan_to_num(errors), marker="o", label=solver)
     left.set(xscale="log", xlabel="skipping step k", ylabel="Frechet distance, 4 steps")
     left.set_xticks(SKIPS, [str(k) for k in SKIPS])
+    left.tick_params(which="minor", bottom=False, labelbottom=False)
     left.legend()
     if BASE in cells:
         base = {BASE: cells[BASE]}

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from training import TRAININGS, score
 
 from lcm_jax.objectives.formulations import FORMULATIONS
-from lcm_jax.study import Cells, Column, Scores, Study, bars, curves, main
+from lcm_jax.study import Cells, Column, Scores, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.weights.files import read_json
 from mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
@@ -43,7 +43,7 @@ def plot(study: Study, cells: Cells) -> None:
     curves(panels[0], cells, "validation_loss")
     panels[0].legend()
     for axes, column in zip(panels[1:], study.columns[1:], strict=True):
-        bars(axes, cells, column)
+        points(axes, cells, column)
 
 
 NAME = "{}/{:g}".format(*SETTING)

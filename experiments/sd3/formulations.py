@@ -89,10 +89,14 @@ def plot(study: Study, cells: Cells) -> None:
         right.annotate(name, (RANKS[name][0], rank), xytext=(5, 4), textcoords="offset points", fontsize=8)
     left.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance, guidance 5")
     left.set_xticks(steps, [str(n) for n in steps])
-    left.legend(fontsize=8, ncol=2)
+    left.tick_params(which="minor", bottom=False, labelbottom=False)
+    left.yaxis.set_minor_formatter("{x:g}")
+    left.yaxis.set_major_formatter("{x:g}")
+    right.margins(0.15)
     right.set(xlabel="the paper's average rank", ylabel="average rank here")
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    plt.gcf().legend(*left.get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncol=7)
 
 
 def paper(index: int, table: Mapping[str, tuple[float, ...]]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.data import Loader
-from lcm_jax.study import Column, Study, bars, curves, main
+from lcm_jax.study import Column, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.cost import step_cost
 from lcm_jax.train.loop import LoopConfig, Task
@@ -67,7 +67,7 @@ def study(log: Path, **options: Any) -> Study:
     def plot(own: Study, cells: Any) -> None:
         _, panels = mpl.pyplot.subplots(1, 2)
         curves(panels[0], cells, "validation")
-        bars(panels[1], cells, own.columns[0])
+        points(panels[1], cells, own.columns[0])
 
     defaults: dict[str, Any] = {
         "name": "lines",
