@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -82,11 +83,11 @@ def plot(study: Study, cells: Cells) -> None:
     for i, name in enumerate(cells):
         found = [statistics({name: cells[name]}, f"frechet/{n}/5")[name] for n in steps]
         means, errors = zip(*found, strict=True)
-        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        left.errorbar(steps, means, yerr=np.nan_to_num(errors), marker="o", markersize=3, label=name, **style)
+        style: Any = {"color": f"C{i % 10}", "marker": "o" if i < 10 else "s"}
+        line = "-" if i < 10 else "--"
+        left.errorbar(steps, means, yerr=np.nan_to_num(errors), linestyle=line, markersize=4, label=name, **style)
         rank, error = statistics(cells, "rank/all settings")[name]
-        right.errorbar(RANKS[name][0], rank, yerr=np.nan_to_num(error), marker="o", color=f"C{i % 10}")
-        right.annotate(name, (RANKS[name][0], rank), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        right.errorbar(RANKS[name][0], rank, yerr=np.nan_to_num(error), markersize=9, **style)
     left.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Frechet distance, guidance 5")
     left.set_xticks(steps, [str(n) for n in steps])
     left.tick_params(which="minor", bottom=False, labelbottom=False)
