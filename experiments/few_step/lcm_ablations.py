@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from ablate import drawn_by, variant
+from ablate import PAIRS, drawn_by, variant
 
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
@@ -45,7 +45,7 @@ AVERAGES = {"ema 0.9": 0.9, "ema 0.999": 0.999}
 def cell(name: str, scale: str) -> TrainConfig:
     """The bundled student's config with one change."""
     config = variant("lcf" if name == "LCF" else "lcm", scale)
-    options = {"skip": 125.0, "loss": "huber", "huber_c": 0.05, **SKIPPING.get(name, {}), **OTHERS.get(name, {})}
+    options = {**PAIRS, **SKIPPING.get(name, {}), **OTHERS.get(name, {})}
     loop = replace(config.loop, steps=TRAINING[scale], ema=AVERAGES.get(name, config.loop.ema))
     return replace(config, task=replace(config.task, objective=replace(config.task.objective, **options)), loop=loop)
 

@@ -21,7 +21,7 @@ import lcm_jax
 from lcm_jax import configs
 from lcm_jax.data import load_source
 from lcm_jax.demo import labelled_grid
-from lcm_jax.evaluate import ClipMetric, evaluate, generate
+from lcm_jax.evaluate import ClipMetric, captioned, evaluate, generate
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights.files import read_json, write_json
 
@@ -47,9 +47,7 @@ def load(export: Path, *, fast: bool) -> Pipeline:
 
 def score(export: Path, folder: Path, seed: int) -> dict[str, dict[str, float]]:
     """The scores of every way to draw, on the captions and outlines of the validation split."""
-    source = load_source("openmoji-outline", "validation", 64)
-    records = [source[i] for i in range(len(source))]
-    images, captions = np.stack([r["image"] for r in records]), [r["caption"] for r in records]
+    images, captions = captioned(load_source("openmoji-outline", "validation", 64))
     rows: dict[str, dict[str, float]] = {}
     for i, (title, (fast, options)) in enumerate(WAYS.items()):
         file = folder / f"{i}_seed_{seed}.json"

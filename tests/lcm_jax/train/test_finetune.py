@@ -32,19 +32,6 @@ PRIOR = {"class_prompt": "dog face", "class_pictures": 3, "class_steps": 2}
 ADAPTED = {"unet": LoraConfig(rank=2), "sd3": LoraConfig(rank=2, targets=lora.MMDIT_TARGETS)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LCM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture
-def data(pictures: Path) -> DataConfig:
-    return DataConfig(name=f"folder:{pictures}", size=16)
-
-
 def finetune(model: Path, data: DataConfig, **options: Any) -> FinetuneTask:
     return FinetuneTask(model=str(model), data=data, preview_steps=2, **options)
 

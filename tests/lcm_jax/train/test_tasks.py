@@ -48,19 +48,6 @@ LOOP = LoopConfig(steps=2, batch_size=4, log_every=1, save_every=2, preview_ever
 SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    patch = pytest.MonkeyPatch()
-    patch.setenv("LCM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
-
-
-@pytest.fixture
-def data(pictures: Path) -> DataConfig:
-    return DataConfig(name=f"folder:{pictures}", size=16)
-
-
 def run(task: object, workdir: Path) -> Path:
     TrainConfig(task=task, loop=LOOP, optimizer=OptimizerConfig(warmup=1)).run(workdir)
     return workdir / "export"
