@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +16,34 @@ from jaxtyping import Array, Float, UInt8
 from lcm_jax.consistency import consistency
 from lcm_jax.guidance import cfg, skip_layer_guidance
 from lcm_jax.lora import Adapted, branches
+from lcm_jax.nets.attending import Memory, given, keys_values, remembering
 from lcm_jax.parameterization import bind
 from lcm_jax.sampling import Grid, Sampler, sample
 from lcm_jax.solvers import Inpaint, Kept
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
-from vae16 import AutoencoderKL, AutoencoderTiny, unscale
+from vae16 import AutoencoderKL, AutoencoderTiny, scale, unscale
+
+__all__ = ["Generator", "Memory", "SkipLayers", "as_apply", "to_float", "to_uint8"]
 
 
-def as_apply(net: Any, **options: Any) -> Apply:
-    """A flax module as the pure function that the mathematics takes; parameters may be `lora.Adapted`."""
+def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply:
+    """A flax module as the pure function that the mathematics takes; parameters may be `lora.Adapted`.
+
+    cond["cross"]: `keys_values` of the text, where they have been computed before. memory: what its self-attention sees
+    beside the picture.
+    """
 
     def apply(params: Params, x: Image, t: Time, cond: Cond) -> Image:
-        if isinstance(params, Adapted):
-            with branches(params.adapters, params.dropout):
-                return net.apply({"params": params.params}, x, t, cond, **options)
-        return net.apply({"params": params}, x, t, cond, **options)
+        with contextlib.ExitStack() as stack:
+            if "cross" in cond:
+                stack.enter_context(given(cond["cross"]))
+                cond = {name: leaf for name, leaf in cond.items() if name != "cross"}
+            if memory is not None:
+                stack.enter_context(remembering(memory))
+            if isinstance(params, Adapted):
+                stack.enter_context(branches(params.adapters, params.dropout))
+                params = params.params
+            return net.apply({"params": params}, x, t, cond, **options)
 
     return apply
 
@@ -127,6 +141,23 @@ class Generator:
             return sample(denoise, self.schedule, sampler.solver, grid, x, key)
         x = sample(denoise, self.schedule, Inpaint(solver=sampler.solver, kept=kept), grid, x, key)
         return kept.mask * x + (1.0 - kept.mask) * kept.x0  # clean, even where the grid ends before the clean time
+
+    def check_start(self, t: float) -> None:
+        """ValueError for a first time at which the network's output says nothing about the picture."""
+        if self.kind == "epsilon" and float(self.schedule.alpha(t)) == 0.0:
+            raise ValueError(
+                f"the grid begins at timestep {t:.0f}, which is pure noise (rescale_betas_zero_snr), where "
+                "prediction_type 'epsilon' says nothing about the picture: use timestep_spacing 'leading'"
+            )
+
+    def precompute(self, params: Params, cond: Cond) -> dict[str, Any]:
+        """The conditioning with what the network makes of the text alone, the same at every step: `keys_values`."""
+        return {**cond, "cross": keys_values(self.net, params, cond["context"])}
+
+    def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
+        """Clean latents of pictures (the posterior's mean), in the denoiser's units."""
+        vae: Any = self.vae
+        return scale(vae.apply({"params": vae_params}, to_float(images), method="encode")[0], vae.config)
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
         """Pictures of clean latents."""

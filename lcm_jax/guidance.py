@@ -50,6 +50,32 @@ def cfg(
     return denoise
 
 
+def residual(
+    denoise: Denoiser,
+    virtual_x0: Image,
+    scale: Float[Array, "*n"] | float,
+    *,
+    schedule: Schedule,
+    delta: Float[Array, "*n"] | float = 1.0,
+) -> Denoiser:
+    """Residual CFG (StreamDiffusion, 2312.12491 section 3.2): c + (scale - 1) delta (c - v), on n rows, one evaluation.
+
+    The negative prediction v is not asked of the network. It is what would lead from x to `virtual_x0`, its eps being
+    (x - alpha x0) / sigma (eq. 5): the frame that was given ("self-negative"), or what the negative prompt once made of
+    one ("onetime-negative"). delta scales the guidance; the paper's u = delta v, the same at delta 1, would leave a
+    share (scale - 1) (1 - delta) of the noise in the picture.
+    """
+
+    def guided(x: Image, t: Time, s: Time | None = None) -> Prediction:
+        cond = denoise(x, t, *(() if s is None else (s,)))
+        alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+        virtual = Prediction(virtual_x0, (x - alpha * virtual_x0) / sigma)
+        strength = (jnp.asarray(scale, jnp.float32) - 1.0) * jnp.asarray(delta, jnp.float32)
+        return _move(cond, virtual, cond, expand(strength, x))
+
+    return guided
+
+
 def skip_layer_guidance(
     paired: Denoiser,
     skipped: Denoiser,

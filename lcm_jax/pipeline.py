@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from lcm_jax.generate import Generator, SkipLayers, to_float
+from lcm_jax.generate import Generator, SkipLayers
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
 from lcm_jax.pictures import check_pictures, check_size, latent_mask
@@ -33,7 +33,6 @@ from lcm_jax.weights.scheduler import read_scheduler, sampler_of
 from lcm_jax.weights.tiny import load_tiny
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
-from vae16 import scale
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -96,7 +95,8 @@ class Pipeline:
         return (side * factor, side * factor) if isinstance(side, int) else tuple(s * factor for s in side)
 
     @property
-    def _net_params(self) -> Params:
+    def net_params(self) -> Params:
+        """Of the denoiser."""
         return self.params[self.folder.denoiser]
 
     def component(self, name: str) -> Component:
@@ -163,8 +163,8 @@ class Pipeline:
         if strength is None:
             strength = 0.6 if image is not None and mask is None else 1.0
         generator, spacing = self._on_shift(shift, double_shift)
-        size = self._check_size(image.shape[-3:-1] if image is not None and size is None else size)
-        sizes = self._sizes(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
+        size = self.check_size(image.shape[-3:-1] if image is not None and size is None else size)
+        sizes = self.size_conditioning(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
         spec = SAMPLERS[sampler].at(steps, spacing)
         if gamma is not None:
             if sampler != "tcd":
@@ -187,8 +187,8 @@ class Pipeline:
             if mask is None or strength < 1.0:
                 x = add_noise(generator.schedule, x0, noise, times[0])
         empty = negative_prompt == ""
-        cond, null = self._conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
-        parts = (self._net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
+        cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
+        parts = (self.net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
         return np.asarray(self._draw(*parts, skip, kept, generator=generator, sampler=spec, guided=guided))
 
     def encode_prompt(
@@ -203,7 +203,7 @@ class Pipeline:
         for line in texts.too_long(prompts):
             warnings.warn(line, stacklevel=2)
         if self.folder.is_sdxl:
-            sizes = self._sizes(self.size)[0] if sizes is None else sizes
+            sizes = self.size_conditioning(self.size)[0] if sizes is None else sizes
             sizes = jnp.tile(jnp.asarray(sizes, jnp.float32), (len(prompts), 1))
         return texts(self.params, prompts, sizes)
 
@@ -214,9 +214,9 @@ class Pipeline:
     def denoiser(self, prompt: str | Sequence[str], *, guidance: float = 1.0, negative_prompt: str = "") -> Denoiser:
         """(x_t, t) -> Prediction(x0, eps), prompts and parameters bound: what solvers and new ideas are built on."""
         prompts, negatives = pair_texts(prompt, negative_prompt, 1)
-        guided, sizes = guidance != 1.0, self._sizes(self.size) if self.folder.is_sdxl else (None, None)
-        cond, null = self._conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
-        return self.generator.denoiser(self._net_params, cond, null, guidance, guided=guided)
+        guided, sizes = guidance != 1.0, self.size_conditioning(self.size) if self.folder.is_sdxl else (None, None)
+        cond, null = self.conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
+        return self.generator.denoiser(self.net_params, cond, null, guidance, guided=guided)
 
     def save(self, path: str | Path, *, dtype: str | None = None, variant: str | None = None) -> None:
         """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
@@ -268,11 +268,7 @@ class Pipeline:
         whole = isinstance(schedule, RectifiedFlow) or self.folder.pipeline in LCM
         times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if whole else 1.0)
         times = times if whole else truncate(times, strength)
-        if generator.kind == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
-            raise ValueError(
-                f"the grid begins at timestep {times[0]:.0f}, which is pure noise (rescale_betas_zero_snr), where "
-                "prediction_type 'epsilon' says nothing about the picture: use timestep_spacing 'leading'"
-            )
+        generator.check_start(float(times[0]))
         return times
 
     def _noise(self, key: Key, n: int, size: tuple[int, int], latents: Any) -> Image:
@@ -283,7 +279,7 @@ class Pipeline:
             raise ValueError(f"latents have shape {noise.shape}; {shape} is needed for {n} pictures of this size")
         return noise
 
-    def _sizes(self, size: tuple[int, int], **options: Any) -> tuple[Array, Array] | tuple[None, None]:
+    def size_conditioning(self, size: tuple[int, int], **options: Any) -> tuple[Array, Array] | tuple[None, None]:
         """SDXL's size conditioning (`size_pair`) of a prompt and of its negative prompt; None for models without."""
         sdxl, refiner = self.folder.is_sdxl, self.folder.is_refiner
         for name, value in options.items():
@@ -292,7 +288,7 @@ class Pipeline:
                 raise ValueError(f"{name} is an option of {whose}, and this is a {self.folder.pipeline}: leave it out")
         return size_pair(size, refiner=refiner, **options) if sdxl else (None, None)
 
-    def _conditions(
+    def conditions(
         self,
         prompts: list[str],
         negatives: list[str],
@@ -310,7 +306,7 @@ class Pipeline:
             return cond, zero_prompt({**cond, "time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
         return cond, self.encode_prompt(negatives, sizes=sizes[1], t5_tokens=t5_tokens)
 
-    def _check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
+    def check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
         """In pixels: of whole patches where the network has them, and within its position grid."""
         config = self.generator.net.config
         factor = self.generator.vae.config.downsample_factor * getattr(config, "patch_size", 1)
@@ -336,12 +332,7 @@ class Pipeline:
 
     @cached_property
     def _encode_image(self) -> Any:
-        vae = self.generator.vae
-
-        def encode(params: Params, image: Array) -> Image:
-            return scale(vae.apply({"params": params}, to_float(image), method="encode")[0], vae.config)
-
-        return jax.jit(encode)
+        return jax.jit(self.generator.encode)
 
 
 def load(
