@@ -36,7 +36,8 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
     def apply(params: Params, x: Image, t: Time, cond: Cond) -> Image:
         with contextlib.ExitStack() as stack:
             if "cross" in cond:
-                stack.enter_context(given(cond["cross"]))
+                cross: Any = cond["cross"]
+                stack.enter_context(given(cross))
                 cond = {name: leaf for name, leaf in cond.items() if name != "cross"}
             if memory is not None:
                 stack.enter_context(remembering(memory))

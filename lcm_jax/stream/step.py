@@ -31,6 +31,7 @@ from lcm_jax.schedules import whole
 from lcm_jax.typing import Carry, Cond, Denoiser, Image, Key, Params, Prediction, Time
 
 Frames = UInt8[Array, "f h w 3"]
+Rows = Float[Array, " rows"]
 KEPT_AWAY = 0.2  # of the first step, which motion never takes off a frame's noise
 
 
@@ -45,11 +46,11 @@ class Settings(NamedTuple):
     """What may change between two frames.
 
     cond, null: of the prompt and of the negative prompt, one row. times: t_0 > ... > t_n, t_n where a picture is
-    delivered. noise: unit noise, noise[0] of a frame that enters, noise[i] of its i-th step. mask: 1 where the frame is
-    redrawn. virtual: what residual guidance adds to a frame's latents to have its negative (0: self-negative). scale and
-    delta: of the guidance, the network's own if it has a w-embedding and `Program.guidance` is "none". renoise: 0 leaves
-    the noise of later steps out. fresh: 1 draws a new noise[0] for every frame. feedback: the share of the last picture
-    in a frame. motion: how far motion takes a frame's first time down, in [0, 1].
+    delivered. noise: unit noise, noise[0] of a frame that enters, noise[i] of its i-th step. mask: 1 where the frame
+    is redrawn. virtual: what residual guidance adds to a frame's latents to have its negative (0: self-negative). scale
+    and delta: of the guidance, the network's own if it has a w-embedding and `Program.guidance` is "none". renoise: 0
+    leaves the noise of later steps out. fresh: 1 draws a new noise[0] for every frame. feedback: the share of the last
+    picture in a frame. motion: how far motion takes a frame's first time down, in [0, 1].
     """
 
     cond: Cond
@@ -75,14 +76,14 @@ class State(NamedTuple):
 
     entered: Image
     x: Image
-    t: Float[Array, " rows"]
+    t: Rows
     believed: Prediction
     carry: Carry
     latents: Image
     moved: Float[Array, ""]
     memory: Mapping[str, Float[Array, "n f tokens c"]]
     key: Key
-    count: Int[Array, ""]
+    calls: Int[Array, ""]
     cold: Bool[Array, ""]
 
 
@@ -127,7 +128,7 @@ class Program:
             moved=jnp.zeros(()),
             memory={path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()},
             key=key,
-            count=jnp.zeros((), jnp.int32),
+            calls=jnp.zeros((), jnp.int32),
             cold=cold,
         )
 
@@ -171,7 +172,7 @@ class Program:
         return self._finish(weights, settings, state._replace(t=starts.reshape(-1)), done, moved)
 
     def probe(self, weights: Weights, settings: Settings, state: State, frame: Frames) -> Float[Array, "h w c"]:
-        """`Settings.virtual` of onetime-negative guidance: what the negative prompt makes of a frame, less the frame."""
+        """`Settings.virtual` of onetime-negative guidance: what the negative prompt makes of a frame, less itself."""
         entering, x, moved = self._enter(weights, settings, state, frame)
         t = self._rows(settings, moved)[0][: self.frames]
         denoise = self._bound(weights, settings.null, self.frames, 1.0, None)
@@ -182,7 +183,7 @@ class Program:
     ) -> tuple[Image, Image, Float[Array, ""]]:
         """Clean latents of the frame, x at the first time, and the motion that was seen."""
         schedule, f = self.generator.schedule, self.frames
-        new = jax.random.normal(jax.random.fold_in(state.key, state.count), (f, *settings.noise.shape[1:]))
+        new = jax.random.normal(jax.random.fold_in(state.key, state.calls), (f, *settings.noise.shape[1:]))
         noise = jnp.where(settings.fresh > 0.0, new, settings.noise[0])
         if not self.image:
             start = schedule.sigma(settings.times[0]) if self.sampler.spread_start else 1.0
@@ -199,7 +200,7 @@ class Program:
         first, second = settings.times[0], settings.times[1]
         return whole(self.generator.schedule, first - (1.0 - KEPT_AWAY) * settings.motion * moved * (first - second))
 
-    def _rows(self, settings: Settings, moved: Float[Array, ""]) -> tuple[Time, Time, Image]:
+    def _rows(self, settings: Settings, moved: Float[Array, ""]) -> tuple[Rows, Rows, Image]:
         """For n f rows: the times at which they are, to which they go, and the unit noise that took them there."""
         starts = jnp.concatenate([self._first(settings, moved)[None], settings.times[1:-1]])
         scales = jnp.ones(self.steps).at[1:].set(settings.renoise)
@@ -231,10 +232,12 @@ class Program:
 
     def _bound(self, weights: Weights, cond: Cond, rows: int, scale: Array | float, memory: Memory | None) -> Denoiser:
         """The network for so many rows, with a conditioning of one row or of as many."""
-        own, cond = self.generator, jax.tree.map(lambda leaf: _spread(leaf, rows), dict(cond))
+        own, cond_rows = self.generator, jax.tree.map(lambda leaf: _spread(leaf, rows), dict(cond))
         if own.embeds_guidance:
-            cond["guidance"] = jnp.broadcast_to(jnp.asarray(scale, jnp.float32) - 1.0, (rows,))
-        return bind(as_apply(own.net, memory=memory), weights.net, cond, own.schedule, own.kind, spans=own.embeds_span)
+            cond_rows["guidance"] = jnp.broadcast_to(jnp.asarray(scale, jnp.float32) - 1.0, (rows,))
+        return bind(
+            as_apply(own.net, memory=memory), weights.net, cond_rows, own.schedule, own.kind, spans=own.embeds_span
+        )
 
     def _believe(
         self,
@@ -287,7 +290,7 @@ class Program:
             latents = settings.mask * done + (1.0 - settings.mask) * state.entered[-self.frames :]
         picture = self.generator.decode(weights.vae, latents)
         cold = jnp.zeros((), bool)
-        return state._replace(latents=latents, moved=moved, count=state.count + 1, cold=cold), picture
+        return state._replace(latents=latents, moved=moved, calls=state.calls + 1, cold=cold), picture
 
 
 def _spread(leaf: Array, rows: int) -> Array:

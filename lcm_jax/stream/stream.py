@@ -108,6 +108,8 @@ class Stream:
         self._check(self.controls)
         self._prompts = PromptCache(pipe, self.size)
         self.filter: SimilarityFilter | None = None
+        self.program: Program
+        self._settings: Settings
         self.probes = 0  # extra evaluations, one at a change of prompt with "onetime"
         self._apply(None)
         self.reset()
@@ -264,10 +266,10 @@ class Stream:
             times=jnp.asarray(times), renoise=jnp.float32(now.add_noise), **numbers
         )
         if new("similarity", "max_skips"):
-            old, on = self.filter, now.similarity is not None
-            self.filter = SimilarityFilter(threshold=now.similarity, max_skips=now.max_skips) if on else None
-            if old is not None and self.filter is not None:
-                self.filter.drawn, self.filter.skipped = old.drawn, old.skipped
+            old, self.filter = self.filter, None
+            if now.similarity is not None:
+                so_far = {"drawn": old.drawn, "skipped": old.skipped} if old is not None else {}
+                self.filter = SimilarityFilter(threshold=now.similarity, max_skips=now.max_skips, **so_far)
         program = Program(
             generator=self.pipe.generator,
             sampler=self._sampler.at(now.steps, self.pipe.spacing),
