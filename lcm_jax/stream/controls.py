@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from lcm_jax.stream.prompts import CAPACITY, Blend, Weighted
 
 Guidance = Literal["none", "self", "onetime", "full"]
 GRID = 50  # times that t_index counts, LCM's own
-MOST_STEPS = 8
+MOST_STEPS = 16
 MOST_TEXT = 2000  # characters of a prompt
 
 
@@ -26,8 +27,8 @@ class Controls:
     """All of a stream's controls; ValueError names the one that is wrong.
 
     prompt: one text, or (text, weight) pairs that are blended, by "lerp" or "slerp"; a change of prompt is spread over
-    `travel` frames. steps and strength place the times on the sampler's grid of 50 as image-to-image does; t_index gives
-    their indices instead (0: noise, 49: almost clean).
+    `travel` frames. steps and strength place the times on the sampler's grid of 50 as image-to-image does; t_index
+    gives their indices instead (0: noise, 49: almost clean).
 
     guidance: "none"; "full", classifier-free; "self" and "onetime", residual with the frame, or with what the negative
     prompt made of one, as the negative. scale, delta: see `guidance.residual`; with "none" a network that has a
@@ -66,14 +67,14 @@ class Controls:
             value = getattr(self, name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, name, value := value.item())
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            if kind is float and type(value) is int and abs(value) < 2**53:
                 object.__setattr__(self, name, value := float(value))
             if type(value) is not kind and not (value is None and name in _OPTIONAL):
                 raise ValueError(f"{name} is {value!r:.80}: it must be {_NAMES[kind]}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value}: it must be from {low:g} to {high:g}")
+                raise ValueError(f"{name} is {value!r:.80}: it must be from {low:g} to {high:g}")
         for name, known in (("guidance", Guidance), ("blend", Blend)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(
@@ -85,6 +86,8 @@ class Controls:
         for text in (self.negative_prompt, *(text for text, _ in self.prompts)):
             if len(text) > MOST_TEXT:
                 raise ValueError(f"a prompt has {len(text)} characters: at most {MOST_TEXT} are taken")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError("a prompt has half a character in it, which no tokenizer takes")
         if self.t_index is not None:
             object.__setattr__(self, "t_index", _indices(self.t_index))
             object.__setattr__(self, "steps", len(self.t_index))
@@ -147,7 +150,7 @@ def _pairs(name: str, value: Any, kind: type, *, empty: bool = False) -> tuple[t
         value = [(value, 1.0)]
     try:
         pairs = tuple((key, float(weight)) for key, weight in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} is {value!r:.80}: give {_NAMES[kind]}, or a list of pairs with weights") from None
     if any(type(key) is not kind or not math.isfinite(weight) for key, weight in pairs):
         raise ValueError(f"{name} is {value!r:.80}: give {_NAMES[kind]}, or a list of pairs with weights")
@@ -166,7 +169,7 @@ def _indices(value: Any) -> tuple[int, ...]:
         index = tuple(int(i) for i in value)
     except (TypeError, ValueError):
         raise ValueError(f"t_index is {value!r:.80}: give whole numbers") from None
-    rising = all(a < b for a, b in zip(index, index[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(index))
     if not 1 <= len(index) <= MOST_STEPS or not rising or index[0] < 0 or index[-1] >= GRID:
         raise ValueError(f"t_index is {list(index)}: give 1 to {MOST_STEPS} rising indices from 0 to {GRID - 1}")
     return index

@@ -19,12 +19,11 @@ def similarity(a: UInt8[np.ndarray, "*f h w 3"], b: UInt8[np.ndarray, "*f h w 3"
     if a.shape != b.shape:
         return 0.0
     change = np.abs(a.astype(np.int16) - b).mean(axis=-1, dtype=np.float32)
-    rows, columns = (np.arange(0, side, TILE) for side in change.shape[-2:])
+    height, width = change.shape[-2:]
+    rows, columns = np.arange(0, height, TILE), np.arange(0, width, TILE)
     sums = np.add.reduceat(np.add.reduceat(change, rows, axis=-2), columns, axis=-1)
-    heights, widths = (
-        np.diff([*starts, side]) for starts, side in zip((rows, columns), change.shape[-2:], strict=True)
-    )
-    return 1.0 - float((sums / np.outer(heights, widths)).max()) / 255.0
+    areas = np.outer(np.minimum(TILE, height - rows), np.minimum(TILE, width - columns))
+    return 1.0 - float((sums / areas).max()) / 255.0
 
 
 @dataclass(kw_only=True)
@@ -32,8 +31,8 @@ class SimilarityFilter:
     """Which frames to leave out: with probability max(0, 1 - (1 - similarity) / (1 - threshold)), at most max_skips in
     a row.
 
-    A frame is compared with the last one that was drawn. After one that differs by more than the threshold, from that
-    of the last such event, `in_flight` more are drawn: it would wait in the stream batch, and what has moved would stand
+    A frame is compared with the last one that was drawn. After one that differs by more than the threshold from that of
+    the last such event, `in_flight` more are drawn: it would wait in the stream batch, and what has moved would stand
     still half way.
     """
 
@@ -64,6 +63,11 @@ class SimilarityFilter:
         self._row, self._last = 0, frame
         self.drawn += 1
         return False
+
+    def restart(self) -> None:
+        """As new, but for what has been counted."""
+        self._random, self._last, self._anchor = np.random.default_rng(self.seed), None, None
+        self._row = self._owed = 0
 
     def forget(self) -> None:
         """The next frame counts as different: something else than the frame has changed."""

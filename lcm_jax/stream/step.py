@@ -112,19 +112,22 @@ class Program:
     def init(self, weights: Weights, settings: Settings, key: Key) -> State:
         """A cold state; the call that warms it is `sequential`."""
         rows = (self.steps * self.frames, *settings.noise.shape[1:])
-        zeros = jnp.zeros(rows, jnp.float32)
+
+        def zeros() -> Image:  # each its own buffer, as the state is donated
+            return jnp.zeros(rows, jnp.float32)
+
         t = jnp.broadcast_to(settings.times[0], rows[:1]).astype(jnp.float32)
         cold = jnp.ones((), bool)
         shapes = {}
         if self.remember:
-            shapes = jax.eval_shape(self._believe, weights, settings, zeros, t, {}, cold, zeros)[1]
+            shapes = jax.eval_shape(self._believe, weights, settings, zeros(), t, {}, cold, zeros())[1]
         return State(
-            entered=zeros,
-            x=zeros,
+            entered=zeros(),
+            x=zeros(),
             t=t,
-            believed=Prediction(zeros, zeros),
-            carry=self.sampler.solver.init(zeros),
-            latents=zeros[: self.frames],
+            believed=Prediction(zeros(), zeros()),
+            carry=self.sampler.solver.init(zeros()),
+            latents=zeros()[: self.frames],
             moved=jnp.zeros(()),
             memory={path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in shapes.items()},
             key=key,

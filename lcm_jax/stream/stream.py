@@ -105,7 +105,7 @@ class Stream:
                 raise ValueError(f"lora {name!r}: a stream changes the {pipe.folder.denoiser} alone, not {min(others)}")
             self.loras[name] = adapters[pipe.folder.denoiser]
         self.controls = Controls().changed(prompt=prompt, **controls)
-        self._check(self.controls)
+        self.check(self.controls)
         self._prompts = PromptCache(pipe, self.size)
         self.filter: SimilarityFilter | None = None
         self.program: Program
@@ -117,7 +117,7 @@ class Stream:
     def set(self, **changes: Any) -> None:
         """Change controls from the next frame on; all of them, or none if one is wrong. mask: see `set_mask`."""
         controls = self.controls.changed(**changes)
-        self._check(controls)
+        self.check(controls)
         before, self.controls = self.controls, controls
         if controls != before:
             self._apply(before)
@@ -174,6 +174,16 @@ class Stream:
         self.picture = out[0] if self.frames == 1 else out
         return self.picture
 
+    def rehearsals(self) -> list[Job]:
+        """The jobs that `prepare` may give with these controls, on states of their own: to be compiled beforehand."""
+        methods = ["sequential", "step"] if self.controls.batch and self.program.steps > 1 else ["sequential"]
+        frame = jnp.zeros((self.frames, *self.size, 3), jnp.uint8)
+        states = [self.program.init(self._weights, self._settings, jax.random.key(0)) for _ in methods]
+        return [
+            Job(self.program, method, self._weights, self._settings, state, frame)
+            for method, state in zip(methods, states, strict=True)
+        ]
+
     def map(self, frames: Iterable[Picture]) -> Iterator[Picture]:
         """Exactly one picture for each frame, in order, those in flight at the end included."""
         flight: deque[bool] = deque()  # whether a picture is still owed for each frame in flight, the oldest first
@@ -201,6 +211,17 @@ class Stream:
             self._forget()
             yield from call(last, False)
 
+    def check(self, controls: Controls) -> None:
+        """ValueError for controls that this pipeline and its adapters cannot follow."""
+        times = controls.times(self._sampler, self.pipe.generator.schedule, self.pipe.spacing)
+        self.pipe.generator.check_start(float(times[0]))
+        for name, _ in controls.lora:
+            if name not in self.loras:
+                known = ", ".join(self.loras) or "none"
+                raise ValueError(f"lora {name!r:.80} is unknown: this stream was made with {known}")
+        if not self.image and controls.guidance in ("self", "onetime") and controls.steps == 1:
+            raise ValueError(f"guidance {controls.guidance!r} needs a frame, or more than one step from noise")
+
     @property
     def in_flight(self) -> int:
         """Calls between that of a frame and that which gives its picture."""
@@ -216,17 +237,6 @@ class Stream:
         config = self.pipe.generator.vae.config
         height, width = (side // config.downsample_factor for side in self.size)
         return height, width, config.latent_channels
-
-    def _check(self, controls: Controls) -> None:
-        """Of this pipeline and its adapters."""
-        times = controls.times(self._sampler, self.pipe.generator.schedule, self.pipe.spacing)
-        self.pipe.generator.check_start(float(times[0]))
-        for name, _ in controls.lora:
-            if name not in self.loras:
-                known = ", ".join(self.loras) or "none"
-                raise ValueError(f"lora {name!r:.80} is unknown: this stream was made with {known}")
-        if not self.image and controls.guidance in ("self", "onetime") and controls.steps == 1:
-            raise ValueError(f"guidance {controls.guidance!r} needs a frame, or more than one step from noise")
 
     def _apply(self, before: Controls | None) -> None:
         """Bring program, weights and settings up to the controls; what has not changed is left alone."""
@@ -268,8 +278,9 @@ class Stream:
         if new("similarity", "max_skips"):
             old, self.filter = self.filter, None
             if now.similarity is not None:
-                so_far = {"drawn": old.drawn, "skipped": old.skipped} if old is not None else {}
-                self.filter = SimilarityFilter(threshold=now.similarity, max_skips=now.max_skips, **so_far)
+                self.filter = SimilarityFilter(threshold=now.similarity, max_skips=now.max_skips)
+                if old is not None:
+                    self.filter.drawn, self.filter.skipped = old.drawn, old.skipped
         program = Program(
             generator=self.pipe.generator,
             sampler=self._sampler.at(now.steps, self.pipe.spacing),

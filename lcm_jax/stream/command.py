@@ -1,0 +1,205 @@
+"""`lcm-jax stream`: a video, a folder of pictures, a camera, a screen or noise, redrawn into a video or a folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from jaxtyping import UInt8
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+from tqdm import tqdm
+
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.stream.queues import Behind, Latest, ahead
+from lcm_jax.stream.stream import Stream
+from lcm_jax.stream.video import Video, Writer, restyle, working_size
+
+Frame = UInt8[np.ndarray, "h w 3"]
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+VIDEOS = (".mp4", ".mkv", ".mov", ".m4v", ".webm", ".avi", ".nut")
+LIVE = {  # of each platform: the device, and what reads it
+    "camera": {"linux": ("/dev/video0", "v4l2"), "darwin": ("0", "avfoundation"), "win32": ("video=0", "dshow")},
+    "screen": {"linux": (":0.0", "x11grab"), "darwin": ("1", "avfoundation"), "win32": ("desktop", "gdigrab")},
+}
+
+
+def run(
+    pipe: Pipeline,
+    source: str,
+    target: Path,
+    prompts: Sequence[str],
+    *,
+    size: tuple[int, int] | None,
+    count: int,
+    seconds: float | None,
+    rate: float,
+    controls: dict[str, Any],
+    sampler: str,
+) -> str:
+    """Do what the command asks for; a line that says what was made.
+
+    count: pictures from noise. seconds: of a camera or a screen, until Ctrl-C by default. rate: frames a second of a
+    video that is made of pictures, of noise or of a screen. With several prompts the stream travels from one to the
+    next, each for as long.
+    """
+    if target.suffix.lower() not in ("", *VIDEOS):
+        raise ValueError(f"--out {target}: name a folder, or a video such as {target.stem}.mp4")
+    kind, _, place = source.partition(":")
+    if kind in LIVE:
+        frames: Iterable[Frame] = _live(kind, place, seconds, rate)
+        return _pictures(_stream(pipe, prompts, size, controls, sampler), frames, [], target, rate)
+    if kind == "noise":
+        stream = _stream(pipe, prompts, size, controls | {"fresh": len(prompts) == 1}, sampler, image=False)
+        return _travelling(stream, prompts, count, target, rate)
+    path = Path(source)
+    if path.is_dir():
+        names = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        if not names:
+            raise ValueError(f"{path}: no pictures in it ({', '.join(PICTURES)})")
+        stream = _stream(pipe, prompts, size, controls, sampler)
+        return _pictures(stream, map(_read, names), [file.stem for file in names], target, rate)
+    if target.suffix == "":
+        raise ValueError(f"--out {target}: a video becomes a video; name a file such as {target.name}.mp4")
+    video = Video.open(path)
+    size = size or working_size(pipe.size, video.size, _factor(pipe))
+    stream = _stream(pipe, prompts, size, controls, sampler)
+    start = time.perf_counter()
+    number = restyle(stream, video, target)
+    took = time.perf_counter() - start
+    saved = "" if stream.filter is None else f", {100 * stream.filter.saved:.0f} % of them left out as still"
+    return f"{target}: {number} frames of {size[0]}x{size[1]} in {took:.0f} s ({number / took:.1f} a second{saved})"
+
+
+def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE of a stream's controls; the values are JSON, or texts."""
+    controls = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: give KEY=VALUE, such as feedback=0.2")
+        try:
+            controls[key] = json.loads(value)
+        except json.JSONDecodeError:
+            controls[key] = value
+    return controls
+
+
+def _factor(pipe: Pipeline) -> int:
+    factor: int = pipe.generator.vae.config.downsample_factor * getattr(pipe.generator.net.config, "patch_size", 1)
+    return factor
+
+
+def _stream(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    size: tuple[int, int] | None,
+    controls: dict[str, Any],
+    sampler: str,
+    *,
+    image: bool = True,
+) -> Stream:
+    if len(prompts) > 1 and image:
+        raise ValueError(f"--prompt: {len(prompts)} given; only a stream from noise travels between prompts")
+    return Stream(pipe, prompts[0], size=size, image=image, sampler=sampler, **controls)
+
+
+def _read(path: Path) -> Frame:
+    try:
+        with PILImage.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+
+
+def _live(kind: str, place: str, seconds: float | None, rate: float) -> Iterator[Frame]:
+    """Frames of a camera or a screen, the newest whenever one is asked for."""
+    device, form = LIVE[kind].get(sys.platform, ("", ""))
+    device = place or device
+    try:
+        container = av.open(device, format=form, options={"framerate": f"{rate:g}"})
+    except (FFmpegError, ValueError) as error:
+        raise ValueError(
+            f"{kind} {device!r} cannot be opened as {form} ({error}); name another, {kind}:PLACE"
+        ) from None
+    newest: Latest[Frame] = Latest(1)
+    end = None if seconds is None else time.monotonic() + seconds
+
+    def read() -> Iterator[None]:
+        with container:
+            for frame in container.decode(video=0):
+                newest.put(frame.to_ndarray(format="rgb24"))
+                if end is not None and time.monotonic() > end:
+                    return
+                yield
+
+    reading = ahead(read(), 1)
+    try:
+        for _ in reading:
+            yield newest.get(10.0)
+    except KeyboardInterrupt:
+        return
+
+
+def _pictures(stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> str:
+    """Redraw frames that are no video file."""
+    number = _write(stream.map(tqdm(ahead(frames), unit="frame", total=len(names) or None)), names, target, rate)
+    return f"{target}: {number} pictures"
+
+
+def _travelling(stream: Stream, prompts: Sequence[str], count: int, target: Path, rate: float) -> str:
+    """Pictures from noise, from one prompt to the next."""
+    if count < 1:
+        raise ValueError(f"--count {count}: it must be at least 1")
+    spans = max(len(prompts) - 1, 1)
+
+    def pictures() -> Iterator[Frame]:
+        for i in tqdm(range(count), unit="picture"):
+            where = i / max(count - 1, 1) * spans
+            here = min(int(where), spans - 1)
+            if len(prompts) > 1:
+                share = where - here
+                pairs = [(prompts[here], 1.0 - share), (prompts[here + 1], share)]
+                stream.set(prompt=[(text, weight) for text, weight in pairs if weight > 0.0])
+            yield stream()
+
+    return f"{target}: {_write(pictures(), [], target, rate)} pictures"
+
+
+def _write(pictures: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> int:
+    """Into a folder, or into a video that is renamed when it is whole."""
+    number = 0
+    if target.suffix == "":
+        target.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(pictures, 1):
+            name = names[number - 1] if names else f"{number:06d}"
+            PILImage.fromarray(picture).save(target / f"{name}.png")
+        return number
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    writer: Writer | None = None
+    speed = Fraction(rate).limit_denominator(1001)
+
+    def write(picture: Frame) -> None:
+        nonlocal number, writer
+        if writer is None:
+            writer = Writer(aside, picture.shape[:2], speed, 1 / speed)
+        writer.put(number, picture)
+        number += 1
+
+    with Behind(write) as behind:
+        for picture in pictures:
+            behind.put(picture)
+    if writer is None:
+        raise ValueError("no frame came")
+    writer.close()
+    aside.replace(target)
+    return number

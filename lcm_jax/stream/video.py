@@ -1,0 +1,221 @@
+"""Video files in and out: a restyled video keeps frame times, audio and size, and a killed job goes on.
+
+The work is cut into segments that do not depend on each other: each begins with a cold stream, is written aside and
+renamed, and what is there is not made again. At the end the segments' packets are joined, with the audio's as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.error import FFmpegError
+from jaxtyping import UInt8
+from PIL import Image as PILImage
+from tqdm import tqdm
+
+from lcm_jax.stream.queues import Behind, ahead
+from lcm_jax.stream.stream import Stream
+from lcm_jax.weights.files import read_json, write_json
+
+SEGMENT = 240  # frames
+RUN_IN = 8  # frames before a segment that a stream with a memory sees first
+CODEC = {"crf": "18", "preset": "veryfast", "bf": "0"}  # without B-frames packets of segments follow each other
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """What a video file says of itself. size: (height, width) in pixels as shown; rate: frames a second."""
+
+    path: Path
+    size: tuple[int, int]
+    rate: Fraction
+    time_base: Fraction
+    frames: int  # 0 where the file does not tell
+    audio: bool
+
+    @classmethod
+    def open(cls, path: Path) -> Video:
+        """ValueError for what is not a video that can be read."""
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            with av.open(str(path)) as container:
+                if not container.streams.video:
+                    raise ValueError(f"{path}: no video in it")
+                video = container.streams.video[0]
+                rate = video.average_rate or video.guessed_rate or Fraction(25)
+                seconds = float(container.duration or 0) / av.time_base
+                frames = video.frames or round(seconds * float(rate))
+                size = (video.codec_context.height, video.codec_context.width)
+                base, audio = video.time_base or 1 / rate, bool(container.streams.audio)
+        except FFmpegError as error:
+            raise ValueError(f"{path}: not a video that can be read ({error})") from None
+        return cls(path=path, size=size, rate=rate, time_base=base, frames=frames, audio=audio)
+
+    def read(self) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
+        """(time in units of time_base, picture) of every frame, in the order in which they are shown."""
+        with av.open(str(self.path)) as container:
+            video = container.streams.video[0]
+            video.thread_type = "AUTO"
+            step, last = round(1 / (self.rate * self.time_base)), None
+            for frame in container.decode(video):
+                time = frame.pts if frame.pts is not None else (0 if last is None else last + step)
+                if last is not None and time <= last:
+                    time = last + 1  # some files repeat a time, which no encoder takes
+                last = time
+                yield time, frame.to_ndarray(format="rgb24")
+
+
+class Writer:
+    """A video file of frames at given times, H.264."""
+
+    def __init__(
+        self, path: Path, size: tuple[int, int], rate: Fraction, time_base: Fraction, form: str | None = None
+    ) -> None:
+        self._container = av.open(str(path), "w", format=form)
+        self._stream: Any = self._container.add_stream("libx264", rate=rate, options=CODEC)
+        # H.264 with colours at half the resolution has even sides: an odd one loses a line
+        self._stream.height, self._stream.width = (side - side % 2 for side in size)
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = self._stream.time_base = time_base
+        self._base = time_base
+
+    def put(self, time: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        part = np.ascontiguousarray(picture[: self._stream.height, : self._stream.width])
+        frame = av.VideoFrame.from_ndarray(part, format="rgb24")
+        frame.pts, frame.time_base = time, self._base
+        self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+def working_size(stream_side: tuple[int, int], size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """(height, width) of about the model's own area and the shape of `size`, in multiples of `factor` pixels."""
+    area = stream_side[0] * stream_side[1]
+    scale = (area / (size[0] * size[1])) ** 0.5
+    height, width = (max(round(side * scale / factor), 1) * factor for side in size)
+    return height, width
+
+
+def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMENT, progress: bool = True) -> int:
+    """Redraw every frame of a video into `target`; how many. Segments lie in TARGET.parts until all are done.
+
+    ValueError if the parts there are of another video or of other controls.
+    """
+    parts = target.with_name(target.name + ".parts")
+    _check_parts(parts, stream, video, segment)
+    frames = ahead(video.read())
+    number = 0
+    before: list[UInt8[np.ndarray, "h w 3"]] = []
+    with tqdm(total=video.frames or None, unit="frame", disable=not progress) as bar:
+        for index in range(10**9):
+            batch = list(islice(frames, segment))
+            if not batch:
+                break
+            path = parts / f"{index:06d}.nut"
+            if not path.is_file():
+                _make(stream, video, batch, before, path, bar)
+            else:
+                bar.initial += len(batch)  # not counted into the rate
+                bar.update(len(batch))
+            number, before = number + len(batch), [picture for _, picture in batch[-RUN_IN:]]
+            if len(batch) < segment:
+                break
+    if not number:
+        raise ValueError(f"{video.path}: no frame could be read")
+    _join(sorted(parts.glob("*.nut")), video, target)
+    shutil.rmtree(parts)
+    return number
+
+
+def _check_parts(parts: Path, stream: Stream, video: Video, segment: int) -> None:
+    """That the segments which are there, if any, belong to this job."""
+    stat = video.path.stat()
+    job = [str(video.path.resolve()), stat.st_size, stat.st_mtime_ns, segment, stream.size, repr(stream.controls)]
+    job += [str(stream.pipe.generator), sorted(stream.loras)]
+    digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
+    file = parts / "job.json"
+    if file.is_file() and read_json(file)["digest"] != digest:
+        raise ValueError(f"{parts}: parts of another job; delete the folder, or give the arguments that it began with")
+    parts.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"digest": digest, "video": str(video.path), "controls": repr(stream.controls)})
+
+
+def _make(stream: Stream, video: Video, batch: list[Any], before: list[Any], path: Path, bar: Any) -> None:
+    """One segment, from a cold stream."""
+    stream.reset()
+    if stream.filter is not None:
+        stream.filter.restart()
+    controls = stream.controls
+    if controls.feedback or controls.motion or controls.remember:
+        for picture in before:
+            stream(picture)
+    aside = path.with_suffix(".tmp")
+    writer = Writer(aside, video.size, video.rate, video.time_base, "nut")
+
+    def write(item: tuple[int, UInt8[np.ndarray, "h w 3"]]) -> None:
+        time, picture = item
+        height, width = video.size
+        writer.put(time, np.asarray(PILImage.fromarray(picture).resize((width, height), PILImage.Resampling.LANCZOS)))
+
+    with Behind(write) as behind:
+        pictures = stream.map(picture for _, picture in batch)
+        for (time, _), picture in zip(batch, pictures, strict=True):
+            behind.put((time, picture))
+            bar.update()
+    writer.close()
+    aside.replace(path)
+
+
+def _join(segments: list[Path], video: Video, target: Path) -> None:
+    """The packets of all segments one after another, and the audio's as they are, in a file that is then renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    with av.open(str(aside), "w") as out, av.open(str(segments[0])) as first:
+        shown = out.add_stream_from_template(first.streams.video[0])
+        packets: list[Iterator[Any]] = [_packets(segments, shown)]
+        if video.audio:
+            source = av.open(str(video.path))
+            heard = out.add_stream_from_template(source.streams.audio[0])
+            packets.append(_on(heard, source.demux(source.streams.audio[0])))
+        for packet in _by_time(packets):
+            out.mux(packet)
+        if video.audio:
+            source.close()
+    aside.replace(target)
+
+
+def _packets(segments: list[Path], stream: Any) -> Iterator[Any]:
+    for path in segments:
+        with av.open(str(path)) as container:
+            yield from _on(stream, container.demux(container.streams.video[0]))
+
+
+def _on(stream: Any, packets: Iterable[Any]) -> Iterator[Any]:
+    """Packets of another file as those of a stream of this one."""
+    for packet in packets:
+        if packet.dts is not None:  # the last, empty one has none
+            packet.stream = stream
+            yield packet
+
+
+def _by_time(streams: list[Iterator[Any]]) -> Iterator[Any]:
+    """All packets, those that come first first, as a file wants them."""
+    heads = [next(stream, None) for stream in streams]
+    while any(head is not None for head in heads):
+        times = [float("inf") if head is None else float(head.dts * head.time_base) for head in heads]
+        i = times.index(min(times))
+        yield heads[i]
+        heads[i] = next(streams[i], None)
