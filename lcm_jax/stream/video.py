@@ -119,7 +119,8 @@ def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMEN
     frames = ahead(video.read())
     number = 0
     before: list[UInt8[np.ndarray, "h w 3"]] = []
-    with tqdm(total=video.frames or None, unit="frame", disable=not progress) as bar:
+    there = segment * len(list(parts.glob("*.nut")))  # not counted into the rate
+    with tqdm(total=video.frames or None, initial=there, unit="frame", disable=not progress) as bar:
         for index in range(10**9):
             batch = list(islice(frames, segment))
             if not batch:
@@ -127,9 +128,6 @@ def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMEN
             path = parts / f"{index:06d}.nut"
             if not path.is_file():
                 _make(stream, video, batch, before, path, bar)
-            else:
-                bar.initial += len(batch)  # not counted into the rate
-                bar.update(len(batch))
             number, before = number + len(batch), [picture for _, picture in batch[-RUN_IN:]]
             if len(batch) < segment:
                 break
@@ -206,8 +204,10 @@ def _packets(segments: list[Path], stream: Any) -> Iterator[Any]:
 def _on(stream: Any, packets: Iterable[Any]) -> Iterator[Any]:
     """Packets of another file as those of a stream of this one."""
     for packet in packets:
-        if packet.dts is not None:  # the last, empty one has none
+        if packet.pts is not None:  # the last, empty one has none
             packet.stream = stream
+            if packet.dts is None:  # not every file tells it; without B-frames the two are one
+                packet.dts = packet.pts
             yield packet
 
 
