@@ -152,6 +152,8 @@ class Stream:
     def prepare(self, frame: Picture | None = None) -> Job | None:
         """What has to be run for a frame, by `run`, and given to `finish` before the next; None if nothing."""
         pixels = self._fit(frame)
+        if self._left:
+            self._forget()  # on the way to another prompt no scene is still
         if self.filter is not None and self.filter.skip(pixels, self.in_flight):
             return None
         device = jnp.asarray(pixels.reshape(self.frames, *self.size, 3))

@@ -139,6 +139,9 @@ def test_travel_arrives(light_pipe: Pipe, frames: np.ndarray) -> None:
     assert np.abs(old - there).sum() > far[0] > far[1] > far[2]
     assert near(way[3], there)
     assert near(way[4], there)
+    stream.set(prompt="cat face", travel=4, similarity=0.98)
+    way = [stream(frames[0, 0]) for _ in range(4)]
+    assert near(way[3], Stream(light_pipe, "cat face", steps=1)(frames[0, 0])), "no still scene on the way"
 
 
 def test_filter_spares_a_still_scene_and_holds_nothing_back(light_pipe: Pipe, frames: np.ndarray) -> None:
