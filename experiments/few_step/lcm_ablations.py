@@ -26,7 +26,7 @@ from lcm_jax.train.config import TrainConfig
 SKIPS = (1, 5, 10, 20, 50, 125)
 SOLVERS = ("ddim", "dpm", "dpm++")
 GUIDANCES = (1.0, 2.0, 4.0, 6.0)
-TRAINING = {"tiny": 40, "gpu": 5000, "paper": 2000}  # steps
+TRAINING = {"tiny": 30, "gpu": 5000, "paper": 2000}  # steps
 BASE = "ddim k=125"
 SKIPPING: dict[str, dict[str, Any]] = {
     f"{solver} k={skip}": {"solver": solver, "skip": float(skip)}
