@@ -129,7 +129,8 @@ def grid(study: Study, out: Path, *, steps: int = 4) -> None:
         for path in sorted((out / name).glob("seed-*/pictures.npz"))[:1]:
             columns[name] = np.load(path)[str(steps)]
     if columns:
-        labelled_grid(list(columns), PROMPTS, list(columns.values())).save(out / "grid.png")
+        picture = labelled_grid(list(columns), PROMPTS, list(columns.values()))
+        picture.quantize(256).save(out / "grid.png", optimize=True)
 
 
 STUDY = Study(

@@ -102,7 +102,7 @@ def main() -> None:
         "before\nDDIM 50": (lcm_jax.load("openmoji-teacher"), TEACHER),
     }
     strips = [generate(pipe, PROMPTS, batch_size=len(PROMPTS), **options)[0] for pipe, options in shown.values()]
-    labelled_grid(list(shown), PROMPTS, strips).save(ROOT / "docs" / "outline.png", optimize=True)
+    labelled_grid(list(shown), PROMPTS, strips).quantize(256).save(ROOT / "docs" / "outline.png", optimize=True)
 
 
 if __name__ == "__main__":
