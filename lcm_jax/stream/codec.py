@@ -1,0 +1,62 @@
+"""Pictures as bytes from people that nobody knows: dimensions are looked at before anything is decoded."""
+
+from __future__ import annotations
+
+import io
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
+
+from lcm_jax.stream.stream import fit
+
+Format = Literal["jpeg", "png"]
+MOST_PIXELS = 10_000_000  # of a picture that is taken: a 4K screen has 8.3 million
+QUALITY = 90  # of JPEG
+
+
+def decode(
+    data: bytes, size: tuple[int, int] | None = None, *, most_pixels: int = MOST_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A JPEG or PNG, transparency on white; ValueError for anything else, and for more than `most_pixels`.
+
+    size: (height, width) that the middle of the picture is scaled to; a large JPEG is then decoded at a fraction.
+    """
+    try:
+        picture = PILImage.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    except UnidentifiedImageError:
+        raise ValueError("a picture must be a JPEG or a PNG, and this is neither") from None
+    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning):
+        raise ValueError(f"a picture may have {most_pixels} pixels, and this one has far more") from None
+    except Exception as error:  # what a decoder raises on hostile bytes is anybody's guess
+        raise ValueError(f"a picture cannot be read: {error!s:.100}") from None
+    with picture:
+        width, height = picture.size
+        if width * height > most_pixels:
+            raise ValueError(f"a picture may have {most_pixels} pixels, and this one has {width} x {height}")
+        try:
+            if size is not None:
+                picture.draft("RGB", (size[1], size[0]))
+            pixels = np.asarray(_opaque(picture))
+        except Exception as error:
+            raise ValueError(f"a picture cannot be read: {error!s:.100}") from None
+    return pixels if size is None or pixels.shape[:2] == size else fit(pixels, size)
+
+
+def encode(picture: UInt8[np.ndarray, "h w 3"], form: Format = "png") -> bytes:
+    """As JPEG with its colours at full resolution, or as PNG, which loses nothing."""
+    out = io.BytesIO()
+    if form == "jpeg":
+        PILImage.fromarray(picture).save(out, "JPEG", quality=QUALITY, subsampling=0)
+    else:
+        PILImage.fromarray(picture).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def _opaque(picture: PILImage.Image) -> PILImage.Image:
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -1,0 +1,182 @@
+"""The wire: what is packed is unpacked, and whatever else arrives is refused in one clear line."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcm_jax.stream import protocol
+from lcm_jax.stream.codec import MOST_PIXELS, decode, encode
+from lcm_jax.stream.controls import Controls
+from lcm_jax.stream.protocol import Bye
+from lcm_jax.stream.stream import fit
+
+
+def picture(height: int = 16, width: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def huge_png(side: int = 10_000) -> bytes:
+    """A PNG of a few hundred bytes that says it has side x side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack("!I", len(data)) + kind + data + struct.pack("!I", zlib.crc32(kind + data))
+
+    head = struct.pack("!IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(90_000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("sequence", [0, 1, 2**32 - 1])
+def test_binary_messages_come_back(sequence: int) -> None:
+    body = bytes(range(256))
+    data = protocol.pack(protocol.PICTURE, sequence, 7, body)
+    assert protocol.unpack(data) == (protocol.PICTURE, sequence, 7, body)
+    assert data[:2] == bytes([1, 2])
+    assert int.from_bytes(data[4:8], "big") == sequence
+    assert len(data) == 12 + 256
+
+
+@pytest.mark.parametrize("data", [b"", b"\x01", bytes(11)])
+def test_a_binary_message_needs_its_header(data: bytes) -> None:
+    with pytest.raises(ValueError, match="header of 12 bytes"):
+        protocol.unpack(data)
+
+
+def test_a_binary_message_of_another_version_ends_the_connection() -> None:
+    with pytest.raises(Bye) as told:
+        protocol.unpack(b"\x02" + protocol.pack(protocol.FRAME, 0)[1:])
+    assert told.value.code == protocol.BAD_VERSION
+
+
+def test_a_client_sends_frames_only_and_no_large_ones() -> None:
+    with pytest.raises(ValueError, match="kind 1"):
+        protocol.unpack_frame(protocol.pack(protocol.PICTURE, 0))
+    with pytest.raises(Bye) as told:
+        protocol.unpack_frame(protocol.pack(protocol.FRAME, 0, 0, bytes(protocol.MOST_BYTES)))
+    assert told.value.code == protocol.TOO_BIG
+
+
+@pytest.mark.parametrize("version", [None, 0, 2, "1", 1.0, True, [1]])
+def test_a_text_message_of_another_version_ends_the_connection(version: object) -> None:
+    with pytest.raises(Bye, match="version 1") as told:
+        protocol.parse(json.dumps({"v": version, "type": "set", "controls": {}}))
+    assert told.value.code == protocol.BAD_VERSION
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "must be JSON"),
+        ("{", "must be JSON"),
+        ("[" * 60_000, "must be JSON"),
+        ('{"v": 1, "x": ' + "9" * 5000 + "}", "must be JSON"),
+        ("[1]", "JSON object"),
+        ('{"v": 1}', "type is None"),
+        ('{"v": 1, "type": "frobnicate"}', "'frobnicate': known are hello, set, bye"),
+        ('{"v": 1, "type": ["set"]}', "known are"),
+        ('{"v": 1, "type": "set", "contrls": {}}', "'contrls' is no key of set"),
+        ('{"v": 1, "type": "set", "controls": []}', "give an object"),
+        ('{"v": 1, "type": "hello", "format": "webp"}', "known are jpeg, png"),
+        ('{"v": 1, "type": "set", "controls": {"prompt": "' + "a" * 1_000_000 + '"}}', "65536 characters"),
+    ],
+)
+def test_bad_text_messages_are_refused_in_one_short_line(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as told:
+        protocol.parse(text)
+    assert len(str(told.value)) < 300
+    assert "\n" not in str(told.value)
+
+
+def test_controls_come_back_from_their_json() -> None:
+    controls = Controls(prompt=[("a cat", 1.0), ("a dog", 0.5)], steps=3, similarity=0.9, seed=[(3, 1.0), (4, 2.0)])
+    text = protocol.message("set", controls=protocol.as_json(controls))
+    assert Controls().changed(**protocol.parse(text).controls) == controls
+
+
+@pytest.mark.parametrize("changes", [{"strength": 10**400}, {"strength": math.nan}, {"prompt": [["a", 10**400]]}])
+def test_numbers_that_no_control_can_hold(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"strength|prompt"):
+        Controls().changed(**protocol.parse(json.dumps({"v": 1, "type": "set", "controls": changes})).controls)
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_half_a_character_is_no_prompt(name: str) -> None:
+    text = json.dumps({"v": 1, "type": "set", "controls": {name: "\ud83d"}})
+    with pytest.raises(ValueError, match="prompt"):
+        Controls().changed(**protocol.parse(text).controls)
+
+
+def test_png_loses_nothing_and_jpeg_little() -> None:
+    smooth = np.asarray(Image.fromarray(picture(4, 4)).resize((64, 48), Image.Resampling.BICUBIC))
+    assert np.array_equal(decode(encode(smooth, "png")), smooth)
+    there = decode(encode(smooth, "jpeg"))
+    assert there.shape == smooth.shape
+    assert np.abs(there.astype(int) - smooth).mean() < 3
+
+
+def test_transparency_is_white() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4, 4), np.uint8)).save(out, "PNG")
+    assert np.array_equal(decode(out.getvalue()), np.full((4, 4, 3), 255, np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK"])
+def test_every_kind_of_pixel_becomes_three_bytes(mode: str) -> None:
+    out = io.BytesIO()
+    Image.fromarray(picture()).convert(mode).save(out, "JPEG" if mode == "CMYK" else "PNG")
+    pixels = decode(out.getvalue(), (8, 8))
+    assert pixels.shape == (8, 8, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_cropped_alike() -> None:
+    smooth = np.asarray(Image.fromarray(picture(5, 8)).resize((1600, 1000), Image.Resampling.BICUBIC))
+    data = encode(smooth, "jpeg")
+    assert np.abs(decode(data, (64, 64)).astype(int) - fit(decode(data), (64, 64))).mean() < 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        bytes(1000),
+        b"GIF89a" + bytes(100),
+        encode(picture())[:60],
+        encode(picture(64, 64), "jpeg")[:300],
+        b"\x89PNG\r\n\x1a\n" + bytes(100),
+        b"\xff\xd8\xff" + bytes(100),
+    ],
+)
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="picture") as told:
+        decode(data, (16, 16))
+    assert len(str(told.value)) < 200
+
+
+def test_other_formats_are_refused() -> None:
+    for form in ("GIF", "BMP", "WEBP", "TIFF"):
+        out = io.BytesIO()
+        Image.fromarray(picture()).save(out, form)
+        with pytest.raises(ValueError, match="neither"):
+            decode(out.getvalue())
+
+
+@pytest.mark.parametrize("side", [4000, 10_000, 60_000])
+def test_a_bomb_is_measured_and_not_decoded(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "load", load)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=f"may have {MOST_PIXELS} pixels"):
+        decode(huge_png(side), (16, 16))
