@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from lcm_jax.generate import Generator
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.typing import Array, Cond, Params
 
@@ -65,12 +66,12 @@ class PromptCache:
         blank = CAPACITY - len(parts)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts, *[parts[0]] * blank)
         weights = jnp.asarray([weight for _, weight in prompts] + [0.0] * blank, jnp.float32)
-        return self._blend(net, stacked, weights, how=how)
+        return _blending(self.pipe.generator)(net, stacked, weights, how=how)
 
     def negative(self, net: Params, text: str) -> Cond:
         """Of a negative prompt."""
         options: dict[str, Any] = {"empty": text == "", "guided": True}
-        return self._precompute(net, self.pipe.conditions([""], [text], self.sizes, **options)[1])
+        return _precomputing(self.pipe.generator)(net, self.pipe.conditions([""], [text], self.sizes, **options)[1])
 
     def forget(self) -> None:
         """The text encoders have other parameters now."""
@@ -85,15 +86,20 @@ class PromptCache:
         self._texts.move_to_end(text)
         return self._texts[text]
 
-    @cached_property
-    def _precompute(self) -> Any:
-        return jax.jit(self.pipe.generator.precompute)
 
-    @cached_property
-    def _blend(self) -> Any:
-        @partial(jax.jit, static_argnames="how")
-        def blend(net: Params, stacked: Cond, weights: Array, how: Blend) -> Cond:
-            mix = {"lerp": lerp, "slerp": slerp}[how]
-            return self.pipe.generator.precompute(net, {name: mix(leaf, weights) for name, leaf in stacked.items()})
+@cache
+def _precomputing(generator: Generator) -> Any:
+    """`Generator.precompute`, compiled once for all streams of a model."""
+    return jax.jit(generator.precompute)
 
-        return blend
+
+@cache
+def _blending(generator: Generator) -> Any:
+    """(net, stacked, weights, how) -> the blend with the network's keys and values."""
+
+    @partial(jax.jit, static_argnames="how")
+    def blend(net: Params, stacked: Cond, weights: Array, how: Blend) -> Cond:
+        mix = {"lerp": lerp, "slerp": slerp}[how]
+        return generator.precompute(net, {name: mix(leaf, weights) for name, leaf in stacked.items()})
+
+    return blend

@@ -1,0 +1,237 @@
+"""The one thread that computes. Sessions leave frames and controls with it, and are told what came of them.
+
+A turn takes a frame of every session that has one waiting, advances all of them together, and hands the pictures out.
+What nobody has compiled yet is compiled by a second thread, so that one session's new number of steps stops no other,
+and itself goes on with the old one until then.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+from lcm_jax.stream.controls import Controls
+from lcm_jax.stream.programs import Programs, call_of, kind_of, rehearse, together
+from lcm_jax.stream.session import Compiling, Ended, Frame, Session
+from lcm_jax.stream.stream import Job, Stream, run
+
+log = logging.getLogger(__name__)
+WORTH = 8  # turns in which streams met before the call that takes them together is compiled
+
+Member = tuple[Session, Stream, Job]
+
+
+class Busy(Exception):
+    """As many calls wait as may."""
+
+
+class Engine:
+    """make: a stream with given controls. together: the most streams in one call, which holds 1, 2, 4, 8, ...
+
+    most_calls: pictures asked for outside of streams that may wait at once.
+    """
+
+    def __init__(self, make: Callable[[Controls], Stream], *, together: int = 1, most_calls: int = 4) -> None:
+        self.make, self.together, self.most_calls = make, together, most_calls
+        self._changed = threading.Condition()
+        self._sessions: list[Session] = []
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._unanswered: set[Future[Any]] = set()
+        self._programs = Programs(self._wake)
+        self._met: Counter[Hashable] = Counter()
+        self.stopping = False
+        self._thread = threading.Thread(target=self._run, name="lcm-jax engine")
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._programs.start()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the present turn, and wait for that. Calls that wait are cancelled."""
+        with self._changed:
+            self.stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        for future in list(self._unanswered):
+            future.cancel()
+        self._programs.stop()
+
+    @property
+    def compiling(self) -> bool:
+        """After `stop`: whether a compilation goes on still."""
+        return self._programs.alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def warm(self, controls: Controls) -> None:
+        """Compile, in the caller's thread, what a stream with these controls runs."""
+        rehearse(self.make(controls))
+        self._programs.add(kind_of(controls))
+
+    def open(self, session: Session) -> None:
+        """Take a session in; it is told `Now` when its stream stands."""
+        with self._changed:
+            self._sessions.append(session)
+            self._changed.notify()
+
+    def close(self, session: Session) -> None:
+        """Forget a session."""
+        with self._changed:
+            if session in self._sessions:
+                self._sessions.remove(session)
+
+    def offer(self, session: Session, frame: Frame) -> bool:
+        """Leave a frame; False if an older one had to go."""
+        with self._changed:
+            full = len(session.inbox) == session.inbox.maxlen
+            session.inbox.append(frame)
+            self._changed.notify()
+        return not full
+
+    def set(self, session: Session, controls: Controls) -> None:
+        """Ask for other controls, from the next turn on."""
+        with self._changed:
+            session.wanted = controls
+            self._changed.notify()
+
+    def call(self, key: Hashable, function: Callable[[], Any]) -> Future[Any]:
+        """Run a function between two turns, or beside them if it is the first with its key and so will compile.
+
+        `Busy` if too many wait.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            if self.stopping or len(self._unanswered) >= self.most_calls:
+                raise Busy(f"{len(self._unanswered)} pictures are being drawn: try again later")
+            self._unanswered.add(future)
+            future.add_done_callback(self._answered)
+            if self._programs.has(key):
+                self._calls.append((function, future))
+                self._changed.notify()
+            else:
+                self._programs.ask(key, lambda: _resolve(future, function))
+        return future
+
+    def _answered(self, future: Future[Any]) -> None:
+        with self._changed:
+            self._unanswered.discard(future)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while not self.stopping:
+            self._turn(*self._gather())
+
+    def _gather(self) -> tuple[Sequence[Session], tuple[Callable[[], Any], Future[Any]] | None]:
+        """Wait for something to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopping or self._calls or any(map(self._due, self._sessions)))
+            due = [session for session in self._sessions if self._due(session)]
+            return due, self._calls.popleft() if self._calls else None
+
+    def _due(self, session: Session) -> bool:
+        return self._settles(session) or (bool(session.inbox) and session.stream is not None)
+
+    def _settles(self, session: Session) -> bool:
+        """Whether its controls are to be changed, and may be: or else their program has still to be asked for."""
+        if not session.unsettled:
+            return False
+        return session.asked is not session.wanted or self._programs.has(kind_of(session.wanted))
+
+    def _turn(self, due: Sequence[Session], call: tuple[Callable[[], Any], Future[Any]] | None) -> None:
+        """One frame of each session further, and one call."""
+        began, members = time.perf_counter(), []
+        for session in due:
+            with self._guard(session):
+                members += self._next(session)
+        for group in self._groups(members):
+            with self._guard(*(session for session, _, _ in group)):
+                results = run([job for _, _, job in group])
+                for (session, stream, job), result in zip(group, results, strict=True):
+                    with self._guard(session):
+                        session.finish(stream, job, result, began)
+        if call is not None:
+            _resolve(call[1], call[0])
+
+    def _next(self, session: Session) -> list[Member]:
+        """What a session needs run, if anything."""
+        if session.unsettled:
+            self._settle(session)
+        stream = session.stream
+        if not session.inbox or stream is None:
+            return []
+        job = session.prepare(stream)
+        return [] if job is None else [(session, stream, job)]
+
+    def _settle(self, session: Session) -> None:
+        """Give a session the controls it wants, once their program is there."""
+        wanted = session.wanted
+        kind = kind_of(wanted)
+        if self._programs.has(kind):
+            session.settle(wanted, self.make)
+        elif session.asked is not wanted:
+            if session.asked is None or kind_of(session.asked) != kind:
+                session.tell(Compiling())
+                self._programs.ask(kind, lambda: rehearse(self.make(wanted)), lambda: self._waits(session, kind))
+            session.asked = wanted
+
+    def _waits(self, session: Session, kind: Hashable) -> bool:
+        """Whether a session still needs a program."""
+        return session in self._sessions and kind_of(session.wanted) == kind and not self._programs.has(kind)
+
+    def _groups(self, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
+        """Those that can share a call, as many together as is compiled."""
+        by_group: dict[Hashable, list[Member]] = {}
+        for member in members:
+            by_group.setdefault(member[2].group, []).append(member)
+        for own in by_group.values():
+            while own:
+                n = self._together(own)
+                yield own[:n]
+                own = own[n:]
+
+    def _together(self, members: Sequence[Member]) -> int:
+        """A power of two for which a program is there; the best one is asked for if it would be used often."""
+        job = members[0][2]
+        best = n = 1 << (min(len(members), self.together).bit_length() - 1)
+        while n > 1 and not self._programs.has(call_of(job, n)):
+            n //= 2
+        key = call_of(job, best)
+        self._met[key] += n < best
+        if self._met[key] == WORTH and n < best:
+            like = [one for _, stream, _ in members[:best] for one in stream.rehearsals() if one.method == job.method]
+            self._programs.ask(key, lambda: together(like))
+        return n
+
+    @contextmanager
+    def _guard(self, *sessions: Session) -> Iterator[None]:
+        """An exception ends these sessions, and nothing else."""
+        try:
+            yield
+        except Exception as error:
+            log.error("a session ends", exc_info=error)
+            for session in sessions:
+                self.close(session)
+                session.tell(Ended(f"{type(error).__name__}: {error!s:.200}"))
+
+
+def _resolve(future: Future[Any], function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
