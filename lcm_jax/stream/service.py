@@ -1,0 +1,109 @@
+"""What all connections of a server share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.stream.controls import Controls
+from lcm_jax.stream.engine import Engine
+from lcm_jax.stream.line import Line
+from lcm_jax.stream.protocol import GOING_AWAY, Bye
+from lcm_jax.stream.stream import Stream
+from lcm_jax.stream.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from lcm_jax.stream.connection import Connection
+
+SPARE_SOCKETS = 256  # connections beyond those that stream and wait: they are told that there is no room
+FAREWELL = 2.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to serve a model.
+
+    model: its name, for people. size: (height, width) of frames and pictures. controls: those that a session begins
+    with. sampler, together: see `Stream` and `Engine`. guidance: the scale of pictures asked for by HTTP.
+    idle_timeout: seconds without a frame or a control after which a session ends. token: what a client has to know,
+    None for nothing. origins: web pages that may connect besides the server's own, such as "https://example.org".
+    """
+
+    model: str
+    size: tuple[int, int]
+    controls: Controls
+    sampler: str = "lcm"
+    guidance: float = 1.0
+    together: int = 1
+    host: str = "127.0.0.1"
+    port: int = 7860
+    max_sessions: int = 4
+    max_waiting: int = 16
+    most_calls: int = 4
+    idle_timeout: float = 60.0
+    token: str | None = None
+    origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_sessions", 1), ("max_waiting", 0), ("most_calls", 0), ("together", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if not self.idle_timeout > 0:
+            raise ValueError(f"idle_timeout is {self.idle_timeout}: it must be above 0")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port is {self.port}: it must be from 0 to 65535")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
+            raise ValueError("the token must be of printable ASCII characters, and not empty")
+
+
+def beginning(pipe: Pipeline, sampler: str, scale: float) -> Controls:
+    """Controls that suit a model: guidance is left to the network where it is told the scale, or was distilled."""
+    alone = pipe.generator.embeds_guidance or sampler == "lcm"
+    return Controls(guidance="none" if alone else "full", scale=scale, steps=2, strength=0.6, similarity=0.98)
+
+
+class Service:
+    """A pipeline, its engine, and who is connected."""
+
+    def __init__(self, pipe: Pipeline, config: Config) -> None:
+        self.pipe, self.config = pipe, config
+        self.template = self.make(config.controls)  # never run: it checks controls
+        self.engine = Engine(self.make, together=config.together, most_calls=config.most_calls)
+        self.line = Line(config.max_sessions, config.max_waiting)
+        self.telemetry = Telemetry()
+        self.pool = ThreadPoolExecutor(max(2, min(os.cpu_count() or 2, 8)), "lcm-jax codec")
+        self.connections: set[Connection] = set()
+        self.refused = 0
+
+    def make(self, controls: Controls) -> Stream:
+        """A session's stream."""
+        stream = Stream(self.pipe, size=self.config.size, sampler=self.config.sampler)
+        stream.set(**vars(controls))
+        return stream
+
+    @property
+    def most_sockets(self) -> int:
+        """Connections that are listened to at once."""
+        return self.config.max_sessions + self.config.max_waiting + SPARE_SOCKETS
+
+    async def goodbye(self) -> None:
+        """Tell all clients that the server stops, and give them a moment to go."""
+        bye = Bye(GOING_AWAY, "the server is stopping")
+        gone = [connection.leave(bye) for connection in self.connections]
+        if gone:
+            await asyncio.wait(gone, timeout=FAREWELL)
+
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        return self.telemetry.metrics(
+            {
+                "sessions": self.line.streaming,
+                "waiting": self.line.waiting,
+                "connections": len(self.connections),
+                "refused_total": self.refused,
+            }
+        )
