@@ -6,6 +6,7 @@ in turns, so that what else the machine does falls on all of them alike, and the
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image as PILImage
 
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.stream import Stream
@@ -143,6 +145,43 @@ def stream_rows(pipe: Pipeline, *, steps: int = 5, frames: int = 10) -> Iterator
     )
 
 
+def peer_rows(pipe: Pipeline, *, frames: int = 10) -> Iterator[tuple[str, list[Row]]]:
+    """A stream against diffusers' AutoPipelineForImage2Image, LCM, on the same weights (2312.12491, table 1)."""
+    peer = _diffusers(pipe)
+    scene, guidance = moving_scene(pipe.size, frames), 4.0
+    embeds, _ = peer.encode_prompt("red heart", "cpu", 1, False)
+
+    def theirs(steps: int) -> Callable[[], Any]:
+        pictures = [PILImage.fromarray(picture) for picture in scene]
+        options = {"prompt_embeds": embeds, "strength": 1.0, "guidance_scale": guidance, "output_type": "np"}
+        return lambda: [peer(image=one, num_inference_steps=steps, **options).images for one in pictures]
+
+    rows = []
+    for n in (1, 2, 4, 10):
+        stream = Stream(pipe, "red heart", steps=n, strength=1.0, scale=guidance)
+        rows.append(Row(name=f"diffusers, {n} steps", run=theirs(n), frames=frames))
+
+        def ours(stream: Stream = stream) -> Any:
+            return [stream(picture) for picture in scene]
+
+        rows.append(Row(name=f"stream, {n} steps", run=ours, frames=frames, against=f"diffusers, {n} steps"))
+    yield "Against diffusers", rows
+
+
+def _diffusers(pipe: Pipeline) -> Any:
+    """The pipeline in diffusers, image-to-image with LCM's scheduler."""
+    import torch
+    from diffusers import AutoPipelineForImage2Image, LCMScheduler
+
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save(folder)
+        options = {"torch_dtype": torch.float32, "safety_checker": None, "requires_safety_checker": False}
+        peer = AutoPipelineForImage2Image.from_pretrained(folder, **options)
+    peer.scheduler = LCMScheduler.from_config(peer.scheduler.config)
+    peer.set_progress_bar_config(disable=True)
+    return peer
+
+
 def moving_scene(size: tuple[int, int], frames: int) -> list[np.ndarray]:
     """A disc that crosses a white picture."""
     height, width = size
@@ -150,14 +189,14 @@ def moving_scene(size: tuple[int, int], frames: int) -> list[np.ndarray]:
     scene = []
     for i in range(frames):
         disc = (y - height / 2) ** 2 + (x - width * (i + 0.5) / frames) ** 2 < (min(size) / 4) ** 2
-        scene.append(np.where(disc[..., None], np.uint8([220, 60, 40]), np.uint8(255)).astype(np.uint8))
+        scene.append(np.where(disc[..., None], [220, 60, 40], [255] * 3).astype(np.uint8))
     return scene
 
 
 def with_tiny_vae(pipe: Pipeline) -> Pipeline:
     """The pipeline with a tiny autoencoder of its geometry and random weights: for its speed alone."""
     config = pipe.generator.vae.config
-    levels = len(config.block_out_channels)
+    levels = config.downsample_factor.bit_length()
     tiny = AutoencoderTiny(
         TinyConfig(
             latent_channels=config.latent_channels,
@@ -174,21 +213,29 @@ def with_tiny_vae(pipe: Pipeline) -> Pipeline:
     return Pipeline(replace(folder, components=components))
 
 
-CASES: Mapping[str, Callable[[Pipeline], Iterator[tuple[str, list[Row]]]]] = {"stream": stream_rows}
+Case = Callable[[Pipeline], Iterator[tuple[str, list[Row]]]]
+CASES: Mapping[str, Case] = {"stream": stream_rows}
+AGAINST: Mapping[str, Mapping[str, Case]] = {"diffusers": {"stream": peer_rows}}
 
 
-def run(pipe: Pipeline, cases: Sequence[str], *, repeats: int, out: Path | None, model: str) -> None:
-    """Print the tables of some cases, and write every time, with device, versions and date, to a JSON file."""
-    unknown = [case for case in cases if case not in CASES]
+def run(
+    pipe: Pipeline, cases: Sequence[str], *, repeats: int, out: Path | None, model: str, against: str | None = None
+) -> None:
+    """Print the tables of some cases, and write every time, with device, versions and date, to a JSON file.
+
+    against: a peer that runs in turns with the case instead, on the same weights.
+    """
+    known = CASES if against is None else AGAINST[against]
+    unknown = [case for case in cases if case not in known]
     if unknown:
-        raise ValueError(f"bench {unknown[0]}: no such case; known are {', '.join(CASES)}")
+        raise ValueError(f"bench {unknown[0]}: no such case; known are {', '.join(known)}")
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: it must be at least 1")
     device = jax.devices()[0].device_kind
     print(f"{model} at {pipe.size[0]}x{pipe.size[1]}, {device}, jax {jax.__version__}, {date.today()}")
     kept: dict[str, Any] = {"model": model, "device": device, "jax": jax.__version__, "date": str(date.today())}
     for case in cases:
-        for title, rows in CASES[case](pipe):
+        for title, rows in known[case](pipe):
             results = measure(rows, repeats)
             print(f"\n## {title}\n\n{table(results)}", flush=True)
             kept[title] = {

@@ -1,4 +1,4 @@
-"""The command line: lcm-jax demo | sample | train | distill | evaluate | convert."""
+"""The command line: lcm-jax demo | sample | train | distill | evaluate | stream | serve | bench | convert."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from lcm_jax import demo
+from lcm_jax import bench, demo
 from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction
 from lcm_jax.extras import require
@@ -108,6 +108,47 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, help="JSON file to write the scores to")
+
+    sub = command("stream", _stream, "Redraw a video, a folder of pictures, a camera, a screen, or draw from noise.")
+    sub.add_argument("source", help='a video file, a folder, "camera[:PLACE]", "screen[:PLACE]" or "noise"')
+    _add_model(sub)
+    sub.add_argument("--out", type=Path, required=True, help="a video file such as out.mp4, or a folder for pictures")
+    sub.add_argument("--prompt", nargs="+", required=True, help="what to draw; from noise, several to travel through")
+    sub.add_argument("--negative-prompt", default="", help="what not to draw")
+    sub.add_argument("--steps", type=int, default=2, help="evaluations of a frame")
+    sub.add_argument("--strength", type=float, default=0.6, help="how far frames are noised, in (0, 1]")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's area by default")
+    sub.add_argument("--similarity", type=float, help="leave out frames that are this alike, such as 0.98")
+    sub.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other controls: guidance=self delta=0.5"
+    )
+    sub.add_argument("--count", type=int, default=60, help="noise: how many pictures")
+    sub.add_argument("--seconds", type=float, help="camera, screen: how long; until Ctrl-C by default")
+    sub.add_argument("--rate", type=float, default=12.0, help="frames a second of a video that is not made of a video")
+
+    sub = command("bench", _bench, "Measure this machine: medians, quartiles and ratios.")
+    sub.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(bench.CASES))
+    sub.add_argument("--against", choices=sorted(bench.AGAINST), help="measure a peer in turns, on the same weights")
+    sub.add_argument("--model", default="openmoji", help="bundled name, folder, single file or hub id")
+    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
+    sub.add_argument("--json", type=Path, help="file to write every time to")
+
+    sub = command("serve", _serve, "Redraw a browser's camera, screen or drawing in real time; pictures by HTTP.")
+    _add_model(sub)
+    sub.add_argument("--prompt", default="cat face", help="that a session begins with")
+    sub.add_argument("--steps", type=int, default=2, help="that a session begins with")
+    sub.add_argument("--strength", type=float, default=0.6, help="that a session begins with")
+    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    sub.add_argument("--port", type=int, default=7860, help="0 for any that is free")
+    sub.add_argument("--max-sessions", type=int, default=4, help="that stream at once")
+    sub.add_argument("--max-waiting", type=int, default=16, help="that wait in line for it")
+    sub.add_argument("--idle-timeout", type=float, default=60.0, help="seconds without a frame that end a session")
+    sub.add_argument("--together", type=int, help="sessions in one call; --max-sessions by default")
+    sub.add_argument("--token", help="that page, socket and HTTP ask for")
+    sub.add_argument("--origin", nargs="+", default=[], help="other pages that may connect: https://example.org")
 
     sub = command("convert", _convert, "Write a model or a LoRA in another format.")
     sub.add_argument("source", metavar="SRC", help="bundled name, diffusers or orbax folder, single file, LoRA, hub id")
@@ -228,6 +269,43 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         result = {"model": arguments.model, "data": arguments.data, "split": arguments.split, **options}
         arguments.out.write_text(json.dumps(result | {"rows": rows, "vae": vae, "device": _device()}, indent=2) + "\n")
+
+
+def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    require("serve")
+    from lcm_jax.stream.command import parse_controls, run
+
+    pipe, options = _load(arguments)
+    plain = ("negative_prompt", "steps", "strength", "seed", "similarity")
+    controls = {name: getattr(arguments, name) for name in plain} | {"scale": options["guidance"]}
+    said = run(
+        pipe, arguments.source, arguments.out, arguments.prompt,
+        size=None if arguments.size is None else tuple(arguments.size), count=arguments.count,
+        seconds=arguments.seconds, rate=arguments.rate, sampler=options["sampler"],
+        controls=controls | parse_controls(arguments.set),
+    )  # fmt: skip
+    print(said)
+
+
+def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    pipe = load(arguments.model, dtype=arguments.dtype)
+    options = {"repeats": arguments.repeats, "out": arguments.json, "against": arguments.against}
+    bench.run(pipe, arguments.cases, model=arguments.model, **options)
+
+
+def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    require("serve")
+    from lcm_jax.stream.server import serve
+    from lcm_jax.stream.service import Config, beginning
+
+    pipe, options = _load(arguments)
+    names = ("host", "port", "max_sessions", "max_waiting", "idle_timeout", "token")
+    own: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    start = {name: getattr(arguments, name) for name in ("prompt", "steps", "strength")}
+    controls = beginning(pipe, options["sampler"], options["guidance"]).changed(**start)
+    size = pipe.check_size(arguments.size)
+    own |= {"model": Path(arguments.model).name, "size": size, "controls": controls, "origins": tuple(arguments.origin)}
+    serve(pipe, Config(**own, **options, together=arguments.together or arguments.max_sessions))
 
 
 def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:
