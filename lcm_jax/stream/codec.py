@@ -12,9 +12,10 @@ from PIL import UnidentifiedImageError
 
 from lcm_jax.stream.stream import fit
 
-Format = Literal["jpeg", "png"]
+Form = Literal["auto", "jpeg", "png"]
 MOST_PIXELS = 10_000_000  # of a picture that is taken: a 4K screen has 8.3 million
 QUALITY = 90  # of JPEG
+SMALL = 65_536  # pixels of a picture that is cheap to send without a loss
 
 
 def decode(
@@ -45,10 +46,10 @@ def decode(
     return pixels if size is None or pixels.shape[:2] == size else fit(pixels, size)
 
 
-def encode(picture: UInt8[np.ndarray, "h w 3"], form: Format = "png") -> bytes:
-    """As JPEG with its colours at full resolution, or as PNG, which loses nothing."""
+def encode(picture: UInt8[np.ndarray, "h w 3"], form: Form = "png") -> bytes:
+    """As PNG, which loses nothing, or as JPEG with its colours at full resolution; "auto": if it has many pixels."""
     out = io.BytesIO()
-    if form == "jpeg":
+    if form == "jpeg" or (form == "auto" and picture.shape[0] * picture.shape[1] > SMALL):
         PILImage.fromarray(picture).save(out, "JPEG", quality=QUALITY, subsampling=0)
     else:
         PILImage.fromarray(picture).save(out, "PNG", compress_level=1)

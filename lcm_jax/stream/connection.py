@@ -29,6 +29,18 @@ PICTURES = 2  # that wait to be sent
 TEXTS = 64
 
 
+def push(answers: deque[Answer], answer: Answer) -> int:
+    """Append to at most PICTURES answers that wait to be sent; how many pictures had to go for it."""
+    answers.append(answer)
+    if len(answers) <= PICTURES:
+        return 0
+    old, following = answers.popleft(), answers[0]
+    if old.picture is not None and following.picture is None:  # which says that a picture holds that was never sent
+        answers[0] = following._replace(shows=old.shows, owed=old.owed, picture=old.picture)
+        return 0
+    return int(old.picture is not None)
+
+
 class Connection:
     """Serve one socket: `run`."""
 
@@ -198,7 +210,8 @@ class Connection:
             case Ended(reason):
                 self.leave(Bye(protocol.FAILED, f"the stream failed: {reason}"))
             case Answer():
-                self._answer(event)
+                self.telemetry.count("unsent", push(self._answers, event))
+                self._news.set()
 
     def _about(self) -> dict[str, Any]:
         config = self.service.config
@@ -211,16 +224,6 @@ class Connection:
         }
         embeds = self.service.pipe.generator.embeds_guidance
         return {"model": config.model, "size": config.size, "embeds_guidance": embeds, "limits": limits}
-
-    def _answer(self, answer: Answer) -> None:
-        self._answers.append(answer)
-        if len(self._answers) > PICTURES:
-            old, following = self._answers.popleft(), self._answers[0]
-            if old.picture is not None:
-                self.telemetry.count("unsent")
-                if following.picture is None:  # it says that the picture holds which was never sent
-                    self._answers[0] = following._replace(picture=old.picture, shows=old.shows)
-        self._news.set()
 
     def _say(self, kind: str, **fields: Any) -> None:
         self._texts.append(message(kind, **fields))

@@ -22,7 +22,9 @@ from lcm_jax.stream.engine import Busy
 from lcm_jax.stream.service import Service
 
 MOST_BODY = 16_000_000  # bytes of a request
+MOST_READ = 16  # requests that are read and drawn at once
 BODY_SECONDS = 30.0  # that one may take to arrive
+RETRY = {"retry-after": "5"}
 MOST_STEPS = 50
 MOST_AREA = 4  # times the model's own
 MOST_SIZES = 8  # each is compiled anew
@@ -75,9 +77,19 @@ class Images:
     def __init__(self, service: Service) -> None:
         self.service = service
         self._sizes: set[tuple[int, int]] = set()
+        self._read = 0
 
     async def draw(self, request: Request) -> Response:
         """The picture as PNG, or {"error": ...}."""
+        if self._read >= MOST_READ:
+            return error(503, f"{self._read} requests are being read: try again later", RETRY)
+        self._read += 1
+        try:
+            return await self._answer(request)
+        finally:
+            self._read -= 1
+
+    async def _answer(self, request: Request) -> Response:
         loop, service = asyncio.get_running_loop(), self.service
         try:
             body = await asyncio.wait_for(_body(request), BODY_SECONDS)
@@ -92,7 +104,7 @@ class Images:
         except ValueError as wrong:
             return error(400, str(wrong))
         except Busy as busy:
-            return error(503, str(busy), {"retry-after": "5"})
+            return error(503, str(busy), RETRY)
         return Response(data, media_type="image/png", headers={"cache-control": "no-store"})
 
     async def _drawn(self, options: dict[str, Any]) -> np.ndarray:

@@ -12,13 +12,13 @@ import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from lcm_jax.stream.codec import Format
+from lcm_jax.stream.codec import Form
 from lcm_jax.stream.controls import Controls
 
 VERSION = 1
 FRAME, PICTURE, SAME = 1, 2, 3  # kinds of binary messages: to the server; to the client, with and without bytes
 MOST_TEXT = 65_536  # characters of a text message
-MOST_BYTES = 4_000_000  # of a binary one
+MOST_BYTES = 2_000_000  # of a binary one
 
 # Codes that a connection is closed with; from 4000 on they are this protocol's own.
 NORMAL, GOING_AWAY, TOO_BIG, FULL = 1000, 1001, 1009, 1013
@@ -50,7 +50,7 @@ class Message(NamedTuple):
 
     type: str
     controls: Mapping[str, Any]
-    form: Format
+    form: Form
 
 
 def pack(kind: int, sequence: int, shows: int = 0, body: bytes = b"") -> bytes:
@@ -94,11 +94,11 @@ def parse(text: str) -> Message:
     for key in own:
         if key not in _KEYS[kind]:
             raise ValueError(f"{key!r:.80} is no key of {kind}: known are {', '.join(sorted(_KEYS[kind])) or 'none'}")
-    controls, form = own.get("controls", {}), own.get("format", "jpeg")
+    controls, form = own.get("controls", {}), own.get("format", "auto")
     if not isinstance(controls, dict):
         raise ValueError(f"controls are {controls!r:.80}: give an object of names and values")
-    if form not in get_args(Format):
-        raise ValueError(f"format is {form!r:.80}: known are {', '.join(get_args(Format))}")
+    if form not in get_args(Form):
+        raise ValueError(f"format is {form!r:.80}: known are {', '.join(get_args(Form))}")
     return Message(kind, controls, form)
 
 

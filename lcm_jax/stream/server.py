@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -198,6 +199,7 @@ def address(config: Config, listener: socket.socket) -> str:
 
 def serve(pipe: Pipeline, config: Config) -> None:
     """Until SIGINT or SIGTERM. Listens first, so that a port which is taken costs no time, then compiles."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="lcm_jax")  # of each long prompt, and kept for ever
     with listen(config.host, config.port) as listener:
         service = Service(pipe, config)
         print(f"lcm-jax: compiling {config.model} for {config.size[0]} x {config.size[1]} pixels ...", flush=True)

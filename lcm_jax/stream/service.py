@@ -6,7 +6,7 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.stream.controls import Controls
@@ -15,9 +15,6 @@ from lcm_jax.stream.line import Line
 from lcm_jax.stream.protocol import GOING_AWAY, Bye
 from lcm_jax.stream.stream import Stream
 from lcm_jax.stream.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from lcm_jax.stream.connection import Connection
 
 SPARE_SOCKETS = 256  # connections beyond those that stream and wait: they are told that there is no room
 FAREWELL = 2.0  # seconds
@@ -66,6 +63,13 @@ def beginning(pipe: Pipeline, sampler: str, scale: float) -> Controls:
     return Controls(guidance="none" if alone else "full", scale=scale, steps=2, strength=0.6, similarity=0.98)
 
 
+class Client(Protocol):
+    """Who is connected."""
+
+    def leave(self, bye: Bye) -> asyncio.Task[Any]:
+        """End the connection. Gives a task that is done when it has ended."""
+
+
 class Service:
     """A pipeline, its engine, and who is connected."""
 
@@ -76,14 +80,12 @@ class Service:
         self.line = Line(config.max_sessions, config.max_waiting)
         self.telemetry = Telemetry()
         self.pool = ThreadPoolExecutor(max(2, min(os.cpu_count() or 2, 8)), "lcm-jax codec")
-        self.connections: set[Connection] = set()
+        self.connections: set[Client] = set()
         self.refused = 0
 
     def make(self, controls: Controls) -> Stream:
         """A session's stream."""
-        stream = Stream(self.pipe, size=self.config.size, sampler=self.config.sampler)
-        stream.set(**vars(controls))
-        return stream
+        return Stream(self.pipe, size=self.config.size, sampler=self.config.sampler, **vars(controls))
 
     @property
     def most_sockets(self) -> int:

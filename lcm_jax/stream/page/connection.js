@@ -27,7 +27,7 @@ export class Connection extends EventTarget {
     this.show("connecting", this.tries ? "Connecting again" : "Connecting");
     const socket = this.socket = new WebSocket(this.url);
     socket.binaryType = "arraybuffer";
-    socket.onopen = () => this.say("hello", { controls: this.controls(), format: "png" });
+    socket.onopen = () => this.say("hello", { controls: this.controls() });
     socket.onmessage = (event) => {
       if (typeof event.data === "string") this.onText(JSON.parse(event.data));
       else this.onBinary(event.data);
@@ -63,7 +63,7 @@ export class Connection extends EventTarget {
       this.tell("same", {});
     }
     this.sent.delete(shows);         // a frame that is shown again is not late
-    if (kind === PICTURE) this.tell("picture", { blob: new Blob([data.slice(HEADER)], { type: "image/png" }), captured });
+    if (kind === PICTURE) this.tell("picture", { blob: new Blob([data.slice(HEADER)]), captured });
   }
 
   // An answer to one frame says that those before it are answered or dropped. Their times are kept for a while, as a

@@ -85,7 +85,7 @@ def test_a_text_message_of_another_version_ends_the_connection(version: object) 
         ('{"v": 1, "type": ["set"]}', "known are"),
         ('{"v": 1, "type": "set", "contrls": {}}', "'contrls' is no key of set"),
         ('{"v": 1, "type": "set", "controls": []}', "give an object"),
-        ('{"v": 1, "type": "hello", "format": "webp"}', "known are jpeg, png"),
+        ('{"v": 1, "type": "hello", "format": "webp"}', "known are auto, jpeg, png"),
         ('{"v": 1, "type": "set", "controls": {"prompt": "' + "a" * 1_000_000 + '"}}', "65536 characters"),
     ],
 )
@@ -121,6 +121,11 @@ def test_png_loses_nothing_and_jpeg_little() -> None:
     there = decode(encode(smooth, "jpeg"))
     assert there.shape == smooth.shape
     assert np.abs(there.astype(int) - smooth).mean() < 3
+
+
+def test_small_pictures_are_sent_without_a_loss() -> None:
+    assert encode(picture(256, 256), "auto").startswith(b"\x89PNG")
+    assert encode(picture(256, 257), "auto").startswith(b"\xff\xd8")
 
 
 def test_transparency_is_white() -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -30,10 +31,11 @@ from websockets.sync.client import ClientConnection, connect
 import lcm_jax
 from lcm_jax.stream import Controls, Stream
 from lcm_jax.stream.codec import decode, encode
-from lcm_jax.stream.connection import MOST_MESSAGES
+from lcm_jax.stream.connection import MOST_MESSAGES, push
 from lcm_jax.stream.protocol import FRAME, MOST_BYTES, PICTURE, SAME, pack, unpack
 from lcm_jax.stream.server import FILES, PAGE, Server, listen
 from lcm_jax.stream.service import Config, Service
+from lcm_jax.stream.session import Answer, Frame
 
 SECONDS = 120.0
 START = Controls(prompt="a", similarity=None)
@@ -47,6 +49,32 @@ class Response:
 
     def json(self) -> Any:
         return json.loads(self.content)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "sent", "lost"),
+    [
+        ("AB", "AB", 0),
+        ("ABC", "BC", 1),
+        ("AB.", "B.", 1),
+        ("A..", "A.", 0),  # what says that A holds may only come after A
+        ("A...", "A.", 0),
+        ("A..B", "AB", 0),
+        ("..A", ".A", 0),
+        ("ABCDE.", "E.", 4),
+    ],
+)
+def test_a_picture_that_holds_is_sent_before_it_is_said_to_hold(drawn: str, sent: str, lost: int) -> None:
+    """Letters are pictures, dots answers without one; two wait to be sent."""
+    waiting: deque[Answer] = deque()
+    own = 0
+    for i, letter in enumerate(drawn):
+        frame = Frame(i, np.zeros((1, 1, 3), np.uint8), 0.0, 0.0)
+        picture = None if letter == "." else np.full((1, 1, 3), ord(letter), np.uint8)
+        own += push(waiting, Answer(frame, frame, True, picture, 0.0, 0.0, 0.0))
+    assert "".join("." if one.picture is None else chr(one.picture[0, 0, 0]) for one in waiting) == sent
+    assert waiting[-1].frame.sequence == len(drawn) - 1
+    assert own == lost
 
 
 class House:
@@ -705,6 +733,17 @@ def test_only_so_many_pictures_wait_and_streams_go_on(
         assert client.draw(0, moving[0]) is not None  # the first of its kind is compiled beside the streams
         type(pipe).allowed.set()
         assert [one.result().status for one in first] == [200, 200]
+    assert house.post({"prompt": "x"}).status == 200
+
+
+def test_only_so_many_requests_are_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lcm_jax.stream.images.MOST_READ", 2)
+    monkeypatch.setattr("lcm_jax.stream.images.BODY_SECONDS", 1.0)
+    slow = [socket.create_connection(("127.0.0.1", house.port)) for _ in range(2)]
+    for own in slow:  # the head of a request, whose body never comes
+        own.sendall(b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    house.until(lambda: house.post({"prompt": "x"}).status == 503)
+    assert all(own.recv(100).startswith(b"HTTP/1.1 408") for own in slow)
     assert house.post({"prompt": "x"}).status == 200
 
 
