@@ -104,6 +104,19 @@ def test_the_filters_answer_has_no_picture(engine: Engine, moving: list[np.ndarr
     assert client.of(Answer)[-2].saved == 0.75
 
 
+def test_a_frame_is_owed_until_an_answer_has_stood_for_it(engine: Engine, moving: list[np.ndarray]) -> None:
+    """One without a picture stands for its frame and for all before it."""
+    client = Client(engine, Controls(steps=3, similarity=0.9, max_skips=2))
+    client.draw([moving[i] for i in (0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4)])
+    stood: set[int] = set()
+    kinds = set()
+    for answer in client.of(Answer):
+        assert answer.owed == (answer.shows.sequence not in stood)
+        kinds.add((answer.picture is None, answer.owed))
+        stood |= {answer.shows.sequence} if answer.picture is not None else set(range(answer.frame.sequence + 1))
+    assert kinds == {(False, True), (False, False), (True, True)}
+
+
 @pytest.mark.parametrize("together", [1, 4])
 def test_sessions_are_isolated(make: Callable[[Controls], Stream], moving: list[np.ndarray], together: int) -> None:
     """One changes everything it can, all the time, and the other's pictures are bit for bit what they are alone."""
