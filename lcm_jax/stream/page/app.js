@@ -39,6 +39,7 @@ async function choose(name) {
   $("picture-tools").hidden = name !== "picture";
   $("camera-tools").hidden = name !== "camera";
   drawing.active = name === "draw";
+  repaint = true;
   source.classList.toggle("paper", drawing.active);
   try {
     await sources[name].start?.();
@@ -110,6 +111,7 @@ document.addEventListener("keydown", (event) => {
 // --- sending
 
 let [paused, sending, last] = [false, false, 0];
+let [version, still] = [0, null];   // how often the source has been painted; its frame, unless that has changed
 
 // By halves, so that every pixel counts: browsers scale by more than that with gaps.
 const halves = [document.createElement("canvas"), document.createElement("canvas")];
@@ -128,18 +130,29 @@ async function pump() {
   if (sending || paused || !connection.room) return;
   const now = performance.now();
   if (now - last < 1000 / RATE - 2) return;
-  [sending, last] = [true, now];
-  shrink(source, frame);
-  const kind = frame.width * frame.height <= LOSSLESS ? "image/png" : "image/jpeg";
-  const blob = await new Promise((done) => frame.toBlob(done, kind, 0.92));
-  sending = false;
-  if (blob && !paused) connection.send(blob, now);
+  last = now;
+  if (still === null) {
+    const painted = version;
+    sending = true;
+    shrink(source, frame);
+    const kind = frame.width * frame.height <= LOSSLESS ? "image/png" : "image/jpeg";
+    still = await new Promise((done) => frame.toBlob(done, kind, 0.92));
+    sending = false;
+    if (still && !paused) connection.send(still, now);
+    if (painted !== version) still = null;
+  } else connection.send(still, now);
 }
 
+let [repaint, painted] = [true, 0];
 function paint() {
-  const context = source.getContext("2d");
-  context.imageSmoothingQuality = "high";
-  sources[current].paint(context, source.width, source.height);
+  const now = performance.now();
+  if (now - painted >= 1000 / RATE - 4 && (sources[current].changed() || repaint)) {
+    [repaint, painted, still] = [false, now, null];
+    version++;
+    const context = source.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    sources[current].paint(context, source.width, source.height);
+  }
   pump();
 }
 const animate = () => { paint(); requestAnimationFrame(animate); };
@@ -225,6 +238,7 @@ connection.addEventListener("welcome", ({ detail }) => {
     canvas.style.aspectRatio = `${width} / ${height}`;
   }
   drawing.resize(source.width, source.height);
+  [repaint, still] = [true, null];
   latencies.length = 0;
   draw();
 });

@@ -12,7 +12,7 @@ export class Drawing {
     this.canvas = canvas;
     this.layer = document.createElement("canvas");
     this.context = this.layer.getContext("2d", { willReadFrequently: true });
-    Object.assign(this, { colour: COLOURS.yellow, width: 28, erasing: false, past: [], active: false, last: null });
+    Object.assign(this, { colour: COLOURS.yellow, width: 28, erasing: false, past: [], active: false, last: null, dirty: true });
     canvas.addEventListener("pointerdown", (event) => this.begin(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => { this.last = null; });
@@ -26,6 +26,7 @@ export class Drawing {
   }
 
   fill() {
+    this.dirty = true;
     this.context.fillStyle = "#ffffff";
     this.context.fillRect(0, 0, this.layer.width, this.layer.height);
   }
@@ -61,6 +62,13 @@ export class Drawing {
     c.resetTransform();
   }
 
+  // Since it was last asked.
+  changed() {
+    const was = this.dirty;
+    this.dirty = false;
+    return was;
+  }
+
   clear() {
     this.remember();
     this.fill();
@@ -73,6 +81,7 @@ export class Drawing {
 
   undo() {
     const before = this.past.pop();
+    this.dirty = true;
     if (before) this.context.putImageData(before, 0, 0);
   }
 
@@ -102,6 +111,7 @@ export class Drawing {
   }
 
   line(from, to) {
+    this.dirty = true;
     const c = this.context;
     c.strokeStyle = this.erasing ? "#ffffff" : this.colour;
     c.lineWidth = this.width * (this.layer.width / 512);

@@ -27,6 +27,12 @@ export class Video {
     await this.video.play();
   }
 
+  changed() {
+    const was = this.time;
+    this.time = this.video.currentTime;
+    return was !== this.time;
+  }
+
   stop() {
     for (const track of this.stream?.getTracks() ?? []) track.stop();
     this.video.srcObject = null;
@@ -51,9 +57,16 @@ export class Picture {
   async open(file) {
     try {
       this.image = await createImageBitmap(file);
+      this.dirty = true;
     } catch {
       throw new Error(`${file.name} is no picture that this browser can read`);
     }
+  }
+
+  changed() {
+    const was = this.dirty;
+    this.dirty = false;
+    return was;
   }
 
   paint(context, width, height) {

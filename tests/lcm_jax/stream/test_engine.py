@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -65,13 +66,23 @@ def make(light_pipe: Any) -> Callable[[Controls], Stream]:
 
 
 @pytest.fixture
-def engine(make: Callable[[Controls], Stream]) -> Iterator[Engine]:
-    engine = Engine(make)
-    engine.warm(Controls())
-    engine.start()
-    yield engine
-    engine.stop()
-    assert not engine.alive
+def begin(make: Callable[[Controls], Stream]) -> Iterator[Callable[..., Engine]]:
+    """Engines that are stopped in the end, as no thread of theirs would let Python end."""
+    with ExitStack() as stack:
+
+        def begin(**options: Any) -> Engine:
+            engine = Engine(make, **options)
+            engine.warm(Controls())
+            stack.callback(engine.stop)
+            engine.start()
+            return engine
+
+        yield begin
+
+
+@pytest.fixture
+def engine(begin: Callable[..., Engine]) -> Engine:
+    return begin()
 
 
 @pytest.fixture
@@ -118,10 +129,11 @@ def test_a_frame_is_owed_until_an_answer_has_stood_for_it(engine: Engine, moving
 
 
 @pytest.mark.parametrize("together", [1, 4])
-def test_sessions_are_isolated(make: Callable[[Controls], Stream], moving: list[np.ndarray], together: int) -> None:
+def test_sessions_are_isolated(
+    begin: Callable[..., Engine], make: Callable[[Controls], Stream], moving: list[np.ndarray], together: int
+) -> None:
     """One changes everything it can, all the time, and the other's pictures are bit for bit what they are alone."""
-    engine = Engine(make, together=together)
-    engine.start()
+    engine = begin(together=together)
     calm, wild = Controls(prompt="a", seed=1), Controls(prompt="b", seed=2)
     solo = make(calm)
     alone = [solo(moving[i % 8]) for i in range(4 * WORTH)]
@@ -137,21 +149,18 @@ def test_sessions_are_isolated(make: Callable[[Controls], Stream], moving: list[
         assert np.array_equal(first.wait(Answer, i + 1).picture, alone[i]), i
     second.wait(Answer, WORTH)
     assert not np.array_equal(second.of(Answer)[WORTH - 1].picture, alone[WORTH - 1])
-    engine.stop()
 
 
 def test_sessions_share_a_call_when_they_meet_often(
-    make: Callable[[Controls], Stream], moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+    begin: Callable[..., Engine], moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lcm_jax.stream import engine as module
 
     sizes: list[int] = []
     original = module.run
     monkeypatch.setattr(module, "run", lambda jobs: sizes.append(len(jobs)) or original(jobs))
-    engine = Engine(make, together=4)
-    engine.warm(Controls())
+    engine = begin(together=4)
     clients = [Client(engine, Controls(prompt=text)) for text in "abc"]
-    engine.start()
     for client in clients:
         client.wait(Now)
     deadline = time.monotonic() + SECONDS
@@ -163,7 +172,6 @@ def test_sessions_share_a_call_when_they_meet_often(
         i += 1
         for client in clients:
             client.wait(Answer, i)
-    engine.stop()
     assert sizes[:3] == [1, 1, 1]
     assert 2 in sizes
     assert max(sizes) == 2  # of three, two together and one alone
@@ -299,9 +307,7 @@ def test_a_session_that_is_closed_is_forgotten(engine: Engine, moving: list[np.n
     assert stream() is None
 
 
-def test_stopping_waits_for_the_turn_and_cancels_what_waits(make: Callable[[Controls], Stream]) -> None:
-    engine = Engine(make)
-    engine.start()
+def test_stopping_waits_for_the_turn_and_cancels_what_waits(engine: Engine) -> None:
     engine.call("key", int).result(SECONDS)
     going = threading.Event()
     running = engine.call("key", lambda: going.set() or time.sleep(0.3) or "done")
