@@ -91,8 +91,9 @@ class Prompts:
         return out
 
     def shapes(self, params: Mapping[str, Params]) -> dict[str, tuple[int, ...]]:
-        """Of the conditioning of one text (SD and SD3)."""
-        out = jax.eval_shape(self._encode, [params[name] for name in self.modules], self.tokenize([""]), None)
+        """Of the conditioning of one text."""
+        sizes = jax.ShapeDtypeStruct((1, 6), jnp.float32) if self.family == "sdxl" else None
+        out = jax.eval_shape(self._encode, [params[name] for name in self.modules], self.tokenize([""]), sizes)
         return {name: leaf.shape for name, leaf in out.items()}
 
     @cached_property

@@ -33,12 +33,15 @@ _SETTINGS = (
 )
 
 
-def load_component(folder: Path, name: str, *, dtype: Any = jnp.float32, variant: str | None = None) -> Component:
+def load_component(
+    folder: Path, name: str, *, dtype: Any = jnp.float32, variant: str | None = None, scan: bool = False
+) -> Component:
     """Read `folder`/`name`. dtype: of parameters and computation; float32 for weights that overflow in float16.
 
-    variant: such as "fp16", of the file's name. Errors name the file and what does not fit.
+    variant: such as "fp16", of the file's name. scan: stack the layers that are alike, of networks that can. Errors
+    name the file and what does not fit.
     """
-    return to_component(read_part(folder / name, variant=variant), dtype=dtype)
+    return to_component(read_part(folder / name, variant=variant), dtype=dtype, scan=scan)
 
 
 def save_component(

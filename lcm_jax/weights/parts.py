@@ -15,7 +15,7 @@ from lcm_jax.typing import Params
 from lcm_jax.weights.engine import Shardings, check, from_torch, to_torch, torch_shapes
 from lcm_jax.weights.families import FAMILIES, TOWER, class_name
 from lcm_jax.weights.files import load_tensors, read_json, save_tensors, write_json
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.shapes import abstract_params, stacking
 
 
 class Part(NamedTuple):
@@ -132,7 +132,9 @@ def check_part(part: Part) -> None:
     )
 
 
-def to_component(part: Part, *, dtype: Any = jnp.float32, shardings: Shardings | None = None) -> Component:
+def to_component(
+    part: Part, *, dtype: Any = jnp.float32, shardings: Shardings | None = None, scan: bool = False
+) -> Component:
     """The network; its parameters are placed on the device when first asked for, and until then stay in the file.
 
     dtype: of both; float32 for weights that overflow in float16. Raises one ValueError for all that does not fit, at
@@ -141,12 +143,12 @@ def to_component(part: Part, *, dtype: Any = jnp.float32, shardings: Shardings |
     family = FAMILIES[part.kind]
     if dtype == jnp.float16 and getattr(part.config, "force_upcast", False):
         dtype = jnp.float32
-    module = family.build(part.config, dtype=dtype)
+    module = family.build(part.config, dtype=dtype, **stacking(scan))
     check_part(part)
     place = partial(
         from_torch,
         part.tensors,
-        abstract_params(part.kind, part.config),
+        abstract_params(part.kind, part.config, scan),
         family.rules,
         dtype=dtype,
         optional=family.optional,

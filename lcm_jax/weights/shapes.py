@@ -26,19 +26,21 @@ _WORTH_KEEPING = 0.1  # seconds
 
 
 @lru_cache(maxsize=64)
-def abstract_params(kind: str, config: Any) -> Params:
+def abstract_params(kind: str, config: Any, scan: bool = False) -> Params:
     """The parameters of a class of `FAMILIES` as a tree of ShapeDtypeStruct, which is shared: do not change it.
+
+    scan: with the layers that are alike stacked, of networks that can.
 
     What took long to trace is kept in `cache_dir()`, under a digest of the networks' code and the config.
     """
-    named = f"{_code()} {kind} {config!r}"
+    named = f"{_code()} {kind} {config!r}{' scan' * scan}"
     place = cache_dir() / "shapes" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         leaves = read_json(place).items()
         kept = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (dtype, *shape) in leaves}
         return traverse_util.unflatten_dict(kept, sep="/")
     start = time.perf_counter()
-    params = _trace(kind, config)
+    params = _trace(kind, config, scan)
     if time.perf_counter() - start > _WORTH_KEEPING:
         leaves = traverse_util.flatten_dict(params, sep="/")
         with contextlib.suppress(OSError):  # a home that cannot be written to
@@ -46,9 +48,14 @@ def abstract_params(kind: str, config: Any) -> Params:
     return params
 
 
-def _trace(kind: str, config: Any) -> Params:
+def stacking(scan: bool) -> dict[str, bool]:
+    """The option of networks that can stack their layers, where it is asked for."""
+    return {"scan": True} if scan else {}
+
+
+def _trace(kind: str, config: Any, scan: bool) -> Params:
     family = FAMILIES[kind]
-    module = family.build(config)
+    module = family.build(config, **stacking(scan))
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *family.example(config))["params"])
 
 

@@ -43,6 +43,7 @@ class DiffusionTask(LatentTask):
     objective: Diffusion = Diffusion(schedule=DDPM())
     preview_steps: int = 25
     preview_guidance: float = 3.0
+    scan: bool = False  # compile one of the blocks that are alike; see the network
     remat: bool = False
     dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
 
@@ -51,8 +52,8 @@ class DiffusionTask(LatentTask):
         check_fit(self.net, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open()
         batches = self.batches(conditioner, sources)
-        net = build_net(self.net, dtype=self.dtype, remat=self.remat)
-        null = conditioner.encode_text([""])
+        net = build_net(self.net, dtype=self.dtype, remat=self.remat, scan=self.scan)
+        null = conditioner.null
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
@@ -128,6 +129,9 @@ def initial(net: Any) -> Callable[[Key], Params]:
     return lambda key: net.init(key, *family.example(net.config))["params"]
 
 
-def build_net(config: Denoiser, *, dtype: str, remat: bool, attention: Implementation | None = None) -> Any:
+def build_net(
+    config: Denoiser, *, dtype: str, remat: bool, scan: bool = False, attention: Implementation | None = None
+) -> Any:
     """The module of a denoiser's config. attention: the kernel; None chooses by platform and precision."""
-    return denoiser_of(config)[1].build(config, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
+    options = {"dtype": jnp.dtype(dtype), "remat": remat, "scan": scan, "attention": attention}
+    return denoiser_of(config)[1].build(config, **options)

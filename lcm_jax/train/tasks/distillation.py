@@ -22,7 +22,7 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
-from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
+from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
 from lcm_jax.weights.families import DENOISERS, denoiser_of
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component, load_component
@@ -67,90 +67,44 @@ class DistillationTask(LatentTask):
     image_encoder: str = "openmoji"  # a model whose image tower a discriminator of pictures looks through
     preview_guidance: float = 3.0
     preview_steps: int = 4
+    scan: bool = False  # compile one of the blocks that are alike; see the network
     remat: bool = False
     dtype: str = "float32"
+    teacher_dtype: str = "float32"  # of the teacher's parameters
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.scan:
+            raise ValueError("task.scan with task.lora: adapters are for each layer, so leave scan out")
 
     def build(self) -> Task:
         location = locate(self.teacher)
         scheduler = location.at("scheduler") / "scheduler_config.json"
         schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
-        embed_w = self.objective.embed_w and self.lora is None
-        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
-        if kind == "epsilon" and float(schedule.alpha(schedule.t_max)) == 0.0:
-            raise ValueError(
-                f"{self.teacher} predicts epsilon, which at the end of a schedule of zero terminal SNR says nothing of "
-                "the picture: few-step students need v_prediction or flow"
-            )
-        if self.lora is not None and objective.spans:
-            raise ValueError("the objective tells the student how far a step reaches, which a LoRA's network cannot be")
-        if objective.needs_w and not embed_w and objective.w_min < objective.w_max:
-            raise ValueError(
-                f"the objective tells the student its guidance, w from {objective.w_min} to {objective.w_max}, which a "
-                "network without a w-embedding, such as a LoRA's, cannot be: set w_min and w_max to one value"
-            )
+        objective = self._objective(schedule, kind)
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
-        teacher: Component = load_component(location.path, location.place(part))
+        dtype = jnp.dtype(self.teacher_dtype)
+        teacher = load_component(location.path, location.place(part), dtype=dtype, scan=self.scan)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open()
         first = teacher.params
         if self.start is not None:
-            if self.lora is not None:
-                raise ValueError("task.start is for whole students; a LoRA starts from its teacher")
             begun = locate(self.start)
-            student_net, first = load_component(begun.path, begun.place(part))
+            student_net, first = load_component(begun.path, begun.place(part), scan=self.scan)
             config = student_net.config
-        if embed_w and config.time_cond_proj_dim is None:
-            config = replace(config, time_cond_proj_dim=self.guidance_dim)
-        config = replace(config, span_embedding=config.span_embedding or objective.spans)
+        net = self._student(config, objective)
+        config = net.config
         embeds_guidance = config.time_cond_proj_dim is not None
-        kernel: Implementation | None = "xla" if objective.forward_mode else None
-        net = build_net(config, dtype=self.dtype, remat=self.remat, attention=kernel)
-        null = conditioner.encode_text([""])
-        critic = self.critic(objective, net, conditioner) if objective.adversarial else None
-        adapted = self.lora
+        critic = self.critic(objective, net, conditioner.vae) if objective.adversarial else None
+        learner = Learner(net=net, objective=objective, lora=self.lora, critic=critic)
+        frozen = {"teacher": teacher.params, "null": conditioner.null, "vae": conditioner.vae.params, **learner.frozen}
 
         def init(key: Key) -> Params:
-            if adapted is not None:
-                own = lora.init(key, teacher.params, rank=adapted.rank, alpha=adapted.alpha, targets=adapted.targets)
-            else:
-                own = graft(initial(net)(key), first)
-            others = dict(objective.others(key, jax.tree.map(jnp.copy, teacher.params)))
-            if critic is not None:
-                others["heads"] = critic.init(key, teacher.params, null)
-            return {"student": own, "others": others} if others else own
+            return learner.begin(key, first, frozen)
 
         jax.eval_shape(init, jax.random.key(0))  # so that what does not fit is said before the pictures are encoded
         batches = self.batches(conditioner, sources)
-
-        def split(params: Params) -> tuple[Params, Any]:
-            pair = isinstance(params, dict) and params.keys() == {"student", "others"}
-            return (params["student"], params["others"]) if pair else (params, None)
-
-        def student(params: Params, frozen: Params, key: Key | None = None) -> Params:
-            own = split(params)[0]
-            if adapted is None:
-                return own
-            drops = None if key is None or adapted.dropout == 0.0 else lora.Dropout(key=key, rate=adapted.dropout)
-            return lora.Adapted(frozen["teacher"], own, drops)
-
-        def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
-        ) -> tuple[Array, Metrics]:
-            draw, rest = jax.random.split(key)
-            nets = Nets(
-                as_apply(net),
-                student(params, frozen, jax.random.fold_in(key, 2)),
-                student(ema, frozen) if objective.needs_target else None,
-                frozen["teacher"],
-                frozen["null"],
-                others=split(params)[1],
-                critic=None if critic is None else critic.bind(frozen),
-                step=step,
-            )
-            return objective(nets, draw_latents(draw, batch), rest)
-
         generator = Generator(
             net=net,
             vae=conditioner.vae.module,
@@ -172,7 +126,7 @@ class DistillationTask(LatentTask):
 
         def export(ema: Params, path: Path) -> None:
             own = jax.device_get(split(ema)[0])
-            if adapted is not None:
+            if self.lora is not None:
                 path.mkdir(parents=True, exist_ok=True)
                 save_lora(path / "pytorch_lora_weights.safetensors", own, denoiser_of(config)[1].rules)
                 return
@@ -180,32 +134,55 @@ class DistillationTask(LatentTask):
 
         return Task(
             init=init,
-            loss=loss,
-            frozen={
-                "teacher": teacher.params,
-                "null": null,
-                "vae": conditioner.vae.params,
-                **({} if critic is None else critic.frozen),
-            },
+            loss=learner.loss,
+            frozen=frozen,
             batches=batches,
-            preview=lambda ema, frozen: show(student(ema, frozen), frozen["vae"]),
+            preview=lambda ema, frozen: show(learner.student(ema, frozen), frozen["vae"]),
             export=export,
             optimizer=partial(by_tree, every=objective.updates, rate=self.rate_of_others),
         )
 
-    def critic(self, objective: FewStep, net: Any, conditioner: Conditioner) -> Discriminator:
+    def _objective(self, schedule: Schedule, kind: Kind) -> FewStep:
+        """The objective on the teacher's schedule; ValueError for what does not go together."""
+        embed_w = self.objective.embed_w and self.lora is None
+        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
+        if kind == "epsilon" and float(schedule.alpha(schedule.t_max)) == 0.0:
+            raise ValueError(
+                f"{self.teacher} predicts epsilon, which at the end of a schedule of zero terminal SNR says nothing of "
+                "the picture: few-step students need v_prediction or flow"
+            )
+        if self.lora is not None and objective.spans:
+            raise ValueError("the objective tells the student how far a step reaches, which a LoRA's network cannot be")
+        if objective.needs_w and not embed_w and objective.w_min < objective.w_max:
+            raise ValueError(
+                f"the objective tells the student its guidance, w from {objective.w_min} to {objective.w_max}, which a "
+                "network without a w-embedding, such as a LoRA's, cannot be: set w_min and w_max to one value"
+            )
+        if self.lora is not None and self.start is not None:
+            raise ValueError("task.start is for whole students; a LoRA starts from its teacher")
+        return objective
+
+    def _student(self, config: Any, objective: FewStep) -> Any:
+        """The student's network. config: of what it starts as."""
+        if objective.embed_w and config.time_cond_proj_dim is None:
+            config = replace(config, time_cond_proj_dim=self.guidance_dim)
+        config = replace(config, span_embedding=config.span_embedding or objective.spans)
+        kernel: Implementation | None = "xla" if objective.forward_mode else None
+        return build_net(config, dtype=self.dtype, remat=self.remat, scan=self.scan, attention=kernel)
+
+    def critic(self, objective: FewStep, net: Any, around: Component) -> Discriminator:
         """Heads on the teacher's blocks, or on the image tower's layers where the objective shows it pictures."""
         if not objective.judges_pictures:
             return Discriminator(features=partial(features, net), net=net, frozen={})
         at = locate(self.image_encoder)
-        tower, vae = load_component(at.path, at.place("image_encoder")), conditioner.vae.module
+        tower, vae = load_component(at.path, at.place("image_encoder")), around.module
 
         def look(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
             pictures = vae.apply({"params": params["vae"]}, unscale(x, vae.config), method="decode")
             seen = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
             return [seen.last_hidden]
 
-        frozen = {"vae": conditioner.vae.params, "tower": tower.params}
+        frozen = {"vae": around.params, "tower": tower.params}
         return Discriminator(features=look, net=net, frozen={"eyes": frozen})
 
 
@@ -233,11 +210,69 @@ class Discriminator:
         side, channels = self.net.config.sample_size, self.net.config.in_channels
         base = self.frozen["eyes"] if self.frozen else teacher
 
-        def seen() -> list[Array]:
+        def seen(base: Params, null: Cond) -> list[Array]:
             return self.features(base, jnp.zeros((1, side, side, channels)), jnp.zeros(1), null)
 
-        shapes = jax.eval_shape(seen)
+        shapes = jax.eval_shape(seen, base, null)
         return Heads().init(key, [jnp.zeros(leaf.shape) for leaf in shapes])["params"]
+
+
+def split(params: Params) -> tuple[Params, Any]:
+    """The student, and what is trained beside it, if anything is."""
+    pair = isinstance(params, dict) and params.keys() == {"student", "others"}
+    return (params["student"], params["others"]) if pair else (params, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What is pure in a distillation: how the student begins, and its loss."""
+
+    net: Any
+    objective: FewStep
+    lora: LoraConfig | None
+    critic: Discriminator | None
+
+    @property
+    def frozen(self) -> dict[str, Params]:
+        """What the loss needs of the frozen trees besides teacher and null."""
+        return {} if self.critic is None else self.critic.frozen
+
+    def begin(self, key: Key, first: Params, frozen: Params) -> Params:
+        """The trained trees before the first step. first: what a whole student is a copy of."""
+        teacher = frozen["teacher"]
+        if self.lora is not None:
+            own = lora.init(key, teacher, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.lora.targets)
+        else:
+            own = graft(initial(self.net)(key), first)
+        others = dict(self.objective.others(key, jax.tree.map(jnp.copy, teacher)))
+        if self.critic is not None:
+            others["heads"] = self.critic.init(key, teacher, frozen["null"])
+        return {"student": own, "others": others} if others else own
+
+    def student(self, params: Params, frozen: Params, key: Key | None = None) -> Params:
+        """The student's parameters; of a LoRA adapters on the teacher's. key: of their dropout, in training."""
+        own = split(params)[0]
+        if self.lora is None:
+            return own
+        drops = None if key is None or self.lora.dropout == 0.0 else lora.Dropout(key=key, rate=self.lora.dropout)
+        return lora.Adapted(frozen["teacher"], own, drops)
+
+    def loss(
+        self, params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+    ) -> tuple[Array, Metrics]:
+        """As the training step takes it."""
+        draw, rest = jax.random.split(key)
+        nets = Nets(
+            as_apply(self.net),
+            self.student(params, frozen, jax.random.fold_in(key, 2)),
+            self.student(ema, frozen) if self.objective.needs_target else None,
+            frozen["teacher"],
+            frozen["null"],
+            others=split(params)[1],
+            critic=None if self.critic is None else self.critic.bind(frozen),
+            step=step,
+        )
+        return self.objective(nets, draw_latents(draw, batch), rest)
 
 
 def by_tree(tx: optax.GradientTransformation, *, every: Mapping[str, int], rate: float) -> optax.GradientTransformation:
@@ -272,5 +307,5 @@ def _due(period: int, step: Array, **_: Any) -> Array:
 def graft(fresh: Params, trained: Params) -> Params:
     """`fresh` with every leaf that `trained` has; what is new (an embedding) keeps its zero initialisation."""
     if not isinstance(fresh, dict):
-        return trained
+        return trained.astype(fresh.dtype)
     return {key: graft(value, trained[key]) if key in trained else value for key, value in fresh.items()}

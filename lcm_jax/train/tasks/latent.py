@@ -26,17 +26,18 @@ from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.scheduler import scheduler_config
-from mmdit.text import Tokenizer
+from mmdit.text import Tokenizer, size_ids, zero_prompt
 from vae16 import scale
 
 ENCODE_BATCH = 32
+FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioner:
     """The frozen networks around the one that learns, and how captions become its conditioning.
 
-    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, one with a T5 as Stable Diffusion 3 does.
+    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, with two as SDXL, with three as SD3.
     """
 
     vae: Component
@@ -48,14 +49,14 @@ class Conditioner:
     def load(cls, vae: str, text: str) -> Conditioner:
         """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers."""
         vae_at, text_at = locate(vae), locate(text)
-        sd3 = text_at.at("text_encoder_3").is_dir()
-        names = tuple(TOKENIZERS) if sd3 else ("text_encoder",)
+        names = tuple(name for name in TOKENIZERS if text_at.at(name).is_dir()) or ("text_encoder",)
+        family = FAMILY_OF[names[-1]]
         texts = {name: load_component(text_at.path, text_at.place(name)) for name in names}
         prompts = Prompts(
             modules={name: part.module for name, part in texts.items()},
             tokenizers={name: Tokenizer.load(text_at.at(TOKENIZERS[name])) for name in names},
-            family="sd3" if sd3 else "sd",
-            width=texts["text_encoder_3"].module.config.d_model if sd3 else 0,
+            family=family,
+            width=texts["text_encoder_3"].module.config.d_model if family == "sd3" else 0,
         )
         digest = hashlib.sha256()
         for path in (vae_at.at("vae"), *map(text_at.at, names)):
@@ -74,9 +75,27 @@ class Conditioner:
         """Channels of each leaf of the conditioning."""
         return {name: shape[-1] for name, shape in self.prompts.shapes(self.params).items()}
 
-    def encode_text(self, captions: list[str]) -> dict[str, Array]:
-        """Captions to conditioning: {"context": (n, l, d)}, of three encoders "pooled" (n, p) too."""
-        return self.prompts(self.params, captions)
+    def encode_text(
+        self, captions: list[str], size: Size | None = None, params: Mapping[str, Params] | None = None
+    ) -> dict[str, Array]:
+        """Captions to conditioning: {"context": (n, l, d)}, of several encoders "pooled" (n, p) too, and of SDXL
+        "time_ids" (n, 6), of a picture of `size` (None: the autoencoder's) of which nothing was cut off.
+
+        params: of the text encoders, where they learn.
+        """
+        side = self.vae.module.config.sample_size
+        sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
+        return self.prompts(self.params if params is None else params, captions, sizes)
+
+    def empty(self, n: int = 1, params: Mapping[str, Params] | None = None) -> dict[str, Array]:
+        """The conditioning of n empty prompts; SDXL's are zeros."""
+        cond = self.encode_text([""] * n, params=params)
+        return zero_prompt(cond) if self.prompts.family == "sdxl" else cond
+
+    @cached_property
+    def null(self) -> dict[str, Array]:
+        """What stands in a caption's place: `empty` less SDXL's time_ids, which tell of the picture."""
+        return {name: leaf for name, leaf in self.empty().items() if name != "time_ids"}
 
     def encode_source(self, source: Source, described: dict[str, Any], *, synthetic: bool = False) -> Cache:
         """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once.
@@ -96,11 +115,12 @@ class Conditioner:
                 records: list[Any] = [source[i] for i in range(start, min(start + ENCODE_BATCH, len(source)))]
                 fill = ENCODE_BATCH - len(records)  # one shape, one compilation
                 images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
+                size = (images.shape[1], images.shape[2])
                 mean, std = encode(self.vae.params, images)
                 columns = {"mean": mean, "std": std}
                 for prefix in ("", SYNTHETIC) if synthetic else ("",):
                     captions = [r[f"{prefix}caption"] for r in records] + [""] * fill
-                    columns |= {f"{prefix}{name}": leaf for name, leaf in self.encode_text(captions).items()}
+                    columns |= {f"{prefix}{name}": leaf for name, leaf in self.encode_text(captions, size).items()}
                 arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
                 for i in range(len(records)):
                     yield {name: array[i] for name, array in arrays.items()}
@@ -150,7 +170,7 @@ def preview(
     n, spec = len(captions), SAMPLERS[sampler]
 
     def encode(texts: Mapping[str, Params]) -> list[dict[str, Array]]:
-        return [conditioner.prompts(texts, each) for each in (captions, [""] * n)]
+        return [conditioner.encode_text(captions, params=texts), conditioner.empty(n, texts)]
 
     still = encode(conditioner.params)
     times = time_grid(spec, generator.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
