@@ -18,9 +18,10 @@ from lcm_jax.objectives import Diffusion, validation_loss
 from lcm_jax.pictures import check_size
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
-from lcm_jax.train.step import Metrics
+from lcm_jax.train.step import Loss, Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
+from lcm_jax.train.tasks.outline import outlined, surroundings
 from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import Component
@@ -52,14 +53,7 @@ class DiffusionTask(LatentTask):
         check_fit(self.net, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open()
         batches = self.batches(conditioner, sources)
-        net = build_net(self.net, dtype=self.dtype, remat=self.remat, scan=self.scan)
-        null = conditioner.null
-
-        def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
-        ) -> tuple[Array, Metrics]:
-            draw, rest = jax.random.split(key)
-            return self.objective(Nets(as_apply(net), params, null=frozen["null"]), draw_latents(draw, batch), rest)
+        net = self._net()
 
         sampler = "ddim" if isinstance(self.objective.schedule, DDPM) else "euler"
         generator = Generator(
@@ -89,8 +83,8 @@ class DiffusionTask(LatentTask):
 
         return Task(
             init=initial(net),
-            loss=loss,
-            frozen={"null": null, "vae": conditioner.vae.params},
+            loss=self._loss(net),
+            frozen={"null": conditioner.null, "vae": conditioner.vae.params},
             batches=batches,
             preview=lambda ema, frozen: {
                 "validation_loss": float(held_out_loss(ema, held_out)),
@@ -98,6 +92,24 @@ class DiffusionTask(LatentTask):
             },
             export=export,
         )
+
+    def outline(self) -> Task:
+        """The task in shapes alone: no weights and no data are read, and nothing but its step can be compiled."""
+        net = self._net()
+        frozen, batch = surroundings(self.net, self.vae, self.text, self.data.sizes[0])
+        return outlined(initial(net), self._loss(net), frozen, batch)
+
+    def _net(self) -> Any:
+        return build_net(self.net, dtype=self.dtype, remat=self.remat, scan=self.scan)
+
+    def _loss(self, net: Any) -> Loss:
+        def loss(
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            draw, rest = jax.random.split(key)
+            return self.objective(Nets(as_apply(net), params, null=frozen["null"]), draw_latents(draw, batch), rest)
+
+        return loss
 
 
 def check_fit(net: Denoiser, conditioner: Conditioner, sizes: Sequence[Size]) -> None:

@@ -22,6 +22,7 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
+from lcm_jax.train.tasks.outline import cast, needs, outline_of, outlined, surroundings
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
 from lcm_jax.weights.families import DENOISERS, denoiser_of
 from lcm_jax.weights.files import read_json
@@ -31,7 +32,7 @@ from lcm_jax.weights.lora import save_lora
 from lcm_jax.weights.scheduler import read_scheduler
 from mmdit.attention import Implementation
 from mmdit.text import normalize_images
-from vae16 import unscale
+from vae16 import AutoencoderKL, unscale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,26 @@ class DistillationTask(LatentTask):
             export=export,
             optimizer=partial(by_tree, every=objective.updates, rate=self.rate_of_others),
         )
+
+    def outline(self) -> Task:
+        """The task in shapes alone: no weights and no data are read, and nothing but its step can be compiled."""
+        teacher = outline_of(self.teacher)
+        objective = self._objective(needs(self.teacher, "schedule"), needs(self.teacher, "kind"))
+        net = self._student(teacher.net if self.start is None else needs(self.start, "net"), objective)
+        frozen, batch = surroundings(needs(self.teacher, "net"), self.vae, self.text, self.data.sizes[0])
+        around = Component(AutoencoderKL(needs(self.vae, "vae")), frozen["vae"])
+        critic = self.critic(objective, net, around) if objective.adversarial else None
+        learner = Learner(net=net, objective=objective, lora=self.lora, critic=critic)
+        base = build_net(teacher.net, dtype=self.dtype, remat=self.remat, scan=self.scan)
+        first = jax.eval_shape(initial(base), jax.random.key(0))
+        frozen |= {"teacher": cast(first, jnp.dtype(self.teacher_dtype)), **learner.frozen}
+
+        def begin(key: Key) -> Params:
+            shapes = jax.eval_shape(learner.begin, key, first, frozen)
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        optimizer = partial(by_tree, every=objective.updates, rate=self.rate_of_others)
+        return outlined(begin, learner.loss, frozen, batch, optimizer)
 
     def _objective(self, schedule: Schedule, kind: Kind) -> FewStep:
         """The objective on the teacher's schedule; ValueError for what does not go together."""

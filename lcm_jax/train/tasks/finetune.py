@@ -89,6 +89,8 @@ class FinetuneTask:
         texts = [
             n for n, text in conditioner.texts.items() if self.train_text and not isinstance(text.module, T5Encoder)
         ]
+        if texts and conditioner.prompts.family == "sdxl":
+            raise ValueError("task.train_text: the text encoders of an SDXL do not learn here; leave it out")
         networks = {NET: base.params, **(conditioner.params if texts else {})}
         learners = Learners(networks=networks, texts=texts, lora=self.lora)
         jax.eval_shape(learners.init, jax.random.key(0))  # says what is wrong with rank and targets
@@ -155,7 +157,7 @@ class FinetuneTask:
             loss=loss,
             frozen={
                 "networks": learners.frozen,
-                "null": conditioner.encode_text([""]),
+                "null": conditioner.null,
                 "vae": conditioner.vae.params,
             },
             batches=loader(Beside(kinds=kinds)),
@@ -177,7 +179,7 @@ class FinetuneTask:
         """
         spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
         times = time_grid(spec, generator.schedule, self.class_steps, spacing=spacing)
-        cond, null = (conditioner.encode_text([text] * DRAWN) for text in (self.class_prompt, ""))
+        cond, null = conditioner.encode_text([self.class_prompt] * DRAWN), conditioner.empty(DRAWN)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
 

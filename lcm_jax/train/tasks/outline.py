@@ -1,0 +1,156 @@
+"""A training's shapes without its weights and data: what follows from the configs of its models alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcm_jax.data.images import Size
+from lcm_jax.nets import SD15, SDXL
+from lcm_jax.prompts import Prompts
+from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.train.loop import Task
+from lcm_jax.train.step import Loss
+from lcm_jax.train.tasks.latent import FAMILY_OF
+from lcm_jax.typing import Key, Kind, Params, Schedule
+from lcm_jax.weights.families import DENOISERS, FAMILIES, denoiser_of
+from lcm_jax.weights.files import read_json
+from lcm_jax.weights.folders import TOKENIZERS
+from lcm_jax.weights.hub import locate
+from lcm_jax.weights.parts import config_of
+from lcm_jax.weights.scheduler import read_scheduler
+from mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
+from mmdit.text import Tokenizer
+from vae16 import AutoencoderConfig
+
+Shapes = Any  # a tree of ShapeDtypeStruct
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """Of a model. net: the denoiser's config. tokens: of a prompt, in the conditioning's `context`."""
+
+    net: Any
+    vae: AutoencoderConfig
+    tokens: int
+    schedule: Schedule
+    kind: Kind
+
+
+_VAE = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+_VAE_SDXL = replace(_VAE, scaling_factor=0.13025, sample_size=1024)
+_VAE_SD3 = replace(
+    _VAE, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305,
+    shift_factor=0.0609, sample_size=1024,
+)  # fmt: skip
+_SD = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def _sd3(net: Any) -> Outline:
+    return Outline(net=net, vae=_VAE_SD3, tokens=77 + 256, schedule=RectifiedFlow(shift=3.0), kind="flow")
+
+
+# What the repositories hold, so that a plan needs no connection; of all others the config.json files are read.
+PUBLISHED: Mapping[str, Outline] = MappingProxyType(
+    {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": Outline(
+            net=SD15, vae=_VAE, tokens=77, schedule=_SD, kind="epsilon"
+        ),
+        "stabilityai/stable-diffusion-xl-base-1.0": Outline(
+            net=SDXL, vae=_VAE_SDXL, tokens=77, schedule=_SD, kind="epsilon"
+        ),
+        "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(SD3_MEDIUM),
+        "stabilityai/stable-diffusion-3.5-medium": _sd3(SD35_MEDIUM),
+        "stabilityai/stable-diffusion-3.5-large": _sd3(SD35_LARGE),
+    }
+)
+
+
+def outline_of(model: str) -> Outline:
+    """Of a published model, or of a bundled name, folder or hub id, of which no weights are read.
+
+    What a folder does not hold is None or 0; `needs` says so where it is asked for.
+    """
+    if model in PUBLISHED:
+        return PUBLISHED[model]
+    location = locate(model, weights=False)
+    names = [name for name in (*DENOISERS, "vae", *TOKENIZERS) if location.at(name).is_dir()]
+    parts = {name: config_of(location.at(name) / "config.json") for name in names}
+    configs = {name: config for name, (_, config) in parts.items()}
+    scheduler = location.at("scheduler") / "scheduler_config.json"
+    schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler)) if scheduler.is_file() else (None, None)
+    texts = {name: parts[name] for name in TOKENIZERS if name in parts}
+    tokens = 0
+    if texts:
+        prompts = Prompts(
+            modules={name: FAMILIES[part].build(config) for name, (part, config) in texts.items()},
+            tokenizers={name: Tokenizer.load(location.at(TOKENIZERS[name])) for name in texts},
+            family=FAMILY_OF[max(texts)],
+        )
+        tokens = prompts.lengths["text_encoder"] + prompts.lengths.get("t5", 0)
+    net: Any = next((configs[name] for name in DENOISERS if name in configs), None)
+    found: dict[str, Any] = {"net": net, "vae": configs.get("vae"), "schedule": schedule, "kind": kind}
+    return Outline(tokens=tokens, **found)
+
+
+def needs(model: str, part: str) -> Any:
+    """A field of a model's outline; ValueError where it has none."""
+    found = getattr(outline_of(model), part)
+    if not found:
+        raise ValueError(f"model {model}: its folder says nothing of a {part}; name one that has it")
+    return found
+
+
+def surroundings(net: Any, vae: str, text: str, size: Size) -> tuple[dict[str, Shapes], Callable[[int], Shapes]]:
+    """({"null", "vae"} of the frozen trees, rows -> a batch of encoded records) of a latent task whose pictures have
+    `size` (height, width). net: the denoiser's config, which knows its conditioning."""
+    config = needs(vae, "vae")
+    if config.latent_channels != net.in_channels:
+        raise ValueError(f"in_channels is {net.in_channels}, but the VAE has {config.latent_channels} latent channels")
+    tokens, family = needs(text, "tokens"), denoiser_of(net)[1]
+    h, w = (side // config.downsample_factor for side in size)
+
+    def conditioning(n: int) -> Shapes:
+        cond = jax.eval_shape(lambda: family.example(net, batch=n, size=(h, w), tokens=tokens))[2]  # type: ignore[call-arg]
+        return {name: leaf for name, leaf in cond.items() if name not in ("guidance", "span")}
+
+    def batch(n: int) -> Shapes:
+        latent = jax.ShapeDtypeStruct((n, h, w, config.latent_channels), jnp.float16)
+        return {"mean": latent, "std": latent, **cast(conditioning(n), jnp.float16)}
+
+    null = {name: leaf for name, leaf in conditioning(1).items() if name != "time_ids"}
+    module = FAMILIES["AutoencoderKL"].build(config)
+    weights = jax.eval_shape(lambda: module.init(jax.random.key(0), *FAMILIES["AutoencoderKL"].example(config)))
+    return {"null": null, "vae": weights["params"]}, batch
+
+
+def cast(shapes: Shapes, dtype: Any) -> Shapes:
+    """The same in another type."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def outlined(
+    begin: Callable[[Key], Params],
+    loss: Loss,
+    frozen: Shapes,
+    batch: Callable[[int], Shapes],
+    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
+) -> Task:
+    """A task whose step can be compiled and whose frozen trees and batches are shapes; `begin` is only traced."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise TypeError("an outline has no weights to draw with or to write")
+
+    def batches(n: int, seed: int) -> Any:
+        return itertools.repeat(batch(n))
+
+    return Task(
+        init=begin, loss=loss, frozen=frozen, batches=batches, preview=refuse, export=refuse, optimizer=optimizer
+    )
