@@ -1,0 +1,77 @@
+"""LCM and LCM-LoRA of Stable Diffusion 1.5 and XL: the papers' numbers (2310.04378, 2311.05556), batches for 64 chips.
+
+The pictures are given by flags, and any finetune of the same family may be the teacher:
+
+    lcm-jax distill --config sdxl_lcm --task.data.name folder:my-pictures --task.prompts.name folder:my-pictures
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lcm_jax.configs.registry import register
+from lcm_jax.objectives import LatentConsistencyDistillation
+from lcm_jax.schedules import DDPM
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.loop import LoopConfig
+from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+TEACHERS = DDPM()  # stands in for the teacher's schedule, which the task reads
+
+
+def task(model: str, size: int, **options: Any) -> DistillationTask:
+    """Of `model`, which gives the autoencoder and the text encoders too, on squares of `size` pixels in bfloat16."""
+    pictures = DataConfig(name="folder:my-pictures", size=size)
+    return DistillationTask(
+        vae=model, text=model, teacher=model, data=pictures, prompts=pictures, remat=True, dtype="bfloat16", **options
+    )
+
+
+def lcm(model: str, size: int, *, batch_size: int) -> TrainConfig:
+    """The whole student, told its guidance: Table 5 of the LCM paper, but the pseudo-Huber distance of its code."""
+    objective = LatentConsistencyDistillation(schedule=TEACHERS, w_min=2.0, w_max=14.0, loss="huber", huber_c=1e-3)
+    return TrainConfig(
+        task=task(model, size, objective=objective, scan=True),
+        loop=LoopConfig(steps=100_000, batch_size=batch_size, ema=0.999943, save_every=1000, preview_every=2000),
+        optimizer=OptimizerConfig(learning_rate=8e-6, warmup=1000),
+    )
+
+
+def lcm_lora(model: str, size: int, *, batch_size: int, lora: LoraConfig | None = None) -> TrainConfig:
+    """Adapters for a fixed guidance of 8.5, w = 7.5; the target is the student itself, and there is no average."""
+    objective = LatentConsistencyDistillation(
+        schedule=TEACHERS, w_min=7.5, w_max=7.5, loss="huber", huber_c=1e-3, target="online"
+    )
+    return TrainConfig(
+        task=task(model, size, objective=objective, lora=lora or LoraConfig(rank=64)),
+        loop=LoopConfig(steps=4000, batch_size=batch_size, ema=0.0, save_every=500, preview_every=500),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup=100),
+    )
+
+
+@register
+def sd15_lcm() -> TrainConfig:
+    """LCM of Stable Diffusion 1.5, 512 pixels."""
+    return lcm(SD15, 512, batch_size=128)
+
+
+@register
+def sd15_lcm_lora() -> TrainConfig:
+    """LCM-LoRA of Stable Diffusion 1.5, 512 pixels."""
+    return lcm_lora(SD15, 512, batch_size=128)
+
+
+@register
+def sdxl_lcm() -> TrainConfig:
+    """LCM of SDXL, 1024 pixels."""
+    return lcm(SDXL, 1024, batch_size=64)
+
+
+@register
+def sdxl_lcm_lora() -> TrainConfig:
+    """LCM-LoRA of SDXL, 1024 pixels."""
+    return lcm_lora(SDXL, 1024, batch_size=64)
