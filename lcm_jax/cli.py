@@ -1,4 +1,4 @@
-"""The command line: lcm-jax demo | sample | train | distill | evaluate | stream | serve | bench | convert."""
+"""The command line: lcm-jax demo | sample | train | distill | evaluate | plan | stream | serve | bench | convert."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compilation_cache()
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        if rest and arguments.run is not _train:
+        if rest and arguments.run not in (_train, _plan):
             raise ValueError(f"unknown argument {rest[0]}; see lcm-jax {arguments.command} --help")
         arguments.run(arguments, rest)
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
@@ -96,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
         if name == "distill":
             sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
+
+    text = "Compile a config's training step for a topology: memory, FLOPs, collectives, time. No accelerator is needed."
+    text += " What follows are overrides, --mesh among them; --config NAME --help lists them."
+    sub = command("plan", _plan, text, add_help=False)
+    sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
+    sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
+    sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, v6e:4x4")
+    sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
+    sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
 
     sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)
@@ -331,6 +340,16 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     workdir = arguments.workdir or Path("runs") / name
     config.run(workdir)
     print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    require("train")
+    import lcm_jax.configs as configs
+    from lcm_jax.plan.command import run
+
+    asked = ["--help"] if arguments.help else []
+    config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
+    print(run(config, arguments.config, arguments.topology, searching=arguments.search, out=arguments.json))
 
 
 def _device() -> str:

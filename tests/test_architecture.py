@@ -21,7 +21,7 @@ RANKS = [
     {"sampling"},
     {"objectives", "metrics", "data", "weights", "generate", "prompts", "pictures"},
     {"train"},
-    {"configs"},
+    {"configs", "plan"},
     {"pipeline"},
     {"evaluate", "convert", "stream"},
     {"demo", "study", "bench"},
@@ -90,6 +90,7 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
     assert {module for module, _ in hidden} <= {"lcm_jax.cli"}
     assert {name for _, name in hidden if not name.startswith("lcm_jax.stream.")} <= {
         "lcm_jax.data.load_source",
+        "lcm_jax.plan.command.run",
         "lcm_jax.configs",
     }
 

@@ -148,7 +148,7 @@ def outlined(
     def refuse(*_: Any) -> NoReturn:
         raise TypeError("an outline has no weights to draw with or to write")
 
-    def batches(n: int, seed: int) -> Any:
+    def batches(n: int, *_: Any) -> Any:
         return itertools.repeat(batch(n))
 
     return Task(

@@ -1,0 +1,1 @@
+"""What a training step takes on a machine that is not there: memory, FLOPs, collectives, an estimate of its time."""

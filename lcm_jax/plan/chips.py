@@ -1,0 +1,130 @@
+"""Chips and how they are wired, in public figures.
+
+TPUs: cloud.google.com/tpu/docs (system architecture of each version), and Austin et al., "How to Scale Your Model"
+(2025), part 2, for what a link carries. GPUs: NVIDIA's data sheets of the A100 80GB SXM and the H100 SXM.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """flops: of bfloat16, a second. memory: bytes of HBM; bandwidth: of it, bytes a second.
+
+    link: bytes a second one way to a neighbour. wraps: an axis of the torus closes to a ring where its length is a
+    multiple of this; others are lines. GPUs have no torus: all that are in one node reach each other at `link`, and
+    beyond a node at `network`.
+    """
+
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    wraps: int = 0
+    network: float = 0.0
+    node: int = 0
+
+
+CHIPS: Mapping[str, Chip] = MappingProxyType(
+    {
+        "v4": Chip(flops=275e12, memory=32 * GIB, bandwidth=1.2e12, link=45e9, wraps=4),
+        "v5e": Chip(flops=197e12, memory=16 * GIB, bandwidth=0.82e12, link=45e9, wraps=16),
+        "v5p": Chip(flops=459e12, memory=95 * GIB, bandwidth=2.77e12, link=90e9, wraps=4),
+        "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, link=90e9, wraps=16),
+        # NVLink of one way, and eight network cards of 200 or 400 Gb/s to a node of eight.
+        "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.04e12, link=300e9, network=25e9, node=8),
+        "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, link=450e9, network=50e9, node=8),
+        # Not a machine to plan for: a core's worth of a CPU, on which programs and their collectives can be tried.
+        "cpu": Chip(flops=0.1e12, memory=16 * GIB, bandwidth=0.01e12, link=1e9, network=1e9, node=8),
+    }
+)
+GPUS = ("a100", "h100")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Chips of one kind. shape: the torus; devices: to compile for, with their coordinates in it."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    devices: Sequence[Any]
+
+    @property
+    def platform(self) -> str:
+        """ "tpu", "gpu" or "cpu"."""
+        kind = self.name.partition(":")[0]
+        return "gpu" if kind in GPUS else "cpu" if kind == "cpu" else "tpu"
+
+    def rate(self, members: Sequence[Any]) -> float:
+        """Bytes a second that each of a group of devices can send in a collective among them, all at once.
+
+        On a torus the group's rings use both directions of every axis along which it extends; an axis that is not
+        closed to a ring is a line, of which each link carries what a ring's two would.
+        """
+        chip = self.chip
+        if chip.node:
+            return chip.link if len(members) <= chip.node else chip.network
+        coordinates = np.asarray([member.coords for member in members])[:, : len(self.shape)]
+        spread = [len(set(axis)) for axis in coordinates.T]
+        links = [
+            (2 if length == whole and whole % chip.wraps == 0 else 1)
+            for length, whole in zip(spread, self.shape, strict=True)
+            if length > 1
+        ]
+        return chip.link * max(sum(links), 1)
+
+
+def parse(name: str) -> tuple[str, tuple[int, ...]]:
+    """("v5e", (8, 8)) of "v5e:8x8"."""
+    kind, _, sides = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides):
+        raise ValueError(f"--topology {name}: write CHIP:SIDES, such as v5e:8x8; chips are {', '.join(CHIPS)}")
+    return kind, tuple(map(int, sides.split("x")))
+
+
+def open_topology(name: str) -> Topology:
+    """A topology to compile for. "v5e:8x8", "v5p:4x4x4": TPUs, by libtpu; "cpu:8": as many of this machine's.
+
+    Raises ModuleNotFoundError without the compiler of that platform, ValueError for what it does not know.
+    """
+    kind, shape = parse(name)
+    chip = CHIPS[kind]
+    if kind in GPUS:
+        devices = _described(name, "cuda", "x".join(map(str, (*shape, 1, 1)[:3])))
+    elif kind == "cpu":
+        devices = jax.devices("cpu")
+        if len(devices) != math.prod(shape):
+            raise ValueError(f"--topology {name}: this process has {len(devices)} CPU devices (JAX_NUM_CPU_DEVICES)")
+    else:
+        if find_spec("libtpu") is None:
+            raise ModuleNotFoundError(f"--topology {name} needs libtpu, but no TPU: pip install libtpu")
+        # One host: else the compiler looks for hosts of four chips.
+        hosts = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if math.prod(shape) <= 4 or shape == (2, 4) else {}
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud's metadata server, and wait
+        devices = _described(name, "tpu", name, **hosts)
+    if len(devices) != math.prod(shape):
+        raise ValueError(f"--topology {name}: {len(devices)} devices, not {math.prod(shape)}; chips have one each here")
+    return Topology(name=name, chip=chip, shape=shape, devices=devices)
+
+
+def _described(name: str, platform: str, described: str, **options: Any) -> Sequence[Any]:
+    try:
+        return topologies.get_topology_desc(described, platform=platform, **options).devices
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise ValueError(f"--topology {name}: {' '.join(str(error).split()):.300}") from error

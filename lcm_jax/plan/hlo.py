@@ -1,0 +1,365 @@
+"""What a compiled program does, read from its HLO text: FLOPs, memory traffic and collectives of one device.
+
+XLA's own cost analysis counts the body of a loop once; here a loop counts as often as it runs. Of a conditional the
+branch with more FLOPs counts. What a fusion reads and writes is memory traffic, what happens inside of it is not.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "tuple": 0}  # bytes; of other types the number in their name says it
+_FREE = (  # of memory traffic: they name or arrange what others made
+    *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
+    *("after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"),
+)
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_NAME = re.compile(r"%?([\w.\-]+)$")
+_MODULE_LINE = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array's. hbm: whether it lies in the device's main memory, and not in a scratchpad or on the host."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    hbm: bool = True
+
+    @property
+    def bytes(self) -> int:
+        width = _WIDTHS.get(self.dtype)
+        if width is None:
+            bits = re.search(r"\d+", self.dtype)
+            width = (int(bits[0]) if bits else 8) / 8
+        return math.ceil(math.prod(self.dims) * width)
+
+    @property
+    def traffic(self) -> int:
+        """Bytes to or from the main memory when it is written or read."""
+        return self.bytes if self.hbm else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """name = shapes opcode(operands), attributes."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    literal: str  # what stands in the parentheses
+    root: bool
+
+    def called(self, *keys: str) -> list[str]:
+        """The computations that an attribute names."""
+        found = []
+        for key in keys:
+            match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+            found += re.findall(r"[\w.\-]+", match[1]) if match else []
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """bytes: that one device sends. group: some devices that take part in one, by their numbers in the program."""
+
+    kind: str
+    bytes: float
+    group: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """An operation that is executed `times`: its FLOPs, its bytes of memory traffic, or the collective that it is."""
+
+    times: int
+    flops: float = 0.0
+    bytes: float = 0.0
+    collective: Collective | None = None
+
+
+class Program:
+    """A module's text, and what it makes one of `devices` do."""
+
+    def __init__(self, text: str, devices: int) -> None:
+        self.devices = devices
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.endless: list[str] = []  # loops of a length that the text does not say, which count once
+        entry = None
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            header = _MODULE_LINE.match(line)
+            if header:
+                current = self.computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+            elif " = " in line:
+                instruction = _parse(line)
+                current[instruction.name] = instruction
+        if entry is None:
+            raise ValueError("no HLO module: its text has no ENTRY computation")
+        self.entry = entry
+
+    @cached_property
+    def work(self) -> list[Work]:
+        """Of one execution."""
+        return list(self._run(self.entry, 1))
+
+    @property
+    def flops(self) -> float:
+        """Of matrix products and convolutions, one multiplication and addition being two."""
+        return sum(work.times * work.flops for work in self.work)
+
+    @property
+    def bytes(self) -> float:
+        """Read from and written to the main memory."""
+        return sum(work.times * work.bytes for work in self.work)
+
+    def _run(self, name: str, times: int) -> Iterator[Work]:
+        computation = self.computations[name]
+        for op in computation.values():
+            if op.opcode == "while":
+                (body,) = op.called("body")
+                yield from self._run(body, times * self._trips(op))
+            elif op.opcode == "conditional":
+                branches = [
+                    list(self._run(branch, times))
+                    for branch in op.called("branch_computations", "true_computation", "false_computation")
+                ]
+                yield from max(branches, key=lambda branch: sum(work.times * work.flops for work in branch))
+            elif op.opcode in ("call", "async-start"):
+                for called in op.called("to_apply", "calls"):
+                    yield from self._run(called, times)
+            elif op.opcode == "fusion":
+                (inside,) = op.called("calls")
+                yield from self._fused(op, computation, inside, times)
+            else:
+                yield from self._one(op, computation, times)
+
+    def _one(self, op: Instruction, computation: Mapping[str, Instruction], times: int) -> Iterator[Work]:
+        moved = self._collective(op, computation)
+        if moved is not None:
+            yield Work(times=times, collective=moved)
+        elif op.opcode not in _FREE and not op.opcode.endswith("-done"):
+            yield Work(times=times, flops=_flops(op, computation), bytes=_traffic(op, computation))
+
+    def _fused(
+        self, op: Instruction, computation: Mapping[str, Instruction], inside: str, times: int
+    ) -> Iterator[Work]:
+        """A fusion: what it reads and writes, and the FLOPs and the collectives inside."""
+        body = self.computations[inside]
+        flops, collectives = 0.0, []
+        for inner in body.values():
+            if inner.opcode == "fusion":
+                nested = [work for called in inner.called("calls") for work in self._fused(inner, body, called, 1)]
+                flops += sum(work.flops for work in nested)
+                collectives += [work.collective for work in nested if work.collective is not None]
+            moved = self._collective(inner, body)
+            if moved is None:
+                flops += _flops(inner, body)
+                continue
+            scattered = moved.kind == "all-reduce" and "reduce-scatter" in inside  # as XLA writes one for TPUs
+            if scattered:
+                moved = Collective(kind="reduce-scatter", bytes=moved.bytes / 2, group=moved.group)
+            collectives.append(moved)
+        yield from (Work(times=times, collective=moved) for moved in collectives)
+        if not collectives:
+            yield Work(times=times, flops=flops, bytes=_fusion_traffic(op, computation, body))
+        elif flops:
+            yield Work(times=times, flops=flops)
+
+    def _collective(self, op: Instruction, computation: Mapping[str, Instruction]) -> Collective | None:
+        kind = op.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return None
+        size = sum(shape.bytes for name in op.operands for shape in computation[name].shapes)
+        group = self._group(op)
+        n = len(group)
+        sent = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
+        return Collective(kind=kind, bytes=size * sent, group=group)
+
+    def _group(self, op: Instruction) -> tuple[int, ...]:
+        """The first group of devices, or the pair that is farthest apart in number."""
+        if op.opcode.startswith("collective-permute"):
+            pairs = re.findall(r"\{(\d+),(\d+)\}", op.attributes)
+            return max(((int(a), int(b)) for a, b in pairs), key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
+        iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.attributes)
+        if iota:
+            groups, axes, order = ([int(i) for i in part.split(",")] if part else [] for part in iota.groups())
+            ids = np.arange(math.prod(axes)).reshape(axes)
+            ids = ids.transpose(order) if order else ids
+            return tuple(map(int, ids.reshape(groups)[0]))
+        listed = re.search(r"replica_groups=\{\{([\d,]*)\}", op.attributes)
+        return tuple(map(int, listed[1].split(","))) if listed else tuple(range(self.devices))
+
+    def _trips(self, op: Instruction) -> int:
+        """How often a loop runs: as XLA says, or as its condition does that compares a counter with a constant."""
+        known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', op.attributes)
+        if known:
+            return int(known[1])
+        (condition,) = op.called("condition")
+        body = self.computations[condition]
+        counts = [int(i.literal) for i in body.values() if i.opcode == "constant" and i.literal.isdigit()]
+        compared = [i for i in body.values() if i.opcode == "compare" and "direction=LT" in i.attributes]
+        if len(compared) == 1 and len(counts) == 1:
+            return counts[0]
+        self.endless.append(op.name)
+        return 1
+
+
+def _parse(line: str) -> Instruction:
+    left, _, right = line.strip().partition(" = ")
+    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+    shapes, rest = _shapes(right[:end]), right[end:].strip()
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    inside = rest[start + 1 : stop]
+    return Instruction(
+        name=left.removeprefix("ROOT ").strip().removeprefix("%"),
+        opcode=rest[:start],
+        shapes=shapes,
+        operands=tuple(_operands(inside)) if rest[:start] not in ("parameter", "constant") else (),
+        attributes=rest[stop + 1 :],
+        literal=inside,
+        root=left.startswith("ROOT "),
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """The place of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if depth == 0:
+            return i
+    raise ValueError(f"HLO: a parenthesis is not closed in {text:.100}")
+
+
+def _operands(inside: str) -> Iterator[str]:
+    """Names, whether or not their shapes stand before them."""
+    if "%" in inside:
+        yield from re.findall(r"%([\w.\-]+)", inside)
+        return
+    depth, part = 0, ""
+    for letter in re.sub(r"/\*.*?\*/", "", inside) + ",":
+        depth += {"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            match = _NAME.search(part.strip())
+            if match:
+                yield match[1]
+            part = ""
+        else:
+            part += letter
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    found = []
+    for dtype, dims, layout in _SHAPE.findall(text):
+        sizes = tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size)
+        space = re.search(r"S\((\d+)\)", layout)
+        found.append(Shape(dtype, sizes, hbm=space is None or space[1] == "0"))
+    return tuple(found)
+
+
+def _flops(op: Instruction, computation: Mapping[str, Instruction]) -> float:
+    if op.opcode == "dot":
+        (lhs,) = computation[op.operands[0]].shapes
+        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
+        dims = [lhs.dims[int(i)] for i in summed[1].split(",") if i] if summed else []
+        return 2.0 * math.prod(op.shapes[0].dims) * math.prod(dims)
+    if op.opcode == "convolution":
+        return _convolution_flops(op, computation)
+    return 0.0
+
+
+def _convolution_flops(op: Instruction, computation: Mapping[str, Instruction]) -> float:
+    """Products with padding and with the holes of a dilation are none: on TPUs every matrix product is a convolution,
+    and a batch of them one whose window meets a single number at a time."""
+    lhs, rhs = (computation[name].shapes[0].dims for name in op.operands[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    if labels is None:
+        raise ValueError(f"HLO: convolution {op.name} has no dim_labels")
+    inputs, kernel, outputs = labels.groups()
+    window = dict(re.findall(r"(\w+)=([\w\-]+)", (re.search(r"window=\{([^}]*)\}", op.attributes) or ["", ""])[1]))
+    flops = 2.0 * rhs[kernel.index("i")]
+    for i in range(len(kernel) - 2):
+        axis = str(i)
+        stride, inner, outer = (int(_nth(window, key, i, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(_nth(window, "pad", i, "0_0").split("_")[0])
+        out = op.shapes[0].dims[outputs.index(axis)]
+        flops *= _pairs(out, rhs[kernel.index(axis)], lhs[inputs.index(axis)], stride, low, inner, outer)
+    batch, features = (op.shapes[0].dims[outputs.index(label)] for label in ("b", "f"))
+    return flops * batch * features
+
+
+def _nth(window: Mapping[str, str], key: str, i: int, default: str) -> str:
+    return window[key].split("x")[i] if key in window else default
+
+
+@lru_cache(maxsize=4096)
+def _pairs(out: int, kernel: int, size: int, stride: int, low: int, inner: int, outer: int) -> int:
+    """Along one axis: pairs of an output and a tap of the kernel that meet a number of the input."""
+    place = np.arange(out)[:, None] * stride + np.arange(kernel) * outer - low
+    inside = (place >= 0) & (place <= (size - 1) * inner) & (place % inner == 0)
+    return int(inside.sum())
+
+
+def _traffic(op: Instruction, computation: Mapping[str, Instruction]) -> float:
+    """Bytes read and written by an operation by itself."""
+    if op.opcode in ("dynamic-slice", "gather", "slice"):
+        return 2.0 * sum(shape.traffic for shape in op.shapes)
+    if op.opcode == "dynamic-update-slice":
+        return 2.0 * sum(shape.traffic for shape in computation[op.operands[1]].shapes)
+    if op.opcode == "copy-start":
+        return float(op.shapes[0].traffic + sum(shape.traffic for shape in computation[op.operands[0]].shapes))
+    read = sum(shape.traffic for name in dict.fromkeys(op.operands) for shape in computation[name].shapes)
+    return float(read + sum(shape.traffic for shape in op.shapes))
+
+
+def _fusion_traffic(
+    op: Instruction, computation: Mapping[str, Instruction], body: Mapping[str, Instruction]
+) -> float:
+    """Of an operand that is only sliced inside, the slices are read; of one that is updated in place, the update."""
+    total = 0.0
+    users: dict[str, list[Instruction]] = {name: [] for name in body}
+    for inner in body.values():
+        for name in inner.operands:
+            users[name].append(inner)
+    parameters = [inner for inner in body.values() if inner.opcode == "parameter"]
+    for inner in parameters:
+        shapes = computation[op.operands[int(inner.literal)]].shapes
+        using = users[inner.name]
+        if using and all(user.opcode in ("dynamic-slice", "gather", "slice") for user in using):
+            whole = sum(shape.traffic for shape in shapes)
+            total += min(whole, sum(shape.bytes for user in using for shape in user.shapes))
+        elif not (using and all(_updated(user, inner, body) for user in using)):
+            total += sum(shape.traffic for shape in shapes)
+    roots = [inner for inner in body.values() if inner.root]
+    for root in roots:
+        if root.opcode == "dynamic-update-slice":
+            total += sum(shape.bytes for shape in body[root.operands[1]].shapes)
+        else:
+            total += sum(shape.traffic for shape in op.shapes)
+    return total
+
+
+def _updated(user: Instruction, operand: Instruction, body: Mapping[str, Instruction]) -> bool:
+    return user.opcode == "dynamic-update-slice" and user.operands[0] == operand.name
+
+
+def totals(collectives: Sequence[tuple[int, Collective]]) -> dict[str, dict[str, float]]:
+    """Kind -> {"count", "bytes"} of (times, collective)."""
+    found: dict[str, dict[str, float]] = {}
+    for times, moved in collectives:
+        entry = found.setdefault(moved.kind, {"count": 0, "bytes": 0.0})
+        entry["count"] += times
+        entry["bytes"] += times * moved.bytes
+    return found
