@@ -85,9 +85,11 @@ class Prompts:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
         return self._encode([params[name] for name in self.modules], self.tokenize(texts), sizes)
 
-    def encode(self, params: Mapping[str, Params], ids: Ids | Sequence[Array]) -> dict[str, Array]:
-        """What `__call__` gives, of tokens; to be differentiated by the parameters (SD and SD3)."""
-        out: dict[str, Array] = self._encode([params[name] for name in self.modules], tuple(ids), None)
+    def encode(
+        self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
+    ) -> dict[str, Array]:
+        """What `__call__` gives, of tokens; to be differentiated by the parameters."""
+        out: dict[str, Array] = self._encode([params[name] for name in self.modules], tuple(ids), sizes)
         return out
 
     def shapes(self, params: Mapping[str, Params]) -> dict[str, tuple[int, ...]]:

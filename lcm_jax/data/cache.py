@@ -1,8 +1,11 @@
-"""Arrays computed once per example (latents, text embeddings), kept in one array_record file.
+"""Arrays computed once per example (latents, text embeddings), kept in array_record files.
 
-A cache is a folder of `data.array_record` and `manifest.json`. One record is the bytes of its arrays, one after another
-in the manifest's order, then its texts as JSON: reading needs no pickle and parses nothing but the texts. The folder is
-written under another name and renamed when complete, so a cache that exists is whole.
+A cache is a folder of shards, which are array_record files, and `manifest.json`, which lists them. One record is the
+bytes of its arrays, one after another in the manifest's order, then its texts as JSON: reading needs no pickle and
+parses nothing but the texts. Files are written under another name and renamed when complete, the manifest last, so a
+cache that exists is whole; the sizes and SHA-256 of its shards are checked when it is opened.
+
+`cached` keeps what one process makes on the way. What many hosts make, shard by shard, is `lcm_jax.encode`'s.
 """
 
 from __future__ import annotations
@@ -12,9 +15,13 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +30,12 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-_FORMAT = 1
-_DATA, _MANIFEST = "data.array_record", "manifest.json"
+from lcm_jax.weights.files import write_json
+
+MANIFEST = "manifest.json"
+_FORMAT = 2
+_DATA = "data.array_record"
+_HASHING = 8  # threads that check shards
 
 Example = Mapping[str, "np.ndarray | str"]
 ProducedBy = Mapping[str, Any]
@@ -43,22 +54,33 @@ class Field:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file of the cache's folder."""
+
+    file: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cache:
-    """A source of the cached records: read-only arrays, and texts as str."""
+    """A source of the cached records, shard after shard: read-only arrays, and texts as str."""
 
     folder: Path
-    count: int
+    shards: tuple[Shard, ...]
     fields: Mapping[str, Field]
     texts: tuple[str, ...]
     produced_by: ProducedBy
+    left_out: tuple[str, ...] = ()  # a line for each example that could not be read and has no record
 
     def __len__(self) -> int:
-        return self.count
+        return self._ends[-1]
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        if not -self.count <= index < self.count:
-            raise IndexError(f"record {index} of {self.count} in {self.folder}")
-        data = self._data[index % self.count]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} in {self.folder}")
+        data = self._read(index % len(self))
         record: dict[str, Any] = {}
         start = 0
         for name, field in self.fields.items():
@@ -67,9 +89,85 @@ class Cache:
             start += field.nbytes
         return record | dict(zip(self.texts, json.loads(data[start:]), strict=True))
 
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Sizes of all shards, and SHA-256 of the shards part, part + parts, ...; ValueError names the first bad one.
+
+        part: of the processes that open the cache together, so that a large one is read once by all of them, not by
+        each.
+        """
+        for shard in self.shards:
+            path = self.folder / shard.file
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: missing, and the manifest names it; {self._remedy}")
+            self._compare(shard, "bytes", path.stat().st_size, shard.bytes)
+        mine = self.shards[part::parts]
+        with ThreadPoolExecutor(_HASHING) as pool:
+            sums = pool.map(lambda shard: _sha256(self.folder / shard.file), mine)
+            for shard, found in zip(mine, sums, strict=True):
+                self._compare(shard, "(SHA-256)", found, shard.sha256)
+
+    def save(self, name: str = MANIFEST) -> None:
+        """Writes the manifest into the folder, whole or not at all."""
+        manifest = {
+            "format": _FORMAT,
+            "count": len(self),
+            "fields": {name: asdict(field) for name, field in self.fields.items()},
+            "texts": self.texts,
+            "fingerprint": fingerprint(self.produced_by),
+            "produced_by": json.loads(_canonical(self.produced_by)),
+            "shards": [asdict(shard) for shard in self.shards],
+            "left_out": self.left_out,
+        }
+        write_json(self.folder / name, manifest)
+
+    def _compare(self, shard: Shard, what: str, found: Any, expected: Any) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{self.folder / shard.file}: damaged, {found} {what} where the manifest says {expected}; "
+                f"{self._remedy}"
+            )
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._data[index]
+        except Exception as error:  # of the kinds that array_record's C++ turns into Python's
+            file = self.shards[bisect_right(self._ends, index) - 1].file
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.folder / file}: cannot be read ({reason:.200}); {self._remedy}") from error
+
+    @property
+    def _remedy(self) -> str:
+        if "shards" in self.produced_by:  # by lcm_jax.encode
+            return "run its lcm-jax encode again, which writes this file alone"
+        return f"remove {self.folder}, and it is made again"
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The number of records before each shard, and of all."""
+        return list(accumulate((shard.records for shard in self.shards), initial=0))
+
     @cached_property
     def _data(self) -> ArrayRecordDataSource:
-        return ArrayRecordDataSource(str(self.folder / _DATA))
+        # with the number of records beside its name a file is not opened before it is read
+        return ArrayRecordDataSource([f"{self.folder / shard.file}[0:{shard.records}]" for shard in self.shards])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The first `count` records of a cache, and of each only the fields `names`."""
+
+    source: Cache
+    names: tuple[str, ...]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        if not -self.count <= index < self.count:
+            raise IndexError(f"record {index} of {self.count}")
+        record = self.source[index % self.count]
+        return {name: record[name] for name in self.names}
 
 
 def fingerprint(produced_by: ProducedBy) -> str:
@@ -80,12 +178,12 @@ def fingerprint(produced_by: ProducedBy) -> str:
 def cached(
     root: Path, produced_by: ProducedBy, produce: Callable[[], Iterable[Example]], *, total: int | None = None
 ) -> Cache:
-    """Opens `root/<fingerprint of produced_by>`, made first from `produce()` if it is not there.
+    """Opens `root/<fingerprint of produced_by and of the format>`, made first from `produce()` if it is not there.
 
     `produced_by` must name all that changes the records (source, split, size, network and its weights, dtype): another
     description is another cache, never a stale one.
     """
-    folder = root / fingerprint(produced_by)
+    folder = root / fingerprint({"format": _FORMAT, **produced_by})
     if not folder.exists():
         write_cache(folder, produce(), produced_by, total=total)
     cache = open_cache(folder)
@@ -99,66 +197,113 @@ def write_cache(folder: Path, records: Iterable[Example], produced_by: ProducedB
 
     Where another process finished the same folder meanwhile, its work is kept and this one's dropped.
     """
-    description = json.loads(_canonical(produced_by))
+    _canonical(produced_by)
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     aside.mkdir()
     try:
-        layout: _Layout | None = None
-        count = 0
-        writer = ArrayRecordWriter(str(aside / _DATA), "group_size:1")
-        try:
-            for count, record in enumerate(tqdm(records, "caching", total, disable=None, leave=False), start=1):
-                layout = layout or _Layout.of(record)
-                writer.write(layout.pack(record, count - 1))
-        finally:
-            writer.close()
-        if layout is None:
+        cache = write_shard(aside / _DATA, tqdm(records, "caching", total, disable=None, leave=False), produced_by)
+        if len(cache) == 0:
             raise ValueError(f"{folder}: empty dataset; there is no record to cache")
-        manifest = {
-            "format": _FORMAT,
-            "count": count,
-            "bytes": (aside / _DATA).stat().st_size,
-            "fields": {name: asdict(field) for name, field in layout.fields.items()},
-            "texts": layout.texts,
-            "fingerprint": fingerprint(produced_by),
-            "produced_by": description,
-        }
-        (aside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        cache.save()
         try:
             aside.rename(folder)
         except OSError as error:
-            if not (folder / _MANIFEST).is_file():
+            if not (folder / MANIFEST).is_file():
                 raise FileExistsError(f"{folder}: exists and is no cache; remove it") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def open_cache(folder: Path) -> Cache:
-    """Reads the manifest and checks it against the data file. Raises FileNotFoundError or ValueError."""
-    path = folder / _MANIFEST
-    if not path.is_file() or not (folder / _DATA).is_file():
-        raise FileNotFoundError(f"{folder}: no cache here (needs {_MANIFEST} and {_DATA}); write it first")
+def write_shard(path: Path, records: Iterable[Example], produced_by: ProducedBy) -> Cache:
+    """Writes one array_record file, aside and then renamed, and gives a cache of it alone; its manifest is not written.
+
+    What an earlier attempt was killed over is removed first. An OSError says that the disk did not take the records.
+    """
+    for rest in path.parent.glob(f".{path.name}-*"):
+        rest.unlink(missing_ok=True)
+    aside = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+    layout, count = _Layout(fields={}, texts=()), 0
+    try:
+        with _disk(path):
+            writer = ArrayRecordWriter(str(aside), "group_size:1")
+        try:
+            for count, record in enumerate(records, start=1):
+                layout = layout if count > 1 else _Layout.of(record)
+                data = layout.pack(record, count - 1)
+                with _disk(path):
+                    writer.write(data)
+        finally:
+            with _disk(path):
+                writer.close()
+        shard = Shard(file=path.name, records=count, bytes=aside.stat().st_size, sha256=_sha256(aside))
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return Cache(folder=path.parent, shards=(shard,), fields=layout.fields, texts=layout.texts, produced_by=produced_by)
+
+
+def join(caches: Sequence[Cache]) -> Cache:
+    """One cache of caches that lie in one folder. ValueError names what differs between them."""
+    first = next((cache for cache in caches if len(cache)), caches[0])
+    for cache in caches:
+        check_same(cache, first.produced_by)
+        if len(cache) and (cache.fields, cache.texts) != (first.fields, first.texts):
+            raise ValueError(
+                f"{cache.folder / cache.shards[0].file}: fields {dict(cache.fields)}, those of "
+                f"{first.shards[0].file} are {dict(first.fields)}; remove one of them and write it again"
+            )
+    return Cache(
+        folder=first.folder,
+        shards=tuple(shard for cache in caches for shard in cache.shards),
+        fields=first.fields,
+        texts=first.texts,
+        produced_by=first.produced_by,
+        left_out=tuple(line for cache in caches for line in cache.left_out),
+    )
+
+
+def check_same(cache: Cache, produced_by: ProducedBy) -> None:
+    """ValueError, naming the key, where a cache was made from something else."""
+    mine = json.loads(_canonical(produced_by))
+    for key in sorted(mine.keys() | cache.produced_by.keys()):
+        if mine.get(key) != cache.produced_by.get(key):
+            raise ValueError(
+                f"{cache.folder}: {cache.shards[0].file} was made with {key}={cache.produced_by.get(key)}, not "
+                f"{mine.get(key)}; give the same, or another folder"
+            )
+
+
+def open_cache(folder: Path, *, part: int = 0, parts: int = 1) -> Cache:
+    """Reads the manifest and checks the shards against it, see `Cache.check`. FileNotFoundError or ValueError."""
+    cache = read_manifest(folder / MANIFEST)
+    cache.check(part, parts)
+    return cache
+
+
+def read_manifest(path: Path) -> Cache:
+    """The cache that a manifest describes. Raises FileNotFoundError or ValueError."""
+    folder = path.parent
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no cache here (needs {path.name}); write it first")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, size = manifest["format"], manifest["bytes"]
-        fields = {
-            name: Field(dtype=field["dtype"], shape=tuple(field["shape"])) for name, field in manifest["fields"].items()
-        }
+        version = manifest["format"]
+        if version != _FORMAT:
+            raise ValueError(f"{path}: cache format {version}, this version reads {_FORMAT}; remove {folder}")
         cache = Cache(
             folder=folder,
-            count=manifest["count"],
-            fields=fields,
+            shards=tuple(Shard(**shard) for shard in manifest["shards"]),
+            fields={
+                name: Field(dtype=field["dtype"], shape=tuple(field["shape"]))
+                for name, field in manifest["fields"].items()
+            },
             texts=tuple(manifest["texts"]),
             produced_by=manifest["produced_by"],
+            left_out=tuple(manifest["left_out"]),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest of a cache ({error}); remove {folder}") from error
-    if version != _FORMAT:
-        raise ValueError(f"{path}: cache format {version}, this version reads {_FORMAT}; remove {folder}")
-    found = (folder / _DATA).stat().st_size
-    if found != size:
-        raise ValueError(f"{folder / _DATA}: {found} bytes where the manifest says {size}; remove {folder}")
     return cache
 
 
@@ -189,6 +334,21 @@ class _Layout:
                 raise ValueError(f"record {index}: field {name!r} is not finite; a wider dtype may be needed")
         arrays = b"".join(np.ascontiguousarray(record[name]).tobytes() for name in self.fields)
         return arrays + json.dumps([record[name] for name in self.texts]).encode()
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What array_record says of the disk as an OSError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split(";")[0].split())
+        raise OSError(f"{path}: cannot be written ({reason}); make room, and go on") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _canonical(produced_by: ProducedBy) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +15,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]  # height, width in pixels
 
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
 # 8-bit modes that PIL turns to RGB without losing range; 16-bit and float modes would be clipped without a word
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
+# What Pillow and the decoders beneath it raise for files that are not what they say, bombs among them
+_UNREADABLE = (
+    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError),
+    *(IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error),
+)
 
 
 def check_picture(data: Path | bytes, source: str = "") -> Size:
@@ -30,8 +38,12 @@ def check_picture(data: Path | bytes, source: str = "") -> Size:
 
 
 def read_picture(data: Path | bytes, size: Size, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, turns to RGB on white, scales it to cover `size` and crops the centre."""
-    with _opened(data, source) as picture:
+    """Decodes, turns to RGB on white, scales it to cover `size` and crops the centre. ValueError names the file.
+
+    An OSError says that the file could not be read at all, which is no fault of the picture.
+    """
+    source = source or str(data if isinstance(data, Path) else "picture")
+    with _opened(data if isinstance(data, bytes) else data.read_bytes(), source) as picture:
         picture.load()
         return np.asarray(fit(to_rgb(ImageOps.exif_transpose(picture)), size))
 
@@ -57,15 +69,13 @@ def _opened(data: Path | bytes, source: str) -> Iterator[Image.Image]:
     name = source or str(data if isinstance(data, Path) else "picture")
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            _check_mode(picture, name)
-            yield picture
+            mode = picture.mode
+            if mode in _MODES:
+                yield picture
     except _UNREADABLE as error:
         raise ValueError(f"{name}: not a readable picture ({_reason(error)}); remove it or write it again") from error
-
-
-def _check_mode(picture: Image.Image, name: str) -> None:
-    if picture.mode not in _MODES:
-        raise ValueError(f"{name}: picture mode {picture.mode} is not RGB; convert it to 8 bits a channel first")
+    if mode not in _MODES:
+        raise ValueError(f"{name}: picture mode {mode} is not RGB; convert it to 8 bits a channel first")
 
 
 def _reason(error: Exception) -> str:

@@ -3,9 +3,13 @@
     load_source("openmoji", "train", 64)             OpenMoji drawings (splits: train, validation, compositional)
     load_source("openmoji-outline", "train", 64)     the same drawn with black lines alone
     load_source("folder:pictures", "train", 512)     pictures with .txt captions beside them, or a metadata.jsonl
+    load_source("tar:shards/train-*.tar")            samples in tar files, as webdataset has them (lcm_jax.data.tars)
     load_source("tfds:mnist", "test", 32)            any data set of tensorflow-datasets with pictures
+    load_source("tfds:prepared/mnist/3.0.1")         the same by the folder of its array_record files
+    load_source("encoded", encoded=True)             latents that `lcm-jax encode` has made of one of these
 
-Everything that can be wrong with a source is said when it is opened, in one line, before any work begins.
+Everything that can be wrong with a source is said when it is opened, in one line, before any work begins; with
+check=False a picture that cannot be read is a ValueError when it is asked for.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import UInt8
@@ -25,11 +30,12 @@ from tqdm import tqdm
 
 from lcm_jax.data import openmoji
 from lcm_jax.data.buckets import nearest_bucket
-from lcm_jax.data.images import Size, check_picture, read_picture
+from lcm_jax.data.cache import MANIFEST, Cache, open_cache
+from lcm_jax.data.images import SUFFIXES, Size, check_picture, read_picture
+from lcm_jax.data.tars import find_tars, read_samples
 from lcm_jax.places import cache_dir
 
 OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading
 
 
@@ -43,37 +49,53 @@ class Record(Texts):
 
 
 class Source(Protocol):
-    """Random access to records; what a Loader shuffles."""
+    """Random access to records; what a Loader shuffles. A Cache of encoded ones stands for it where latents will do."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Record: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
-def load_source(name: str, split: str = "train", size: int = 64) -> Source:
-    """Opens a source by name, see above; pictures come as uint8 (size, size, 3). A bare path of a folder works too."""
+def load_source(
+    name: str, split: str = "train", size: int = 64, *, check: bool = True, encoded: bool = False
+) -> Source:
+    """Opens a source by name, see above; pictures come as uint8 (size, size, 3). A bare path of a folder works too.
+
+    encoded: whether the latents of pictures are welcome in their place.
+    """
     if size < 1:
         raise ValueError(f"size={size}: give the edge of the pictures in pixels, at least 1")
-    (source,) = load_buckets(name, split, [(size, size)]).values()
+    (source,) = load_buckets(name, split, [(size, size)], check=check).values()
+    if isinstance(source, Cache) and not encoded:
+        made_of = source.produced_by["data"]
+        raise ValueError(f"{name}: holds latents and pictures are needed here; give what it was made of, {made_of}")
     return source
 
 
-def load_buckets(name: str, split: str, sizes: Sequence[Size]) -> dict[Size, Source]:
+def load_buckets(name: str, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
     """The same with each picture in that of the sizes which is nearest its shape (lcm_jax.data.buckets): a source for
-    every size that has pictures, in the order given."""
+    every size that has pictures, in the order given. Latents have one size."""
     kind, colon, rest = name.partition(":")
     if name in OPENMOJI:
         if len(sizes) > 1:
             raise ValueError(f"{name}: its drawings are square and have one size; leave buckets out")
         return {size: open_openmoji(split, size[0], OPENMOJI[name]) for size in sizes}
     if colon and kind == "folder":
-        return open_folder(Path(rest), split, sizes)
+        return open_folder(Path(rest), split, sizes, check=check)
+    if colon and kind == "tar":
+        return open_tars(rest, split, sizes, check=check)
     if colon and kind == "tfds":
         return open_tfds(rest, split, sizes)
     if Path(name).is_dir():
-        return open_folder(Path(name), split, sizes)
+        folder = Path(name)
+        if any((place / MANIFEST).is_file() for place in (folder, folder / split)):
+            return open_encoded(folder, split, sizes)
+        return open_folder(folder, split, sizes, check=check)
     known = ", ".join(OPENMOJI)
-    raise ValueError(f"no data source {name!r}: give {known}, folder:PATH (an existing folder) or tfds:NAME")
+    raise ValueError(
+        f"no data source {name!r}: give {known}, folder:PATH (an existing folder), tar:FILES, tfds:NAME or the folder "
+        "of an encoded data set"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +132,26 @@ def _on_demand(pictures: Sequence[Path | bytes], texts: Sequence[Texts], size: S
     return OnDemand(read=lambda i: {"image": read_picture(pictures[i], size), **texts[i]}, length=len(pictures))
 
 
-def _by_bucket(sizes: Sequence[Size], pictures: Iterable[Size]) -> dict[Size, list[int]]:
-    """Which pictures, of these sizes, come in which of `sizes`."""
+def _by_bucket(
+    sizes: Sequence[Size], count: int, measure: Callable[[int], Size], title: str, *, check: bool
+) -> dict[Size, Sequence[int]]:
+    """Which of `count` pictures come in which of `sizes`. All are measured, unless that is for a check alone and there
+    is to be none."""
+    if len(sizes) == 1 and not check:
+        return {sizes[0]: range(count)}
     found: dict[Size, list[int]] = {size: [] for size in sizes}
-    for index, picture in enumerate(pictures):
-        found[nearest_bucket(sizes, picture)].append(index)
+    for index in tqdm(range(count), title, disable=None, leave=False):
+        found[nearest_bucket(sizes, measure(index))].append(index)
     return {size: indices for size, indices in found.items() if indices}
+
+
+def _split_of(folder: Path, split: str) -> Path:
+    """PATH/SPLIT where that exists, else PATH itself for "train"."""
+    if (folder / split).is_dir():
+        return folder / split
+    if split != "train":
+        raise FileNotFoundError(f"{folder / split}: no such folder; a split of a folder is a folder of that name in it")
+    return folder
 
 
 # --- OpenMoji
@@ -139,26 +175,23 @@ def open_openmoji(split: str, size: int, style: openmoji.Style = "colour") -> So
 # --- a folder of pictures
 
 
-def open_folder(folder: Path, split: str, sizes: Sequence[Size]) -> dict[Size, Source]:
+def open_folder(folder: Path, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
     """PATH/SPLIT where that exists, else PATH itself for "train". Captions: metadata.jsonl if it exists, else .txt.
 
     A metadata.jsonl may give every picture a second text, "synthetic", which becomes the record's synthetic_caption.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a folder of pictures with captions")
-    if (folder / split).is_dir():
-        folder = folder / split
-    elif split != "train":
-        raise FileNotFoundError(f"{folder / split}: no such folder; a split of a folder is a folder of that name in it")
+    folder = _split_of(folder, split)
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     table = folder / "metadata.jsonl"
     texts = _texts_from_table(table, pictures) if table.is_file() else _texts_beside(folder, pictures)
     if not pictures:
         raise ValueError(f"{folder}: empty dataset; put .png, .jpg or .webp pictures with captions in it")
-    shown = map(check_picture, tqdm(pictures, desc=f"checking {folder}", disable=None, leave=False))
+    buckets = _by_bucket(sizes, len(pictures), lambda i: check_picture(pictures[i]), f"checking {folder}", check=check)
     return {
         size: _on_demand([pictures[i] for i in indices], [texts[i] for i in indices], size)
-        for size, indices in _by_bucket(sizes, shown).items()
+        for size, indices in buckets.items()
     }
 
 
@@ -229,16 +262,72 @@ def _second_text(text: Any, line: str) -> str:
     return text.strip()
 
 
+# --- tar files
+
+
+def open_tars(pattern: str, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
+    """A tar file, a folder of them (or of a folder for each split), or a pattern of their names."""
+    folder = Path(pattern)
+    if not folder.is_dir() and split != "train":
+        raise ValueError(
+            f"tar:{pattern}: names the files of one split; give those of {split!r}, and train as the split"
+        )
+    paths = find_tars(str(_split_of(folder, split)) if folder.is_dir() else pattern)
+    samples = [s for path in tqdm(paths, "listing tars", disable=None, leave=False) for s in read_samples(path)]
+    if not samples:
+        raise ValueError(f"tar:{pattern}: empty dataset; a sample is a picture and a .txt of the same name")
+
+    def measure(index: int) -> Size:
+        samples[index].caption()
+        return check_picture(samples[index].picture.read(), samples[index].name)
+
+    def bucket(size: Size, indices: Sequence[int]) -> Source:
+        def read(index: int) -> Record:
+            sample = samples[indices[index]]
+            return {
+                "image": read_picture(sample.picture.read(), size, sample.name),
+                "caption": sample.caption(),
+            }
+
+        return OnDemand(read=read, length=len(indices))
+
+    buckets = _by_bucket(sizes, len(samples), measure, f"checking {pattern}", check=check)
+    return {size: bucket(size, indices) for size, indices in buckets.items()}
+
+
+# --- latents
+
+
+def open_encoded(folder: Path, split: str, sizes: Sequence[Size]) -> dict[Size, Source]:
+    """What `lcm-jax encode` wrote, PATH/SPLIT where that exists, else PATH; of several processes each checks a part."""
+    folder = folder / split if (folder / split).is_dir() else folder
+    cache = open_cache(folder, part=jax.process_index(), parts=jax.process_count())
+    if len(sizes) > 1:
+        raise ValueError(f"{folder}: encoded pictures have one size; leave buckets out")
+    asked = {"split": split, "size": sizes[0][0]}
+    for key, value in asked.items():
+        if cache.produced_by.get(key) != value:
+            raise ValueError(
+                f"{folder}: encoded with {key}={cache.produced_by.get(key)}, and {key}={value} is asked for; "
+                "change it, or encode the data again"
+            )
+    return {sizes[0]: cache}
+
+
 # --- tensorflow-datasets
 
 
 def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | None = None) -> dict[Size, Source]:
     """Pictures from the first Image feature; captions from the first Text, else the names of the first ClassLabel.
 
-    For more than one size every picture's header is read first.
+    name: in the catalogue, or the folder of a prepared data set in array_record files. For more than one size every
+    picture's header is read first.
     """
     try:
-        builder = tfds.builder(name, data_dir=data_dir or cache_dir() / "tfds", file_format="array_record")
+        if (Path(name) / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir or cache_dir() / "tfds", file_format="array_record")
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"tfds:{name}: tensorflow-datasets knows no such data set; see its catalogue") from error
     features = builder.info.features
@@ -248,6 +337,9 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
         raise ValueError(f"tfds:{name}: needs an Image and a Text or ClassLabel feature, has {', '.join(features)}")
     if features[image].np_dtype != np.uint8:
         raise ValueError(f"tfds:{name}: feature {image} is {features[image].np_dtype}, not uint8; convert it first")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        form = builder.info.file_format.value
+        raise ValueError(f"tfds:{name}: its files are {form}, which have no random access; prepare it as array_record")
     with contextlib.redirect_stdout(sys.stderr):  # tfds announces itself on stdout, which belongs to the caller
         builder.download_and_prepare()
     if split not in builder.info.splits:
@@ -265,11 +357,11 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
 
         return OnDemand(read=read, length=len(indices))
 
-    if len(sizes) == 1:
-        return {sizes[0]: bucket(sizes[0], range(len(stored)))}
-    every = tqdm(range(len(stored)), desc=f"measuring {name}", disable=None, leave=False)
-    shown = (check_picture(stored[i][image], f"tfds:{name}[{i}]") for i in every)
-    return {size: bucket(size, indices) for size, indices in _by_bucket(sizes, shown).items()}
+    def measure(index: int) -> Size:
+        return check_picture(stored[index][image], f"tfds:{name}[{index}]")
+
+    buckets = _by_bucket(sizes, len(stored), measure, f"measuring {name}", check=False)
+    return {size: bucket(size, indices) for size, indices in buckets.items()}
 
 
 def _first(features: Mapping[str, Any], kind: type) -> str | None:

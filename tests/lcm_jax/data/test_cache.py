@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 
 import numpy as np
 import pytest
 
 from lcm_jax.data import Loader, cached, open_cache, write_cache
+from lcm_jax.data.cache import join, write_shard
 
 RNG = np.random.default_rng(0)
 RECORDS = [
@@ -111,14 +113,52 @@ def test_bad_caches_are_refused(folder, tmp_path):
         open_cache(tmp_path / "nowhere")
     manifest = folder / "manifest.json"
     whole = manifest.read_text()
-    manifest.write_text(whole.replace('"format": 1', '"format": 9'))
-    with pytest.raises(ValueError, match="cache format 9, this version reads 1"):
+    manifest.write_text(whole.replace('"format": 2', '"format": 9'))
+    with pytest.raises(ValueError, match="cache format 9, this version reads 2"):
         open_cache(folder)
     manifest.write_text(whole[:40])
     with pytest.raises(ValueError, match="not a manifest of a cache"):
         open_cache(folder)
     manifest.write_text(whole)
     data = folder / "data.array_record"
-    data.write_bytes(data.read_bytes()[:-5])
+    bits = bytearray(data.read_bytes())
+    bits[len(bits) // 2] ^= 1
+    data.write_bytes(bits)
+    remedy = re.escape(f"; remove {folder}, and it is made again")
+    with pytest.raises(ValueError, match=f"SHA-256.* where the manifest says .*{remedy}"):
+        open_cache(folder)
+    data.write_bytes(bits[:-5])
     with pytest.raises(ValueError, match="bytes where the manifest says"):
         open_cache(folder)
+    data.unlink()
+    with pytest.raises(FileNotFoundError, match=r"data.array_record: missing"):
+        open_cache(folder)
+
+
+def test_shards_are_one_source(tmp_path):
+    """Also those without a record, in the order in which they are joined."""
+    parts = [RECORDS[:3], [], RECORDS[3:4], RECORDS[4:]]
+    whole = join([write_shard(tmp_path / f"{i}.array_record", part, MADE) for i, part in enumerate(parts)])
+    whole.save()
+    cache = open_cache(tmp_path)
+    assert [record["caption"] for record in cache] == [record["caption"] for record in RECORDS]
+    assert cache[-3]["weight"] == 4
+    other = write_shard(tmp_path / "4.array_record", [{"x": np.zeros(2)}], MADE)
+    with pytest.raises(ValueError, match=r"4\.array_record: fields"):
+        join([whole, other])
+    with pytest.raises(ValueError, match="was made with size=65, not 64"):
+        join([whole, write_shard(tmp_path / "4.array_record", [], MADE | {"size": 65})])
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=re.escape("x.array_record: cannot be written (write() failed: File too large)")
+        ):
+            write_shard(tmp_path / "x.array_record", ({"x": RNG.normal(size=9000)} for _ in range(9)), MADE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

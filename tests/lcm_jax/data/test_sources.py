@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -207,3 +209,48 @@ def test_tfds_pictures_and_labels(tmp_path, capsys):
 
 def test_unknown_tfds_name_is_refused():
     refused(ValueError, "tfds:no_such_set: tensorflow-datasets knows no such data set", "tfds:no_such_set")
+
+
+def tar(path, *names, mode="w"):
+    with tarfile.open(path, mode) as file:
+        for name in names:
+            data = name.encode()
+            if name.endswith(".png"):
+                data = io.BytesIO()
+                Image.new("RGB", (8, 8), "red").save(data, "png")
+                data = data.getvalue()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_tars_of_samples(tmp_path):
+    tar(tmp_path / "b.tar", "x.1.png", "x.txt", "x.png", "x.json")
+    tar(tmp_path / "a.tar", "y.txt", "in/x.txt", "y.png", "in/x.png")
+    source = load_source(f"tar:{tmp_path}", "train", 8)
+    assert [source[i]["caption"] for i in range(3)] == ["y.txt", "in/x.txt", "x.txt"]
+    assert (source[2]["image"] == (255, 0, 0)).all()
+    assert len(load_source(f"tar:{tmp_path}/b.t*", "train", 8)) == len(load_source(f"tar:{tmp_path}/b.tar")) == 1
+    refused(FileNotFoundError, f"{tmp_path / 'validation'}: no such folder", f"tar:{tmp_path}", "validation")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:1200]), "damaged or cut off at byte"),
+        (lambda path: path.write_bytes(path.read_bytes()[:700]), "not a plain tar"),
+        (lambda path: path.write_bytes(path.read_bytes()[:1024] + b"x" * 9000), "damaged or cut off at byte 1024"),
+        (lambda path: path.write_bytes(b"not a tar" * 99), "not a plain tar"),
+        (lambda path: tar(path, "a.png", "a.txt", mode="w:gz"), "not a plain tar"),
+        (lambda path: tar(path, "a.txt", "b.txt", "a.png"), "sample b has no picture"),
+        (lambda path: tar(path, "a.txt", "b.png", "a.png"), "sample b has no .txt caption"),
+        (lambda path: tar(path, "a.txt", "a.png", "a.jpg"), "a.jpg and a.png are of one sample"),
+        (lambda path: tar(path, "a.txt", "a.jpg"), "a.jpg: not a readable picture (unknown format)"),
+        (lambda path: tar(path, "a.json"), "empty dataset"),
+        (lambda path: path.unlink(), "no such file"),
+    ],
+)
+def test_bad_tars_are_refused(tmp_path, spoil, words):
+    spoil(tar(tmp_path / "a.tar", "a.txt", "a.png"))
+    refused((ValueError, FileNotFoundError), words, f"tar:{tmp_path / 'a.tar'}")
