@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
@@ -27,6 +28,7 @@ from lcm_jax.metrics import (
     ssim,
 )
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.train.sharding import batch_sharding, cut_rows, place, replicated, whole
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
@@ -61,6 +63,10 @@ class ClipMetric:
         tokenizer = Tokenizer.load(at.at("tokenizer"))
         return cls(text=text, tokenizer=tokenizer, images=features, width=vision.module.config.hidden_size)
 
+    def spread(self, mesh: Mesh) -> ClipMetric:
+        """The same, looking at pictures on all devices of a mesh."""
+        return replace(self, images=spread(self.images, mesh))
+
     def features(self, images: Pictures) -> Float[np.ndarray, "n d"]:
         return self.images(images)[:, : self.width]
 
@@ -85,6 +91,19 @@ class ClipMetric:
         both = self.images(images)
         fake = both[:, : self.width] if features is None else features(images)
         return report(real, fake, both[:, self.width :], self.embed_texts(texts))
+
+
+def spread(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
+    """The same features of pictures that are cut over a mesh; its parameters are on every device."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b ..."]:
+        seen = features.apply(params, jax.lax.with_sharding_constraint(images, batch_sharding(mesh)))
+        return jax.lax.with_sharding_constraint(seen, replicated(mesh))
+
+    everywhere = jax.tree.map(lambda _: replicated(mesh), features.params)
+    size = features.batch_size + -features.batch_size % parts
+    return replace(features, apply=apply, params=place(features.params, everywhere), batch_size=size)
 
 
 def captioned(source: Any, most: int | None = None) -> tuple[Pictures, list[str]]:
@@ -132,8 +151,8 @@ def evaluate(
     return rows
 
 
-def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32) -> Pictures:
-    """Pictures through an autoencoder: the latent's mean, decoded."""
+def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh: Mesh | None = None) -> Pictures:
+    """Pictures through an autoencoder: the latent's mean, decoded. mesh: on which its parameters lie."""
 
     @jax.jit
     def run(params: Params, batch: Array) -> Array:
@@ -144,7 +163,7 @@ def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32) -> Pi
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        made.append(np.asarray(run(vae.params, padded))[: len(batch)])
+        made.append(whole(run(vae.params, padded if mesh is None else cut_rows(padded, mesh)))[: len(batch)])
     return np.concatenate(made)
 
 

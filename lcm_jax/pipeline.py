@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 
 from lcm_jax.generate import Generator, SkipLayers
@@ -22,6 +23,7 @@ from lcm_jax.prompts import Prompts, pair_texts
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
+from lcm_jax.train.sharding import cut_rows, place, tree_shardings, whole
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
@@ -73,6 +75,7 @@ class Pipeline:
         """source: the scheduler config's name in errors."""
         self.folder = folder
         self.params = Parameters(folder.components)
+        self.mesh: Mesh | None = None
         config = dict(folder.scheduler)
         if folder.pipeline in SD and "steps_offset" in config:
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
@@ -84,6 +87,16 @@ class Pipeline:
         self.generator = Generator(
             net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds, embeds_span=spans
         )
+
+    def spread(self, mesh: Mesh) -> None:
+        """From now on draw on all devices of a mesh (`lcm_jax.train.sharding.make_mesh`): the parameters lie as in
+        training, the pictures of a call are cut along the batch and are the same for any number of devices.
+
+        Of several processes all must make the same calls; each encodes the texts by itself.
+        """
+        for name in self.params if jax.process_count() == 1 else (self.folder.denoiser, "vae"):
+            self.params[name] = place(self.params[name], tree_shardings(self.params[name], mesh))
+        self.mesh = mesh
 
     @property
     def size(self) -> tuple[int, int]:
@@ -188,8 +201,11 @@ class Pipeline:
                 x = add_noise(generator.schedule, x0, noise, times[0])
         empty = negative_prompt == ""
         cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
+        if self.mesh is not None:
+            cond, null, x, kept = cut_rows((cond, null, x, kept), self.mesh)
         parts = (self.net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
-        return np.asarray(self._draw(*parts, skip, kept, generator=generator, sampler=spec, guided=guided))
+        made = self._draw(*parts, skip, kept, generator=generator, sampler=spec, guided=guided)
+        return whole(made)[: len(prompts)]
 
     def encode_prompt(
         self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None, t5_tokens: int | None = None

@@ -1,9 +1,9 @@
 """Batches in an order that is a function of (seed, position) alone, for any number of processes.
 
 Sample n of the global order is example pi_e(n mod N) of epoch e = n // N, with pi_e a permutation drawn from the seed
-(grain's index shuffle). Batch k is samples [k B, (k + 1) B), and process p of P reads its p-th contiguous part of it,
-so the global batch is the same array however many processes share the work. Epochs follow one another without a seam:
-nothing is dropped, each example comes once an epoch, and a data set smaller than a batch will do.
+(grain's index shuffle). Batch k is samples [k B, (k + 1) B), of which each process reads the rows that its devices
+need, so the global batch is the same array however many processes share the work. Epochs follow one another without a
+seam: nothing is dropped, each example comes once an epoch, and a data set smaller than a batch will do.
 
 A BucketLoader gives every batch from one of several such orders, as examples of different shapes need.
 """
@@ -33,12 +33,12 @@ class Loader:
 
     Args:
         source: random access to records (dicts of arrays, numbers and texts).
-        batch_size: of the global batch; each process yields batch_size / process_count rows.
+        batch_size: of the global batch.
         seed: of the order of the examples.
         transform: record -> record, applied to each example.
         augment: (record, generator) -> record, before it. The generator is a function of the seed and the sample's
             number, so what it decides is the same after a resume and for any number of processes.
-        process_index, process_count: which part of each batch is read here.
+        rows: which of each batch are read here, in this order; None: all.
         shuffle: False keeps the order of the source.
         threads: that read ahead of the iterator, 0 to read when asked.
     """
@@ -48,20 +48,17 @@ class Loader:
     seed: int
     transform: Transform | None = None
     augment: Augment | None = None
-    process_index: int = 0
-    process_count: int = 1
+    rows: Sequence[int] | None = None
     shuffle: bool = True
     threads: int = 0
 
     def __post_init__(self) -> None:
         if len(self.source) == 0:
             raise ValueError("empty dataset: the loader's source holds no example")
-        if self.batch_size < 1 or self.process_count < 1 or self.batch_size % self.process_count:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a positive multiple of process_count={self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"process_index={self.process_index} must lie in [0, process_count={self.process_count})")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be positive")
+        if self.rows is not None and not (self.rows and set(self.rows) <= set(range(self.batch_size))):
+            raise ValueError(f"rows={self.rows} must be some of the rows of a batch, 0 to {self.batch_size - 1}")
         _check_seed(self.seed)
         if self.threads < 0:
             raise ValueError(f"threads={self.threads} must not be negative")
@@ -74,11 +71,11 @@ class Loader:
         samples = ordered.repeat()
         if self.augment is not None:
             samples = samples.random_map(self.augment)
-        part = _Part(samples, self.batch_size, self.process_index, self.batch_size // self.process_count)
-        rows = grain.MapDataset.source(part)
+        here = range(self.batch_size) if self.rows is None else self.rows
+        read = grain.MapDataset.source(_Part(samples, self.batch_size, here))
         if self.transform is not None:
-            rows = rows.map(self.transform)
-        return rows.batch(part.rows, drop_remainder=True, batch_fn=_stack)
+            read = read.map(self.transform)
+        return read.batch(len(here), drop_remainder=True, batch_fn=_stack)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -208,17 +205,17 @@ class LoaderIterator(Iterator[Batch]):
 
 
 class _Part:
-    """Row i of one process: sample (i // rows) * batch_size + process * rows + i % rows of the global order."""
+    """The samples of some rows of every batch, one batch after another."""
 
-    def __init__(self, ordered: Sequence[Any], batch_size: int, process: int, rows: int) -> None:
-        self._ordered, self._batch_size, self._process, self.rows = ordered, batch_size, process, rows
+    def __init__(self, ordered: Sequence[Any], batch_size: int, rows: Sequence[int]) -> None:
+        self._ordered, self._batch_size, self._rows = ordered, batch_size, rows
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch_size * self.rows
+        return sys.maxsize // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: int) -> Any:
-        batch, row = divmod(index, self.rows)
-        return self._ordered[batch * self._batch_size + self._process * self.rows + row]
+        batch, i = divmod(index, len(self._rows))
+        return self._ordered[batch * self._batch_size + self._rows[i]]
 
 
 class _Scheduled:

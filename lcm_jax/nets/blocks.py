@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from lcm_jax.nets.layers import Downsample, GroupNorm, Upsample, conv, dense, layer_norm
 from mmdit.attention import Implementation, attention
+from mmdit.blocks import Remat, rematerialized
 
 
 class ResnetBlock(nn.Module):
@@ -122,7 +123,7 @@ class Transformer(nn.Module):
     only_cross_attention: bool = False
     implementation: Implementation | None = None
     scan: bool = False
-    remat: bool = False
+    remat: Remat = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -139,7 +140,7 @@ class Transformer(nn.Module):
         y = GroupNorm(self.groups, 1e-6, name="norm", **types)(x)
         y = project("proj_in", y).reshape(b, h * w, c)
         scanned = self.scan and self.depth > 1
-        block = nn.remat(TransformerBlock, prevent_cse=not scanned) if self.remat else TransformerBlock
+        block = rematerialized(TransformerBlock, self.remat, scanned=scanned)
         fields = {"only_cross_attention": self.only_cross_attention, "implementation": self.implementation} | types
         if scanned:
             stack = nn.scan(
@@ -172,7 +173,7 @@ class Stage(nn.Module):
     only_cross_attention: bool = False
     implementation: Implementation | None = None
     scan: bool = False
-    remat: bool = False
+    remat: Remat = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -180,7 +181,7 @@ class Stage(nn.Module):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def resnet(self, i: int) -> nn.Module:
-        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        block = rematerialized(ResnetBlock, self.remat)
         fields = (self.features, self.groups, self.epsilon, self.scale_shift)
         return block(*fields, name=f"resnets_{i}", **self.types())
 

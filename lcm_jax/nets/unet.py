@@ -16,13 +16,15 @@ from lcm_jax.nets.config import UNetConfig
 from lcm_jax.nets.embed import TimestepEmbedding, guidance_embedding, sinusoidal
 from lcm_jax.nets.layers import GroupNorm, conv
 from mmdit.attention import Implementation
+from mmdit.blocks import Remat
 
 
 class UNet(nn.Module):
     """(noisy latent, time, conditioning) -> raw output (b, h, w, out_channels), in the precision of the latent.
 
     scan: stack transformers of more than one block, so that one block is compiled; the parameters are stacked too.
-    remat: recompute the inside of residual and transformer blocks in the backward pass instead of storing it.
+    remat: recompute the inside of residual and transformer blocks in the backward pass instead of storing it, all of it
+        (True) or what a policy of jax.checkpoint_policies leaves out.
     dtype: of the computation; norms, softmax and time embedding stay float32. param_dtype: of new parameters.
     """
 
@@ -30,7 +32,7 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = False
-    remat: bool = False
+    remat: Remat = False
     attention: Implementation | None = None
 
     @nn.compact

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import tyro
 
 from lcm_jax.overrides import flatten
-from lcm_jax.train.loop import LoopConfig, fit
+from lcm_jax.train.distributed import is_main
+from lcm_jax.train.loop import LoopConfig, check_writable, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.step import TrainState
 from lcm_jax.weights.files import read_json, write_json
 
-# What may change between a run and its continuation: none of it touches the parameters.
-WATCHING = ("log_every", "save_every", "preview_every", "keep")
+# What may change between a run and its continuation: none of it touches the parameters, but for the rounding of sums.
+WATCHING = ("log_every", "save_every", "preview_every", "keep", "mesh", "parallel", "hang_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class TrainConfig:
         previews.json. ValueError as `check` says.
         """
         self.check(workdir)
+        check_writable(workdir)
         task = self.task.build()
-        write_json(workdir / "config.json", self._record)
+        if is_main():
+            write_json(workdir / "config.json", self._record)
         return fit(task, self.loop, self.optimizer, workdir)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from lcm_jax.train.config import TrainConfig
-from lcm_jax.train.loop import optimizer_and_step, shardings
-from lcm_jax.train.step import TrainState
+from lcm_jax.train.loop import initial_shapes, optimizer_and_step
+from lcm_jax.train.sharding import make_mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +26,12 @@ class StepCost:
 
 def step_cost(config: TrainConfig, *, compile: bool = True) -> StepCost:
     """Of one step of a run. compile=False leaves `memory` 0 and takes seconds; nothing is trained either way."""
-    task = config.task.build()
-    tx, step = optimizer_and_step(task, config.loop, config.optimizer)
-    state = jax.eval_shape(lambda key: TrainState.create(task.init(key), tx), jax.random.key(0))
-    batch = next(task.batches(config.loop.batch_size, config.loop.seed))
-    whole, split = shardings(config.loop.batch_size)  # as in the loop, whose compilation is then found in the cache
-
-    def placed(tree: Any, sharding: NamedSharding) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
-
-    lowered: Any = step.lower(placed(state, whole), placed(task.frozen, whole), placed(batch, split))
+    task, loop = config.task.build(), config.loop
+    mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)  # as in the loop, whose compilation is found in the cache
+    tx, _, step = optimizer_and_step(task, replace(loop, parallel="jit"), config.optimizer, mesh)
+    batch = next(task.batches(loop.batch_size, loop.seed))
+    shapes = jax.eval_shape(lambda *trees: trees, initial_shapes(task, tx), task.frozen, batch)
+    lowered: Any = step.lower(*shapes)
     memory = 0
     if compile:
         found = lowered.compile().memory_analysis()

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, is_main
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.step import Loss, Metrics, Step, TrainState, make_train_step
+from lcm_jax.train.sharding import (
+    RULES,
+    MeshConfig,
+    Placement,
+    Rules,
+    batch_sharding,
+    create,
+    make_mesh,
+    place,
+    place_rows,
+    rows_here,
+    tree_shardings,
+    whole,
+)
+from lcm_jax.train.step import Loss, Metrics, Parallel, Step, TrainState, make_train_step
 from lcm_jax.typing import Key, Params
 from lcm_jax.weights.files import read_json, write_json
 
@@ -37,12 +54,14 @@ class Task:
     init: Callable[[Key], Params]
     loss: Loss
     frozen: Params
-    batches: Callable[[int, int], Batches]  # (batch size, seed) -> iterator
+    batches: Callable[..., Batches]  # (batch size, seed, which rows of a batch are read here; None: all) -> iterator
     # (ema, frozen) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
     preview: Callable[[Params, Params], dict[str, float | np.ndarray]]
     export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
     # what becomes of the run's optimizer, for tasks that train several trees
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
+    rules: Rules = RULES  # which axis of which parameter the mesh's axis `tensor` cuts
+    separable: bool = True  # the loss is a mean over examples, so that it can be taken part by part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +78,16 @@ class LoopConfig:
     save_every: int = 200
     preview_every: int = 500
     keep: int = 2  # checkpoints on disk
+    mesh: str = ""  # devices along each axis: data=4,fsdp=2,tensor=1; one left out, or -1, is what the others leave
+    parallel: Parallel = "jit"  # pmap: plain data parallelism, in one process
+    hang_timeout: float = 1800.0  # seconds without a step after which a process of several gives up; 0: never
 
     def __post_init__(self) -> None:
+        MeshConfig.parse(self.mesh)
+        if self.parallel not in get_args(Parallel):
+            raise ValueError(f"loop.parallel is {self.parallel!r}; use one of {', '.join(get_args(Parallel))}")
+        if self.parallel == "pmap" and self.accumulate > 1:
+            raise ValueError(f"loop.accumulate = {self.accumulate} is for loop.parallel = jit: leave one of them out")
         counts = ("steps", "batch_size", "accumulate", "ema_every", "log_every", "save_every", "preview_every", "keep")
         for name in counts:
             if getattr(self, name) <= 0:
@@ -82,11 +109,31 @@ def checkpoints(workdir: Path, config: LoopConfig) -> ocp.CheckpointManager:
 
 def _save(manager: ocp.CheckpointManager, state: TrainState, batches: Batches) -> None:
     tree = ocp.args.PyTreeSave(state._asdict())
-    manager.save(int(state.step), args=ocp.args.Composite(state=tree, data=ocp.args.JsonSave(batches.get_state())))
+    args = ocp.args.Composite(state=tree, data=ocp.args.JsonSave(batches.get_state()))
+    with _writing(manager):
+        manager.save(int(state.step), args=args)
 
 
-def _restore(manager: ocp.CheckpointManager, like: TrainState, batches: Batches) -> TrainState:
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Says in one line that a checkpoint could not be written: this one, or the last, which is written meanwhile."""
+    try:
+        yield
+    except Exception as error:
+        saved = max(manager.all_steps(read=True), default=None)
+        last = "nothing was saved" if saved is None else f"the last whole one is of step {saved}"
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise OSError(
+            f"a checkpoint could not be written to {manager.directory} ({reason[:300]}); {last}: make room or give it "
+            "back its rights, and start again"
+        ) from error
+
+
+def _restore(manager: ocp.CheckpointManager, like: Any, placement: Placement, batches: Batches) -> TrainState:
+    """The last checkpoint, placed for this mesh and these processes whatever it was written on. like: shapes."""
+    target = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, placement.state
+    )._asdict()
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.Composite(
         state=ocp.args.PyTreeRestore(target, restore_args=restore_args), data=ocp.args.JsonRestore()
@@ -96,121 +143,205 @@ def _restore(manager: ocp.CheckpointManager, like: TrainState, batches: Batches)
     return TrainState(**saved["state"])
 
 
+def check_writable(workdir: Path) -> None:
+    """OSError unless files can be made there."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{workdir} cannot be written to ({error.strerror}): give another --workdir, or its rights"
+        ) from None
+
+
 def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path) -> TrainState:
     """Train `task` for `loop.steps` steps, continuing where an earlier run in `workdir` stopped.
 
     A run that was killed and started again ends with the same parameters, bit for bit, as one that was not: the state,
     the data position and the step number (which is the random stream) are all a checkpoint holds and all there is.
+    Started again on another mesh or number of processes it sees the same examples and noise in the same order, and its
+    sums are rounded otherwise. `workdir` is one that all processes share.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    tx, step_fn = optimizer_and_step(task, loop, optimizer)
+    check_writable(workdir)
+    mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)
+    check_pmap(task, loop, mesh)
+    tx, placement, step_fn = optimizer_and_step(task, loop, optimizer, mesh)
     rate = learning_rate(optimizer, loop.steps)
-    whole, split = shardings(loop.batch_size)
-    batches = task.batches(loop.batch_size, loop.seed)
-    create = jax.jit(lambda key: TrainState.create(task.init(key), tx), out_shardings=whole)
-    state = create(jax.random.key(loop.seed))
-    manager = checkpoints(workdir, loop)
-    if manager.latest_step() is not None:
-        state = _restore(manager, state, batches)
-    start = int(state.step)
-    if start > loop.steps:
-        raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
-
-    frozen = jax.device_put(task.frozen, whole)
-
-    def advance(state: TrainState) -> tuple[TrainState, Metrics]:
-        return step_fn(state, frozen, jax.device_put(next(batches), split))
-
+    rows = rows_here(placement.batch, loop.batch_size)
+    batches = task.batches(loop.batch_size, loop.seed, rows if jax.process_count() > 1 else None)
     # What closes the manager waits for the checkpoint under way, however the run ends.
-    with manager, SummaryWriter(str(workdir / "tensorboard"), purge_step=start) as log:
-        state = _run(task, loop, rate, advance, state, batches, manager, log, workdir / "previews.json")
-    task.export(state.ema, workdir / "export")
+    with Watchdog(loop.hang_timeout) as watchdog, checkpoints(workdir, loop) as manager:
+        if manager.latest_step() is None:
+            state = create(
+                lambda key: TrainState.create(task.init(key), tx), jax.random.key(loop.seed), placement.state
+            )
+        else:
+            state = _restore(manager, initial_shapes(task, tx), placement, batches)
+        start = int(state.step)
+        if start > loop.steps:
+            raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
+        frozen = place(task.frozen, placement.frozen)
+
+        def advance(state: TrainState) -> tuple[TrainState, Metrics]:
+            return step_fn(state, frozen, place_rows(next(batches), placement.batch, rows, loop.batch_size))
+
+        def look(state: TrainState) -> dict[str, float | np.ndarray]:
+            """What is looked at on the way. Of several processes the first looks, by itself on one device."""
+            if jax.process_count() == 1:
+                return task.preview(state.ema, frozen)
+            ema = whole(state.ema)
+            return task.preview(ema, task.frozen) if is_main() else {}
+
+        with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
+            state = _Run(loop, rate, manager, batches, log, watchdog).until_the_end(state, advance, look)
+        watchdog.moved("the last checkpoint")
+        with _writing(manager):
+            manager.wait_until_finished()
+        ema = whole(state.ema) if jax.process_count() > 1 else state.ema
+    if is_main():
+        task.export(ema, workdir / "export")
     return state
+
+
+def initial_shapes(task: Task, tx: optax.GradientTransformation) -> TrainState:
+    """Of the state, without computing anything."""
+    return jax.eval_shape(lambda key: TrainState.create(task.init(key), tx), jax.random.key(0))
 
 
 def optimizer_and_step(
-    task: Task, loop: LoopConfig, optimizer: OptimizerConfig
-) -> tuple[optax.GradientTransformation, Step]:
-    """What a run's state is made with, and its compiled step."""
+    task: Task, loop: LoopConfig, optimizer: OptimizerConfig, mesh: Mesh
+) -> tuple[optax.GradientTransformation, Placement, Step]:
+    """What a run's state is made with, where it lies, and its compiled step."""
     tx = task.optimizer(make_optimizer(optimizer, loop.steps))
-    return tx, make_train_step(
-        task.loss, tx, decay=loop.ema, seed=loop.seed, accumulate=loop.accumulate, ema_every=loop.ema_every
+    placement = Placement(
+        mesh=mesh,
+        state=tree_shardings(initial_shapes(task, tx), mesh, task.rules),
+        frozen=tree_shardings(task.frozen, mesh, task.rules),
+        batch=batch_sharding(mesh),
     )
+    step = make_train_step(
+        task.loss,
+        tx,
+        decay=loop.ema,
+        seed=loop.seed,
+        accumulate=loop.accumulate,
+        ema_every=loop.ema_every,
+        placement=placement,
+        parallel=loop.parallel,
+    )
+    return tx, placement, step
 
 
-def shardings(batch_size: int) -> tuple[NamedSharding, NamedSharding]:
-    """(replicated, split over devices along the batch) on one mesh of all devices; XLA places the collectives."""
-    devices = jax.device_count()
-    if batch_size % devices:
-        raise ValueError(f"loop.batch_size {batch_size} is no multiple of the {devices} devices")
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+def check_pmap(task: Task, loop: LoopConfig, mesh: Mesh) -> None:
+    """ValueError where the loop asks for pmap and it would not do what jit does."""
+    if loop.parallel != "pmap":
+        return
+    if mesh.shape["data"] != mesh.size or jax.process_count() > 1:
+        raise ValueError(
+            f"loop.parallel = pmap is for the devices of one process, all along data, not {dict(mesh.shape)} in "
+            f"{jax.process_count()} processes: use jit"
+        )
+    if not task.separable:
+        raise ValueError("loop.parallel = pmap: this task's loss is no mean over examples; use jit")
 
 
-def _run(
-    task: Task,
-    loop: LoopConfig,
-    rate: optax.Schedule,
-    advance: Callable[[TrainState], tuple[TrainState, Metrics]],
-    state: TrainState,
-    batches: Batches,
-    manager: ocp.CheckpointManager,
-    log: SummaryWriter,
-    previews: Path,
-) -> TrainState:
-    start = int(state.step)
-    bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=previews.parent.name)
-    timer = Timer(start)
+class _Run:
+    """The steps of a run, and what is written on the way."""
 
-    losses: dict[int, jax.Array] = {}  # of the steps since they were last looked at
+    def __init__(
+        self,
+        loop: LoopConfig,
+        rate: optax.Schedule,
+        manager: ocp.CheckpointManager,
+        batches: Batches,
+        log: SummaryWriter,
+        watchdog: Watchdog,
+    ) -> None:
+        self.loop, self.rate, self.manager, self.batches, self.log = loop, rate, manager, batches, log
+        self.watchdog = watchdog
+        self.workdir = manager.directory.parent
+        self.losses: dict[int, jax.Array] = {}  # of the steps since they were last looked at
 
-    def check(until: int) -> None:
-        for step in [step for step in losses if step <= until]:
-            loss = losses.pop(step)
+    def until_the_end(
+        self,
+        state: TrainState,
+        advance: Callable[[TrainState], tuple[TrainState, Metrics]],
+        look: Callable[[TrainState], dict[str, float | np.ndarray]],
+    ) -> TrainState:
+        """Preempted where the run is told to end before."""
+        loop, start = self.loop, int(state.step)
+        name = self.workdir.name
+        bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not is_main())
+        self.timer = Timer(start)
+        # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
+        pending: tuple[int, Metrics] | None = None
+        with bar, Preemption() as told_to_end:
+            for step in range(start + 1, loop.steps + 1):
+                self.watchdog.moved(f"step {step}")
+                state, metrics = advance(state)
+                self.losses[step] = metrics["loss"]
+                if pending is not None:
+                    self.write(*pending, bar)
+                pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
+                bar.update()
+                last, ending = step == loop.steps, told_to_end(step)
+                if pending is not None and (last or ending or step % loop.preview_every == 0):
+                    self.write(*pending, bar)  # before the preview, which is not to count as training time
+                    pending = None
+                if last or step % loop.preview_every == 0:
+                    self.show(step, look(state))
+                    self.timer.restart(step)
+                if last or ending or step % loop.save_every == 0:  # after the preview, which a run killed in between
+                    self.check(step)  # sees again; every checkpoint is of a run that was sound until then
+                    _save(self.manager, state, self.batches)
+                if ending and not last:
+                    self.stop(step)
+        return state
+
+    def check(self, until: int) -> None:
+        """FloatingPointError where a loss is not finite."""
+        size = self.loop.batch_size
+        for step in [step for step in self.losses if step <= until]:
+            loss = self.losses.pop(step)
             if not np.isfinite(loss):
-                saved = manager.latest_step()
+                saved = self.manager.latest_step()
                 last = "nothing was saved" if saved is None else f"the last good checkpoint is of step {saved}"
                 raise FloatingPointError(
-                    f"the loss is {float(loss)} at step {step} (examples {(step - 1) * loop.batch_size} to "
-                    f"{step * loop.batch_size - 1} of the data's order); {last}, in {manager.directory}: "
-                    "lower --learning-rate"
+                    f"the loss is {float(loss)} at step {step} (examples {(step - 1) * size} to {step * size - 1} of "
+                    f"the data's order); {last}, in {self.manager.directory}: lower --learning-rate"
                 )
 
-    def write(step: int, metrics: Metrics) -> None:
+    def write(self, step: int, metrics: Metrics, bar: tqdm) -> None:
+        """Scalars of a step."""
+        speed = self.timer.rate(step) * self.loop.batch_size
         scalars = {key: float(value) for key, value in metrics.items()}
-        scalars |= {"learning_rate": float(rate(step - 1)), "samples_per_second": timer.rate(step) * loop.batch_size}
+        scalars |= {"learning_rate": float(self.rate(step - 1)), "samples_per_second": speed}
         for key, value in scalars.items():
-            log.add_scalar(key, value, step)
-        bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {scalars['samples_per_second']:.0f} samples/s", refresh=False)
-        check(step)
+            self.log.add_scalar(key, value, step)
+        bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {speed:.0f} samples/s", refresh=False)
+        self.check(step)
+        with _writing(self.manager):
+            self.manager.check_for_errors()  # of the checkpoint that is written meanwhile
 
-    # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
-    pending: tuple[int, Metrics] | None = None
-    for step in range(start + 1, loop.steps + 1):
-        state, metrics = advance(state)
-        losses[step] = metrics["loss"]
-        if pending is not None:
-            write(*pending)
-        pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
-        bar.update()
-        last = step == loop.steps
-        if last or step % loop.preview_every == 0:
-            if pending is not None:  # before the preview, which is not to count as training time
-                write(*pending)
-                pending = None
-            seen = task.preview(state.ema, task.frozen)
-            for title, value in seen.items():
-                if isinstance(value, np.ndarray):
-                    log.add_image(title, value, step, dataformats="HWC")
-                else:
-                    log.add_scalar(title, value, step)
-            _record(previews, step, {k: float(v) for k, v in seen.items() if not isinstance(v, np.ndarray)})
-            timer.restart(step)
-        if last or step % loop.save_every == 0:  # after the preview, which a run killed in between sees again
-            check(step)  # so that every checkpoint is of a run that was sound until then
-            _save(manager, state, batches)
-    bar.close()
-    return state
+    def show(self, step: int, seen: dict[str, float | np.ndarray]) -> None:
+        """Pictures and numbers of a preview."""
+        numbers = {title: float(value) for title, value in seen.items() if not isinstance(value, np.ndarray)}
+        for title, value in seen.items():
+            if isinstance(value, np.ndarray):
+                self.log.add_image(title, value, step, dataformats="HWC")
+            else:
+                self.log.add_scalar(title, value, step)
+        if is_main():
+            _record(Path(self.workdir) / "previews.json", step, numbers)
+
+    def stop(self, step: int) -> None:
+        """Wait for the checkpoint, and end."""
+        with _writing(self.manager):
+            self.manager.wait_until_finished()
+        if is_main():
+            print(f"{self.workdir}: told to end (SIGTERM); step {step} is saved, the same command goes on from it")
+        raise Preempted
 
 
 def _record(path: Path, step: int, numbers: dict[str, float]) -> None:

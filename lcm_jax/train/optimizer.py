@@ -1,4 +1,4 @@
-"""The optimizer of a run, from a handful of numbers: AdamW with warm-up, decay and clipping, all of it optax."""
+"""The optimizer of a run, from a handful of numbers: warm-up, decay and clipping around a rule, all of it optax."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from lcm_jax.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter, 2019)."""
+    """adamw (Loshchilov and Hutter 2019, 1711.05101) has two moments for each parameter; lion (Chen et al. 2023,
+    2302.06675) one, for which it wants a learning rate 3 to 10 times lower; adafactor (Shazeer and Stern 2018,
+    1804.04235) for a matrix a row and a column of the second, without its scaling by the parameter's size.
+    """
 
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second stays float32
     learning_rate: float = 1e-4
     warmup: int = 100  # steps from zero to the full rate
     decay: Literal["constant", "cosine"] = "constant"  # after the warm-up; cosine ends at zero at the last step
@@ -28,6 +33,11 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
+        for name, known in (("name", _RULES), ("moment_dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
+        if self.name == "adafactor" and self.moment_dtype != "float32":
+            raise ValueError("optimizer.moment_dtype is of adamw and lion; adafactor has no first moment: leave it out")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -45,14 +55,26 @@ def _decays(params: Params) -> Params:
     return jax.tree.map_with_path(lambda path, _: bool(path) and getattr(path[-1], "key", None) in names, params)
 
 
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype)
+
+
+def _lion(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.scale_by_lion(config.b1, config.b2, mu_dtype=config.moment_dtype)
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+_RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, AdamW."""
-    adam = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=_decays,
+    """Clip, scale, decay the weights, times the learning rate."""
+    rule = optax.chain(
+        _RULES[config.name](config),
+        optax.add_decayed_weights(config.weight_decay, _decays),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adam) if config.clip else adam
+    return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule

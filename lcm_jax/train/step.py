@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from lcm_jax.train.pmap import AXIS, over_devices, own_rows
+from lcm_jax.train.sharding import Placement, replicated
 from lcm_jax.typing import Array, Key, Params
 
 Metrics = dict[str, Array]
@@ -18,6 +20,7 @@ Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]
 
 
 Step = jax.stages.Wrapped  # (state, frozen, batch) -> (state, metrics)
+Parallel = Literal["jit", "pmap"]
 
 
 class TrainState(NamedTuple):
@@ -47,8 +50,13 @@ def make_train_step(
     seed: int,
     accumulate: int = 1,
     ema_every: int = 1,
+    placement: Placement | None = None,
+    parallel: Parallel = "jit",
 ) -> Step:
     """Compiled `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
+
+    placement: where all of it lies, and the new state as the old; None: where the arguments do.
+    parallel: "pmap" has the same result on a mesh of one axis, for losses that are means over examples.
 
     With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update
     as the whole batch at once (for losses that are means over examples), at 1/m of the activation memory.
@@ -66,6 +74,8 @@ def make_train_step(
             return jax.tree.map(lambda a, b: a + b / accumulate, total, one), None
 
         parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
+        if placement is not None:  # else a micro-batch would lie on some of the devices, and the rest be idle
+            parts = jax.lax.with_sharding_constraint(parts, placement.micro)
         keys = jax.random.split(key, accumulate)
         first = (jax.tree.map(lambda a: a[0], parts), keys[0])
         shapes = jax.eval_shape(grad, state.params, state.ema, frozen, *first, state.step)
@@ -74,7 +84,11 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = gradients(state, frozen, batch, key)
+        if parallel == "pmap" and placement is not None:
+            key = own_rows(key, placement.mesh.size)
+            grads, metrics = jax.lax.pmean(gradients(state, frozen, batch, key), AXIS)
+        else:
+            grads, metrics = gradients(state, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         due = (state.step + 1) % ema_every == 0
@@ -82,4 +96,10 @@ def make_train_step(
         ema = jax.tree.map(lambda e, p: (e + rate * (p - e)).astype(e.dtype), state.ema, params)
         return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
-    return jax.jit(train_step, donate_argnums=0)
+    if placement is None:
+        return jax.jit(train_step, donate_argnums=0)
+    if parallel == "pmap":
+        return over_devices(train_step, placement.mesh)
+    lie = (placement.state, placement.frozen, placement.batch)
+    results = (placement.state, replicated(placement.mesh))
+    return jax.jit(train_step, donate_argnums=0, in_shardings=lie, out_shardings=results)

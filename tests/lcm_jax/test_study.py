@@ -21,6 +21,7 @@ from lcm_jax.weights.files import read_json
 
 mpl.use("agg")
 WIDTH = 32
+POINTS = [{"x": np.float32(i)} for i in range(1, 9)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class Line:
             init=lambda key: {"a": jnp.zeros(())},
             loss=loss,
             frozen=jnp.ones((WIDTH, WIDTH)),
-            batches=lambda n, seed: iter(Loader([{"x": np.float32(i)} for i in range(1, 9)], n, seed)),
+            batches=lambda n, seed, rows=None: iter(Loader(POINTS, n, seed, rows=rows)),
             preview=lambda ema, frozen: {"validation": float(ema["a"])},
             export=export,
         )

@@ -88,5 +88,12 @@ class AutoencoderTask:
             )
             save_component(folder, "vae", Component(AutoencoderKL(config), jax.device_get(ema["vae"])))
 
-        batches = loader(source, transform=lambda record: {"image": record["image"]})
-        return Task(init=init, loss=loss, frozen=frozen, batches=batches, preview=preview, export=export)
+        return Task(
+            init=init,
+            loss=loss,
+            frozen=frozen,
+            batches=loader(source, transform=lambda record: {"image": record["image"]}),
+            preview=preview,
+            export=export,
+            separable=critic is None,  # the critic is weighed by gradients of the whole batch
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from einops import rearrange
@@ -26,7 +26,8 @@ from lcm_jax.data.loader import Augment, Transform
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Captioned pictures: "openmoji", "openmoji-outline", "folder:PATH" or "tfds:NAME".
+    """Captioned pictures: "openmoji", "openmoji-outline", "folder:PATH", "tar:FILES", "tfds:NAME", or the folder that
+    `lcm-jax encode` wrote of one of these, for tasks that train on latents.
 
     Squares of `size`, or with `buckets` pictures of all shapes of about as many pixels, each batch of one shape (see
     lcm_jax.data.buckets). Buckets and synthetic captions are for the data of diffusion and of its distillation.
@@ -50,14 +51,14 @@ class DataConfig:
         """Of the pictures."""
         return bucket_sizes(self.size, self.multiple, self.aspect) if self.buckets else ((self.size, self.size),)
 
-    def open(self) -> Source:
-        """The squares."""
+    def open(self, *, encoded: bool = False) -> Source:
+        """The squares. encoded: their latents are welcome too."""
         if self.buckets or self.synthetic:
             raise ValueError(
                 f"{self.name} with buckets={self.buckets}, synthetic={self.synthetic}: only task.data of diffusion and "
                 "of its distillation takes them; leave them out here"
             )
-        return load_source(self.name, self.split, self.size)
+        return load_source(self.name, self.split, self.size, encoded=encoded)
 
     def open_buckets(self) -> dict[Size, Source]:
         """A source for each size that has pictures."""
@@ -75,24 +76,29 @@ class DataConfig:
         return CaptionMix(rate=rate) if rate else None
 
 
+class StartBatches(Protocol):
+    """Batches of a size, in the order of a seed; of each batch only `rows` are read (None: all)."""
+
+    def __call__(self, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> LoaderIterator: ...
+
+
 def captions(source: Source, most: int | None = None) -> list[str]:
     """The first captions of a source, or all."""
     count = len(source) if most is None else min(most, len(source))
     return [source[i]["caption"] for i in range(count)]
 
 
-def loader(
-    *sources: Any, transform: Transform | None = None, augment: Augment | None = None
-) -> Callable[[int, int], LoaderIterator]:
-    """(batch size, seed) -> resumable iterator over random-access records, each passed through `augment`, `transform`.
+def loader(*sources: Any, transform: Transform | None = None, augment: Augment | None = None) -> StartBatches:
+    """A resumable iterator over random-access records, each passed through `augment`, then `transform`.
 
     Of several sources every batch is of one (BucketLoader).
     """
 
-    def start(batch_size: int, seed: int) -> LoaderIterator:
+    def start(batch_size: int, seed: int, rows: Sequence[int] | None = None) -> LoaderIterator:
+        options: dict[str, Any] = {"transform": transform, "augment": augment, "rows": rows}
         if len(sources) == 1:
-            return iter(Loader(sources[0], batch_size, seed, transform=transform, augment=augment))
-        return iter(BucketLoader.of(sources, batch_size, seed, transform=transform, augment=augment))
+            return iter(Loader(sources[0], batch_size, seed, **options))
+        return iter(BucketLoader.of(sources, batch_size, seed, **options))
 
     return start
 

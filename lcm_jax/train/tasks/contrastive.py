@@ -86,8 +86,15 @@ class ContrastiveTask:
             save_component(folder, "image_encoder", Component(clip.vision, vision_tree))
             train_tokenizer(texts, self.vocabulary, folder / "tokenizer", length)
 
-        batches = loader(source, transform=transform)
-        return Task(init=clip.init, loss=loss, frozen={}, batches=batches, preview=preview, export=export)
+        return Task(
+            init=clip.init,
+            loss=loss,
+            frozen={},
+            batches=loader(source, transform=transform),
+            preview=preview,
+            export=export,
+            separable=False,
+        )
 
 
 def move(key: Key, images: Float[Array, "b h w 3"], most: int) -> Float[Array, "b h w 3"]:

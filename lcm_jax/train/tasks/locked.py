@@ -84,4 +84,12 @@ class LockedImageTask:
             save_component(folder, "text_encoder_2", Component(net, jax.device_get(ema)["text"]))
             tokenizer.save(folder / "tokenizer_2")
 
-        return Task(init=init, loss=loss, frozen={}, batches=loader(pairs(source)), preview=preview, export=export)
+        return Task(
+            init=init,
+            loss=loss,
+            frozen={},
+            batches=loader(pairs(source)),
+            preview=preview,
+            export=export,
+            separable=False,
+        )

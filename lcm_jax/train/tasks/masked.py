@@ -81,4 +81,5 @@ class MaskedTask:
             batches=loader(source, transform=transform),
             preview=preview,
             export=export,
+            separable=False,  # a mean over the hidden tokens
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ import pytest
 from lcm_jax.data import Loader
 from lcm_jax.train.loop import LoopConfig, Task, checkpoints, fit
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from lcm_jax.train.pmap import AXIS, own_rows
 from lcm_jax.train.step import TrainState, ema_decay, make_train_step
 
 POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]
 
 
-def line_task(stop_at: int | None = None) -> Task:
-    """y = a x + b, with noise on x that only the step's key decides. Stops with an error after `stop_at` batches."""
+def line_task(stop_at: int | None = None, told_at: int | None = None) -> Task:
+    """y = a x + b, with noise on x that only the step's key decides. Stops with an error after `stop_at` batches, and
+    is told to end (SIGTERM) at batch `told_at`.
+    """
 
     class Interrupted:
         def __init__(self, inner: Any) -> None:
@@ -31,6 +36,8 @@ def line_task(stop_at: int | None = None) -> Task:
             self.count += 1
             if stop_at is not None and self.count > stop_at:
                 raise KeyboardInterrupt
+            if self.count == told_at:
+                os.kill(os.getpid(), signal.SIGTERM)
             return next(self.inner)
 
         def get_state(self) -> dict[str, Any]:
@@ -48,7 +55,7 @@ def line_task(stop_at: int | None = None) -> Task:
         init=lambda key: {"a": jax.random.normal(key), "b": jnp.zeros(())},
         loss=loss,
         frozen={"noise": jnp.float32(0.01)},
-        batches=lambda batch_size, seed: Interrupted(iter(Loader(POINTS, batch_size, seed))),
+        batches=lambda batch_size, seed, rows=None: Interrupted(iter(Loader(POINTS, batch_size, seed, rows=rows))),
         preview=lambda ema, frozen: {"a": float(ema["a"]), "grid": np.zeros((4, 4, 3), np.uint8)},
         export=lambda ema, folder: (
             folder.mkdir(exist_ok=True),
@@ -70,6 +77,29 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
     assert (tmp_path / "killed" / "export" / "a.npy").is_file()
     assert list((tmp_path / "killed" / "tensorboard").glob("events*"))
+
+
+def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    whole = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "whole")
+    with pytest.raises(SystemExit) as ending:
+        fit(line_task(told_at=17), LOOP, OPTIMIZER, tmp_path / "told")
+    assert ending.value.code == 0
+    assert "step 17 is saved, the same command goes on from it" in capsys.readouterr().out
+    assert checkpoints(tmp_path / "told", LOOP).latest_step() == 17
+    assert not (tmp_path / "told" / "export").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+    resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "told")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run cannot be written to \(Not a directory\): give another --workdir"):
+        fit(line_task(), LOOP, OPTIMIZER, tmp_path / "file" / "run")
 
 
 def test_it_learns(tmp_path: Path) -> None:
@@ -178,3 +208,59 @@ def test_weight_decay_is_for_weights_alone() -> None:
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, stacked), tx.init(stacked), stacked)
     moved = {name: bool(jnp.any(update != 0)) for name, update in updates.items()}
     assert moved == {"bias": False, "scale": False, "kernel": True, "pos_embed": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "moments"),
+    [
+        ({}, 2.0),
+        ({"moment_dtype": "bfloat16"}, 1.5),
+        ({"name": "lion"}, 1.0),
+        ({"name": "lion", "moment_dtype": "bfloat16"}, 0.5),
+        ({"name": "adafactor"}, 0.0),
+    ],
+    ids=str,
+)
+def test_an_optimizer_descends_and_remembers_as_little_as_it_says(options: Any, moments: float) -> None:
+    """moments: bytes of its state over those of the parameters."""
+    params = {"kernel": jnp.full((256, 256), 2.0)}
+    tx = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup=0, **options), 10)
+    state = tx.init(params)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / params["kernel"].nbytes
+    assert held == pytest.approx(moments, abs=0.02)
+    updates, _ = tx.update(params, state, params)  # the gradient of half the square
+    np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "sgd"}, "optimizer.name is 'sgd'; use one of adamw, lion, adafactor"),
+        ({"moment_dtype": "int8"}, "optimizer.moment_dtype is 'int8'; use one of float32, bfloat16"),
+        ({"name": "adafactor", "moment_dtype": "bfloat16"}, "adafactor has no first moment"),
+    ],
+)
+def test_bad_optimizers_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
+DRAWS = {
+    "normal": jax.random.normal,
+    "integers": lambda key, shape: jax.random.randint(key, shape, 0, 1000),
+    "coins": lambda key, shape: jax.random.bernoulli(key, 0.3, shape),
+    "truncated": lambda key, shape: jax.random.truncated_normal(key, -1.0, 1.0, shape),
+    "of keys made of it": lambda key, shape: jax.random.normal(jax.random.fold_in(jax.random.split(key)[1], 3), shape),
+    "for several": lambda key, shape: jnp.moveaxis(
+        jax.vmap(lambda key: jax.random.uniform(key, shape))(jax.random.split(key, 3)), 0, -1
+    ),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+def test_each_device_draws_its_rows_of_what_one_would(draw: Any) -> None:
+    key = jax.random.key(5)
+    parts = jax.vmap(lambda: draw(own_rows(key, 4), (2, 3)), axis_name=AXIS, axis_size=4)()
+    np.testing.assert_array_equal(parts.reshape(8, *parts.shape[2:]), draw(key, (8, 3)))
+    scalars = jax.vmap(lambda: jax.random.normal(own_rows(key, 4)), axis_name=AXIS, axis_size=4)()
+    np.testing.assert_array_equal(scalars, jnp.full(4, jax.random.normal(key)))

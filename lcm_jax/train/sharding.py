@@ -1,0 +1,210 @@
+"""Where arrays lie: one mesh of all devices, and for every tree shardings derived from its shapes.
+
+    data     copies of the parameters, each with its part of the batch
+    fsdp     parts of the batch too, and every large array is cut along its largest axis (ZeRO-3, 1910.02054)
+    tensor   the kernels before an attention or inside a feed-forward are cut by columns, those behind by rows
+             (Megatron-LM, 1909.08053); the devices along it have the same part of the batch
+
+Nothing else knows the mesh: `jit` is told where its arguments and results lie, and XLA places the collectives.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes along which a batch is cut
+SMALLEST = 1024  # elements; smaller arrays, and vectors, are on every device: to gather them costs more than it saves
+
+Rules = Sequence[tuple[str, int]]
+"""(regex searched in a parameter's path, axis that `tensor` cuts); the first that fits counts."""
+
+_COLUMNS = r"(to_[qkv]|add_[qkv]_proj|[qkv]_proj|net_0/proj|fc1|wi|wi_[01])"
+_ROWS = r"(to_out_0|to_add_out|out_proj|net_2|fc2|wo)"
+RULES: Rules = (
+    (rf"(^|/){_COLUMNS}/kernel(/up)?$", -1),
+    (rf"(^|/){_ROWS}/kernel(/down)?$", -2),
+)
+"""For UNet, MMDiT, CLIP and T5; /up and /down are those of LoRA adapters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; one of them may be -1, which is what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """From "data=4,fsdp=2"; without data that axis is what the others leave, so "" is all devices along data."""
+        sizes: dict[str, int] = {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            name, _, number = part.partition("=")
+            if name not in AXES or name in sizes or not re.fullmatch(r"-1|[1-9]\d*", number):
+                raise ValueError(
+                    f"mesh {text!r}: {part!r} is not AXIS=NUMBER; write each of {', '.join(AXES)} at most once, "
+                    "such as data=4,fsdp=2"
+                )
+            sizes[name] = int(number)
+        config = cls(**sizes)
+        if [config.data, config.fsdp, config.tensor].count(-1) > 1:
+            raise ValueError(f"mesh {text!r}: only one axis can be what the others leave; give the rest their sizes")
+        return config
+
+    def shape(self, devices: int) -> tuple[int, int, int]:
+        """Sizes of AXES. ValueError where their product is not the number of devices."""
+        sizes = (self.data, self.fsdp, self.tensor)
+        known = math.prod(size for size in sizes if size > 0)
+        data, fsdp, tensor = (devices // known if size < 0 else size for size in sizes)
+        if data * fsdp * tensor != devices:
+            raise ValueError(
+                f"mesh data={self.data},fsdp={self.fsdp},tensor={self.tensor} does not fit {devices} devices: the "
+                "product must be their number; leave one axis out, or set it to -1"
+            )
+        return data, fsdp, tensor
+
+
+def make_mesh(text: str = "", *, batch_size: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a --mesh option over all devices. ValueError where it does not fit them, or them the batch."""
+    devices = jax.devices() if devices is None else devices
+    shape = MeshConfig.parse(text).shape(len(devices))
+    parts = shape[0] * shape[1]
+    if batch_size is not None and batch_size % parts:
+        raise ValueError(
+            f"batch_size {batch_size} is no multiple of the {parts} parts that the mesh cuts it in (data={shape[0]} x "
+            f"fsdp={shape[1]}): change it, or --mesh"
+        )
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Cut along the first axis."""
+    return NamedSharding(mesh, PartitionSpec(ROWS))
+
+
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Of a tree of arrays or of their shapes. An optimizer's moments have the parameters' names and shapes, and so lie
+    as these do.
+    """
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        return NamedSharding(
+            mesh, _spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh, rules)
+        )
+
+    return jax.tree.map_with_path(of, tree)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+    axes: list[str | None] = [None] * len(shape)
+    if len(shape) < 2 or math.prod(shape) < SMALLEST:
+        return PartitionSpec()
+    cut = next((axis for pattern, axis in rules if re.search(pattern, path)), None)
+    if cut is not None and mesh.shape["tensor"] > 1 and shape[cut] % mesh.shape["tensor"] == 0:
+        axes[cut] = "tensor"
+    fsdp = mesh.shape["fsdp"]
+    free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
+    if fsdp > 1 and free:
+        axes[max(free, key=lambda i: shape[i])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+class Placement(NamedTuple):
+    """Where the trees of a training step lie."""
+
+    mesh: Mesh
+    state: Any  # shardings beside the leaves
+    frozen: Any
+    batch: NamedSharding
+
+    @property
+    def micro(self) -> NamedSharding:
+        """Of micro-batches stacked along a first axis: each is cut over all devices."""
+        return NamedSharding(self.mesh, PartitionSpec(None, ROWS))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, as global ones; each device is given its part alone."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def rows_here(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
+    """The rows of a batch that lie on this process's devices; processes along a tensor axis share theirs."""
+    parts = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return tuple(sorted({row for part in parts for row in range(batch_size)[part[0]]}))  # type: ignore[index]
+
+
+def place_rows(batch: Any, sharding: NamedSharding, rows: Sequence[int], batch_size: int) -> Any:
+    """The `rows` of a batch (`rows_here`) as this process's part of the global arrays."""
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+
+    def put(local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            own = range(batch_size)[index[0]]
+            first = bisect_left(rows, own.start)
+            return local[first : first + len(own)]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def cut_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays (n, ...) that every process has, cut along n over the mesh, filled up with copies of the last row."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def fill(leaf: np.ndarray) -> np.ndarray:
+        return np.concatenate([leaf, np.repeat(leaf[-1:], -len(leaf) % parts, axis=0)])
+
+    filled = jax.tree.map(fill, whole(tree))
+    return place(filled, jax.tree.map(lambda _: batch_sharding(mesh), filled))
+
+
+def whole(tree: Any) -> Any:
+    """The arrays as numpy on every process, gathered one after another; all processes must ask."""
+
+    def fetch(leaf: Any) -> np.ndarray:
+        gather = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+        return multihost_utils.process_allgather(leaf, tiled=True) if gather else np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+def create(make: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
+    """make(key), each device computing its part.
+
+    What `make` closes over (a teacher's weights) becomes an argument, cut over the devices, and not a constant of the
+    program, which cannot be larger than 2 GiB.
+    """
+    closed, shapes = jax.make_jaxpr(make, return_shape=True)(key)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    consts = place(closed.consts, tree_shardings(closed.consts, mesh))
+
+    def run(consts: Any, key: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(shapes), jax.core.eval_jaxpr(closed.jaxpr, consts, key))
+
+    return jax.jit(run, out_shardings=shardings)(consts, key)

@@ -1,0 +1,183 @@
+"""A process of a job, for the tests: trains light networks as told by a JSON file, and writes what came out.
+
+    python job.py CASES.json [--coordinator HOST:PORT --processes N --process I]
+
+CASES.json holds {"cases": [{"workdir": "...", "net": "unet", "lora": true, "loop": {...}, ...}, ...]}. Each case leaves
+`workdir`/result.npz: the parameters and the moving average by path, the losses of the steps, and how many bytes the
+state has, and has on one device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.data import Loader
+from lcm_jax.lora import DEFAULT_TARGETS, MMDIT_TARGETS
+from lcm_jax.nets import UNet, UNetConfig
+from lcm_jax.objectives import LatentConsistencyDistillation
+from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.train import distributed, loop
+from lcm_jax.train.loop import LoopConfig, Task
+from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.sharding import make_mesh, whole
+from lcm_jax.train.tasks.diffusion import initial
+from lcm_jax.train.tasks.distillation import Learner, LoraConfig
+from mmdit import MMDiT, MMDiTConfig
+
+UNET = UNetConfig(
+    sample_size=4,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=32,
+    norm_num_groups=4,
+    time_cond_proj_dim=16,
+)
+MMDIT = MMDiTConfig(
+    sample_size=4,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=32,
+    caption_projection_dim=32,
+    pooled_projection_dim=32,
+    pos_embed_max_size=4,
+    time_cond_proj_dim=16,
+)
+# A key's bias has no gradient but rounding errors, which Adam must not blow up where runs are compared.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup=1, eps=1e-5)
+
+
+def distillation(net: str, adapted: bool) -> Task:
+    """LCM of a random teacher on random latents, with all weights or with LoRA."""
+    config: Any = {"unet": UNET, "mmdit": MMDIT}[net]
+    if adapted:  # a network that is not told w
+        config = replace(config, time_cond_proj_dim=None)
+    module: Any = UNet(config) if net == "unet" else MMDiT(config)
+    schedule, kind = (DDPM(), "epsilon") if net == "unet" else (RectifiedFlow(), "flow")
+    options: Any = {"embed_w": False, "w_min": 7.5, "w_max": 7.5} if adapted else {}
+    objective = LatentConsistencyDistillation(schedule=schedule, kind=kind, caption_dropout=0.3, **options)
+    lora = LoraConfig(rank=32, targets=DEFAULT_TARGETS if net == "unet" else MMDIT_TARGETS) if adapted else None
+    learner = Learner(net=module, objective=objective, lora=lora, critic=None)
+    teacher = jax.jit(initial(module))(jax.random.key(7))
+    random = np.random.default_rng(0)
+
+    def record() -> dict[str, np.ndarray]:
+        shapes = {"mean": (4, 4, 4), "std": (4, 4, 4), "context": (3, 32)} | (
+            {"pooled": (32,)} if net == "mmdit" else {}
+        )
+        return {name: np.abs(random.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+
+    records = [record() for _ in range(24)]
+    null = {name: jnp.zeros((1, *leaf.shape)) for name, leaf in records[0].items() if name not in ("mean", "std")}
+    frozen = {"teacher": teacher, "null": null}
+    return task(lambda key: learner.begin(key, teacher, frozen), learner.loss, frozen, records)
+
+
+def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
+    """A matrix fitted with noise on its inputs, each example of which takes a while to come.
+
+    hang_at: of the example after which the last process is given no more.
+    """
+    given = itertools.count()
+    random = np.random.default_rng(0)
+    records = [{name: random.normal(size=64).astype(np.float32) for name in ("x", "y")} for _ in range(40)]
+
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
+        error = jnp.mean((jnp.tanh(x @ params["kernel"]) @ frozen["out"] - batch["y"]) ** 2)
+        return error, {"loss": error}
+
+    def slowly(record: Any) -> Any:
+        last = jax.process_index() == jax.process_count() - 1
+        time.sleep(3600.0 if last and next(given) == hang_at else seconds)
+        return record
+
+    frozen = {"out": jnp.eye(64)}
+    return task(lambda key: {"kernel": jax.random.normal(key, (64, 64))}, loss, frozen, records, transform=slowly)
+
+
+def task(init: Any, loss: Any, frozen: Any, records: Any, transform: Any = None) -> Task:
+    return Task(
+        init=init,
+        loss=loss,
+        frozen=frozen,
+        batches=lambda size, seed, rows=None: iter(Loader(records, size, seed, rows=rows, transform=transform)),
+        preview=lambda ema, frozen: {"size": float(sum(map(jnp.size, jax.tree.leaves(ema))))},
+        export=lambda ema, folder: folder.mkdir(exist_ok=True),
+    )
+
+
+def flat(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(whole(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def run(case: dict[str, Any]) -> None:
+    net = case.get("net", "regression")
+    if net == "regression":
+        made = regression(case.get("seconds", 0.0), case.get("hang_at", -1))
+    else:
+        made = distillation(net, case.get("lora", False))
+    devices = jax.devices()[:1] if case.get("one") else None
+    loop.make_mesh = partial(make_mesh, devices=devices)
+    losses: list[float] = []
+    write = loop._Run.write
+
+    def listening(self: Any, step: int, metrics: Any, bar: Any) -> None:
+        losses.append(float(metrics["loss"]))
+        if step == case.get("full_at"):  # as on a full disk, nothing more can be written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+        write(self, step, metrics, bar)
+
+    loop._Run.write = listening  # type: ignore[method-assign]
+    workdir = Path(case["workdir"])
+    state = loop.fit(made, LoopConfig(**case["loop"]), OPTIMIZER, workdir)
+    loop._Run.write = write  # type: ignore[method-assign]
+    sizes = [(leaf.nbytes, leaf.addressable_shards[0].data.nbytes) for leaf in jax.tree.leaves(state)]
+    result = flat({"params": state.params, "ema": state.ema}) | {"losses": np.asarray(losses)}
+    result |= {"bytes": np.asarray([sum(size) for size in zip(*sizes, strict=True)])}  # of the state; on one device
+    if distributed.is_main():
+        np.savez(workdir / "result.npz", **result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--peer-timeout", type=int, default=100)
+    options = parser.parse_args()
+    distributed.initialize(options.coordinator, options.processes, options.process, timeout=options.peer_timeout)
+    try:
+        for case in json.loads(options.cases.read_text())["cases"]:
+            run(case)
+    except distributed.Preempted:
+        print("preempted", flush=True)
+    except Exception as error:
+        print(f"job: {distributed.explain(error) or f'{type(error).__name__}: {error}'}", flush=True)
+        raise
+    distributed.end(0)
+
+
+if __name__ == "__main__":
+    main()
