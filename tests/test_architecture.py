@@ -23,7 +23,7 @@ RANKS = [
     {"train"},
     {"configs", "plan"},
     {"pipeline"},
-    {"evaluate", "convert", "stream"},
+    {"evaluate", "convert", "encode", "stream"},
     {"demo", "study", "bench"},
     {"cli"},
 ]
@@ -92,6 +92,7 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
         "lcm_jax.data.load_source",
         "lcm_jax.plan.command.run",
         "lcm_jax.configs",
+        "lcm_jax.encode.encode",
     }
 
 

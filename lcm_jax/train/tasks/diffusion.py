@@ -51,7 +51,7 @@ class DiffusionTask(LatentTask):
     def build(self) -> Task:
         conditioner = Conditioner.load(self.vae, self.text)
         check_fit(self.net, conditioner, self.data.sizes)
-        sources, prompts = self.data.open_buckets(), self.prompts.open()
+        sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
         batches = self.batches(conditioner, sources)
         net = self._net()
 
@@ -68,9 +68,8 @@ class DiffusionTask(LatentTask):
             guidance=self.preview_guidance,
         )
         described = {"data": self.prompts.name, "split": self.prompts.split, "size": self.prompts.size}
-        first = [prompts[i] for i in range(min(HELD_OUT, len(prompts)))]
-        encoded = conditioner.encode_source(first, {**described, "first": HELD_OUT})
-        held_out = {name: np.stack([encoded[i][name] for i in range(len(first))]) for name in encoded[0]}
+        encoded = conditioner.encode_source(prompts, described, first=HELD_OUT)
+        held_out = {name: np.stack([encoded[i][name] for i in range(len(encoded))]) for name in encoded[0]}
 
         @jax.jit
         def held_out_loss(params: Params, batch: dict[str, Array]) -> Array:

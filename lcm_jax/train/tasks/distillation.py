@@ -88,7 +88,7 @@ class DistillationTask(LatentTask):
         teacher = load_component(location.path, location.place(part), dtype=dtype, scan=self.scan)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
-        sources, prompts = self.data.open_buckets(), self.prompts.open()
+        sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
         first = teacher.params
         if self.start is not None:
             begun = locate(self.start)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import lora
-from lcm_jax.data import Cache, cached
+from lcm_jax.data import Cache, Source, cached
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.places import cache_dir
@@ -94,7 +94,7 @@ class FinetuneTask:
         networks = {NET: base.params, **(conditioner.params if texts else {})}
         learners = Learners(networks=networks, texts=texts, lora=self.lora)
         jax.eval_shape(learners.init, jax.random.key(0))  # says what is wrong with rank and targets
-        source = self.data.open()
+        source = self.data.open(encoded=True)
 
         generator = Generator(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
@@ -249,11 +249,11 @@ class Learners:
 class Pictures:
     """Encoded records; where text encoders learn, with their captions' tokens in the place of the conditioning."""
 
-    records: Cache
+    records: Source
     tokens: Mapping[str, np.ndarray] | None  # (n, l) for each encoder
 
     @classmethod
-    def of(cls, conditioner: Conditioner, records: Cache, texts: list[str], learning: Sequence[str]) -> Pictures:
+    def of(cls, conditioner: Conditioner, records: Source, texts: list[str], learning: Sequence[str]) -> Pictures:
         ids = enumerate(conditioner.prompts.tokenize(texts)) if learning else ()
         return cls(records=records, tokens={f"{TOKENS}{i}": np.asarray(each) for i, each in ids} if learning else None)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from lcm_jax.data import Cache, LoaderIterator, Source, cached
+from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
 from lcm_jax.data.images import Size
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.generate import Generator, to_float
 from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
+from lcm_jax.train.sharding import batch_sharding, place, tree_shardings
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
 from lcm_jax.typing import Array, Cond, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import denoiser_of
@@ -44,6 +46,7 @@ class Conditioner:
     texts: Mapping[str, Component]
     prompts: Prompts
     digest: str  # of the weights, to name what was encoded with them
+    split: NamedSharding | None = None  # of what is encoded; None: on the default device
 
     @classmethod
     def load(cls, vae: str, text: str) -> Conditioner:
@@ -61,9 +64,22 @@ class Conditioner:
         digest = hashlib.sha256()
         for path in (vae_at.at("vae"), *map(text_at.at, names)):
             for file in sorted(path.glob("*.safetensors")):
-                digest.update(file.read_bytes())
+                with file.open("rb") as stream:
+                    while block := stream.read(1 << 24):
+                        digest.update(block)
         component = load_component(vae_at.path, vae_at.place("vae"))
         return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest())
+
+    def over(self, mesh: Mesh) -> Conditioner:
+        """The same with its networks on the devices of `mesh`, over which batches are cut."""
+
+        def placed(part: Component) -> Component:
+            with jax.default_device(_host()):  # a T5-XXL is larger than a small chip
+                params = jax.tree.map(np.asarray, part.params)
+            return Component(part.module, place(params, tree_shardings(params, mesh)))
+
+        texts = {name: placed(text) for name, text in self.texts.items()}
+        return replace(self, vae=placed(self.vae), texts=texts, split=batch_sharding(mesh))
 
     @cached_property
     def params(self) -> dict[str, Params]:
@@ -85,7 +101,8 @@ class Conditioner:
         """
         side = self.vae.module.config.sample_size
         sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
-        return self.prompts(self.params if params is None else params, captions, sizes)
+        ids, sizes = jax.device_put((self.prompts.tokenize(captions), sizes), self.split)
+        return self.prompts.encode(self.params if params is None else params, ids, sizes)
 
     def empty(self, n: int = 1, params: Mapping[str, Params] | None = None) -> dict[str, Array]:
         """The conditioning of n empty prompts; SDXL's are zeros."""
@@ -97,38 +114,70 @@ class Conditioner:
         """What stands in a caption's place: `empty` less SDXL's time_ids, which tell of the picture."""
         return {name: leaf for name, leaf in self.empty().items() if name != "time_ids"}
 
-    def encode_source(self, source: Source, described: dict[str, Any], *, synthetic: bool = False) -> Cache:
-        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, made once.
+    def encode(
+        self, records: Sequence[Record], batch: int = ENCODE_BATCH, *, synthetic: bool = False
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, float16.
 
-        The pictures must have one size. synthetic: the conditioning of the synthetic caption too, as synthetic_context
-        and so on.
+        records: at most `batch`, of pictures of one size. synthetic: the conditioning of the synthetic caption too, as
+        synthetic_context and so on.
         """
+        fill = batch - len(records)  # one shape, one compilation
+        images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
+        mean, std = self._posterior(self.vae.params, jax.device_put(images, self.split))
+        columns = {"mean": mean, "std": std}
+        for prefix in ("", SYNTHETIC) if synthetic else ("",):
+            captions: list[Any] = [r.get(f"{prefix}caption") for r in records] + [""] * fill
+            cond = self.encode_text(captions, (images.shape[1], images.shape[2]))
+            columns |= {f"{prefix}{name}": leaf for name, leaf in cond.items()}
+        arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
+        for i in range(len(records)):
+            yield {name: array[i] for name, array in arrays.items()}
+
+    @cached_property
+    def _posterior(self) -> Any:
         vae = self.vae.module
 
         @jax.jit
-        def encode(params: Params, images: Array) -> tuple[Array, Array]:
+        def posterior(params: Params, images: Array) -> tuple[Array, Array]:
             mean, logvar = vae.apply({"params": params}, to_float(images), method="encode")
             return scale(mean, vae.config), jnp.exp(0.5 * logvar) * vae.config.scaling_factor
 
-        def produce() -> Iterator[dict[str, Any]]:
-            for start in range(0, len(source), ENCODE_BATCH):
-                records: list[Any] = [source[i] for i in range(start, min(start + ENCODE_BATCH, len(source)))]
-                fill = ENCODE_BATCH - len(records)  # one shape, one compilation
-                images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
-                size = (images.shape[1], images.shape[2])
-                mean, std = encode(self.vae.params, images)
-                columns = {"mean": mean, "std": std}
-                for prefix in ("", SYNTHETIC) if synthetic else ("",):
-                    captions = [r[f"{prefix}caption"] for r in records] + [""] * fill
-                    columns |= {f"{prefix}{name}": leaf for name, leaf in self.encode_text(captions, size).items()}
-                arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
-                for i in range(len(records)):
-                    yield {name: array[i] for name, array in arrays.items()}
+        return posterior
 
-        produced_by = {"kind": "latents", "version": 1, "weights": self.digest, **described}
+    @property
+    def produced_by(self) -> dict[str, Any]:
+        """Of what is encoded, all that comes from the networks and this code."""
+        return {"kind": "latents", "version": 1, "weights": self.digest}
+
+    def encode_source(
+        self, source: Source, described: dict[str, Any], *, synthetic: bool = False, first: int | None = None
+    ) -> Source:
+        """The records that `encode` makes of each picture, or of the first ones, made once; all have one size.
+
+        A source that `lcm-jax encode` has made is taken as it is.
+        """
+        count = len(source) if first is None else min(first, len(source))
+        if isinstance(source, Cache):
+            if source.produced_by["weights"] != self.digest:
+                raise ValueError(
+                    f"{source.folder}: encoded with other weights, those of {source.produced_by.get('model')}, than "
+                    "task.vae and task.text have; give its model there, or encode the data again"
+                )
+            names = tuple(name for name in source.fields if synthetic or not name.startswith(SYNTHETIC))
+            return Columns(source=source, names=names, count=count)
+
+        def produce() -> Iterator[dict[str, Any]]:
+            for start in range(0, count, ENCODE_BATCH):
+                records = [source[i] for i in range(start, min(start + ENCODE_BATCH, count))]
+                yield from self.encode(records, synthetic=synthetic)
+
+        produced_by = {**self.produced_by, **described}
+        if first is not None:
+            produced_by["first"] = first
         if synthetic:
             produced_by["synthetic"] = True
-        return cached(cache_dir() / "latents", produced_by, produce, total=len(source))
+        return cached(cache_dir() / "latents", produced_by, produce, total=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +194,18 @@ class LatentTask:
         mix = self.data.mix(next(iter(sources.values())))
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
 
-        def encoded(size: Size, source: Source) -> Cache:
+        def encoded(size: Size, source: Source) -> Source:
             bucket = {"bucket": size, "buckets": self.data.sizes} if self.data.buckets else {}
             return conditioner.encode_source(source, described | bucket, synthetic=mix is not None)
 
         return loader(*(encoded(size, source) for size, source in sources.items()), augment=mix)
+
+
+def _host() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return None
 
 
 def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
