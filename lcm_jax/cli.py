@@ -1,4 +1,4 @@
-"""The command line: lcm-jax demo | sample | train | distill | evaluate | plan | stream | serve | bench | convert."""
+"""The command line: lcm-jax demo | sample | train | distill | encode | evaluate | plan | stream | serve | bench | convert."""
 
 from __future__ import annotations
 
@@ -105,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, v6e:4x4")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
     sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
+
+    sub = command("encode", _encode, "Latents and text embeddings of a data set, once, in shards; goes on if stopped.")
+    sub.add_argument("--model", default="openmoji", help="whose autoencoder and text encoders: as in the config")
+    sub.add_argument("--data", required=True, help='"folder:PATH", "tar:FILES", "tfds:NAME or PATH", "openmoji"')
+    sub.add_argument("--split", default="train", help="split of the data")
+    sub.add_argument("--out", type=Path, required=True, help="folder that all processes see; then --task.data.name")
+    sub.add_argument("--size", type=int, help="pixels of the squares; the model's own by default")
+    sub.add_argument("--shards", type=int, help="at least as many as processes; one for 4096 pictures by default")
+    sub.add_argument("--batch", type=int, default=32, help="pictures at a time in each process")
+    sub.add_argument("--part", metavar="P/N", help="of N processes that know nothing of one another this is the P-th")
+    sub.add_argument("--mesh", default="", help="of a process's devices: fsdp=4 cuts a large T5 over four")
 
     sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)
@@ -253,6 +264,21 @@ def read_image(path: Path, option: str = "--image") -> np.ndarray:
         raise ValueError(f"{option} {path}: not a picture that can be read ({error})") from None
     white = PILImage.new("RGBA", rgba.size, "white")
     return np.asarray(PILImage.alpha_composite(white, rgba).convert("RGB"))
+
+
+def _encode(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    require("train")
+    from lcm_jax.encode import encode
+
+    part = None
+    if arguments.part is not None:
+        index, slash, count = arguments.part.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise ValueError(f"--part {arguments.part}: give P/N, such as 0/4 for the first of four")
+        part = int(index), int(count)
+    names = ("split", "size", "shards", "batch", "mesh")
+    options = {name: getattr(arguments, name) for name in names}
+    encode(arguments.model, arguments.data, arguments.out, part=part, **options)
 
 
 def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
