@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, is_main
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from lcm_jax.train.pmap import in_line
 from lcm_jax.train.sharding import (
     RULES,
     MeshConfig,
@@ -214,12 +215,12 @@ def optimizer_and_step(
 ) -> tuple[optax.GradientTransformation, Placement, Step]:
     """What a run's state is made with, where it lies, and its compiled step."""
     tx = task.optimizer(make_optimizer(optimizer, loop.steps))
-    placement = Placement(
-        mesh=mesh,
-        state=tree_shardings(initial_shapes(task, tx), mesh, task.rules),
-        frozen=tree_shardings(task.frozen, mesh, task.rules),
-        batch=batch_sharding(mesh),
-    )
+    state = initial_shapes(task, tx)
+    if loop.parallel == "pmap":
+        placement = in_line(state, task.frozen, mesh)
+    else:
+        places = (tree_shardings(tree, mesh, task.rules) for tree in (state, task.frozen))
+        placement = Placement(mesh, *places, batch_sharding(mesh))
     step = make_train_step(
         task.loss,
         tx,

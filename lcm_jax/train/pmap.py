@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.extend.random
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lcm_jax.train.sharding import Placement
 from lcm_jax.typing import Array, Key
 
 AXIS = "devices"
@@ -62,12 +63,16 @@ def _rows_of(parts: int) -> Hashable:
     )
 
 
-def over_devices(step: Callable[..., Any], mesh: Mesh) -> Any:
-    """(state, frozen, batch) -> (state, metrics) of a step that takes its means over AXIS; the state is donated.
+def in_line(state: Any, frozen: Any, mesh: Mesh) -> Placement:
+    """State and frozen trees whole on every device, the batch (b, ...) cut over them."""
+    line = Mesh(mesh.devices.reshape(-1), (AXIS,))
+    whole, cut = NamedSharding(line, PartitionSpec()), NamedSharding(line, PartitionSpec(AXIS))
+    return Placement(line, jax.tree.map(lambda _: whole, state), jax.tree.map(lambda _: whole, frozen), cut)
 
-    State and frozen trees are whole on every device, the batch (b, ...) is cut over them.
-    """
-    devices = list(mesh.devices.flat)
+
+def over_devices(step: Callable[..., Any], line: Mesh) -> Any:
+    """(state, frozen, batch) -> (state, metrics) of a step that takes its means over AXIS; the state is donated."""
+    devices = list(line.devices.flat)
     options: Any = {"in_axes": (None, None, 0), "out_axes": None, "donate_argnums": 0, "devices": devices}
     mapped = jax.pmap(step, axis_name=AXIS, **options)
 

@@ -10,6 +10,7 @@ Nothing else knows the mesh: `jit` is told where its arguments and results lie, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from bisect import bisect_left
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -139,6 +141,27 @@ class Placement(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
 
+def rows_stay(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """Within it what flax modules give stays cut along its rows, as the batch is.
+
+    Left to itself XLA gathers whole batches of activations to spare the gathering of a kernel. The networks know
+    nothing of it.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def keep(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or leaf.ndim < 2 or leaf.shape[0] % parts:
+            return leaf
+        free = (PartitionSpec.UNCONSTRAINED,) * (leaf.ndim - 1)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(ROWS, *free)))
+
+    def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        given = next_function(*args, **kwargs)
+        return jax.tree.map(keep, given) if context.method_name == "__call__" else given
+
+    return nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext()
+
+
 def place(tree: Any, shardings: Any) -> Any:
     """Arrays that every process has whole, as global ones; each device is given its part alone."""
     if jax.process_count() == 1:
@@ -202,7 +225,7 @@ def create(make: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
     """
     closed, shapes = jax.make_jaxpr(make, return_shape=True)(key)
     mesh = jax.tree.leaves(shardings)[0].mesh
-    consts = place(closed.consts, tree_shardings(closed.consts, mesh))
+    consts = place(closed.consts, tree_shardings(closed.consts, mesh) if "fsdp" in mesh.shape else replicated(mesh))
 
     def run(consts: Any, key: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), jax.core.eval_jaxpr(closed.jaxpr, consts, key))

@@ -24,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import Loader
+from lcm_jax.evaluate import generate
 from lcm_jax.lora import DEFAULT_TARGETS, MMDIT_TARGETS
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import LatentConsistencyDistillation
+from lcm_jax.pipeline import load
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train import distributed, loop
 from lcm_jax.train.loop import LoopConfig, Task
@@ -77,7 +79,7 @@ def distillation(net: str, adapted: bool) -> Task:
     objective = LatentConsistencyDistillation(schedule=schedule, kind=kind, caption_dropout=0.3, **options)
     lora = LoraConfig(rank=32, targets=DEFAULT_TARGETS if net == "unet" else MMDIT_TARGETS) if adapted else None
     learner = Learner(net=module, objective=objective, lora=lora, critic=None)
-    teacher = jax.jit(initial(module))(jax.random.key(7))
+    teacher = disturbed(jax.jit(initial(module))(jax.random.key(7)))
     random = np.random.default_rng(0)
 
     def record() -> dict[str, np.ndarray]:
@@ -92,8 +94,15 @@ def distillation(net: str, adapted: bool) -> Task:
     return task(lambda key: learner.begin(key, teacher, frozen), learner.loss, frozen, records)
 
 
+def disturbed(params: Any) -> Any:
+    """Trained networks have no gates that are shut and do not end in zeros."""
+    leaves, tree = jax.tree.flatten(params)
+    random = np.random.default_rng(1)
+    return tree.unflatten([leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+
+
 def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
-    """A matrix fitted with noise on its inputs, each example of which takes a while to come.
+    """Two matrices fitted with noise on their inputs, each example of which takes a while to come.
 
     hang_at: of the example after which the last process is given no more.
     """
@@ -103,7 +112,8 @@ def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
 
     def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
         x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
-        error = jnp.mean((jnp.tanh(x @ params["kernel"]) @ frozen["out"] - batch["y"]) ** 2)
+        y = jnp.tanh(x @ params["to_q"]["kernel"]) @ params["to_out_0"]["kernel"] @ frozen["out"]
+        error = jnp.mean((y - batch["y"]) ** 2)
         return error, {"loss": error}
 
     def slowly(record: Any) -> Any:
@@ -112,7 +122,12 @@ def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
         return record
 
     frozen = {"out": jnp.eye(64)}
-    return task(lambda key: {"kernel": jax.random.normal(key, (64, 64))}, loss, frozen, records, transform=slowly)
+
+    def init(key: Any) -> Any:
+        drawn = jax.random.normal(key, (2, 64, 64)) / 8.0
+        return {"to_q": {"kernel": drawn[0]}, "to_out_0": {"kernel": drawn[1]}}
+
+    return task(init, loss, frozen, records, transform=slowly)
 
 
 def task(init: Any, loss: Any, frozen: Any, records: Any, transform: Any = None) -> Task:
@@ -131,7 +146,21 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+def draw(case: dict[str, Any]) -> None:
+    """Pictures of some prompts, more than fit in a batch."""
+    pipe = load(case["model"])
+    if "mesh" in case:
+        pipe.spread(make_mesh(case["mesh"]))
+    prompts = ["red heart", "dog face", "cat face", "flag of france", "yellow heart", "a", "b"]
+    options = {"steps": 3, "guidance": 3.0, "sampler": "lcm", "batch_size": 5}
+    images, _ = generate(pipe, prompts, **options)
+    if distributed.is_main():
+        np.savez(Path(case["workdir"]) / "result.npz", images=images)
+
+
 def run(case: dict[str, Any]) -> None:
+    if "model" in case:
+        return draw(case)
     net = case.get("net", "regression")
     if net == "regression":
         made = regression(case.get("seconds", 0.0), case.get("hang_at", -1))

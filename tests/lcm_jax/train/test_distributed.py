@@ -102,6 +102,15 @@ def test_processes_agree_with_one_and_go_on_from_one_another(tmp_path: Path, mes
 
 
 @pytest.mark.slow
+def test_processes_draw_the_same_pictures(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = train({"workdir": str(tmp_path / "one"), "model": str(tiny_model)}, 1)
+    two = train({"workdir": str(tmp_path / "two"), "model": str(tiny_model), "mesh": "fsdp=4"}, 2)
+    assert np.abs(one["images"].astype(int) - two["images"]).max() <= 1
+
+
+@pytest.mark.slow
 def test_no_kill_changes_what_comes_out(tmp_path: Path) -> None:
     """Each process in turn by SIGKILL and SIGTERM: at the start, among the steps, while a checkpoint is written."""
     loop = LOOP | {"steps": 400, "save_every": 4, "log_every": 10}

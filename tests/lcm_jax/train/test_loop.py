@@ -260,7 +260,12 @@ DRAWS = {
 @pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
 def test_each_device_draws_its_rows_of_what_one_would(draw: Any) -> None:
     key = jax.random.key(5)
-    parts = jax.vmap(lambda: draw(own_rows(key, 4), (2, 3)), axis_name=AXIS, axis_size=4)()
-    np.testing.assert_array_equal(parts.reshape(8, *parts.shape[2:]), draw(key, (8, 3)))
-    scalars = jax.vmap(lambda: jax.random.normal(own_rows(key, 4)), axis_name=AXIS, axis_size=4)()
-    np.testing.assert_array_equal(scalars, jnp.full(4, jax.random.normal(key)))
+
+    @jax.jit
+    def both() -> Any:
+        own = jax.vmap(lambda: (draw(own_rows(key, 4), (2, 3)), draw(own_rows(key, 4), ())), axis_name=AXIS, axis_size=4)
+        return own(), (draw(key, (8, 3)), draw(key, ()))
+
+    (parts, scalars), (whole, scalar) = both()
+    np.testing.assert_array_equal(parts.reshape(whole.shape), whole)
+    np.testing.assert_array_equal(scalars, jnp.broadcast_to(scalar, scalars.shape))
