@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lcm_jax.train.pmap import AXIS, over_devices, own_rows
-from lcm_jax.train.sharding import Placement, replicated
+from lcm_jax.train.sharding import Placement, replicated, rows_stay
 from lcm_jax.typing import Array, Key, Params
 
 Metrics = dict[str, Array]
@@ -88,7 +89,8 @@ def make_train_step(
             key = own_rows(key, placement.mesh.size)
             grads, metrics = jax.lax.pmean(gradients(state, frozen, batch, key), AXIS)
         else:
-            grads, metrics = gradients(state, frozen, batch, key)
+            with contextlib.nullcontext() if placement is None else rows_stay(placement.mesh):
+                grads, metrics = gradients(state, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         due = (state.step + 1) % ema_every == 0
