@@ -1,4 +1,4 @@
-"""The command line: lcm-jax demo | sample | train | distill | encode | evaluate | plan | stream | serve | bench | convert."""
+"""The command line: lcm-jax demo, sample, train, distill, encode, evaluate, plan, stream, serve, bench, convert."""
 
 from __future__ import annotations
 
