@@ -3,10 +3,11 @@ PYTHON ?= python3
 # Two processes: most of a test is compilation, which runs on one core.
 PARALLEL ?= -n 2 --dist loadfile
 VENV   ?= .venv
+NEWEST ?= .venv-newest
 PIP    := $(VENV)/bin/python -m pip
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test test-all lint wheel clean
+.PHONY: demo test test-all test-newest lint wheel clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/lcm-jax demo --out out/demo
@@ -16,6 +17,18 @@ test: $(VENV)/.tests lint
 
 test-all: $(VENV)/.tests lint
 	$(PY) -m pytest $(PARALLEL)
+
+# The fast tests less the oracles, on the newest jax and flax under the newest Python that is found, 3.12 or later.
+test-newest:
+	@python=$$(for p in python3.12 python3.13 python3.14 python3.15 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python3; do \
+	    "$$p" -c "import sys; v = sys.version_info[:3]; v >= (3, 12) and print(*v, sys.executable)" 2>/dev/null; \
+	done | sort -k1,1n -k2,2n -k3,3n | tail -n 1 | cut -d" " -f4-); \
+	test -n "$$python" || { echo "test-newest: no Python 3.12 or later found; install one, or put it on PATH" >&2; exit 1; }; \
+	echo "test-newest: $$python"; \
+	"$$python" -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager jax flax pytest pytest-xdist scipy --editable ".[train,serve]"
+	$(NEWEST)/bin/python -c "import sys, jax, flax; print(sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
+	$(NEWEST)/bin/python -m pytest -m "not slow" $(PARALLEL) --ignore tests/parity
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
@@ -37,4 +50,4 @@ $(VENV)/.tests: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(NEWEST) build dist out *.egg-info

@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
     sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, v6e:4x4")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
+    sub.add_argument("--whole", action="store_true", help="run the compiler to its end, machine code too")
     sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
 
     sub = command("encode", _encode, "Latents and text embeddings of a data set, once, in shards; goes on if stopped.")
@@ -375,7 +376,8 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     asked = ["--help"] if arguments.help else []
     config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
-    print(run(config, arguments.config, arguments.topology, searching=arguments.search, out=arguments.json))
+    options = {"searching": arguments.search, "whole": arguments.whole, "out": arguments.json}
+    print(run(config, arguments.config, arguments.topology, **options))
 
 
 def _device() -> str:

@@ -98,6 +98,13 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     return kind, tuple(map(int, sides.split("x")))
 
 
+def check_compiler(name: str) -> None:
+    """ModuleNotFoundError without the compiler of a TPU topology."""
+    kind, _ = parse(name)
+    if kind not in (*GPUS, "cpu") and find_spec("libtpu") is None:
+        raise ModuleNotFoundError(f"--topology {name} needs libtpu, but no TPU: pip install libtpu")
+
+
 def open_topology(name: str) -> Topology:
     """A topology to compile for. "v5e:8x8", "v5p:4x4x4": TPUs, by libtpu; "cpu:8": as many of this machine's.
 
@@ -112,8 +119,7 @@ def open_topology(name: str) -> Topology:
         if len(devices) != math.prod(shape):
             raise ValueError(f"--topology {name}: this process has {len(devices)} CPU devices (JAX_NUM_CPU_DEVICES)")
     else:
-        if find_spec("libtpu") is None:
-            raise ModuleNotFoundError(f"--topology {name} needs libtpu, but no TPU: pip install libtpu")
+        check_compiler(name)
         # One host: else the compiler looks for hosts of four chips.
         hosts = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if math.prod(shape) <= 4 or shape == (2, 4) else {}
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud's metadata server, and wait

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import jax
 
-from lcm_jax.plan.chips import open_topology, parse
+from lcm_jax.plan.chips import parse
 from lcm_jax.plan.planning import plan, search
 from lcm_jax.plan.report import describe, table
 from lcm_jax.train.config import TrainConfig
 
 
-def run(config: TrainConfig, name: str, topology: str, *, searching: bool, out: Path | None) -> str:
+def run(config: TrainConfig, name: str, topology: str, *, searching: bool, whole: bool, out: Path | None) -> str:
     """What to print; `out`: a JSON file, "-" for standard output in the text's place.
 
     A plan is made on the CPU, whatever accelerator this machine has, so that none is taken from whom it serves.
@@ -23,8 +23,8 @@ def run(config: TrainConfig, name: str, topology: str, *, searching: bool, out: 
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", math.prod(shape))
-    opened = open_topology(topology)
-    plans = search(config, opened, name) if searching else [plan(config, opened, name)]
+    find = search if searching else (lambda *given, **options: [plan(*given, **options)])
+    plans = find(config, topology, name, whole=whole)
     record = [each.to_dict() for each in plans]
     text = json.dumps(record if searching else record[0], indent=2)
     if out is not None and str(out) == "-":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -20,6 +20,7 @@ _FREE = (  # of memory traffic: they name or arrange what others made
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"),
 )
+_CARRIERS = (*COLLECTIVES, "custom-call", "parameter", "tuple", "get-tuple-element")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _NAME = re.compile(r"%?([\w.\-]+)$")
 _MODULE_LINE = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -70,11 +71,15 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """bytes: that one device sends. group: some devices that take part in one, by their numbers in the program."""
+    """bytes: that one device sends. group: some devices that take part in one, by their numbers in the program.
+
+    channel: its name in the program; what is fused with other work in steps has one through all of them.
+    """
 
     kind: str
     bytes: float
     group: tuple[int, ...]
+    channel: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +128,22 @@ class Program:
         """Read from and written to the main memory."""
         return sum(work.times * work.bytes for work in self.work)
 
+    @property
+    def arguments(self) -> int:
+        """Bytes of them."""
+        entry = self.computations[self.entry].values()
+        return sum(shape.bytes for op in entry if op.opcode == "parameter" for shape in op.shapes)
+
     def _run(self, name: str, times: int) -> Iterator[Work]:
+        """Of a computation, each collective once however many operations carry it on."""
+        seen: set[str] = set()
+        for work in self._all(name, times):
+            channel = "" if work.collective is None else work.collective.channel
+            if not channel or channel not in seen:
+                yield work
+            seen.add(channel)
+
+    def _all(self, name: str, times: int) -> Iterator[Work]:
         computation = self.computations[name]
         for op in computation.values():
             if op.opcode == "while":
@@ -168,13 +188,10 @@ class Program:
                 continue
             scattered = moved.kind == "all-reduce" and "reduce-scatter" in inside  # as XLA writes one for TPUs
             if scattered:
-                moved = Collective(kind="reduce-scatter", bytes=moved.bytes / 2, group=moved.group)
+                moved = replace(moved, kind="reduce-scatter", bytes=moved.bytes / 2)
             collectives.append(moved)
         yield from (Work(times=times, collective=moved) for moved in collectives)
-        if not collectives:
-            yield Work(times=times, flops=flops, bytes=_fusion_traffic(op, computation, body))
-        elif flops:
-            yield Work(times=times, flops=flops)
+        yield Work(times=times, flops=flops, bytes=_fusion_traffic(op, computation, body))
 
     def _collective(self, op: Instruction, computation: Mapping[str, Instruction]) -> Collective | None:
         kind = op.opcode.removesuffix("-start")
@@ -184,13 +201,17 @@ class Program:
         group = self._group(op)
         n = len(group)
         sent = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}.get(kind, (n - 1) / n)
-        return Collective(kind=kind, bytes=size * sent, group=group)
+        channel = re.search(r"channel_id=(\d+)", op.attributes)
+        return Collective(kind=kind, bytes=size * sent, group=group, channel=channel[1] if channel else "")
 
     def _group(self, op: Instruction) -> tuple[int, ...]:
         """The first group of devices, or the pair that is farthest apart in number."""
         if op.opcode.startswith("collective-permute"):
             pairs = re.findall(r"\{(\d+),(\d+)\}", op.attributes)
             return max(((int(a), int(b)) for a, b in pairs), key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
+        named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", op.attributes)
+        if named:
+            return _along(named[1], named[2])
         iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.attributes)
         if iota:
             groups, axes, order = ([int(i) for i in part.split(",")] if part else [] for part in iota.groups())
@@ -324,42 +345,47 @@ def _traffic(op: Instruction, computation: Mapping[str, Instruction]) -> float:
     return float(read + sum(shape.traffic for shape in op.shapes))
 
 
-def _fusion_traffic(
-    op: Instruction, computation: Mapping[str, Instruction], body: Mapping[str, Instruction]
-) -> float:
-    """Of an operand that is only sliced inside, the slices are read; of one that is updated in place, the update."""
+def _fusion_traffic(op: Instruction, computation: Mapping[str, Instruction], body: Mapping[str, Instruction]) -> float:
+    """Of an operand that is only sliced inside, the slices are read; of one that is updated in place, the update; what
+    a collective carries through is not."""
     total = 0.0
     users: dict[str, list[Instruction]] = {name: [] for name in body}
     for inner in body.values():
         for name in inner.operands:
             users[name].append(inner)
-    parameters = [inner for inner in body.values() if inner.opcode == "parameter"]
-    for inner in parameters:
+    for inner in body.values():
+        if inner.opcode != "parameter":
+            continue
         shapes = computation[op.operands[int(inner.literal)]].shapes
         using = users[inner.name]
         if using and all(user.opcode in ("dynamic-slice", "gather", "slice") for user in using):
             whole = sum(shape.traffic for shape in shapes)
             total += min(whole, sum(shape.bytes for user in using for shape in user.shapes))
-        elif not (using and all(_updated(user, inner, body) for user in using)):
+        elif not all(_updated(user, inner) or user.opcode in _CARRIERS for user in using):
             total += sum(shape.traffic for shape in shapes)
-    roots = [inner for inner in body.values() if inner.root]
-    for root in roots:
-        if root.opcode == "dynamic-update-slice":
-            total += sum(shape.bytes for shape in body[root.operands[1]].shapes)
-        else:
-            total += sum(shape.traffic for shape in op.shapes)
+    (root,) = (inner for inner in body.values() if inner.root)
+    for made in [body[name] for name in root.operands] if root.opcode == "tuple" else [root]:
+        if made.opcode == "dynamic-update-slice":
+            total += sum(shape.bytes for shape in body[made.operands[1]].shapes)
+        elif made.opcode not in _CARRIERS:
+            total += sum(shape.traffic for shape in made.shapes)
     return total
 
 
-def _updated(user: Instruction, operand: Instruction, body: Mapping[str, Instruction]) -> bool:
+def _updated(user: Instruction, operand: Instruction) -> bool:
     return user.opcode == "dynamic-update-slice" and user.operands[0] == operand.name
 
 
-def totals(collectives: Sequence[tuple[int, Collective]]) -> dict[str, dict[str, float]]:
-    """Kind -> {"count", "bytes"} of (times, collective)."""
-    found: dict[str, dict[str, float]] = {}
-    for times, moved in collectives:
-        entry = found.setdefault(moved.kind, {"count": 0, "bytes": 0.0})
-        entry["count"] += times
-        entry["bytes"] += times * moved.bytes
-    return found
+def _along(mesh: str, axes: str) -> tuple[int, ...]:
+    """The first group of devices along some axes of a mesh: "'a'=4,'b'=2" and "'b'"; an axis may be a part of one,
+    "'a':(2)2", the two that follow a factor of two."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    strides, stride = {}, 1
+    for name, size in reversed(sizes.items()):
+        strides[name], stride = stride, stride * size
+    group = [0]
+    for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
+        size = int(part) if part else sizes[name]
+        step = strides[name] * (sizes[name] // (int(before) * size) if part else 1)
+        group = [device + step * i for device in group for i in range(size)]
+    return tuple(group)

@@ -5,31 +5,35 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import multiprocessing
+import os
 import re
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from lcm_jax.places import cache_dir
-from lcm_jax.plan.chips import Topology
+from lcm_jax.plan.chips import Topology, check_compiler, open_topology, parse
 from lcm_jax.plan.flops import flops
 from lcm_jax.plan.hlo import Program
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
-from lcm_jax.train.sharding import make_mesh
+from lcm_jax.train.sharding import make_mesh, mesh_shape
 from lcm_jax.weights.files import read_json, write_json
 from mmdit.attention import lowering_for
 
-_VERSION = 1  # of what is kept
+_VERSION = 2  # of what is kept
 _TENSOR = (1, 2, 4)  # that a search tries
 
 
@@ -41,7 +45,8 @@ class Plan:
     them out; of a step that does not fit, what it asked for. flops: that the program executes, recomputation too;
     model_flops: that the mathematics asks for, a chip's share. traffic: to and from the main memory. collectives:
     kind -> {"count", "bytes" sent, "seconds"}. compute: the roofline, of every operation the longer of its FLOPs' and
-    its traffic's time. endless: loops whose length the program does not say, counted once. compiling: on this machine.
+    its traffic's time. endless: loops whose length the program does not say, counted once. compiling: on this machine,
+    whole: to its end, machine code too. A step that the compiler refuses for its size has no more than its memory.
     """
 
     config: str
@@ -64,6 +69,7 @@ class Plan:
     compute: float = 0.0
     communication: float = 0.0
     endless: int = 0
+    whole: bool = True
 
     @property
     def step(self) -> float:
@@ -101,8 +107,10 @@ class Traced:
     def _parts(self) -> tuple[Any, Any, Any]:
         """Shapes of the arguments, where they lie, the step."""
         config = self.config
-        task = getattr(config.task, "outline", config.task.build)()
-        tx, placement, step = optimizer_and_step(task, replace(config.loop, parallel="jit"), config.optimizer, self.mesh)
+        task = config.task.outline() if hasattr(config.task, "outline") else config.task.build()
+        tx, placement, step = optimizer_and_step(
+            task, replace(config.loop, parallel="jit"), config.optimizer, self.mesh
+        )
         batch = next(task.batches(config.loop.batch_size, config.loop.seed))
         shapes = jax.eval_shape(lambda *trees: trees, initial_shapes(task, tx), task.frozen, batch)
         return shapes, (placement.state, placement.frozen, placement.batch), step
@@ -139,54 +147,144 @@ class Traced:
         return self._traced.lower()
 
 
-def plan(config: TrainConfig, topology: Topology, name: str) -> Plan:
-    """Compile a config's training step on its mesh for a topology, or read what an earlier call kept of that.
+def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) -> Plan:
+    """What a config's training step takes on its mesh, or what an earlier call kept of that.
 
+    The compiler is stopped when it has scheduled the program and laid out its memory: what would follow is machine
+    code, which takes nine tenths of the time and of which a plan says nothing. whole: it is run to its end.
     Raises ValueError for a mesh or a batch that does not fit the topology.
     """
-    mesh = make_mesh(config.loop.mesh, batch_size=config.loop.batch_size, devices=topology.devices)
-    traced = Traced(config=config, mesh=mesh, platform=topology.platform)
+    kind, sides = parse(topology)
+    mesh_shape(config.loop.mesh, math.prod(sides), config.loop.batch_size)  # raises ValueError
+    check_compiler(topology)
+    if whole or kind == "cpu":
+        return _plan(config, topology, name, dump=None)
+    with tempfile.TemporaryDirectory() as folder:  # a compiler is stopped with its process
+        process = multiprocessing.get_context("spawn").Process(target=_alone, args=(config, topology, name, folder))
+        with _environment(XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {_DUMP.format(folder=folder)}"):
+            process.start()
+        process.join()
+        made = Path(folder) / "plan.json"
+        if not made.is_file():
+            raise RuntimeError(f"planning {name} ended with exit code {process.exitcode}; what it said stands above")
+        return Plan(**read_json(made))
+
+
+def search(config: TrainConfig, topology: str, name: str, *, whole: bool = False) -> list[Plan]:
+    """The plans of all meshes of powers of two that the batch can be cut along, the best first: those that fit, by
+    `step`."""
+    meshes = candidates(math.prod(parse(topology)[1]), config.loop.batch_size)
+    configs = [replace(config, loop=replace(config.loop, mesh=mesh)) for mesh in meshes]
+    plans = [plan(each, topology, name, whole=whole) for each in configs]
+    if not plans:
+        raise ValueError(f"{name}: no mesh of {topology} cuts a batch of {config.loop.batch_size}; change --batch-size")
+    return sorted(plans, key=lambda each: (not each.fits, each.step, each.peak))
+
+
+_DUMP = "--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
+
+
+def _alone(config: TrainConfig, topology: str, name: str, folder: str) -> None:
+    """`_plan` as a process of its own, which ends while the compiler still runs."""
+    jax.config.update("jax_platforms", "cpu")
+    made = _plan(config, topology, name, dump=Path(folder))
+    write_json(Path(folder) / "plan.json", asdict(made))
+    sys.stderr.flush()
+    os._exit(0)
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -> Plan:
+    opened = open_topology(topology)
+    mesh = make_mesh(config.loop.mesh, batch_size=config.loop.batch_size, devices=opened.devices)
+    traced = Traced(config=config, mesh=mesh, platform=opened.platform)
     with elapsed(f"tracing {name}"):
-        kept = cache_dir() / "plans" / f"{_digest(traced, topology)}.json"
+        kept = cache_dir() / "plans" / f"{_digest(traced, opened)}.json"
     if kept.is_file():
-        return Plan(**read_json(kept) | {"config": name})
+        found = Plan(**read_json(kept) | {"config": name})
+        if found.whole or dump is not None:
+            return found
     start = time.perf_counter()
-    with elapsed(f"compiling {name} for {topology.name}, {said(mesh.shape)}"):
-        compiled, needed = _compile(traced.lowered)
-    about: dict[str, Any] = {
-        "config": name,
-        "topology": topology.name,
-        "chips": mesh.size,
-        "mesh": dict(mesh.shape),
-        "batch_size": config.loop.batch_size,
-        "parameters": traced.parameters,
-        "arguments": traced.arguments,
-        "capacity": topology.chip.memory,
-        "peak_flops": topology.chip.flops,
-        "compiling": time.perf_counter() - start,
-    }
-    if compiled is None:
-        made = Plan(
-            **about, temporaries=max(needed - traced.arguments, 0), peak=needed, fits=False, collectives={}
-        )
-    else:
-        made = Plan(**about, **_read(compiled, traced, topology))
+    with elapsed(f"compiling {name} for {topology}, {said(mesh.shape)}"):
+        program = _compile(traced.lowered, dump)
+    made = Plan(
+        config=name,
+        topology=topology,
+        chips=mesh.size,
+        mesh=dict(mesh.shape),
+        batch_size=config.loop.batch_size,
+        parameters=traced.parameters,
+        arguments=traced.arguments,
+        capacity=opened.chip.memory,
+        peak_flops=opened.chip.flops,
+        compiling=time.perf_counter() - start,
+        whole=dump is None,
+        **_read(program, traced, opened),
+    )
     write_json(kept, asdict(made))
     return made
 
 
-def search(config: TrainConfig, topology: Topology, name: str) -> list[Plan]:
-    """The plans of all meshes of powers of two that the batch can be cut along, the best first: those that fit, by
-    `step`. A mesh whose arguments alone do not fit is not compiled, and left out."""
-    plans = []
-    for text in candidates(len(topology.devices), config.loop.batch_size):
-        tried = replace(config, loop=replace(config.loop, mesh=text))
-        mesh = make_mesh(text, batch_size=config.loop.batch_size, devices=topology.devices)
-        if Traced(config=tried, mesh=mesh, platform=topology.platform).arguments < topology.chip.memory:
-            plans.append(plan(tried, topology, name))
-    if not plans:
-        raise ValueError(f"{name}: state and frozen trees alone do not fit {topology.name} on any mesh; take more chips")
-    return sorted(plans, key=lambda p: (not p.fits, p.step))
+class _Program(NamedTuple):
+    """What the compiler made. total: bytes of the main memory that it takes; arguments: those of them that are its
+    arguments; both without what lies on the chip and this step does not read. text: none if it does not fit."""
+
+    total: int
+    arguments: int
+    text: str | None
+
+
+def _compile(lowered: Any, dump: Path | None) -> _Program:
+    """Until it is done, or until the compiler has dumped the scheduled program and its memory."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(lowered.compile())
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        program = None if dump is None else _dumped(dump)
+        if program is not None:
+            return program
+    (compiled,) = found
+    if isinstance(compiled, Exception):
+        used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(compiled))
+        if "RESOURCE_EXHAUSTED" not in str(compiled) or used is None:
+            raise compiled
+        return _Program(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")), 0, None)
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return _Program(int(total - memory.alias_size_in_bytes), int(memory.argument_size_in_bytes), compiled.as_text())
+
+
+def _dumped(folder: Path) -> _Program | None:
+    """What a TPU's compiler writes before it makes machine code, once it is there."""
+    for file in folder.glob("*.after_optimizations_after_buffer_assignment.txt"):
+        text, report = file.read_text(), Path(str(file).replace("_after_buffer_assignment.", "-memory-usage-report."))
+        total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text())
+        if text.endswith("}\n\n") or text.endswith("}\n"):
+            if total is None:
+                raise ValueError(f"{report.name}: says nothing of the default memory space")
+            return _Program(int(total[1]), Program(text, 1).arguments, text)
+    return None
 
 
 def candidates(devices: int, batch_size: int) -> Iterator[str]:
@@ -197,14 +295,15 @@ def candidates(devices: int, batch_size: int) -> Iterator[str]:
             yield f"data={rows // fsdp},fsdp={fsdp},tensor={tensor}"
 
 
-def _read(compiled: Any, traced: Traced, topology: Topology) -> dict[str, Any]:
-    """What a compiled step says of itself."""
-    memory = compiled.memory_analysis()
-    program = Program(compiled.as_text(), traced.mesh.size)
+def _read(made: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
+    """What a program says of itself."""
+    idle = max(traced.arguments - made.arguments, 0)  # what lies on the chip and this step does not read
+    peak = made.total + (idle if made.text is not None else 0)
+    memory = {"temporaries": max(peak - traced.arguments, 0), "peak": peak, "fits": peak <= topology.chip.memory}
+    if made.text is None:
+        return memory | {"fits": False, "collectives": {}}
+    program = Program(made.text, traced.mesh.size)
     devices, chip = list(traced.mesh.devices.flat), topology.chip
-    idle = traced.arguments - memory.argument_size_in_bytes  # what lies on the chip and this step does not read
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    peak = int(total - memory.alias_size_in_bytes + max(idle, 0))
     collectives: dict[str, dict[str, float]] = {}
     for work in program.work:
         if work.collective is not None:
@@ -213,10 +312,7 @@ def _read(compiled: Any, traced: Traced, topology: Topology) -> dict[str, Any]:
             entry["count"] += work.times
             entry["bytes"] += work.times * moved.bytes
             entry["seconds"] += work.times * moved.bytes / topology.rate([devices[i] for i in moved.group])
-    return {
-        "temporaries": int(memory.temp_size_in_bytes),
-        "peak": peak,
-        "fits": peak <= chip.memory,
+    return memory | {
         "model_flops": traced.flops / traced.mesh.size,
         "flops": program.flops,
         "traffic": program.bytes,
@@ -225,17 +321,6 @@ def _read(compiled: Any, traced: Traced, topology: Topology) -> dict[str, Any]:
         "communication": sum(entry["seconds"] for entry in collectives.values()),
         "endless": len(program.endless),
     }
-
-
-def _compile(lowered: Any) -> tuple[Any, int]:
-    """The program, or (None, the bytes that it would need) where the compiler finds that it does not fit."""
-    try:
-        return lowered.compile(), 0
-    except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or used is None:
-            raise
-        return None, int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " "))
 
 
 def _bytes_here(tree: Any, places: Any) -> int:

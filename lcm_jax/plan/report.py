@@ -14,8 +14,8 @@ def describe(plan: Plan) -> str:
     lines = [
         f"{plan.config} on {plan.topology}, {said(plan.mesh)}, batch {plan.batch_size}, "
         f"{plan.parameters / 1e6:,.0f} M trained parameters",
-        f"memory of a chip: {gib[0]:.2f} GiB arguments, {gib[1]:.2f} GiB temporaries; peak {gib[2]:.2f} of {gib[3]:.0f} "
-        f"GiB: {'fits' if plan.fits else 'DOES NOT FIT'}",
+        f"memory of a chip: {gib[0]:.2f} GiB arguments, {gib[1]:.2f} GiB temporaries; peak {gib[2]:.2f} of "
+        f"{gib[3]:.0f} GiB: {'fits' if plan.fits else 'DOES NOT FIT'}",
     ]
     if not plan.fits and not plan.flops:
         return "\n".join(lines)
@@ -23,7 +23,7 @@ def describe(plan: Plan) -> str:
         f"FLOPs of a chip: {plan.flops / 1e12:.2f} T executed, {plan.model_flops / 1e12:.2f} T of the model; "
         f"memory traffic {plan.traffic / 1e9:.1f} GB",
         *(
-            f"{kind}: {entry['count']:,.0f}, {entry['bytes'] / 1e9:.3f} GB sent by a chip, {entry['seconds'] * 1e3:.1f} ms"
+            f"{kind}: {entry['count']:,.0f}, {entry['bytes'] / 1e9:.3f} GB sent by a chip, {entry['seconds']:.4f} s"
             for kind, entry in sorted(plan.collectives.items())
         ),
         f"step: {plan.compute * 1e3:.0f} ms compute + {plan.communication * 1e3:.0f} ms communication, between "

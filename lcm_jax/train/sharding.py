@@ -78,16 +78,22 @@ class MeshConfig:
         return data, fsdp, tensor
 
 
-def make_mesh(text: str = "", *, batch_size: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a --mesh option over all devices. ValueError where it does not fit them, or them the batch."""
-    devices = jax.devices() if devices is None else devices
-    shape = MeshConfig.parse(text).shape(len(devices))
+def mesh_shape(text: str, devices: int, batch_size: int | None = None) -> tuple[int, int, int]:
+    """Sizes of AXES of a --mesh option. ValueError where it does not fit the devices, or them the batch."""
+    shape = MeshConfig.parse(text).shape(devices)
     parts = shape[0] * shape[1]
     if batch_size is not None and batch_size % parts:
         raise ValueError(
             f"batch_size {batch_size} is no multiple of the {parts} parts that the mesh cuts it in (data={shape[0]} x "
             f"fsdp={shape[1]}): change it, or --mesh"
         )
+    return shape
+
+
+def make_mesh(text: str = "", *, batch_size: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a --mesh option over all devices, or those given. ValueError as `mesh_shape` says."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(text, len(devices), batch_size)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 

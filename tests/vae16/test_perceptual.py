@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from lcm_jax.weights.engine import from_torch, to_torch
 from vae16 import LPIPS, LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES, LPIPSConfig
+
+torch = pytest.importorskip("torch")
 
 WIDTHS = (4, 6, 8, 8, 10)
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)

@@ -85,7 +85,9 @@ def outline_of(model: str) -> Outline:
     parts = {name: config_of(location.at(name) / "config.json") for name in names}
     configs = {name: config for name, (_, config) in parts.items()}
     scheduler = location.at("scheduler") / "scheduler_config.json"
-    schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler)) if scheduler.is_file() else (None, None)
+    schedule, kind = (
+        read_scheduler(read_json(scheduler), source=str(scheduler)) if scheduler.is_file() else (None, None)
+    )
     texts = {name: parts[name] for name in TOKENIZERS if name in parts}
     tokens = 0
     if texts:

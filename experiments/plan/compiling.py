@@ -1,0 +1,85 @@
+"""How long the step of an MMDiT of depth 24 takes to compile, its blocks scanned or unrolled.
+
+`python experiments/plan/compiling.py` writes results/plan_compiling.{json,md}: seconds to trace, lower and compile
+on this machine's CPU backend and for a TPU slice, each in a process of its own and without a compilation cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from lcm_jax import configs
+from lcm_jax.plan.chips import open_topology
+from lcm_jax.plan.planning import Traced, elapsed
+from lcm_jax.train.sharding import make_mesh
+from lcm_jax.weights.files import read_json, write_json
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def measure(config_name: str, topology_name: str, mesh: str, scan: bool) -> dict[str, float]:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    config = configs.get(config_name)
+    rows = config.loop.batch_size if topology_name != "cpu:1" else 8
+    config = replace(
+        config, task=replace(config.task, scan=scan), loop=replace(config.loop, mesh=mesh, batch_size=rows)
+    )
+    topology = open_topology(topology_name)
+    devices = make_mesh(mesh, batch_size=rows, devices=topology.devices)
+    start = time.perf_counter()
+    lowered = Traced(config=config, mesh=devices, platform=topology.platform).lowered
+    middle = time.perf_counter()
+    with elapsed(f"compiling {config_name} for {topology_name}, scan={scan}", 60.0):
+        lowered.compile()
+    end = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"lowering": middle - start, "compiling": end - middle, "peak_gib": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="mmdit_d24")
+    parser.add_argument("--topology", nargs="+", default=["cpu:1", "v5e:8x8"])
+    parser.add_argument("--one", nargs=3, metavar=("TOPOLOGY", "MESH", "SCAN"), help="in this process, and print it")
+    arguments = parser.parse_args()
+    if arguments.one:
+        topology, mesh, scan = arguments.one
+        print(json.dumps(measure(arguments.config, topology, mesh, scan == "scan")))
+        return
+    kept = RESULTS / "plan_compiling.json"
+    found = read_json(kept) if kept.is_file() else {}
+    for topology in arguments.topology:
+        mesh = "data=1" if topology == "cpu:1" else "fsdp=64"
+        for scan in ("scan", "unrolled"):
+            if scan not in found.setdefault(topology, {}):
+                command = [sys.executable, __file__, "--config", arguments.config, "--one", topology, mesh, scan]
+                said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                found[topology][scan] = json.loads(said.splitlines()[-1])
+                write_json(kept, found)
+    lines = ["| step of | for | blocks | lowering, s | compiling, s | peak memory, GiB |", "|---|---|---|---|---|---|"]
+    for topology, runs in found.items():
+        for scan, run in runs.items():
+            numbers = f"{run['lowering']:.1f} | {run['compiling']:.1f} | {run['peak_gib']:.1f}"
+            lines.append(f"| {arguments.config} | {topology} | {scan} | {numbers} |")
+    for topology, runs in found.items():
+        if len(runs) == 2:
+            ratio = runs["unrolled"]["compiling"] / runs["scan"]["compiling"]
+            lines.append(f"\n{topology}: scanned blocks compile {ratio:.1f} times faster.")
+    about = f"\njax {jax.__version__}, {os.cpu_count()} cores; `python experiments/plan/compiling.py`"
+    (RESULTS / "plan_compiling.md").write_text("\n".join([*lines, about]) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

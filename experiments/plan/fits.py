@@ -1,0 +1,57 @@
+"""Large runs planned for TPU slices: `python experiments/plan/fits.py [--only NAME ...]` writes results/plan.{json,md}.
+
+Each is compiled once and kept (lcm_jax.plan), so the table can grow from call to call. libtpu is needed, a TPU is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from lcm_jax import configs
+from lcm_jax.plan.planning import Plan, plan
+from lcm_jax.plan.report import table
+from lcm_jax.weights.files import read_json, write_json
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+class Run(NamedTuple):
+    config: str
+    topology: str
+    mesh: str
+
+
+RUNS = (
+    Run("sdxl_lcm", "v5e:8x8", "fsdp=64"),
+    Run("sd3_medium_lcm", "v5e:8x8", "fsdp=64"),
+    Run("sd35_large_lcm", "v5p:4x4x4", "fsdp=64"),
+    Run("mmdit_d24", "v5e:8x8", "fsdp=64"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[run.config for run in RUNS], help="configs to plan now")
+    arguments = parser.parse_args()
+    kept = RESULTS / "plan.json"
+    found = read_json(kept) if kept.is_file() else {}
+    for run in RUNS:
+        if run.config in arguments.only:
+            config = configs.get(run.config)
+            config = replace(config, loop=replace(config.loop, mesh=run.mesh))
+            found["/".join(run)] = asdict(plan(config, run.topology, run.config))
+            write_json(kept, found)
+    plans = [Plan(**found["/".join(run)]) for run in RUNS if "/".join(run) in found]
+    about = f"jax {jax.__version__}, {os.cpu_count()} cores; `python experiments/plan/fits.py`"
+    (RESULTS / "plan.md").write_text(f"{table(plans)}\n{about}\n")
+    print(table(plans))
+
+
+if __name__ == "__main__":
+    main()

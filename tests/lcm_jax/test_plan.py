@@ -1,0 +1,296 @@
+"""Plans: what is read from a program's text, what a chip's wires carry, and a step planned for eight devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax import cli, configs
+from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
+from lcm_jax.plan import chips
+from lcm_jax.plan.chips import CHIPS, Topology, open_topology, parse
+from lcm_jax.plan.flops import flops
+from lcm_jax.plan.hlo import Program
+from lcm_jax.plan.planning import candidates
+from lcm_jax.schedules import DDPM
+from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.train.tasks.diffusion import DiffusionTask
+from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
+
+LOOP = """
+HloModule step, is_scheduled=true, num_partitions=8
+
+%body (state: (s32[], f32[16,32])) -> (s32[], f32[16,32]) {
+  %state = (s32[], f32[16,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = f32[16,32]{1,0} get-tuple-element(%state), index=1
+  %start = (f32[16,32]{1,0}, f32[64,32]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %whole = f32[64,32]{1,0} all-gather-done(%start)
+  %y = f32[64,64]{1,0} dot(%whole, %whole), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %cut = f32[16,32]{1,0:T(8,128)} slice(%y), slice={[0:16], [0:32]}
+  ROOT %out = (s32[], f32[16,32]{1,0}) tuple(%next, %cut)
+}
+
+%condition (state: (s32[], f32[16,32])) -> pred[] {
+  %state.1 = (s32[], f32[16,32]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %length = s32[] constant(24)
+  ROOT %less = pred[] compare(%i.1, %length), direction=LT
+}
+
+ENTRY %main (x: f32[16,32]) -> f32[16,32] {
+  %x.1 = f32[16,32]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %first = (s32[], f32[16,32]{1,0}) tuple(%zero, %x.1)
+  %loop = (s32[], f32[16,32]{1,0}) while(%first), condition=%condition, body=%body KNOWN
+  %last = f32[16,32]{1,0} get-tuple-element(%loop), index=1
+  ROOT %sum = f32[16,32]{1,0} all-reduce(%last), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+}
+"""
+SHARD = 16 * 32 * 4  # bytes
+
+
+@pytest.mark.parametrize("known", [', backend_config={"known_trip_count":{"n":"24"}}', ""])
+def test_a_loop_counts_as_often_as_it_runs(known: str) -> None:
+    program = Program(LOOP.replace(" KNOWN", known), 8)
+    found = {work.collective.kind: work for work in program.work if work.collective is not None}
+    gather, reduce = found["all-gather"], found["all-reduce"]
+    assert (gather.times, gather.collective.bytes, gather.collective.group) == (24, 3 * SHARD, (0, 1, 2, 3))
+    assert (reduce.times, reduce.collective.bytes, reduce.collective.group) == (1, SHARD, (0, 4))
+    assert program.flops == 24 * 2 * 64 * 64 * 32
+    assert program.bytes == 24 * (4 + 4 + 4 + 2 * 64 * 32 * 4 // 2 + 64 * 64 * 4 + 2 * SHARD)
+    assert not program.endless
+
+
+def test_a_loop_of_unknown_length_is_said_to_count_once() -> None:
+    program = Program(LOOP.replace(" KNOWN", "").replace("direction=LT", "direction=NE"), 8)
+    assert program.flops == 2 * 64 * 64 * 32
+    assert program.endless == ["loop"]
+
+
+FUSIONS = """
+HloModule fusions
+
+%sliced (stack: f32[24,64,64], i: s32[]) -> f32[64,64] {
+  %stack = f32[24,64,64]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  ROOT %layer = f32[1,64,64]{2,1,0} dynamic-slice(%stack, %i, %z, %z), dynamic_slice_sizes={1,64,64}
+}
+
+%all-reduce-scatter.1 (g: f32[64,64]) -> f32[8,64] {
+  %g = f32[64,64]{1,0} parameter(0)
+  %summed = f32[64,64]{1,0} all-reduce(%g), replica_groups=[1,8]<=[8], to_apply=%add
+  %own = s32[] constant(0)
+  ROOT %part = f32[8,64]{1,0} dynamic-slice(%summed, %own, %own), dynamic_slice_sizes={8,64}
+}
+
+ENTRY %main (stack: f32[24,64,64], i: s32[], near: f32[64,64]) -> f32[8,64] {
+  %stack.1 = f32[24,64,64]{2,1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %near = f32[64,64]{1,0:T(8,128)S(1)} parameter(2)
+  %layer.1 = f32[1,64,64]{2,1,0} fusion(%stack.1, %i.1), kind=kLoop, calls=%sliced
+  %flat = f32[64,64]{1,0} bitcast(%layer.1)
+  %both = f32[64,64]{1,0} add(%flat, %near)
+  ROOT %scattered = f32[8,64]{1,0} fusion(%both), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_fusions_read_slices_and_tpus_scatter_in_them() -> None:
+    program, layer = Program(FUSIONS, 8), 64 * 64 * 4
+    (scatter,) = [work.collective for work in program.work if work.collective is not None]
+    assert (scatter.kind, scatter.bytes) == ("reduce-scatter", layer * 7 / 8)
+    assert program.bytes == (4 + 2 * layer) + 2 * layer  # the stack's one layer and the index; the scratchpad is near
+
+
+def test_a_batched_product_written_as_a_convolution() -> None:
+    """TPUs write products of matrices so: of the 24 positions of the window one meets a number."""
+    text = """
+    ENTRY %main (a: f32[24,16,8], b: f32[24,8,32]) -> f32[24,16,32] {
+      %a = f32[24,16,8]{2,1,0} parameter(0)
+      %b = f32[24,8,32]{2,1,0} parameter(1)
+      ROOT %y = f32[24,16,32]{2,1,0} convolution(%a, %b), WINDOW, dim_labels=0bf_0io->0bf
+    }"""
+    text = dedent(text).lstrip().replace("WINDOW", "window={size=24 stride=23 lhs_dilate=24}")
+    assert Program(text, 1).flops == 24 * 2 * 16 * 8 * 32
+
+
+def test_flops_of_a_real_program() -> None:
+    """A scanned layer, a convolution and their gradients: in the trace and in what XLA makes of it."""
+
+    def loss(w: Any, kernel: Any, x: Any) -> Any:
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y, _ = jax.lax.scan(lambda y, layer: (jnp.tanh(y @ layer), None), y.reshape(2, -1), w)
+        return jnp.sum(y)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((5, 64, 64), (3, 3, 3, 4), (2, 6, 6, 3))]
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes)
+    layers, conv = 5 * 2 * 2 * 64 * 64, 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
+    assert flops(traced.jaxpr) == 3 * layers + 2 * conv
+    assert Program(traced.lower().compile().as_text(), 1).flops == 3 * layers + 2 * conv
+
+
+def torus(kind: str, *shape: int) -> Topology:
+    @dataclass(frozen=True)
+    class Device:
+        coords: tuple[int, ...]
+
+    places = [Device((*index, 0)) for index in np.ndindex(*shape)]
+    return Topology(name=f"{kind}:{'x'.join(map(str, shape))}", chip=CHIPS[kind], shape=shape, devices=places)
+
+
+def test_what_wires_carry() -> None:
+    link = CHIPS["v5e"].link
+    small, large = torus("v5e", 8, 8), torus("v5e", 16, 16)
+    assert small.rate(small.devices[:8]) == link  # a row is a line
+    assert small.rate(small.devices) == 2 * link
+    assert large.rate(large.devices[:16]) == 2 * link  # a ring
+    assert large.rate(large.devices[:8]) == link  # half of one
+    assert large.rate(large.devices) == 4 * link
+    assert Topology(name="h100:16", chip=CHIPS["h100"], shape=(16,), devices=range(16)).rate(range(16)) == 50e9
+
+
+def test_candidates_cut_the_batch() -> None:
+    assert set(candidates(4, 4)) == {
+        "data=4,fsdp=1,tensor=1", "data=2,fsdp=2,tensor=1", "data=1,fsdp=4,tensor=1", "data=2,fsdp=1,tensor=2",
+        "data=1,fsdp=2,tensor=2", "data=1,fsdp=1,tensor=4",
+    }  # fmt: skip
+    assert set(candidates(4, 2)) == {"data=2,fsdp=1,tensor=2", "data=1,fsdp=2,tensor=2", "data=1,fsdp=1,tensor=4"}
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "v9:2x2", "v5e:8x", "v5e:0x8", "8x8"])
+def test_a_topology_is_a_chip_and_sides(name: str) -> None:
+    with pytest.raises(ValueError, match=r"write CHIP:SIDES, such as v5e:8x8; chips are v4, v5e"):
+        parse(name)
+
+
+def test_without_the_compiler_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chips, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs libtpu, but no TPU: pip install libtpu"):
+        open_topology("v5e:8x8")
+    assert cli.main(["plan", "--config", "mmdit_d15", "--topology", "v5e:8"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_topology_has_as_many_devices_as_this_process() -> None:
+    with pytest.raises(ValueError, match=r"this process has 1 CPU devices"):
+        open_topology("cpu:8")
+
+
+WIDTH, ROWS = 64, 32
+SCRIPT = f"""
+import json, sys
+from dataclasses import dataclass
+import jax, jax.numpy as jnp
+jax.config.update("jax_num_cpu_devices", 8)
+from lcm_jax.plan.planning import plan, search
+from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.loop import LoopConfig
+from lcm_jax.train.tasks.outline import outlined
+
+def loss(params, ema, frozen, batch, key, step):
+    error = jnp.mean((batch["x"] @ params["kernel"] - batch["x"] @ frozen) ** 2)
+    return error, {{"loss": error}}
+
+@dataclass(frozen=True)
+class Linear:
+    def outline(self):
+        square = jax.ShapeDtypeStruct(({WIDTH}, {WIDTH}), jnp.float32)
+        rows = lambda n: {{"x": jax.ShapeDtypeStruct((n, {WIDTH}), jnp.float32)}}
+        return outlined(lambda key: {{"kernel": jnp.zeros(square.shape)}}, loss, square, rows)
+
+config = TrainConfig(task=Linear(), loop=LoopConfig(batch_size={ROWS}, mesh="data=8"))
+plans = [plan(config, "cpu:8", "linear"), *search(config, "cpu:8", "linear")]
+again = plan(config, "cpu:8", "linear")
+assert again == plans[0], (again, plans[0])
+print(json.dumps([each.to_dict() for each in plans]))
+"""
+
+
+def test_a_step_planned_for_eight_devices(tmp_path: Path) -> None:
+    """By hand: three products of a batch's part with a square; a gradient summed over all."""
+    environment = os.environ | {"LCM_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    split, *found = json.loads(done.stdout)
+    square = WIDTH * WIDTH * 4
+    assert split["chips"] == 8
+    assert split["parameters"] == WIDTH * WIDTH
+    # kernel, average, two moments and the frozen square; the counters of state and optimizer; the batch's part
+    assert 0 <= split["arguments"] - (5 * square + ROWS // 8 * WIDTH * 4) <= 32
+    assert split["model_flops"] == split["flops"] == 3 * 2 * (ROWS // 8) * WIDTH * WIDTH
+    (reduce,) = split["collectives"].values()
+    assert 0 <= reduce["bytes"] - 2 * square * 7 / 8 <= 64  # the gradient, and the loss
+    assert split["step"] == pytest.approx(split["compute"] + reduce["bytes"] / CHIPS["cpu"].link)
+
+    steps = [each["step"] for each in found]
+    assert len(found) > 4
+    assert steps == sorted(steps)
+    whole = next(each for each in found if each["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1})
+    assert 0 <= whole["arguments"] - (5 * square // 8 + ROWS // 8 * WIDTH * 4) <= 32
+
+
+SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "whole", "lora"])
+def test_an_outline_has_the_shapes_of_the_task(
+    kind: str, tiny_model: Path, tiny_components: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path))
+    data = DataConfig(name=f"folder:{pictures}", size=16)
+    around = {"vae": str(tiny_model), "text": str(tiny_model), "data": data, "prompts": data}
+    task: Any
+    if kind == "diffusion":
+        net = tiny_components["unet"].module.config
+        task = DiffusionTask(net=net, objective=Diffusion(schedule=SCHEDULE), **around)
+    else:
+        lora = LoraConfig(rank=2) if kind == "lora" else None
+        objective = LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0)
+        task = DistillationTask(teacher=str(tiny_model), objective=objective, lora=lora, **around)
+    built, outlined = task.build(), task.outline()
+
+    def shapes(made: Any) -> Any:
+        init = jax.eval_shape(made.init, jax.random.key(0))
+        trees = (init, made.frozen, next(made.batches(4, 0)))
+        return jax.tree.map(lambda leaf: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name), trees)
+
+    assert shapes(outlined) == shapes(built)
+
+
+# The counts of the papers and of the repositories; a w-embedding is 256 x 320, or 256 x the network's width.
+LARGE = {
+    "sd15_lcm": 859_520_964 + 256 * 320,
+    "sdxl_lcm": 2_567_463_684 + 256 * 320,
+    "sd3_medium_lcm": 2_028_328_000 + 192 * 192 * 1536 + 256 * 256,
+    "sd35_large_lcm": 8_056_627_520 + 192 * 192 * 2432 + 256 * 256,
+    "mmdit_d15": 496_070_000 + 32 * 32 * 960,  # with its position grid
+    "sd15_lcm_lora": 67_250_000,
+    "sdxl_lcm_lora": 196_750_000,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_models_have_their_size(name: str) -> None:
+    params = jax.eval_shape(configs.get(name).task.outline().init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == pytest.approx(LARGE[name], rel=1e-4)
