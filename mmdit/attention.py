@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 Implementation = Literal["xla", "cudnn"]
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """What is traced inside will be compiled for "cpu", "gpu" or "tpu", whatever device this process has."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def attention(
@@ -26,16 +40,37 @@ def attention(
 
     The softmax runs in float32 whatever the inputs are.
 
-    Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device and XLA elsewhere.
+    Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
+    under a mask or bias; all else is XLA's.
     """
+    platform = _platform.get() or jax.default_backend()
     if implementation is None:
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-        implementation = "cudnn" if half and fits and jax.default_backend() == "gpu" else "xla"
+        fits &= not _odd(query, key) or (mask is None and bias is None)
+        implementation = "cudnn" if half and fits and platform == "gpu" else "xla"
     dtype = query.dtype
-    if dtype == jnp.float16 and jax.default_backend() != "gpu":
+    if dtype == jnp.float16 and platform != "gpu":
         # jax asks for float16 products summed in float32, which it has on GPUs alone.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    return jax.nn.dot_product_attention(
-        query, key, value, bias, mask, scale=scale, is_causal=causal, implementation=implementation
-    ).astype(dtype)
+    options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
+    if implementation == "cudnn" and _odd(query, key):
+        return attend_even(query, key, value, **options).astype(dtype)
+    return jax.nn.dot_product_attention(query, key, value, bias, mask, **options).astype(dtype)
+
+
+def _odd(query: Array, key: Array) -> bool:
+    return bool(query.shape[1] % 2 or key.shape[1] % 2)
+
+
+def attend_even(query: Array, key: Array, value: Array, **options: Any) -> Array:
+    """Attention of odd lengths by a kernel whose gradient is for even ones alone, as cuDNN's in jax: one token more,
+
+    which no one looks at.
+    """
+    lengths = {
+        name: jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+        for name, x in (("query_seq_lengths", query), ("key_value_seq_lengths", key))
+    }
+    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    return jax.nn.dot_product_attention(*padded, **lengths, **options)[:, : query.shape[1]]

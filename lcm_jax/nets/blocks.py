@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from lcm_jax.nets.layers import Downsample, GroupNorm, Upsample, conv, dense, layer_norm
+from lcm_jax.nets.layers import Downsample, Upsample, conv, dense, layer_norm
 from mmdit.attention import Implementation, attention
 from mmdit.blocks import Remat, rematerialized
+from vae16.layers import GroupNorm
 
 
 class ResnetBlock(nn.Module):

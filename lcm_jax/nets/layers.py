@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -50,36 +49,6 @@ def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int 
         kernel_init=kernel_init,
         conv_general_dilated=_pointwise if kernel == 1 else None,
     )
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation as one multiply-add: statistics per channel in float32, folded with scale and bias.
-
-    Far faster than nn.GroupNorm on XLA:CPU, which keeps the (group, channel) axes apart on the whole activation.
-    """
-
-    groups: int
-    epsilon: float = 1e-5
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, _, _, c = x.shape
-        scale = self.param("scale", nn.initializers.ones_init(), (c,), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros_init(), (c,), self.param_dtype)
-        wide = x.astype(jnp.float32)
-
-        def over_groups(moments: Array) -> Array:
-            grouped = moments.reshape(b, self.groups, c // self.groups)
-            return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(b, 1, 1, c)
-
-        mean = over_groups(wide.mean((1, 2)))
-        # The second moment about a constant near the mean: no cancellation, and exact derivatives of every order.
-        about = jax.lax.stop_gradient(mean)
-        var = over_groups(jnp.square(wide - about).mean((1, 2))) - jnp.square(mean - about)
-        a = jax.lax.rsqrt(var + self.epsilon) * scale
-        return (wide * a + (bias - mean * a)).astype(self.dtype)
 
 
 def layer_norm(name: str, dtype: Any, param_dtype: Any) -> nn.LayerNorm:

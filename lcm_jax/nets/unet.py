@@ -14,9 +14,10 @@ from jaxtyping import Float, Shaped
 from lcm_jax.nets.blocks import DownBlock, MidBlock, UpBlock
 from lcm_jax.nets.config import UNetConfig
 from lcm_jax.nets.embed import TimestepEmbedding, guidance_embedding, sinusoidal
-from lcm_jax.nets.layers import GroupNorm, conv
+from lcm_jax.nets.layers import conv
 from mmdit.attention import Implementation
 from mmdit.blocks import Remat
+from vae16.layers import GroupNorm
 
 
 class UNet(nn.Module):

@@ -136,7 +136,7 @@ class Stream:
         key = jax.random.key(self.controls.seeds[0][0])
         self._state: State | None = self.program.init(self._weights, self._settings, key)
         self._cold = True
-        self.picture: Picture | None = None
+        self._pictures: Array | None = None  # the last ones, on the device
         self._probed = False
         self._forget()
 
@@ -144,10 +144,10 @@ class Stream:
         """The next picture, uint8 of `size`: of the frame of `in_flight` calls ago, or the last one again if the filter
         finds nothing new. frame: (h, w, 3), or (f, h, w, 3) with a buffer of frames."""
         job = self.prepare(frame)
-        if job is None:
-            assert self.picture is not None
-            return self.picture
-        return self.finish(*run([job])[0])
+        if job is not None:
+            return self.finish(*run([job])[0])
+        assert self.picture is not None
+        return self.picture
 
     def prepare(self, frame: Picture | None = None) -> Job | None:
         """What has to be run for a frame, by `run`, and given to `finish` before the next; None if nothing."""
@@ -170,11 +170,22 @@ class Stream:
         return Job(self.program, method, self._weights, self._settings, state, device)
 
     def finish(self, state: State, pictures: Array) -> Picture:
-        """Take what `run` gave for `prepare`'s job."""
-        self._state, self._cold = state, False
-        out = np.asarray(pictures)
-        self.picture = out[0] if self.frames == 1 else out
+        """Take what `run` gave for `prepare`'s job, and wait for its picture."""
+        self._take(state, pictures)
+        assert self.picture is not None
         return self.picture
+
+    def _take(self, state: State, pictures: Array) -> None:
+        self._state, self._cold, self._pictures = state, False, pictures
+        pictures.copy_to_host_async()
+
+    @property
+    def picture(self) -> Picture | None:
+        """The last one, if there has been one."""
+        return None if self._pictures is None else self._on_host(self._pictures)
+
+    def _on_host(self, pictures: Array) -> Picture:
+        return np.asarray(pictures)[0] if self.frames == 1 else np.asarray(pictures)
 
     def rehearsals(self) -> list[Job]:
         """The jobs that `prepare` may give with these controls, on states of their own: to be compiled beforehand."""
@@ -186,32 +197,44 @@ class Stream:
             for method, state in zip(methods, states, strict=True)
         ]
 
-    def map(self, frames: Iterable[Picture]) -> Iterator[Picture]:
-        """Exactly one picture for each frame, in order, those in flight at the end included."""
+    def map(self, frames: Iterable[Picture], *, ahead: int = 0) -> Iterator[Picture]:
+        """Exactly one picture for each frame, in order, those in flight at the end included.
+
+        ahead: how many calls are sent to the device before the picture of the first of them is waited for.
+        """
         flight: deque[bool] = deque()  # whether a picture is still owed for each frame in flight, the oldest first
+        drawn: deque[tuple[Array, int]] = deque()  # pictures not waited for yet, and for how many frames they stand
         last: Picture | None = None
 
-        def call(frame: Picture, owed: bool) -> Iterator[Picture]:
+        def call(frame: Picture, owed: bool) -> None:
             nonlocal flight
             job = self.prepare(frame)
             if job is None:  # what is in flight is as this is: all of them get the picture that there is
-                assert self.picture is not None
-                yield from [self.picture] * (sum(flight) + owed)
-                flight = deque([False] * len(flight))
-                return
-            picture = self.finish(*run([job])[0])
-            if job.method == "sequential":  # its own picture; what is in flight, if anything, are copies of it
-                flight = deque([False] * self.in_flight)
-                yield from [picture] * owed
-                return
-            flight.append(owed)
-            yield from [picture] * flight.popleft()
+                count, flight = sum(flight) + owed, deque([False] * len(flight))
+            else:
+                self._take(*run([job])[0])
+                if job.method == "sequential":  # its own picture; what is in flight, if anything, are copies of it
+                    count, flight = int(owed), deque([False] * self.in_flight)
+                else:
+                    flight.append(owed)
+                    count = int(flight.popleft())
+            assert self._pictures is not None
+            drawn.append((self._pictures, count))
+
+        def ready(waiting: int) -> Iterator[Picture]:
+            while len(drawn) > waiting:
+                pictures, count = drawn.popleft()
+                if count:
+                    yield from [self._on_host(pictures)] * count
 
         for last in frames:
-            yield from call(last, True)
+            call(last, True)
+            yield from ready(ahead)
         while last is not None and any(flight):
             self._forget()
-            yield from call(last, False)
+            call(last, False)
+            yield from ready(ahead)
+        yield from ready(0)
 
     def check(self, controls: Controls) -> None:
         """ValueError for controls that this pipeline and its adapters cannot follow."""
@@ -294,9 +317,9 @@ class Stream:
         )
         another, self.program = before is None or program != self.program, program
         if before is not None and another:
-            picture = self.picture
+            pictures = self._pictures
             self.reset()
-            self.picture = picture
+            self._pictures = pictures
         self._forget()
 
     def _first_settings(self) -> Settings:

@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from lcm_jax.messages import few, other_depths
 from lcm_jax.typing import Array
+from lcm_jax.weights.device import place
 from lcm_jax.weights.files import is_finite, let_go
 
 Rules = Sequence[tuple[str, str]]
@@ -179,7 +180,7 @@ def from_torch(
 
         views: list[np.ndarray] = []
         if shardings is None:
-            placed = jax.device_put(read(None), may_alias=False)  # a file that changes later is not to show
+            placed = place(read(None))  # not the file's memory: one that changes later is not to show
         else:
             placed = jax.make_array_from_callback(leaf.shape, shardings(path, leaf.shape), read)
         placed.block_until_ready()

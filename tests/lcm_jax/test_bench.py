@@ -1,15 +1,19 @@
-"""The bench measures what it says: rows in turns, ratios of medians, a file of every time."""
+"""The bench measures what it says: rows in turns, ratios of medians, operations as counted by hand."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lcm_jax import bench
-from lcm_jax.bench import Row, measure, moving_scene, table
+from lcm_jax.bench import Cost, Options, Row, measure, models, profile, table
+from lcm_jax.bench.measure import Ceilings, flops_of, program
+from lcm_jax.bench.stream import moving_scene
 from lcm_jax.weights.files import read_json
 
 
@@ -27,8 +31,8 @@ def test_ratios_are_of_medians_per_frame() -> None:
     results = measure(rows, 3)
     results["slow"].seconds, results["fast"].seconds = [1.0, 2.0, 30.0], [2.0, 2.0, 2.0]
     line = next(line for line in table(results).splitlines() if line.startswith("| fast"))
-    assert "| 2.0 | 500.0 |" in line
-    assert "4.00x slow" in line
+    assert "| 2.0 | 500.00 |" in line
+    assert "4.00x (3.00-32.00) slow" in line  # of the turns 2, 4 and 60 times
 
 
 def test_the_scene_moves() -> None:
@@ -38,20 +42,80 @@ def test_the_scene_moves() -> None:
     assert all(not np.array_equal(a, b) for a, b in pairwise(scene))
 
 
+def test_operations_are_counted_and_set_against_the_ceiling() -> None:
+    a, b = jnp.ones((8, 16)), jnp.ones((16, 4))
+    assert flops_of(jnp.matmul, a, b) == 2 * 8 * 16 * 4
+    row = program("product", jnp.matmul, a, b)
+    results = measure([row], 2)
+    assert results["product"].cost.flops == 2 * 8 * 16 * 4
+    assert results["product"].cost.memory == 4 * (8 * 16 + 16 * 4 + 8 * 4)
+    results["product"].seconds = [1.0, 1.0]
+    assert "| 50 % |" in table(results, Ceilings(flops=2048.0, bytes=1.0))
+
+
+def test_the_dearest_operation_comes_first() -> None:
+    product = jax.jit(lambda a: a @ a)
+    found = profile.operations(lambda: product(jnp.ones((512, 512))))
+    assert found[0][1] > 0.0
+    assert all(one[1] >= other[1] for one, other in pairwise(found))
+
+
+def test_random_weights_are_the_same_every_time_and_keep_the_variance() -> None:
+    kind, config = models.GEOMETRIES["sd15"].parts["text_encoder"]
+    trees = [models.component(kind, models.tiny(config), "float32").params for _ in range(2)]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), *trees))
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(trees[0])}
+    kernel = next(leaf for path, leaf in leaves.items() if "fc1" in path and "kernel" in path)
+    assert abs(float(kernel.std()) * kernel.shape[-2] ** 0.5 - 1.0) < 0.1  # layers are stacked in front
+
+
 def test_a_case_is_run_and_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Pipe:
-        size = (8, 8)
-
-    rows = [Row(name="one", run=lambda: None)]
-    monkeypatch.setattr(bench, "CASES", {"small": lambda pipe: iter([("A title", rows)])})
-    bench.run(Pipe(), ["small"], repeats=4, out=tmp_path / "b" / "x.json", model="none")  # type: ignore[arg-type]
-    assert "## A title" in capsys.readouterr().out
+    rows = [Row(name="one", run=lambda: None, prepare=lambda: Cost(flops=1e9))]
+    monkeypatch.setattr(bench, "rows_of", lambda case, options: iter([(f"A title of {case}", rows)]))
+    monkeypatch.setattr(bench, "ceilings", lambda dtype: Ceilings(1e12, 1e9))
+    bench.run(["unet"], Options(), repeats=4, out=tmp_path / "b" / "x.json")
+    assert "## A title of unet" in capsys.readouterr().out
     kept = read_json(tmp_path / "b" / "x.json")
-    assert len(kept["A title"]["one"]["seconds"]) == 4
-    assert {"device", "jax", "date", "model"} <= set(kept)
-    with pytest.raises(ValueError, match="large: no such case; known are small"):
-        bench.run(Pipe(), ["large"], repeats=1, out=None, model="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="--repeats 0"):
-        bench.run(Pipe(), ["small"], repeats=0, out=None, model="none")  # type: ignore[arg-type]
+    assert len(kept["cases"]["A title of unet"]["one"]["seconds"]) == 4
+    assert {"device", "versions", "date", "options", "ceilings"} <= set(kept)
+
+
+@pytest.mark.parametrize(
+    ("cases", "options", "repeats", "said"),
+    [
+        (["large"], {}, 1, "bench large: no such case; known are unet, "),
+        (["unet"], {}, 0, "--repeats 0: it must be at least 1"),
+        (["training"], {"peer": "diffusers"}, 1, "bench training has no peer"),
+        (["stream"], {"model": "random-sd9"}, 1, "--model random-sd9: no such geometry; known are random-sd15, "),
+        (["text-to-image"], {"model": "random-sd-turbo"}, 1, "--model random-sd-turbo: this case has random-sd15, "),
+        (["start"], {"model": "random-sd15"}, 1, "bench start reads a model from files, and random-sd15 has none"),
+    ],
+)
+def test_what_does_not_go_together_is_said_first(cases: list[str], options: dict, repeats: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        bench.run(cases, Options(**options), repeats=repeats)
+
+
+def test_a_case_runs_on_tiny_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run(["text"], Options(scale="tiny"), repeats=1)
+    assert "| CLIP-L |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", ["unet", "mmdit", "vae", "text-to-image", "realtime", "training", "stream", "loading", "start"]
+)
+def test_dear_cases_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = "openmoji" if case in ("stream", "loading", "start") else "random-sd15"
+    bench.run([case], Options(scale="tiny", model=model, batches=(1,)), repeats=1)
+    assert "ms/frame" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["unet", "vae", "text", "text-to-image", "stream"])
+def test_peers_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options(scale="tiny", model="random-sd15", peer="diffusers", batches=(1,))
+    bench.run([case], options, repeats=1)
+    assert "x (" in capsys.readouterr().out

@@ -35,3 +35,41 @@ def test_half_precision_runs_everywhere(dtype: jnp.dtype) -> None:
     half = module.attention(*(jnp.asarray(x, dtype) for x in (q, k, v)))
     assert half.dtype == dtype
     np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.03)
+
+
+def test_what_is_traced_for_another_platform_takes_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def kernel(query: jax.Array, *_: object, implementation: str, **__: object) -> jax.Array:
+        taken.append(implementation)
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    even = jnp.zeros((1, 2, 1, 64), jnp.bfloat16)
+    for platform in ("gpu", "tpu"):
+        with module.lowering_for(platform):
+            module.attention(even, even, even)
+    module.attention(even, even, even)
+    assert taken == ["cudnn", "xla", "cudnn" if jax.default_backend() == "gpu" else "xla"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
+    """Values and gradients: cuDNN's kernel, which has a gradient for even lengths alone, is not to be seen here."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (5, 7, 7))
+    if causal:
+        q = jnp.asarray(rng.standard_normal((2, 7, 3, 8)), jnp.float32)
+
+    def plain(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    def even(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return module.attend_even(q, k, v, is_causal=causal, implementation="xla")
+
+    def slopes(attend: object) -> tuple:
+        return jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), (0, 1, 2))(q, k, v)  # type: ignore[operator]
+
+    np.testing.assert_allclose(even(q, k, v), plain(q, k, v), atol=1e-6)
+    for mine, theirs in zip(slopes(even), slopes(plain), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)

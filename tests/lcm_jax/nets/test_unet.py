@@ -26,8 +26,8 @@ from lcm_jax.nets import (
     guidance_embedding,
 )
 from lcm_jax.nets.embed import TimestepEmbedding
-from lcm_jax.nets.layers import GroupNorm
 from lcm_jax.weights.engine import from_torch, to_torch
+from vae16.layers import GroupNorm
 
 TINY = UNetConfig(
     in_channels=3,

@@ -1,0 +1,124 @@
+"""Whole pictures: text-to-image, and image-to-image one step at a time as a stream draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.bench import models, peers
+from lcm_jax.bench.measure import Cost, Row, flops_of
+from lcm_jax.bench.networks import Options, Titled
+from lcm_jax.generate import Generator, as_apply
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.stream import Stream
+
+PROMPT = "red heart"
+
+
+def text_to_image(options: Options) -> Iterator[Titled]:
+    """Four steps of LCM, from the prompt to uint8 pictures: SD1.5 at 512, SDXL and SD3-medium at 1024 pixels."""
+    small = jax.default_backend() == "cpu" and options.scale == "full"
+    for name in options.geometries("sd15", "sdxl", "sd3"):
+        pipe = models.pipeline(name, options.dtype, scale=options.scale)
+        sampler = "euler" if name == "sd3" else "lcm"
+        batches = options.batches or ((1,) if small else (1, 4, 16))
+        theirs = None
+        if options.peer:
+            theirs = peers.pipeline(pipe, options.dtype, options.peer)
+        rows: list[Row] = []
+        for n in batches:
+            ours = pictures(f"{name}, batch {n}", pipe, n, sampler)
+            if theirs is not None:
+                peer = _theirs(f"diffusers, {name}, batch {n}", theirs, n, pipe.size)
+                rows += [peer, replace(ours, against=peer.name)]
+            else:
+                rows.append(ours)
+        yield f"Text to image, {name} at {pipe.size[0]}x{pipe.size[1]}, 4 steps without guidance", rows
+        del pipe, theirs, rows
+
+
+def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4) -> Row:
+    """A row of a pipeline's call for n pictures. Its FLOPs are those of the steps and of the decoder."""
+
+    def draw() -> Any:
+        return pipe([PROMPT] * n, steps=steps, sampler=sampler)
+
+    def prepare() -> Cost:
+        return Cost(flops=steps * step_flops(pipe, n) + decode_flops(pipe.generator, pipe, n))
+
+    return Row(name=name, run=draw, prepare=prepare, frames=n)
+
+
+def step_flops(pipe: Pipeline, n: int) -> float:
+    """Of one evaluation of the denoiser for n pictures of the pipeline's size."""
+    cond = {key: jnp.repeat(leaf, n, axis=0) for key, leaf in pipe.encode_prompt([PROMPT]).items()}
+    x, t = jax.ShapeDtypeStruct((n, *_latents(pipe)), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.float32)
+    return flops_of(as_apply(pipe.generator.net), pipe.net_params, x, t, cond)
+
+
+def decode_flops(generator: Generator, pipe: Pipeline, n: int) -> float:
+    """Of decoding n pictures."""
+    latents = jax.ShapeDtypeStruct((n, *_latents(pipe)), jnp.float32)
+    return flops_of(generator.decode, pipe.params["vae"], latents)
+
+
+def encode_flops(generator: Generator, pipe: Pipeline, n: int) -> float:
+    """Of encoding n pictures."""
+    return flops_of(generator.encode, pipe.params["vae"], jax.ShapeDtypeStruct((n, *pipe.size, 3), jnp.uint8))
+
+
+def _latents(pipe: Pipeline) -> tuple[int, int, int]:
+    config = pipe.generator.vae.config
+    height, width = (side // config.downsample_factor for side in pipe.size)
+    return height, width, config.latent_channels
+
+
+def _theirs(name: str, pipe: Any, n: int, size: tuple[int, int]) -> Row:
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": size[0], "width": size[1]}
+    return peers.row(name, lambda: pipe([PROMPT] * n, output_type="np", **options), frames=n)
+
+
+def realtime(options: Options) -> Iterator[Titled]:
+    """SD-Turbo's geometry with TAESD, image-to-image in one step: frames that wait for their picture, frames in a row,
+
+    and buffers of 12 (StreamDiffusion, 2312.12491: 93.9 frames a second on an RTX 4090, about 150 in twelves).
+    """
+    pipe = models.pipeline("sd-turbo", options.dtype, scale=options.scale, taesd=True)
+    rows = []
+    for frames in options.batches or (1, 12):
+        stream = Stream(pipe, PROMPT, steps=1, strength=0.6, frames=frames)
+        shape = (frames, *pipe.size, 3) if frames > 1 else (*pipe.size, 3)
+        scene = list(np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8))
+        flops = step_flops(pipe, frames) + decode_flops(pipe.generator, pipe, frames)
+        flops += encode_flops(pipe.generator, pipe, frames)
+        calls = 32 if options.scale == "full" and jax.default_backend() != "cpu" else 2
+        for name, go in (("one after another", _awaited), ("pipelined", _pipelined)):
+            rows.append(
+                Row(
+                    name=f"buffers of {frames}, {name}" if frames > 1 else f"single frames, {name}",
+                    run=_repeat(go, stream, scene, calls),
+                    prepare=partial(Cost, calls * flops),
+                    frames=frames * calls,
+                )
+            )
+    yield f"Image to image in real time, sd-turbo with TAESD at {pipe.size[0]}x{pipe.size[1]}, 1 step", rows
+
+
+def _repeat(go: Callable[..., None], stream: Stream, scene: list[np.ndarray], calls: int) -> Callable[[], None]:
+    return lambda: go(stream, [scene[i % len(scene)] for i in range(calls)])
+
+
+def _awaited(stream: Stream, frames: list[np.ndarray]) -> None:
+    for frame in frames:
+        stream(frame)
+
+
+def _pipelined(stream: Stream, frames: list[np.ndarray]) -> None:
+    for _ in stream.map(frames, ahead=2):
+        pass

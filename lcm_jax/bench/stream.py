@@ -1,0 +1,145 @@
+"""A stream's cases: StreamDiffusion's tables 1-3 in small (2312.12491)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image as PILImage
+
+from lcm_jax.bench import models, peers
+from lcm_jax.bench.measure import Row
+from lcm_jax.bench.networks import Options, Titled
+from lcm_jax.pipeline import Pipeline, load
+from lcm_jax.stream import Stream
+from vae16 import AutoencoderTiny, TinyConfig
+
+
+def stream(options: Options) -> Iterator[Titled]:
+    """Stream batch, guidance, filter and autoencoder; against a peer, its image-to-image at 1, 2, 4 and 10 steps."""
+    pipe = open_model(options)
+    large = min(pipe.size) >= 256
+    if options.peer:
+        theirs = peers.pipeline(pipe, options.dtype, options.peer, auto="image-to-image")
+        yield peer_rows(pipe, theirs, frames=1 if large else 10)
+        return
+    yield from stream_rows(pipe, frames=2 if large else 10)
+
+
+def open_model(options: Options) -> Pipeline:
+    """The model of the options: of random weights ("random-sd15"), or one that `load` finds."""
+    if options.model.startswith(models.PREFIX):
+        return models.pipeline(options.model.removeprefix(models.PREFIX), options.dtype, scale=options.scale)
+    return load(options.model, dtype=options.dtype)
+
+
+def stream_rows(pipe: Pipeline, *, steps: int = 5, frames: int = 10) -> Iterator[Titled]:
+    """Everything about a stream alone."""
+    scene = moving_scene(pipe.size, frames)
+
+    def over(stream: Stream, pictures: Sequence[np.ndarray] = scene) -> Callable[[], Any]:
+        return lambda: [stream(picture) for picture in pictures]
+
+    def made(**controls: Any) -> Stream:
+        return Stream(pipe, "red heart", **({"steps": steps, "strength": 0.8} | controls))
+
+    rows = []
+    for n in (1, 2, 4):
+        alone = f"{n} steps, one by one"
+        rows.append(Row(name=alone, run=over(made(steps=n, batch=False)), frames=frames))
+        rows.append(Row(name=f"{n} steps, stream batch", run=over(made(steps=n)), frames=frames, against=alone))
+    yield "Stream batch", rows
+
+    modes = {name: made(guidance=name, scale=1.4) for name in ("full", "self", "onetime", "none")}
+    yield (
+        f"Guidance, {steps} steps",
+        [
+            Row(name=name, run=over(stream), frames=frames, against=None if name == "full" else "full")
+            for name, stream in modes.items()
+        ],
+    )
+
+    still = [scene[0]] * 20
+    plain, filtered = made(steps=2), made(steps=2, similarity=0.98)
+
+    def saved() -> str:
+        return "" if filtered.filter is None else f"{100 * filtered.filter.saved:.0f} % left out"
+
+    yield (
+        "A still scene of 20 frames",
+        [
+            Row(name="no filter", run=over(plain, still), frames=20),
+            Row(name="similarity filter", run=over(filtered, still), frames=20, against="no filter", note=saved),
+        ],
+    )
+
+    tiny = with_tiny_vae(pipe)
+    small = Stream(tiny, "red heart", steps=2, strength=0.8)
+    yield (
+        "Autoencoder, 2 steps",
+        [
+            Row(name="KL", run=over(plain), frames=frames),
+            Row(name="tiny", run=over(small), frames=frames, against="KL", note=lambda: "random weights"),
+        ],
+    )
+
+
+def peer_rows(pipe: Pipeline, peer: Any, *, frames: int) -> Titled:
+    """A stream against AutoPipelineForImage2Image with LCM's scheduler, from pure noise (2312.12491, table 1).
+
+    A student that is told its guidance is told 4; any other goes without.
+    """
+    scene = moving_scene(pipe.size, frames)
+    guidance = 4.0 if pipe.generator.embeds_guidance else 1.0
+
+    def theirs(steps: int) -> Callable[[], Any]:
+        pictures = [PILImage.fromarray(picture) for picture in scene]
+        options = {"strength": 1.0, "guidance_scale": guidance, "output_type": "np", "num_inference_steps": steps}
+        return lambda: [peer("red heart", image=one, **options) for one in pictures]
+
+    rows = []
+    for n in (1, 2, 4, 10):
+        stream = Stream(pipe, "red heart", steps=n, strength=1.0, scale=guidance)
+        rows.append(peers.row(f"diffusers, {n} steps", theirs(n), frames=frames))
+
+        def ours(stream: Stream = stream) -> Any:
+            return [stream(picture) for picture in scene]
+
+        rows.append(Row(name=f"stream, {n} steps", run=ours, frames=frames, against=f"diffusers, {n} steps"))
+    return "Against diffusers", rows
+
+
+def moving_scene(size: tuple[int, int], frames: int) -> list[np.ndarray]:
+    """A disc that crosses a white picture."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    scene = []
+    for i in range(frames):
+        disc = (y - height / 2) ** 2 + (x - width * (i + 0.5) / frames) ** 2 < (min(size) / 4) ** 2
+        scene.append(np.where(disc[..., None], [220, 60, 40], [255] * 3).astype(np.uint8))
+    return scene
+
+
+def with_tiny_vae(pipe: Pipeline) -> Pipeline:
+    """The pipeline with a tiny autoencoder of its geometry and random weights: for its speed alone."""
+    config: Any = pipe.generator.vae.config
+    levels = config.downsample_factor.bit_length()
+    width = min(config.block_out_channels[0], 64)  # TAESD's, but no wider than the autoencoder is
+    tiny = AutoencoderTiny(
+        TinyConfig(
+            latent_channels=config.latent_channels,
+            encoder_block_out_channels=(width,) * levels,
+            decoder_block_out_channels=(width,) * levels,
+            num_encoder_blocks=(1, *(3,) * (levels - 1)),
+            num_decoder_blocks=(*(3,) * (levels - 1), 1),
+        )
+    )
+    pixels = jnp.zeros((1, *pipe.size, 3))
+    params = jax.jit(tiny.init)(jax.random.key(0), pixels)["params"]
+    folder = pipe.folder
+    components = {**folder.components, "vae": type(pipe.component("vae"))(tiny, params)}
+    return Pipeline(replace(folder, components=components))
