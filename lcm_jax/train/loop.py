@@ -104,7 +104,7 @@ class LoopConfig:
 
 def checkpoints(workdir: Path, config: LoopConfig) -> ocp.CheckpointManager:
     """Checkpoints of state and data position under `workdir`/checkpoints, written aside and renamed by orbax."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, save_interval_steps=1)
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, save_interval_steps=1, cleanup_tmp_directories=True)
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
@@ -123,10 +123,10 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     except Exception as error:
         saved = max(manager.all_steps(read=True), default=None)
         last = "nothing was saved" if saved is None else f"the last whole one is of step {saved}"
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[-150:]  # the cause is at the end
         raise OSError(
-            f"a checkpoint could not be written to {manager.directory} ({reason[:300]}); {last}: make room or give it "
-            "back its rights, and start again"
+            f"a checkpoint could not be written to {manager.directory} ({reason}); {last}: make room or give it back "
+            "its rights, and start again"
         ) from error
 
 

@@ -18,7 +18,7 @@ class OptimizerConfig:
     1804.04235) for a matrix a row and a column of the second, without its scaling by the parameter's size.
     """
 
-    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    algorithm: Literal["adamw", "adafactor", "lion"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of the first moment; the second stays float32
     learning_rate: float = 1e-4
     warmup: int = 100  # steps from zero to the full rate
@@ -33,10 +33,10 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
-        for name, known in (("name", _RULES), ("moment_dtype", ("float32", "bfloat16"))):
+        for name, known in (("algorithm", _RULES), ("moment_dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
-        if self.name == "adafactor" and self.moment_dtype != "float32":
+        if self.algorithm == "adafactor" and self.moment_dtype != "float32":
             raise ValueError("optimizer.moment_dtype is of adamw and lion; adafactor has no first moment: leave it out")
 
 
@@ -73,7 +73,7 @@ _RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clip, scale, decay the weights, times the learning rate."""
     rule = optax.chain(
-        _RULES[config.name](config),
+        _RULES[config.algorithm](config),
         optax.add_decayed_weights(config.weight_decay, _decays),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )

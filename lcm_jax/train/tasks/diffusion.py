@@ -27,6 +27,7 @@ from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import Component
 from mmdit import MMDiTConfig
 from mmdit.attention import Implementation
+from mmdit.blocks import Remat
 
 Denoiser = UNetConfig | MMDiTConfig
 HELD_OUT = 256
@@ -45,7 +46,7 @@ class DiffusionTask(LatentTask):
     preview_steps: int = 25
     preview_guidance: float = 3.0
     scan: bool = False  # compile one of the blocks that are alike; see the network
-    remat: bool = False
+    remat: Remat = False  # what the backward pass computes again: nothing, all of a block, or what a policy leaves out
     dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
 
     def build(self) -> Task:
@@ -141,7 +142,7 @@ def initial(net: Any) -> Callable[[Key], Params]:
 
 
 def build_net(
-    config: Denoiser, *, dtype: str, remat: bool, scan: bool = False, attention: Implementation | None = None
+    config: Denoiser, *, dtype: str, remat: Remat, scan: bool = False, attention: Implementation | None = None
 ) -> Any:
     """The module of a denoiser's config. attention: the kernel; None chooses by platform and precision."""
     options = {"dtype": jnp.dtype(dtype), "remat": remat, "scan": scan, "attention": attention}

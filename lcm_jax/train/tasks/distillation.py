@@ -31,6 +31,7 @@ from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import save_lora
 from lcm_jax.weights.scheduler import read_scheduler
 from mmdit.attention import Implementation
+from mmdit.blocks import Remat
 from mmdit.text import normalize_images
 from vae16 import AutoencoderKL, unscale
 
@@ -69,7 +70,7 @@ class DistillationTask(LatentTask):
     preview_guidance: float = 3.0
     preview_steps: int = 4
     scan: bool = False  # compile one of the blocks that are alike; see the network
-    remat: bool = False
+    remat: Remat = False  # what the backward pass computes again: nothing, all of a block, or what a policy leaves out
     dtype: str = "float32"
     teacher_dtype: str = "float32"  # of the teacher's parameters
 

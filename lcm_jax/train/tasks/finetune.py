@@ -34,6 +34,7 @@ from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import save_loras
 from lcm_jax.weights.model import lora_networks
 from lcm_jax.weights.scheduler import read_scheduler, sampler_of
+from mmdit.blocks import Remat
 from mmdit.text import T5Encoder
 
 NET = "net"  # the denoiser among the networks that learn
@@ -63,7 +64,7 @@ class FinetuneTask:
     preview_prompts: tuple[str, ...] = ()  # none: the first captions of the data
     preview_steps: int = 25
     preview_guidance: float = 4.0
-    remat: bool = False
+    remat: Remat = False  # what the backward pass computes again: nothing, all of a block, or what a policy leaves out
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

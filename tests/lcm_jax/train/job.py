@@ -173,8 +173,8 @@ def run(case: dict[str, Any]) -> None:
 
     def listening(self: Any, step: int, metrics: Any, bar: Any) -> None:
         losses.append(float(metrics["loss"]))
-        if step == case.get("full_at"):  # as on a full disk, nothing more can be written
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+        if step == case.get("full_at"):  # as on a full disk, no checkpoint can be written
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
         write(self, step, metrics, bar)
 
     loop._Run.write = listening  # type: ignore[method-assign]

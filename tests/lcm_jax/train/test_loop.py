@@ -215,9 +215,9 @@ def test_weight_decay_is_for_weights_alone() -> None:
     [
         ({}, 2.0),
         ({"moment_dtype": "bfloat16"}, 1.5),
-        ({"name": "lion"}, 1.0),
-        ({"name": "lion", "moment_dtype": "bfloat16"}, 0.5),
-        ({"name": "adafactor"}, 0.0),
+        ({"algorithm": "lion"}, 1.0),
+        ({"algorithm": "lion", "moment_dtype": "bfloat16"}, 0.5),
+        ({"algorithm": "adafactor"}, 0.0),
     ],
     ids=str,
 )
@@ -235,9 +235,9 @@ def test_an_optimizer_descends_and_remembers_as_little_as_it_says(options: Any, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "sgd"}, "optimizer.name is 'sgd'; use one of adamw, lion, adafactor"),
+        ({"algorithm": "sgd"}, "optimizer.algorithm is 'sgd'; use one of adamw, lion, adafactor"),
         ({"moment_dtype": "int8"}, "optimizer.moment_dtype is 'int8'; use one of float32, bfloat16"),
-        ({"name": "adafactor", "moment_dtype": "bfloat16"}, "adafactor has no first moment"),
+        ({"algorithm": "adafactor", "moment_dtype": "bfloat16"}, "adafactor has no first moment"),
     ],
 )
 def test_bad_optimizers_are_refused(options: Any, message: str) -> None:
@@ -263,7 +263,9 @@ def test_each_device_draws_its_rows_of_what_one_would(draw: Any) -> None:
 
     @jax.jit
     def both() -> Any:
-        own = jax.vmap(lambda: (draw(own_rows(key, 4), (2, 3)), draw(own_rows(key, 4), ())), axis_name=AXIS, axis_size=4)
+        own = jax.vmap(
+            lambda: (draw(own_rows(key, 4), (2, 3)), draw(own_rows(key, 4), ())), axis_name=AXIS, axis_size=4
+        )
         return own(), (draw(key, (8, 3)), draw(key, ()))
 
     (parts, scalars), (whole, scalar) = both()
