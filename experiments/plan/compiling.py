@@ -1,7 +1,8 @@
 """How long the step of an MMDiT of depth 24 takes to compile, its blocks scanned or unrolled.
 
-`python experiments/plan/compiling.py` writes results/plan_compiling.{json,md}: seconds to trace, lower and compile
-on this machine's CPU backend and for a TPU slice, each in a process of its own and without a compilation cache.
+`python experiments/plan/compiling.py` writes results/plan_compiling.{json,md}: seconds of a core to trace and lower,
+and to compile, each in a process of its own and without a compilation cache: for one CPU device whole, for a TPU slice
+as far as a plan goes, to the scheduled program. Of a core, since other processes may run beside.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +22,7 @@ import jax
 
 from lcm_jax import configs
 from lcm_jax.plan.chips import open_topology
-from lcm_jax.plan.planning import Traced, elapsed
+from lcm_jax.plan.planning import DUMP, Traced, compile_step, elapsed
 from lcm_jax.train.sharding import make_mesh
 from lcm_jax.weights.files import read_json, write_json
 
@@ -32,19 +34,20 @@ def measure(config_name: str, topology_name: str, mesh: str, scan: bool) -> dict
     jax.config.update("jax_enable_compilation_cache", False)
     config = configs.get(config_name)
     rows = config.loop.batch_size if topology_name != "cpu:1" else 8
-    config = replace(
-        config, task=replace(config.task, scan=scan), loop=replace(config.loop, mesh=mesh, batch_size=rows)
-    )
+    task, loop = replace(config.task, scan=scan), replace(config.loop, mesh=mesh, batch_size=rows)
     topology = open_topology(topology_name)
     devices = make_mesh(mesh, batch_size=rows, devices=topology.devices)
-    start = time.perf_counter()
-    lowered = Traced(config=config, mesh=devices, platform=topology.platform).lowered
-    middle = time.perf_counter()
-    with elapsed(f"compiling {config_name} for {topology_name}, scan={scan}", 60.0):
-        lowered.compile()
-    end = time.perf_counter()
+    traced = Traced(config=replace(config, task=task, loop=loop), mesh=devices, platform=topology.platform)
+    folder = Path(os.environ["DUMP"]) if topology.platform == "tpu" else None
+    start, wall = time.process_time(), time.perf_counter()
+    lowered = traced.lowered
+    middle = time.process_time()
+    with elapsed(f"compiling {config_name} for {topology_name}, {'scanned' if scan else 'unrolled'}", 60.0):
+        compile_step(lowered, folder)
+    end = time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"lowering": middle - start, "compiling": end - middle, "peak_gib": peak}
+    wall = time.perf_counter() - wall
+    return {"lowering": middle - start, "compiling": end - middle, "wall": wall, "peak_gib": peak}
 
 
 def main() -> None:
@@ -55,8 +58,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         topology, mesh, scan = arguments.one
-        print(json.dumps(measure(arguments.config, topology, mesh, scan == "scan")))
-        return
+        print(json.dumps(measure(arguments.config, topology, mesh, scan == "scan")), flush=True)
+        os._exit(0)  # the compiler may still run
     kept = RESULTS / "plan_compiling.json"
     found = read_json(kept) if kept.is_file() else {}
     for topology in arguments.topology:
@@ -64,7 +67,10 @@ def main() -> None:
         for scan in ("scan", "unrolled"):
             if scan not in found.setdefault(topology, {}):
                 command = [sys.executable, __file__, "--config", arguments.config, "--one", topology, mesh, scan]
-                said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                with tempfile.TemporaryDirectory() as folder:
+                    environment = os.environ | {"DUMP": folder, "XLA_FLAGS": DUMP.format(folder=folder)}
+                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+                said = done.stdout
                 found[topology][scan] = json.loads(said.splitlines()[-1])
                 write_json(kept, found)
     lines = ["| step of | for | blocks | lowering, s | compiling, s | peak memory, GiB |", "|---|---|---|---|---|---|"]

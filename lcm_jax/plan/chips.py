@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 
 GIB = 2**30
+HOP = 1e-6  # seconds from a chip to its neighbour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +72,24 @@ class Topology:
         kind = self.name.partition(":")[0]
         return "gpu" if kind in GPUS else "cpu" if kind == "cpu" else "tpu"
 
-    def rate(self, members: Sequence[Any]) -> float:
-        """Bytes a second that each of a group of devices can send in a collective among them, all at once.
+    def seconds(self, sent: float, members: Sequence[Any]) -> float:
+        """Of a collective among a group of devices each of which sends so many bytes, all groups at once.
 
         On a torus the group's rings use both directions of every axis along which it extends; an axis that is not
         closed to a ring is a line, of which each link carries what a ring's two would.
         """
         chip = self.chip
         if chip.node:
-            return chip.link if len(members) <= chip.node else chip.network
+            link = chip.link if len(members) <= chip.node else chip.network
+            return sent / link + HOP * (len(members) - 1)
         coordinates = np.asarray([member.coords for member in members])[:, : len(self.shape)]
-        spread = [len(set(axis)) for axis in coordinates.T]
-        links = [
-            (2 if length == whole and whole % chip.wraps == 0 else 1)
-            for length, whole in zip(spread, self.shape, strict=True)
-            if length > 1
-        ]
-        return chip.link * max(sum(links), 1)
+        links, hops = 0, 0
+        for axis, whole in zip(coordinates.T, self.shape, strict=True):
+            length = len(set(axis))
+            ring = length == whole and whole % chip.wraps == 0
+            links += (2 if ring else 1) if length > 1 else 0
+            hops += length // 2 if ring else length - 1
+        return sent / (chip.link * max(links, 1)) + HOP * hops
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:

@@ -33,7 +33,7 @@ from lcm_jax.train.sharding import make_mesh, mesh_shape
 from lcm_jax.weights.files import read_json, write_json
 from mmdit.attention import lowering_for
 
-_VERSION = 2  # of what is kept
+_VERSION = 3  # of what is kept
 _TENSOR = (1, 2, 4)  # that a search tries
 
 
@@ -161,7 +161,7 @@ def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) 
         return _plan(config, topology, name, dump=None)
     with tempfile.TemporaryDirectory() as folder:  # a compiler is stopped with its process
         process = multiprocessing.get_context("spawn").Process(target=_alone, args=(config, topology, name, folder))
-        with _environment(XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {_DUMP.format(folder=folder)}"):
+        with _environment(XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {DUMP.format(folder=folder)}"):
             process.start()
         process.join()
         made = Path(folder) / "plan.json"
@@ -181,7 +181,7 @@ def search(config: TrainConfig, topology: str, name: str, *, whole: bool = False
     return sorted(plans, key=lambda each: (not each.fits, each.step, each.peak))
 
 
-_DUMP = "--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
+DUMP = "--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
 
 
 def _alone(config: TrainConfig, topology: str, name: str, folder: str) -> None:
@@ -219,7 +219,7 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
             return found
     start = time.perf_counter()
     with elapsed(f"compiling {name} for {topology}, {said(mesh.shape)}"):
-        program = _compile(traced.lowered, dump)
+        program = compile_step(traced.lowered, dump)
     made = Plan(
         config=name,
         topology=topology,
@@ -247,7 +247,7 @@ class _Program(NamedTuple):
     text: str | None
 
 
-def _compile(lowered: Any, dump: Path | None) -> _Program:
+def compile_step(lowered: Any, dump: Path | None) -> _Program:
     """Until it is done, or until the compiler has dumped the scheduled program and its memory."""
     found: list[Any] = []
 
@@ -311,7 +311,7 @@ def _read(made: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
             entry = collectives.setdefault(moved.kind, {"count": 0, "bytes": 0.0, "seconds": 0.0})
             entry["count"] += work.times
             entry["bytes"] += work.times * moved.bytes
-            entry["seconds"] += work.times * moved.bytes / topology.rate([devices[i] for i in moved.group])
+            entry["seconds"] += work.times * topology.seconds(moved.bytes, [devices[i] for i in moved.group])
     return memory | {
         "model_flops": traced.flops / traced.mesh.size,
         "flops": program.flops,
