@@ -174,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
     sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")
     sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes; each case has its own by default")
+    sub.add_argument("--side", type=int, help="pixels of a stream's sides; the model's own by default")
     sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
     sub.add_argument("--profile", action="store_true", help="print the dearest operations of each row too")
     sub.add_argument("--json", type=Path, help="file to write every time to")
@@ -383,7 +384,7 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(arguments.device, arguments.device))
-    names = ("model", "dtype", "scale")
+    names = ("model", "dtype", "scale", "side")
     own = {name: getattr(arguments, name) for name in names}
     options = bench.Options(peer=arguments.against, batches=tuple(arguments.batch), **own)
     bench.run(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)

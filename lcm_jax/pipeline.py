@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 
+from lcm_jax.compiling import compiler_options
 from lcm_jax.generate import Generator, SkipLayers
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
@@ -330,7 +331,7 @@ class Pipeline:
 
     @cached_property
     def _draw(self) -> Any:
-        @partial(jax.jit, static_argnames=("generator", "sampler", "guided"))
+        @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=compiler_options())
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
             skip: SkipLayers | None, kept: Kept | None,
@@ -348,7 +349,7 @@ class Pipeline:
 
     @cached_property
     def _encode_image(self) -> Any:
-        return jax.jit(self.generator.encode)
+        return jax.jit(self.generator.encode, compiler_options=compiler_options())
 
 
 def load(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from lcm_jax.compiling import compiler_options
 from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
 
@@ -113,7 +114,7 @@ class Prompts:
             t5 = next((e for e in encodings if isinstance(e.module, T5Encoder)), None)
             return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
 
-        return jax.jit(encode)
+        return jax.jit(encode, compiler_options=compiler_options())
 
 
 def pair_texts(

@@ -14,7 +14,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
-    {"typing", "extras", "overrides", "messages", "places"},
+    {"typing", "extras", "overrides", "messages", "places", "compiling"},
     {"schedules", "nets", "lora"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},
@@ -28,7 +28,18 @@ RANKS = [
     {"cli"},
 ]
 # Networks are known only here.
-KNOWS_NETWORKS = {"nets", "weights", "pipeline", "configs", "train", "generate", "evaluate", "metrics", "convert"}
+KNOWS_NETWORKS = {
+    "nets",
+    "weights",
+    "pipeline",
+    "configs",
+    "train",
+    "generate",
+    "evaluate",
+    "metrics",
+    "convert",
+    "bench",
+}
 
 
 def sources() -> Iterator[tuple[Path, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from lcm_jax.compiling import compiler_options
 from mmdit.attention import lowering_for
 
 
@@ -49,7 +50,7 @@ def program(
     held: list[Any] = []
 
     def prepare() -> Cost:
-        held.append(jax.jit(function).lower(*arguments).compile())
+        held.append(jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile())
         found = held[0].memory_analysis()
         memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
         count = flops_of(function, *arguments) if flops is None else flops
@@ -86,7 +87,8 @@ def ceilings(dtype: str) -> Ceilings:
     flat = jax.random.normal(jax.random.key(1), (length // a.dtype.itemsize,), dtype)
 
     def again(body: Callable[[Any], Any]) -> Callable[..., Any]:
-        return jax.jit(lambda x: jax.lax.fori_loop(0, _AGAIN, lambda _, x: body(x), x))
+        loop = partial(jax.lax.fori_loop, 0, _AGAIN, lambda _, x: body(x))
+        return jax.jit(loop, compiler_options=compiler_options())
 
     product = _best(again(lambda x: (x @ a) * jnp.asarray(side**-0.5, dtype)), a)
     copied = _best(again(jnp.negative), flat)

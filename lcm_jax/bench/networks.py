@@ -33,6 +33,7 @@ class Options:
     scale: str = "full"
     peer: str | None = None
     batches: tuple[int, ...] = ()
+    side: int | None = None  # in pixels, of a stream; the model's own by default
 
     def geometries(self, *names: str) -> tuple[str, ...]:
         """Of some names those that are asked for: one where the model is of random weights, all otherwise."""

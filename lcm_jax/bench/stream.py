@@ -22,12 +22,13 @@ from vae16 import AutoencoderTiny, TinyConfig
 def stream(options: Options) -> Iterator[Titled]:
     """Stream batch, guidance, filter and autoencoder; against a peer, its image-to-image at 1, 2, 4 and 10 steps."""
     pipe = open_model(options)
-    large = min(pipe.size) >= 256
+    size = pipe.check_size(None if options.side is None else (options.side, options.side))
+    frames = 2 if options.model.startswith(models.PREFIX) else 10
     if options.peer:
         theirs = peers.pipeline(pipe, options.dtype, options.peer, auto="image-to-image")
-        yield peer_rows(pipe, theirs, frames=1 if large else 10)
+        yield peer_rows(pipe, theirs, size, frames=frames)
         return
-    yield from stream_rows(pipe, frames=2 if large else 10)
+    yield from stream_rows(pipe, size, frames=frames)
 
 
 def open_model(options: Options) -> Pipeline:
@@ -37,15 +38,15 @@ def open_model(options: Options) -> Pipeline:
     return load(options.model, dtype=options.dtype)
 
 
-def stream_rows(pipe: Pipeline, *, steps: int = 5, frames: int = 10) -> Iterator[Titled]:
+def stream_rows(pipe: Pipeline, size: tuple[int, int], *, steps: int = 5, frames: int = 10) -> Iterator[Titled]:
     """Everything about a stream alone."""
-    scene = moving_scene(pipe.size, frames)
+    scene = moving_scene(size, frames)
 
     def over(stream: Stream, pictures: Sequence[np.ndarray] = scene) -> Callable[[], Any]:
         return lambda: [stream(picture) for picture in pictures]
 
     def made(**controls: Any) -> Stream:
-        return Stream(pipe, "red heart", **({"steps": steps, "strength": 0.8} | controls))
+        return Stream(pipe, "red heart", size=size, **({"steps": steps, "strength": 0.8} | controls))
 
     rows = []
     for n in (1, 2, 4):
@@ -78,7 +79,7 @@ def stream_rows(pipe: Pipeline, *, steps: int = 5, frames: int = 10) -> Iterator
     )
 
     tiny = with_tiny_vae(pipe)
-    small = Stream(tiny, "red heart", steps=2, strength=0.8)
+    small = Stream(tiny, "red heart", size=size, steps=2, strength=0.8)
     yield (
         "Autoencoder, 2 steps",
         [
@@ -88,12 +89,12 @@ def stream_rows(pipe: Pipeline, *, steps: int = 5, frames: int = 10) -> Iterator
     )
 
 
-def peer_rows(pipe: Pipeline, peer: Any, *, frames: int) -> Titled:
+def peer_rows(pipe: Pipeline, peer: Any, size: tuple[int, int], *, frames: int) -> Titled:
     """A stream against AutoPipelineForImage2Image with LCM's scheduler, from pure noise (2312.12491, table 1).
 
     A student that is told its guidance is told 4; any other goes without.
     """
-    scene = moving_scene(pipe.size, frames)
+    scene = moving_scene(size, frames)
     guidance = 4.0 if pipe.generator.embeds_guidance else 1.0
 
     def theirs(steps: int) -> Callable[[], Any]:
@@ -103,7 +104,7 @@ def peer_rows(pipe: Pipeline, peer: Any, *, frames: int) -> Titled:
 
     rows = []
     for n in (1, 2, 4, 10):
-        stream = Stream(pipe, "red heart", steps=n, strength=1.0, scale=guidance)
+        stream = Stream(pipe, "red heart", size=size, steps=n, strength=1.0, scale=guidance)
         rows.append(peers.row(f"diffusers, {n} steps", theirs(n), frames=frames))
 
         def ours(stream: Stream = stream) -> Any:

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from lcm_jax.compiling import compiler_options
 from lcm_jax.consistency import consistency
 from lcm_jax.generate import Generator, Memory, as_apply
 from lcm_jax.guidance import cfg, residual
@@ -320,10 +321,10 @@ def compiled(program: Program, method: str) -> Callable[..., tuple[tuple[State, 
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(states))]
         return tuple(state for state, _ in each), tuple(picture for _, picture in each)
 
-    return jax.jit(run, donate_argnums=2)
+    return jax.jit(run, donate_argnums=2, compiler_options=compiler_options())
 
 
 @functools.cache
 def probing(program: Program) -> Callable[..., Float[Array, "h w c"]]:
     """`Program.probe`, compiled."""
-    return jax.jit(program.probe)
+    return jax.jit(program.probe, compiler_options=compiler_options())

@@ -1,0 +1,76 @@
+"""Frames a second and latency of `lcm-jax serve` in a headless browser whose camera is Chromium's fake one.
+
+    python experiments/bench/browser.py [--seconds 20] [--json FILE]
+
+The server draws 64 x 64 and 128 x 128 pixels in two steps, its default, and in one. Latency in the page is from the
+taking of a frame to the showing of the first picture that holds it, the median of the last ones; in the server from the
+arrival of a frame to the sending of that picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+from playwright.sync_api import sync_playwright
+
+OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+WARM_UP = 15.0  # seconds until a camera's programs are compiled and the page has settled
+
+
+def measure(browser: Any, size: int, steps: int, seconds: float) -> dict[str, float]:
+    """Medians of what the page shows twice a second, and the server's quantiles, milliseconds."""
+    command = [sys.executable, "-m", "lcm_jax.cli", "serve", "--port", "0", "--size", str(size), str(size)]
+    command += ["--steps", str(steps)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        address = next(found.group() for line in server.stdout if (found := re.search(r"http://\S+", line)))
+        page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
+        page.goto(address)
+        page.get_by_text("Streaming", exact=True).wait_for(timeout=180_000)
+        page.get_by_label("Camera").check(force=True)
+        page.wait_for_timeout(1000 * WARM_UP)
+        rates, delays = [], []
+        for _ in range(round(2 * seconds)):
+            page.wait_for_timeout(500)
+            rates.append(float(page.text_content("#fps")))
+            delays.append(float(page.text_content("#latency").split()[0]))
+        said = urlopen(address.rstrip("/") + "/metrics").read().decode()
+        quantiles = dict(re.findall(r'lcm_jax_latency_seconds{quantile="([\d.]+)"} (\S+)', said))
+        page.context.close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    in_page = {"fps": statistics.median(rates), "page_ms": statistics.median(delays)}
+    in_server = {f"server_p{round(100 * float(q))}_ms": 1e3 * float(value) for q, value in quantiles.items()}
+    return {"size": size, "steps": steps} | in_page | in_server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with sync_playwright() as own:
+        browser = own.chromium.launch(executable_path=shutil.which("chromium"), args=[*OPTIONS, *CAMERA])
+        found = [measure(browser, *case, arguments.seconds) for case in product((64, 128), (2, 1))]
+    for row in found:
+        print({name: round(value, 1) for name, value in row.items()})
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
