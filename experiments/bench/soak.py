@@ -1,0 +1,135 @@
+"""Hours of streaming in short: several clients of `lcm-jax serve` send frames until 20,000 are answered in all.
+
+    python experiments/bench/soak.py [--frames 20000] [--clients 3] [--json FILE]
+
+Each client draws a moving disc in a colour of its own, changes its prompt and strength now and then, and keeps two
+frames on their way. The server's resident memory is read every 20 seconds and at the end. The run fails if a session is
+lost, if an answer does not come, or if memory at the end is more than 5 % above that after a tenth of the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from websockets.sync.client import connect
+
+from lcm_jax.bench.stream import moving_scene
+from lcm_jax.stream import protocol
+
+PROMPTS = ("cat face", "red heart", "dog face", "tree")
+ON_THE_WAY, CHANGES = 2, 250  # frames; frames from one change of the controls to the next
+
+
+def scene(number: int) -> list[bytes]:
+    """A client's frames, PNG."""
+    frames = []
+    for picture in moving_scene((64, 64), 50):
+        out = io.BytesIO()
+        Image.fromarray(np.roll(picture, number, axis=-1)).save(out, "PNG")
+        frames.append(out.getvalue())
+    return frames
+
+
+def client(address: str, number: int, frames: int, bar: tqdm) -> None:
+    """Send frames and take answers; raises if the connection ends or falls silent."""
+    pictures = scene(number)
+    with connect(address, compression=None, open_timeout=600, max_size=None) as socket:
+        controls = {"prompt": PROMPTS[number % len(PROMPTS)]}
+        socket.send(protocol.message("hello", controls=controls, format="png"))
+        while json.loads(socket.recv(600))["type"] != "welcome":
+            pass  # waiting in line
+        sent = answered = 0
+        while answered < frames:
+            while sent < min(answered + ON_THE_WAY, frames):
+                socket.send(protocol.pack(protocol.FRAME, sent, 0, pictures[sent % len(pictures)]))
+                sent += 1
+            said = socket.recv(120)
+            if isinstance(said, str):
+                own = json.loads(said)
+                if own["type"] == "error":
+                    raise RuntimeError(said)
+                continue
+            before, answered = answered, protocol.unpack(said).sequence + 1
+            bar.update(answered - before)
+            if before // CHANGES != answered // CHANGES:
+                turn = answered // CHANGES
+                controls = {"prompt": PROMPTS[turn % len(PROMPTS)], "strength": 0.4 + 0.1 * (turn % 5)}
+                socket.send(protocol.message("set", controls=controls))
+        socket.send(protocol.message("bye"))
+
+
+def resident(pid: int) -> float:
+    """MiB of a process."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found.group(1)) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=20_000, help="of all clients together")
+    parser.add_argument("--clients", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "lcm_jax.cli", "serve", "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    failures: list[str] = []
+    memory: list[tuple[int, float]] = []  # frames answered, MiB
+    start = time.perf_counter()
+    try:
+        assert server.stdout is not None
+        port = next(found.group(1) for line in server.stdout if (found := re.search(r"http://\S+:(\d+)", line)))
+        with tqdm(total=arguments.frames, unit="frame", smoothing=0.02) as bar:
+
+            def run(number: int) -> None:
+                share = arguments.frames // arguments.clients + (number < arguments.frames % arguments.clients)
+                try:
+                    client(f"ws://127.0.0.1:{port}/ws", number, share, bar)
+                except Exception as error:
+                    failures.append(f"client {number}: {error!r}")
+
+            threads = [threading.Thread(target=run, args=(number,)) for number in range(arguments.clients)]
+            start = time.perf_counter()
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                memory.append((bar.n, resident(server.pid)))
+                bar.set_postfix_str(f"{memory[-1][1]:.0f} MiB", refresh=False)
+                deadline = time.perf_counter() + 20
+                while time.perf_counter() < deadline and any(thread.is_alive() for thread in threads):
+                    time.sleep(0.2)
+        memory.append((bar.n, resident(server.pid)))
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    early = max(mib for frames, mib in memory if frames <= max(0.1 * arguments.frames, memory[0][0]))
+    result = {
+        "frames": memory[-1][0],
+        "clients": arguments.clients,
+        "seconds": time.perf_counter() - start,
+        "mib": memory,
+        "growth_after_a_tenth": memory[-1][1] / early - 1.0,
+        "failures": failures,
+    }
+    print({name: value for name, value in result.items() if name != "mib"}, f"{early:.0f} to {memory[-1][1]:.0f} MiB")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result) + "\n")
+    if failures or memory[-1][1] > 1.05 * early:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
