@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from lcm_jax.compiling import compiler_options
+from lcm_jax.plan.flops import flops
 from mmdit.attention import lowering_for
 
 
@@ -43,33 +43,27 @@ class Row:
     note: Callable[[], str] = lambda: ""  # asked for after the runs
 
 
-def program(
-    name: str, function: Callable[..., Any], *arguments: Any, flops: float | None = None, **options: Any
-) -> Row:
-    """A row of one compiled program. flops: where the program's own count is not to be had (loops)."""
+def program(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Row:
+    """A row of one compiled program. options: of the row."""
     held: list[Any] = []
 
     def prepare() -> Cost:
         held.append(jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile())
         found = held[0].memory_analysis()
         memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        count = flops_of(function, *arguments) if flops is None else flops
-        return Cost(count, int(memory - found.alias_size_in_bytes))
+        return Cost(flops_of(function, *arguments), int(memory - found.alias_size_in_bytes))
 
     return Row(name=name, run=lambda: held[0](*arguments), prepare=prepare, **options)
 
 
 def flops_of(function: Callable[..., Any], *arguments: Any) -> float:
-    """Floating-point operations of a function without loops, of arrays or their shapes.
+    """Floating-point operations of matrix products and convolutions, of arrays or their shapes.
 
-    Counted in the program for a CPU: XLA cannot look into the attention kernels of other devices, and counts for no
-    device that is a plug-in.
+    Counted on what is traced for a CPU: attention kernels of other devices cannot be looked into.
     """
-    here = SingleDeviceSharding(jax.devices("cpu")[0])
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), arguments)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     with lowering_for("cpu"):
-        lowered: Any = jax.jit(lambda *given: function(*given)).lower(*shapes)
-    return float(lowered.cost_analysis()["flops"])
+        return flops(jax.make_jaxpr(lambda *given: function(*given))(*shapes))
 
 
 class Ceilings(NamedTuple):
