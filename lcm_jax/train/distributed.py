@@ -49,10 +49,12 @@ def initialize(
         if not coordinator.rpartition(":")[2].isdigit():
             raise ValueError(f"--coordinator {coordinator}: it must be HOST:PORT of process 0, or auto")
         found = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        where = f"process {process} of {processes} joins the others at {coordinator}"
+        print(f"lcm-jax: {where}, which may take them {3 * timeout} s", file=sys.stderr)
     try:
         jax.distributed.initialize(
             **found,
-            initialization_timeout=3 * timeout,
+            initialization_timeout=3 * timeout,  # after which the runtime aborts the process, with words of its own
             heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=3600,  # whoever is done waits for the others, such as process 0 while it exports
         )

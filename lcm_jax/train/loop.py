@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, is_main
+from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, explain, is_main
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.pmap import in_line
 from lcm_jax.train.sharding import (
@@ -121,6 +121,8 @@ def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if explain(error):  # no fault of the disk
+            raise
         saved = max(manager.all_steps(read=True), default=None)
         last = "nothing was saved" if saved is None else f"the last whole one is of step {saved}"
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[-150:]  # the cause is at the end
