@@ -43,7 +43,7 @@ def measure(config_name: str, topology_name: str, mesh: str, scan: bool) -> dict
     lowered = traced.lowered
     middle = time.process_time()
     with elapsed(f"compiling {config_name} for {topology_name}, {'scanned' if scan else 'unrolled'}", 60.0):
-        compile_step(lowered, folder)
+        compile_step(lowered, devices.size, folder)
     end = time.process_time()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     wall = time.perf_counter() - wall

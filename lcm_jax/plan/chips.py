@@ -125,6 +125,7 @@ def open_topology(name: str) -> Topology:
         # One host: else the compiler looks for hosts of four chips.
         hosts = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if math.prod(shape) <= 4 or shape == (2, 4) else {}
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud's metadata server, and wait
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken, so another process may have it
         devices = _described(name, "tpu", name, **hosts)
     if len(devices) != math.prod(shape):
         raise ValueError(f"--topology {name}: {len(devices)} devices, not {math.prod(shape)}; chips have one each here")

@@ -22,6 +22,7 @@ _FREE = (  # of memory traffic: they name or arrange what others made
 )
 _CARRIERS = (*COLLECTIVES, "custom-call", "parameter", "tuple", "get-tuple-element")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_HEAD = re.compile(r"(\(.*?\)|\S+) ([\w\-]+)\(")  # shape, opcode
 _NAME = re.compile(r"%?([\w.\-]+)$")
 _MODULE_LINE = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 
@@ -96,6 +97,7 @@ class Program:
     """A module's text, and what it makes one of `devices` do."""
 
     def __init__(self, text: str, devices: int) -> None:
+        """devices: that it runs on."""
         self.devices = devices
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.endless: list[str] = []  # loops of a length that the text does not say, which count once
@@ -238,17 +240,20 @@ class Program:
 
 def _parse(line: str) -> Instruction:
     left, _, right = line.strip().partition(" = ")
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
-    shapes, rest = _shapes(right[:end]), right[end:].strip()
-    start = rest.index("(")
-    stop = _closing(rest, start)
-    inside = rest[start + 1 : stop]
+    head = _HEAD.match(right)
+    if head is None:
+        raise ValueError(f"HLO: no instruction: {line:.100}")
+    start = head.end()
+    stop = right.index(")", start)
+    if "(" in right[start:stop]:
+        stop = _closing(right, start - 1)
+    inside, opcode = right[start:stop], head[2]
     return Instruction(
         name=left.removeprefix("ROOT ").strip().removeprefix("%"),
-        opcode=rest[:start],
-        shapes=shapes,
-        operands=tuple(_operands(inside)) if rest[:start] not in ("parameter", "constant") else (),
-        attributes=rest[stop + 1 :],
+        opcode=opcode,
+        shapes=_shapes(head[1]),
+        operands=tuple(_operands(inside)) if opcode not in ("parameter", "constant") else (),
+        attributes=right[stop + 1 :],
         literal=inside,
         root=left.startswith("ROOT "),
     )
@@ -281,6 +286,7 @@ def _operands(inside: str) -> Iterator[str]:
             part += letter
 
 
+@lru_cache(maxsize=65536)
 def _shapes(text: str) -> tuple[Shape, ...]:
     found = []
     for dtype, dims, layout in _SHAPE.findall(text):

@@ -219,7 +219,7 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
             return found
     start = time.perf_counter()
     with elapsed(f"compiling {name} for {topology}, {said(mesh.shape)}"):
-        program = compile_step(traced.lowered, dump)
+        program = compile_step(traced.lowered, mesh.size, dump)
     made = Plan(
         config=name,
         topology=topology,
@@ -240,14 +240,14 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
 
 class _Program(NamedTuple):
     """What the compiler made. total: bytes of the main memory that it takes; arguments: those of them that are its
-    arguments; both without what lies on the chip and this step does not read. text: none if it does not fit."""
+    arguments; both without what lies on the chip and this step does not read. program: none if it does not fit."""
 
     total: int
     arguments: int
-    text: str | None
+    program: Program | None
 
 
-def compile_step(lowered: Any, dump: Path | None) -> _Program:
+def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
     """Until it is done, or until the compiler has dumped the scheduled program and its memory."""
     found: list[Any] = []
 
@@ -261,7 +261,7 @@ def compile_step(lowered: Any, dump: Path | None) -> _Program:
     thread.start()
     while thread.is_alive():
         thread.join(0.5)
-        program = None if dump is None else _dumped(dump)
+        program = None if dump is None else _dumped(dump, devices)
         if program is not None:
             return program
     (compiled,) = found
@@ -272,18 +272,24 @@ def compile_step(lowered: Any, dump: Path | None) -> _Program:
         return _Program(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")), 0, None)
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return _Program(int(total - memory.alias_size_in_bytes), int(memory.argument_size_in_bytes), compiled.as_text())
+    return _Program(
+        int(total - memory.alias_size_in_bytes),
+        int(memory.argument_size_in_bytes),
+        Program(compiled.as_text(), devices),
+    )
 
 
-def _dumped(folder: Path) -> _Program | None:
+def _dumped(folder: Path, devices: int) -> _Program | None:
     """What a TPU's compiler writes before it makes machine code, once it is there."""
     for file in folder.glob("*.after_optimizations_after_buffer_assignment.txt"):
         text, report = file.read_text(), Path(str(file).replace("_after_buffer_assignment.", "-memory-usage-report."))
+        if not text.endswith("}\n\n"):  # it is being written
+            return None
         total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text())
-        if text.endswith("}\n\n") or text.endswith("}\n"):
-            if total is None:
-                raise ValueError(f"{report.name}: says nothing of the default memory space")
-            return _Program(int(total[1]), Program(text, 1).arguments, text)
+        if total is None:
+            raise ValueError(f"{report.name}: says nothing of the default memory space")
+        program = Program(text, devices)
+        return _Program(int(total[1]), program.arguments, program)
     return None
 
 
@@ -298,11 +304,11 @@ def candidates(devices: int, batch_size: int) -> Iterator[str]:
 def _read(made: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
     """What a program says of itself."""
     idle = max(traced.arguments - made.arguments, 0)  # what lies on the chip and this step does not read
-    peak = made.total + (idle if made.text is not None else 0)
+    peak = made.total + (idle if made.program is not None else 0)
     memory = {"temporaries": max(peak - traced.arguments, 0), "peak": peak, "fits": peak <= topology.chip.memory}
-    if made.text is None:
+    if made.program is None:
         return memory | {"fits": False, "collectives": {}}
-    program = Program(made.text, traced.mesh.size)
+    program = made.program
     devices, chip = list(traced.mesh.devices.flat), topology.chip
     collectives: dict[str, dict[str, float]] = {}
     for work in program.work:
