@@ -35,14 +35,14 @@ RUNS = (
 
 
 ABOUT = """
-Of one chip and one step, `python experiments/plan/fits.py`. Each row is the training step of a registered config (teacher,
-student, moving average and AdamW; bfloat16 computation on float32 weights, recomputed blocks), compiled for the slice on
-a machine without a TPU, as far as the scheduled program and its memory. compute is a roofline: of every operation the
-longer of its FLOPs' and its memory traffic's time. communication is that of all collectives, on links of published rate.
-step and MFU: if all of it overlaps with compute, and if none does.
+Of one chip and one step, `python experiments/plan/fits.py`. Each row is the training step of a registered config
+(distillation: teacher, student, moving average and AdamW; bfloat16 computation on float32 weights, recomputed blocks),
+compiled for the slice on a machine without a TPU as far as the scheduled program and its memory; no machine code.
+compute is a roofline: of every operation the longer of its FLOPs' and its memory traffic's time. communication is that
+of all collectives on links of the published rate. step and MFU: if all of it overlaps with compute, and if none does.
 
 At 1024 pixels the MMDiTs wait for memory and not for products: without a flash kernel every attention writes and reads
-its logits. They are most of the traffic.
+its logits, which are most of the traffic.
 """
 
 
