@@ -37,10 +37,8 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        width = _WIDTHS.get(self.dtype)
-        if width is None:
-            bits = re.search(r"\d+", self.dtype)
-            width = (int(bits[0]) if bits else 8) / 8
+        bits = re.search(r"\d+", self.dtype)
+        width = _WIDTHS[self.dtype] if self.dtype in _WIDTHS else int(bits[0]) / 8 if bits else 1
         return math.ceil(math.prod(self.dims) * width)
 
     @property

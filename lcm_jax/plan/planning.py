@@ -330,9 +330,9 @@ def _read(made: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
 
 
 def _bytes_here(tree: Any, places: Any) -> int:
-    """Of a tree of shapes on one device."""
-    leaves, treedef = jax.tree.flatten(tree)
-    placed = jax.tree.leaves(places) if not isinstance(places, jax.sharding.Sharding) else [places] * treedef.num_leaves
+    """Of a tree of shapes on one device. places: beside its leaves, or one for all."""
+    leaves = jax.tree.leaves(tree)
+    placed = [places] * len(leaves) if isinstance(places, jax.sharding.Sharding) else jax.tree.leaves(places)
     pairs = zip(leaves, placed, strict=True)
     return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
 
