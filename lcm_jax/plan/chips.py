@@ -101,8 +101,10 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def check_compiler(name: str) -> None:
-    """ModuleNotFoundError without the compiler of a TPU topology."""
+    """ModuleNotFoundError without the compiler of a topology."""
     kind, _ = parse(name)
+    if kind in GPUS and not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise ModuleNotFoundError(f"--topology {name} needs JAX's CUDA plugin: pip install 'lcm-jax[cuda]'")
     if kind not in (*GPUS, "cpu") and find_spec("libtpu") is None:
         raise ModuleNotFoundError(f"--topology {name} needs libtpu, but no TPU: pip install libtpu")
 
@@ -114,6 +116,7 @@ def open_topology(name: str) -> Topology:
     """
     kind, shape = parse(name)
     chip = CHIPS[kind]
+    check_compiler(name)
     if kind in GPUS:
         devices = _described(name, "cuda", "x".join(map(str, (*shape, 1, 1)[:3])))
     elif kind == "cpu":
@@ -121,12 +124,12 @@ def open_topology(name: str) -> Topology:
         if len(devices) != math.prod(shape):
             raise ValueError(f"--topology {name}: this process has {len(devices)} CPU devices (JAX_NUM_CPU_DEVICES)")
     else:
-        check_compiler(name)
         # One host: else the compiler looks for hosts of four chips.
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}  # one device a chip
         hosts = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if math.prod(shape) <= 4 or shape == (2, 4) else {}
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud's metadata server, and wait
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken, so another process may have it
-        devices = _described(name, "tpu", name, **hosts)
+        devices = _described(name, "tpu", name, **options, **hosts)
     if len(devices) != math.prod(shape):
         raise ValueError(f"--topology {name}: {len(devices)} devices, not {math.prod(shape)}; chips have one each here")
     return Topology(name=name, chip=chip, shape=shape, devices=devices)

@@ -245,6 +245,8 @@ def test_without_the_compiler_it_says_what_to_install(
     monkeypatch.setattr(chips, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs libtpu, but no TPU: pip install libtpu"):
         open_topology("v5e:8x8")
+    with pytest.raises(ModuleNotFoundError, match=r"needs JAX's CUDA plugin: pip install 'lcm-jax\[cuda\]'"):
+        open_topology("h100:8")
     assert cli.main(["plan", "--config", "mmdit_d15", "--topology", "v5e:8"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
