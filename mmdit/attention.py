@@ -68,9 +68,7 @@ def attend_even(query: Array, key: Array, value: Array, **options: Any) -> Array
 
     which no one looks at.
     """
-    lengths = {
-        name: jnp.full(x.shape[:1], x.shape[1], jnp.int32)
-        for name, x in (("query_seq_lengths", query), ("key_value_seq_lengths", key))
-    }
-    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
-    return jax.nn.dot_product_attention(*padded, **lengths, **options)[:, : query.shape[1]]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    of_query, of_key = (jnp.full(x.shape[:1], x.shape[1], jnp.int32) for x in (query, key))
+    options |= {"query_seq_lengths": of_query, "key_value_seq_lengths": of_key}
+    return jax.nn.dot_product_attention(q, k, v, **options)[:, : query.shape[1]]

@@ -221,8 +221,8 @@ def optimizer_and_step(
     if loop.parallel == "pmap":
         placement = in_line(state, task.frozen, mesh)
     else:
-        places = (tree_shardings(tree, mesh, task.rules) for tree in (state, task.frozen))
-        placement = Placement(mesh, *places, batch_sharding(mesh))
+        of_state, of_frozen = (tree_shardings(tree, mesh, task.rules) for tree in (state, task.frozen))
+        placement = Placement(mesh, of_state, of_frozen, batch_sharding(mesh))
     step = make_train_step(
         task.loss,
         tx,
