@@ -148,7 +148,7 @@ class Program:
         for op in computation.values():
             if op.opcode == "while":
                 (body,) = op.called("body")
-                yield from self._run(body, times * self._trips(op))
+                yield from self._run(body, times * self._trips(op, computation))
             elif op.opcode == "conditional":
                 branches = [
                     list(self._run(branch, times))
@@ -221,19 +221,31 @@ class Program:
         listed = re.search(r"replica_groups=\{\{([\d,]*)\}", op.attributes)
         return tuple(map(int, listed[1].split(","))) if listed else tuple(range(self.devices))
 
-    def _trips(self, op: Instruction) -> int:
-        """How often a loop runs: as XLA says, or as its condition does that compares a counter with a constant."""
+    def _trips(self, op: Instruction, computation: Mapping[str, Instruction]) -> int:
+        """How often a loop runs: as XLA says, or as a counter does that is compared with a constant."""
         known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', op.attributes)
         if known:
             return int(known[1])
-        (condition,) = op.called("condition")
-        body = self.computations[condition]
-        counts = [int(i.literal) for i in body.values() if i.opcode == "constant" and i.literal.isdigit()]
-        compared = [i for i in body.values() if i.opcode == "compare" and "direction=LT" in i.attributes]
-        if len(compared) == 1 and len(counts) == 1:
-            return counts[0]
+        condition, body = (self.computations[op.called(key)[0]] for key in ("condition", "body"))
+        check, end = (next(i for i in part.values() if i.root) for part in (condition, body))
+        if check.opcode == "compare" and "direction=LT" in check.attributes and end.opcode == "tuple":
+            counter, limit = (condition[name] for name in check.operands)
+            index = re.search(r"index=(\d+)", counter.attributes)
+            if index and limit.opcode == "constant":
+                step = body[end.operands[int(index[1])]]
+                first = _origin(computation, computation[op.operands[0]].operands[int(index[1])])
+                by = [body[name].literal for name in step.operands if body[name].opcode == "constant"]
+                if step.opcode == "add" and len(by) == 1 and first.opcode == "constant":
+                    return -(-(int(limit.literal) - int(first.literal)) // int(by[0]))
         self.endless.append(op.name)
         return 1
+
+
+def _origin(computation: Mapping[str, Instruction], name: str) -> Instruction:
+    """What was copied, or is known under another shape."""
+    while computation[name].opcode in ("copy", "bitcast"):
+        (name,) = computation[name].operands
+    return computation[name]
 
 
 def _parse(line: str) -> Instruction:

@@ -33,7 +33,7 @@ from lcm_jax.train.sharding import make_mesh, mesh_shape
 from lcm_jax.weights.files import read_json, write_json
 from mmdit.attention import lowering_for
 
-_VERSION = 3  # of what is kept
+_VERSION = 4  # of what is kept
 _TENSOR = (1, 2, 4)  # that a search tries
 
 

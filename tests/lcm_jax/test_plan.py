@@ -54,7 +54,8 @@ HloModule step, is_scheduled=true, num_partitions=8
 ENTRY %main (x: f32[16,32]) -> f32[16,32] {
   %x.1 = f32[16,32]{1,0} parameter(0)
   %zero = s32[] constant(0)
-  %first = (s32[], f32[16,32]{1,0}) tuple(%zero, %x.1)
+  %from = s32[] copy(%zero)
+  %first = (s32[], f32[16,32]{1,0}) tuple(%from, %x.1)
   %loop = (s32[], f32[16,32]{1,0}) while(%first), condition=%condition, body=%body KNOWN
   %last = f32[16,32]{1,0} get-tuple-element(%loop), index=1
   ROOT %sum = f32[16,32]{1,0} all-reduce(%last), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
@@ -63,15 +64,29 @@ ENTRY %main (x: f32[16,32]) -> f32[16,32] {
 SHARD = 16 * 32 * 4  # bytes
 
 
-@pytest.mark.parametrize("known", [', backend_config={"known_trip_count":{"n":"24"}}', ""])
-def test_a_loop_counts_as_often_as_it_runs(known: str) -> None:
-    program = Program(LOOP.replace(" KNOWN", known), 8)
+@pytest.mark.parametrize(
+    "text",
+    [
+        LOOP.replace(" KNOWN", ', backend_config={"known_trip_count":{"n":"24"}}').replace(
+            "constant(24)", "constant(9)"
+        ),
+        LOOP.replace(" KNOWN", ""),
+        LOOP.replace(" KNOWN", "")
+        .replace("one = s32[] constant(1)", "one = s32[] constant(2)")
+        .replace("(24)", "(47)"),
+        LOOP.replace(" KNOWN", "")
+        .replace("zero = s32[] constant(0)", "zero = s32[] constant(3)")
+        .replace("(24)", "(27)"),
+    ],
+)
+def test_a_loop_counts_as_often_as_it_runs(text: str) -> None:
+    program = Program(text, 8)
     found = {work.collective.kind: work for work in program.work if work.collective is not None}
     gather, reduce = found["all-gather"], found["all-reduce"]
     assert (gather.times, gather.collective.bytes, gather.collective.group) == (24, 3 * SHARD, (0, 1, 2, 3))
     assert (reduce.times, reduce.collective.bytes, reduce.collective.group) == (1, SHARD, (0, 4))
     assert program.flops == 24 * 2 * 64 * 64 * 32
-    assert program.bytes == 24 * (4 + 4 + 4 + 2 * 64 * 32 * 4 // 2 + 64 * 64 * 4 + 2 * SHARD)
+    assert program.bytes == 8 + 24 * (12 + 64 * 32 * 4 + 64 * 64 * 4 + 2 * SHARD)  # the counter; the product, its cut
     assert not program.endless
 
 
