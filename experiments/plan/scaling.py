@@ -42,9 +42,22 @@ def main() -> None:
             found.setdefault(title, {})[str(chips)] = asdict(made)
             write_json(kept, found)
     plans = {title: [Plan(**found[title][str(n)]) for n in TOPOLOGIES if str(n) in found[title]] for title in found}
-    for each in plans.values():
-        print(table(each))
+    report(plans)
     draw(plans)
+
+
+def report(plans: dict[str, list[Plan]]) -> None:
+    """The tables, and what they say."""
+    text = "".join(f"{title}\n\n{table(runs)}\n" for title, runs in plans.items())
+    for title, runs in plans.items():
+        kept = {name: getattr(runs[0], name) / getattr(runs[-1], name) for name in ("step", "overlapped")}
+        text += (
+            f"{title}: efficiency at {runs[-1].chips} chips against {runs[0].chips} {kept['step']:.0%} if no collective "
+            f"overlaps with compute, {kept['overlapped']:.0%} if all do.\n\n"
+        )
+    text += "Larger slices have more links to a chip: both axes, and from 16 chips on an axis it closes to a ring.\n"
+    (RESULTS / "plan_scaling.md").write_text(text)
+    print(text)
 
 
 def draw(plans: dict[str, list[Plan]]) -> None:
@@ -60,7 +73,7 @@ def draw(plans: dict[str, list[Plan]]) -> None:
     left.set_ylabel("sent by a chip in a step, GB")
     right.set_ylabel("efficiency against 8 chips")
     right.axhline(0.9, color="grey", linewidth=0.8)
-    right.set_ylim(0, 1.1)
+    right.set_ylim(0, 1.3)
     left.set_ylim(0)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
