@@ -52,8 +52,8 @@ def report(plans: dict[str, list[Plan]]) -> None:
     for title, runs in plans.items():
         kept = {name: getattr(runs[0], name) / getattr(runs[-1], name) for name in ("step", "overlapped")}
         text += (
-            f"{title}: efficiency at {runs[-1].chips} chips against {runs[0].chips} {kept['step']:.0%} if no collective "
-            f"overlaps with compute, {kept['overlapped']:.0%} if all do.\n\n"
+            f"{title}: efficiency at {runs[-1].chips} chips against {runs[0].chips} {kept['step']:.0%} if no "
+            f"collective overlaps with compute, {kept['overlapped']:.0%} if all do.\n\n"
         )
     text += "Larger slices have more links to a chip: both axes, and from 16 chips on an axis it closes to a ring.\n"
     (RESULTS / "plan_scaling.md").write_text(text)
