@@ -147,10 +147,10 @@ def _restore(manager: ocp.CheckpointManager, like: Any, placement: Placement, ba
 
 
 def check_writable(workdir: Path) -> None:
-    """OSError unless files can be made there."""
+    """OSError unless files can be made there; nothing is left behind."""
+    place = workdir.absolute()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
+        with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):
             pass
     except OSError as error:
         raise OSError(
@@ -167,6 +167,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     sums are rounded otherwise. `workdir` is one that all processes share.
     """
     check_writable(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)
     check_pmap(task, loop, mesh)
     tx, placement, step_fn = optimizer_and_step(task, loop, optimizer, mesh)
