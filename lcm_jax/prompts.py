@@ -89,32 +89,30 @@ class Prompts:
     def encode(
         self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
     ) -> dict[str, Array]:
-        """What `__call__` gives, of tokens; to be differentiated by the parameters."""
-        out: dict[str, Array] = self._encode([params[name] for name in self.modules], tuple(ids), sizes)
-        return out
+        """What `__call__` gives, of tokens, as part of a greater program; to be differentiated by the parameters."""
+        return self._joined([params[name] for name in self.modules], tuple(ids), sizes)
 
     def shapes(self, params: Mapping[str, Params]) -> dict[str, tuple[int, ...]]:
         """Of the conditioning of one text."""
         sizes = jax.ShapeDtypeStruct((1, 6), jnp.float32) if self.family == "sdxl" else None
-        out = jax.eval_shape(self._encode, [params[name] for name in self.modules], self.tokenize([""]), sizes)
+        out = jax.eval_shape(self._joined, [params[name] for name in self.modules], self.tokenize([""]), sizes)
         return {name: leaf.shape for name, leaf in out.items()}
 
     @cached_property
     def _encode(self) -> Any:
-        modules = list(self.modules.values())
+        return jax.jit(self._joined, compiler_options=compiler_options())
 
-        def encode(params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
-            encodings = [Encoding(*parts) for parts in zip(modules, params, ids, strict=True)]
-            if self.family == "sd":
-                return stable_diffusion(encodings[0])
-            if self.family == "sdxl":
-                assert sizes is not None
-                return sdxl(encodings, sizes)
-            clips = [e for e in encodings if not isinstance(e.module, T5Encoder)]
-            t5 = next((e for e in encodings if isinstance(e.module, T5Encoder)), None)
-            return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
-
-        return jax.jit(encode, compiler_options=compiler_options())
+    def _joined(self, params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
+        """Of parameters in the encoders' order."""
+        encodings = [Encoding(*parts) for parts in zip(self.modules.values(), params, ids, strict=True)]
+        if self.family == "sd":
+            return stable_diffusion(encodings[0])
+        if self.family == "sdxl":
+            assert sizes is not None
+            return sdxl(encodings, sizes)
+        clips = [e for e in encodings if not isinstance(e.module, T5Encoder)]
+        t5 = next((e for e in encodings if isinstance(e.module, T5Encoder)), None)
+        return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
 
 
 def pair_texts(

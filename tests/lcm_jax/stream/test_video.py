@@ -86,16 +86,16 @@ def test_a_killed_job_goes_on_to_the_same_file(light_pipe: Pipe, tmp_path: Path,
     restyle(made(light_pipe, **controls), video, tmp_path / "whole.mp4", segment=8, progress=False)
 
     stream, calls = made(light_pipe, **controls), 0
-    finish = stream.finish
+    prepare = stream.prepare
 
-    def killed(*results: Any) -> Any:
+    def killed(frame: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > 14:
             raise KeyboardInterrupt
-        return finish(*results)
+        return prepare(frame)
 
-    stream.finish = killed  # type: ignore[method-assign]
+    stream.prepare = killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         restyle(stream, video, tmp_path / "out.mp4", segment=8, progress=False)
     assert not (tmp_path / "out.mp4").exists()
@@ -113,7 +113,7 @@ def test_a_killed_job_goes_on_to_the_same_file(light_pipe: Pipe, tmp_path: Path,
 def test_parts_of_another_job_are_refused(light_pipe: Pipe, tmp_path: Path) -> None:
     video = Video.open(make(tmp_path / "in.mp4"))
     stream = made(light_pipe)
-    stream.finish = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+    stream.prepare = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         restyle(stream, video, tmp_path / "out.mp4", segment=8, progress=False)
     with pytest.raises(ValueError, match="parts of another job"):
