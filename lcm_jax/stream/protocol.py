@@ -37,12 +37,15 @@ class Bye(Exception):
 
 
 class Binary(NamedTuple):
-    """sequence: of the frame, or of the frame that this answers. shows: of the frame that a picture is of."""
+    """sequence: of the frame, or of the frame that this answers. shows: of the frame that a picture is of. waited: for
+    how many milliseconds the frame that this answers had waited for its turn.
+    """
 
     kind: int
     sequence: int
     shows: int
     body: bytes
+    waited: int = 0
 
 
 class Message(NamedTuple):
@@ -53,18 +56,18 @@ class Message(NamedTuple):
     form: Form
 
 
-def pack(kind: int, sequence: int, shows: int = 0, body: bytes = b"") -> bytes:
+def pack(kind: int, sequence: int, shows: int = 0, body: bytes = b"", waited: int = 0) -> bytes:
     """A binary message."""
-    return _HEADER.pack(VERSION, kind, 0, sequence, shows) + body
+    return _HEADER.pack(VERSION, kind, min(waited, 0xFFFF), sequence, shows) + body
 
 
 def unpack(data: bytes) -> Binary:
     """A binary message; ValueError says what is wrong with it, `Bye` with its version."""
     if len(data) < _HEADER.size:
         raise ValueError(f"a binary message has a header of {_HEADER.size} bytes, and this one has {len(data)} in all")
-    version, kind, _, sequence, shows = _HEADER.unpack_from(data)
+    version, kind, waited, sequence, shows = _HEADER.unpack_from(data)
     _check_version(version)
-    return Binary(kind, sequence, shows, data[_HEADER.size :])
+    return Binary(kind, sequence, shows, data[_HEADER.size :], waited)
 
 
 def unpack_frame(data: bytes) -> Binary:

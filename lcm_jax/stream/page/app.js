@@ -146,18 +146,19 @@ async function pump() {
 let [repaint, painted] = [true, 0];
 function paint() {
   const now = performance.now();
-  if (now - painted >= 1000 / RATE - 4 && (sources[current].changed() || repaint)) {
+  // What moves by itself is painted when it can be sent: what is shown beside a picture is what that was drawn from,
+  // and a machine that draws pictures too has better to do than to paint others.
+  const idle = sources[current].live && connection.live && !paused && !connection.room;
+  if (!idle && now - painted >= 1000 / RATE - 4 && (sources[current].changed() || repaint)) {
     [repaint, painted, still] = [false, now, null];
     version++;
-    const context = source.getContext("2d");
-    context.imageSmoothingQuality = "high";
-    sources[current].paint(context, source.width, source.height);
+    sources[current].paint(source.getContext("2d"), source.width, source.height);
   }
   pump();
 }
 const animate = () => { paint(); requestAnimationFrame(animate); };
 // A page that is not seen, as while another window is shared, draws nothing by itself: answers keep it going.
-connection.addEventListener("room", () => { if (document.hidden) setTimeout(paint, 1000 / RATE); else pump(); });
+connection.addEventListener("room", () => { if (document.hidden) setTimeout(paint, 1000 / RATE); else paint(); });
 
 $("pause").addEventListener("click", () => {
   paused = !paused;

@@ -2,6 +2,7 @@
 
 const VERSION = 1, HEADER = 12, FRAME = 1, PICTURE = 2, SAME = 3;
 const WINDOW = 2;          // frames on their way: one is drawn, one waits
+const EARLY = 10;          // milliseconds that a frame should wait for its turn: sooner it would only grow old
 const PATIENCE = 4000;     // milliseconds after which an answer is not waited for any more
 const PACE = 60;           // milliseconds between two messages with controls
 const ENDED = {            // codes after which the page does not try again by itself
@@ -24,6 +25,7 @@ export class Connection extends EventTarget {
     this.said = "";
     this.sent = new Map();           // sequence number to the time of capture
     [this.next, this.answered, this.lastSent] = [0, -1, 0];
+    [this.pace, this.due] = [0, 0];  // milliseconds from an answer to the next frame, and when that is
     this.show("connecting", this.tries ? "Connecting again" : "Connecting");
     const socket = this.socket = new WebSocket(this.url);
     socket.binaryType = "arraybuffer";
@@ -55,8 +57,10 @@ export class Connection extends EventTarget {
 
   onBinary(data) {
     const view = new DataView(data);
-    const [kind, sequence, shows] = [view.getUint8(1), view.getUint32(4), view.getUint32(8)];
+    const [kind, waited] = [view.getUint8(1), view.getUint16(2)];
+    const [sequence, shows] = [view.getUint32(4), view.getUint32(8)];
     const captured = this.sent.get(shows) ?? null;
+    this.pace = Math.max(this.pace + (waited - EARLY) / (waited < EARLY ? 2 : 5), 0);
     this.settle(sequence);
     if (kind === SAME) {             // it stands for this frame and for all before it
       this.sent.clear();
@@ -71,7 +75,8 @@ export class Connection extends EventTarget {
   settle(sequence) {
     this.answered = sequence;
     for (const old of this.sent.keys()) if (old < sequence - 16) this.sent.delete(old);
-    this.tell("room", {});
+    this.due = performance.now() + this.pace;
+    setTimeout(() => this.tell("room", {}), this.pace);
   }
 
   onClose(event) {
@@ -104,8 +109,9 @@ export class Connection extends EventTarget {
 
   get room() {
     if (!this.live) return false;
-    if (performance.now() - this.lastSent > PATIENCE) return true;
-    return this.next - 1 - this.answered < WINDOW;
+    const [now, open] = [performance.now(), this.next - 1 - this.answered];
+    if (now - this.lastSent > PATIENCE || open === 0) return true;
+    return open < WINDOW && now >= this.due - 1;
   }
 
   send(blob, captured) {

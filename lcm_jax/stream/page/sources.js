@@ -9,6 +9,7 @@ function cover(context, image, imageWidth, imageHeight, width, height, mirrored)
     context.translate(width, 0);
     context.scale(-1, 1);
   }
+  context.imageSmoothingQuality = scale < 0.5 ? "high" : "medium";  // high is slow, and seen only where much is lost
   context.drawImage(image, (width - w) / 2, (height - h) / 2, w, h);
   context.restore();
 }
@@ -16,7 +17,7 @@ function cover(context, image, imageWidth, imageHeight, width, height, mirrored)
 export class Video {
   // get: gives a promise of a stream. ended: called when the user or the system stops it.
   constructor(get, ended) {
-    Object.assign(this, { get, ended, mirrored: false });
+    Object.assign(this, { get, ended, mirrored: false, live: true });  // live: changes by itself
     this.video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
   }
 

@@ -38,8 +38,9 @@ def huge_png(side: int = 10_000) -> bytes:
 @pytest.mark.parametrize("sequence", [0, 1, 2**32 - 1])
 def test_binary_messages_come_back(sequence: int) -> None:
     body = bytes(range(256))
-    data = protocol.pack(protocol.PICTURE, sequence, 7, body)
-    assert protocol.unpack(data) == (protocol.PICTURE, sequence, 7, body)
+    data = protocol.pack(protocol.PICTURE, sequence, 7, body, waited=258)
+    assert protocol.unpack(data) == (protocol.PICTURE, sequence, 7, body, 258)
+    assert protocol.unpack(protocol.pack(protocol.SAME, sequence, waited=100_000)).waited == 65_535  # as much as fits
     assert data[:2] == bytes([1, 2])
     assert int.from_bytes(data[4:8], "big") == sequence
     assert len(data) == 12 + 256

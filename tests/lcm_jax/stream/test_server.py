@@ -594,6 +594,27 @@ def test_latency_is_from_a_frames_arrival_to_its_picture(house: House, moving: l
     assert max(house.service.telemetry.latencies) > 1.5
 
 
+def test_an_answer_says_how_long_its_frame_waited(house: House, moving: list[np.ndarray]) -> None:
+    """While the engine does something else."""
+    engine, busy, free = house.service.engine, threading.Event(), threading.Event()
+
+    def work() -> None:
+        busy.set()
+        assert free.wait(SECONDS)
+
+    engine.call("work", lambda: None).result(SECONDS)  # the first of its kind is done beside the streams
+    with Client(house) as client:
+        client.hear("welcome")
+        engine.call("work", work)
+        assert busy.wait(SECONDS)
+        client.send(0, moving[0])
+        time.sleep(0.5)
+        free.set()
+        while isinstance(data := client.socket.recv(SECONDS), str):
+            pass
+        assert 250 < unpack(data).waited <= 65_535
+
+
 def status(path: str, house: House, **headers: str) -> int:
     """Of a WebSocket's handshake."""
     try:
