@@ -241,7 +241,7 @@ class Connection:
                 if answer.picture is not None:
                     body = await self._work(encode, answer.picture, self.form)
                 encoded, kind = time.perf_counter(), SAME if answer.picture is None else PICTURE
-                waited = max(round(1000 * (answer.taken - answer.frame.decoded)), 0)  # one that came in a turn: not at all
+                waited = max(round(1000 * (answer.taken - answer.frame.decoded)), 0)  # a turn may begin before it comes
                 data = protocol.pack(kind, answer.frame.sequence, answer.shows.sequence, body, waited)
                 await self._out(self.socket.send_bytes(data))
                 self.telemetry.sent(answer, encoded)
