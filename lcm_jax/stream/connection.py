@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
@@ -39,6 +40,15 @@ def push(answers: deque[Answer], answer: Answer) -> int:
         answers[0] = following._replace(shows=old.shows, owed=old.owed, picture=old.picture)
         return 0
     return int(old.picture is not None)
+
+
+async def out(sending: Awaitable[None]) -> None:
+    """Await it for as long as a message may take; `Bye` if it takes longer."""
+    try:
+        async with asyncio.timeout(SEND_SECONDS):  # wait_for in Python 3.11 may lose that its task was cancelled
+            await sending
+    except TimeoutError:
+        raise Bye(protocol.SLOW, f"a message could not be sent for {SEND_SECONDS:g} seconds") from None
 
 
 class Connection:
@@ -111,7 +121,8 @@ class Connection:
     async def _hello(self) -> None:
         """The first message: what the session begins with."""
         try:
-            own = protocol.parse((await asyncio.wait_for(self._message(), HELLO_SECONDS)).get("text") or "")
+            async with asyncio.timeout(HELLO_SECONDS):
+                own = protocol.parse((await self._message()).get("text") or "")
             if own.type != "hello":
                 raise ValueError(f"the first message must be a hello, and this is a {own.type}")
             self.controls = self.service.config.controls.changed(**own.controls)
@@ -235,7 +246,7 @@ class Connection:
             self._news.clear()
             while self._texts or self._answers:
                 if self._texts:
-                    await self._out(self.socket.send_text(self._texts.popleft()))
+                    await out(self.socket.send_text(self._texts.popleft()))
                     continue
                 answer, body = self._answers.popleft(), b""
                 if answer.picture is not None:
@@ -243,14 +254,8 @@ class Connection:
                 encoded, kind = time.perf_counter(), SAME if answer.picture is None else PICTURE
                 waited = max(round(1000 * (answer.taken - answer.frame.decoded)), 0)  # a turn may begin before it comes
                 data = protocol.pack(kind, answer.frame.sequence, answer.shows.sequence, body, waited)
-                await self._out(self.socket.send_bytes(data))
+                await out(self.socket.send_bytes(data))
                 self.telemetry.sent(answer, encoded)
-
-    async def _out(self, sending: Any) -> None:
-        try:
-            await asyncio.wait_for(sending, SEND_SECONDS)
-        except TimeoutError:
-            raise Bye(protocol.SLOW, f"a message could not be sent for {SEND_SECONDS:g} seconds") from None
 
     async def _work(self, function: Any, *args: Any) -> Any:
         return await self._loop.run_in_executor(self.service.pool, function, *args)
@@ -260,7 +265,8 @@ class Connection:
         reason = bye.reason.encode()[:120].decode(errors="ignore")  # as much as a close frame holds
         try:
             text = message("bye", code=bye.code, reason=bye.reason)
-            await asyncio.wait_for(self.socket.send_text(text), CLOSE_SECONDS)
-            await asyncio.wait_for(self.socket.close(bye.code, reason), CLOSE_SECONDS)
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.socket.send_text(text)
+                await self.socket.close(bye.code, reason)
         except (WebSocketDisconnect, RuntimeError, OSError, TimeoutError):
             pass

@@ -92,7 +92,8 @@ class Images:
     async def _answer(self, request: Request) -> Response:
         loop, service = asyncio.get_running_loop(), self.service
         try:
-            body = await asyncio.wait_for(_body(request), BODY_SECONDS)
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _body(request)
         except TimeoutError:
             return error(408, f"the request did not arrive in {BODY_SECONDS:g} seconds")
         if body is None:

@@ -31,7 +31,7 @@ from websockets.sync.client import ClientConnection, connect
 import lcm_jax
 from lcm_jax.stream import Controls, Stream
 from lcm_jax.stream.codec import decode, encode
-from lcm_jax.stream.connection import MOST_MESSAGES, push
+from lcm_jax.stream.connection import MOST_MESSAGES, out, push
 from lcm_jax.stream.protocol import FRAME, MOST_BYTES, PICTURE, SAME, pack, unpack
 from lcm_jax.stream.server import FILES, PAGE, Server, listen
 from lcm_jax.stream.service import Config, Service
@@ -75,6 +75,28 @@ def test_a_picture_that_holds_is_sent_before_it_is_said_to_hold(drawn: str, sent
     assert "".join("." if one.picture is None else chr(one.picture[0, 0, 0]) for one in waiting) == sent
     assert waiting[-1].frame.sequence == len(drawn) - 1
     assert own == lost
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_who_sends_may_be_cancelled_at_any_moment(turns: int) -> None:
+    """Also when the message has just been sent, or the connection would never end."""
+
+    async def cancel() -> None:
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        async def send() -> None:
+            await sent
+
+        sender = asyncio.create_task(out(send()))
+        await asyncio.sleep(0.01)
+        sent.set_result(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if sender.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await sender
+
+    asyncio.run(cancel())
 
 
 class House:
