@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Implementation = Literal["xla", "cudnn"]
+from mmdit import cpu_attention
+
+Implementation = Literal["xla", "cudnn", "cpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
@@ -41,18 +43,24 @@ def attention(
     The softmax runs in float32 whatever the inputs are.
 
     Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
-    under a mask or bias; all else is XLA's.
+    under a mask or bias, and a CPU takes `cpu_attention`, unless there is a mask or bias; all else is XLA's.
     """
     platform = _platform.get() or jax.default_backend()
     if implementation is None:
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
         fits &= not _odd(query, key) or (mask is None and bias is None)
+        plain = not causal and mask is None and bias is None
         implementation = "cudnn" if half and fits and platform == "gpu" else "xla"
+        implementation = "cpu" if plain and platform == "cpu" else implementation
     dtype = query.dtype
     if dtype == jnp.float16 and platform != "gpu":
         # jax asks for float16 products summed in float32, which it has on GPUs alone.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    if implementation == "cpu":
+        if causal or mask is not None or bias is not None:
+            raise ValueError("implementation 'cpu' attends without causal, mask and bias: leave it out, or use 'xla'")
+        return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
     if implementation == "cudnn" and _odd(query, key):
         return attend_even(query, key, value, **options).astype(dtype)

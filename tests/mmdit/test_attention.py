@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmdit import attention as module
+from mmdit import cpu_attention
 
 
 def test_the_kernel_is_chosen_by_platform_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,12 +22,13 @@ def test_the_kernel_is_chosen_by_platform_and_precision(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
 
-    def choose(width: int, dtype: object) -> str:
-        module.attention(*[jnp.zeros((1, 1, 1, width), dtype)] * 3)
+    def choose(width: int, dtype: object, platform: str = "gpu") -> str:
+        with module.lowering_for(platform):
+            module.attention(*[jnp.zeros((1, 1, 1, width), dtype)] * 3)
         return taken[-1]
 
-    assert choose(64, jnp.bfloat16) == ("cudnn" if jax.default_backend() == "gpu" else "xla")
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cpu_attention, "attend", partial(kernel, implementation="cpu"))
+    assert [choose(64, jnp.bfloat16, platform) for platform in ("cpu", "tpu")] == ["cpu", "xla"]
     assert [choose(64, jnp.bfloat16), choose(160, jnp.bfloat16), choose(64, jnp.float32)] == ["cudnn", "xla", "xla"]
 
 
@@ -49,7 +53,7 @@ def test_what_is_traced_for_another_platform_takes_its_kernel(monkeypatch: pytes
     for platform in ("gpu", "tpu"):
         with module.lowering_for(platform):
             module.attention(even, even, even)
-    module.attention(even, even, even)
+    module.attention(even, even, even, causal=True)
     assert taken == ["cudnn", "xla", "cudnn" if jax.default_backend() == "gpu" else "xla"]
 
 
@@ -73,3 +77,24 @@ def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
     np.testing.assert_allclose(even(q, k, v), plain(q, k, v), atol=1e-6)
     for mine, theirs in zip(slopes(even), slopes(plain), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_heads_and_queries_by_parts_are_the_same_attention(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, gradients and derivatives along a direction, of 23 queries in parts of 4 or in one."""
+    monkeypatch.setattr(cpu_attention, "PART", 4)
+    monkeypatch.setattr(cpu_attention, "LOGITS", 10**6 if whole else 1)
+    rng = np.random.default_rng(0)
+    q, k, v, dq, dk, dv = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (23, 7, 7) * 2)
+
+    def everything(implementation: str) -> object:
+        def attend(*qkv: jax.Array) -> jax.Array:
+            return module.attention(*qkv, scale=0.7, implementation=implementation)  # type: ignore[arg-type]
+
+        slopes = jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), (0, 1, 2))(q, k, v)
+        return slopes, jax.jvp(attend, (q, k, v), (dq, dk, dv))
+
+    near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(near, everything("cpu"), everything("xla"))
+    with pytest.raises(ValueError, match="leave it out"):
+        module.attention(q, q, q, causal=True, implementation="cpu")
