@@ -13,12 +13,31 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vae16.convolution import convolve
+
 Types = dict[str, Any]  # the dtype and param_dtype of a module, handed on to its children
 
 
-def conv(features: int, size: int = 3, *, dtype: DTypeLike, param_dtype: DTypeLike, name: str | None = None) -> nn.Conv:
+def conv(
+    features: int,
+    size: int = 3,
+    *,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    name: str | None = None,
+    use_bias: bool = True,
+) -> nn.Conv:
     """Stride-1 convolution with PyTorch's symmetric padding ``size // 2``."""
-    return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype, param_dtype=param_dtype, name=name)
+    return nn.Conv(
+        features,
+        (size, size),
+        padding=size // 2,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        name=name,
+        conv_general_dilated=convolve if size == 3 else None,
+    )
 
 
 def attend(q: Float[Array, "b n c"], k: Float[Array, "b n c"], v: Float[Array, "b n c"]) -> Float[Array, "b n c"]:

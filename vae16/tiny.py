@@ -167,7 +167,7 @@ class _Decoder(nn.Module):
             if i:
                 next(names)
                 x = repeat(x, "b h w c -> b (h p) (w q) c", p=factor, q=factor)
-                x = nn.Conv(width, (3, 3), padding=1, use_bias=False, **types, name=next(names))(x)
+                x = conv(width, **types, use_bias=False, name=next(names))(x)
             for _ in range(depth):
                 x = _Block(c.act_fn, **types, name=next(names))(x)
         return conv(c.out_channels, **types, name=next(names))(x)

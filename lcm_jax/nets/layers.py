@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from vae16.convolution import convolve
+
 # PyTorch's default (uniform within 1/sqrt(fan_in)): a third of the variance of LeCun's keeps the residual stream small.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -38,6 +40,7 @@ def dense(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any
 
 def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int = 3, stride: int = 1) -> nn.Conv:
     """A convolution that pads both sides by kernel // 2 as PyTorch does ("SAME" would pad one side when striding)."""
+    how = {(1, 1): _pointwise, (3, 1): convolve}
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -47,7 +50,7 @@ def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int 
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=kernel_init,
-        conv_general_dilated=_pointwise if kernel == 1 else None,
+        conv_general_dilated=how.get((kernel, stride)),
     )
 
 

@@ -1,0 +1,56 @@
+"""Winograd's convolution is the convolution, and is taken on a CPU alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array, export
+
+from vae16 import convolution
+from vae16.convolution import convolve, direct, winograd
+
+
+def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def test_winograd_is_the_convolution() -> None:
+    x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
+    np.testing.assert_allclose(winograd(x, kernel), direct(x, kernel), atol=1e-5)
+
+
+def test_its_error_is_no_greater_than_the_direct_ones() -> None:
+    x, kernel = arrays((1, 32, 32, 256), (3, 3, 256, 64))
+    with jax.enable_x64(True):
+        exact = np.asarray(direct(*(jnp.asarray(np.asarray(a), jnp.float64) for a in (x, kernel))))
+    mine, plain = (np.square(np.asarray(own(x, kernel)) - exact).mean() for own in (winograd, direct))
+    assert mine < 1.5 * plain
+
+
+def test_gradients_and_derivatives_along_a_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "WIDTH", 1)
+    monkeypatch.setattr(convolution, "SIZE", 1)
+    monkeypatch.setattr(convolution, "ROWS", 1)
+    x, kernel, dx, dk = arrays((2, 6, 4, 3), (3, 3, 3, 5), (2, 6, 4, 3), (3, 3, 3, 5))
+
+    def everything(own: object) -> object:
+        slopes = jax.grad(lambda *args: jnp.sin(own(*args)).sum(), (0, 1))  # type: ignore[operator]
+        return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (dx, dk))
+
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), everything(convolve), everything(direct))
+
+
+def test_it_is_taken_where_it_pays() -> None:
+    def convolutions(platform: str, side: int, width: int, dtype: object = jnp.float32) -> int:
+        own = arrays((1, side, side, width), (3, 3, width, width), dtype=dtype)
+        program = export.export(jax.jit(convolve), platforms=(platform,))(*own)
+        return program.mlir_module().count("stablehlo.convolution")
+
+    assert [convolutions(platform, 64, 64) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
+    assert [convolutions("cpu", side, width) for side, width in ((65, 64), (64, 32), (32, 64), (16, 1024))] == [1] * 4
+    assert convolutions("cpu", 64, 64, jnp.bfloat16) == 1
