@@ -1,8 +1,9 @@
-"""The command line: lcm-jax demo, sample, train, distill, encode, evaluate, plan, stream, serve, bench, convert."""
+"""The command line: lcm-jax demo, sample, compile, train, distill, encode, evaluate, plan, stream, serve, ..."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from PIL import UnidentifiedImageError
 from lcm_jax import bench, demo
 from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
+from lcm_jax.exported import PLATFORMS, Exported, write_program
 from lcm_jax.extras import require
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
@@ -32,6 +34,9 @@ from lcm_jax.train.sharding import make_mesh
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one line on standard error and exit code 2."""
+    if argv is None:  # a process of its own: what the imports have made stays, and need not be looked through again
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
     use_compilation_cache()
     arguments, rest = _parser().parse_known_args(argv)
     try:
@@ -98,8 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--skip-layers", type=int, nargs="+", default=[], help="SD3: skip-layer guidance, such as 7 8 9")
     sub.add_argument("--skip-scale", type=float, default=2.8, help="its scale")
     sub.add_argument("--skip-interval", type=float, nargs=2, default=(0.01, 0.2), help="its part of the steps")
+    sub.add_argument("--compiled", type=Path, metavar="FILE", help="draw by a program of lcm-jax compile")
     sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
     _add_devices(sub, None)
+
+    sub = command("compile", _compile, "Write the program that draws, from prompt to picture, for sample --compiled.")
+    _add_model(sub)
+    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
+    sub.add_argument("--batch", type=int, default=1, help="pictures of a call")
+    sub.add_argument("--platform", choices=PLATFORMS, help="of another machine; this one's by default")
+    sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
 
     for name, text in (("train", "Train a registered config."), ("distill", "Distil a registered config.")):
         text += " What follows are overrides; --config NAME --help lists them."
@@ -279,6 +292,9 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if mesh is not None:
         pipe.spread(mesh)
     size = None if arguments.size is None else tuple(arguments.size)
+    if arguments.compiled is not None:
+        _write_pictures(arguments, _sample_compiled(arguments, pipe, size, options))
+        return
     pictures = pipe(
         arguments.prompt, negative_prompt=arguments.negative_prompt, steps=arguments.steps, seed=arguments.seed,
         num_images=arguments.num_images, size=size, image=image, strength=arguments.strength, mask=mask,
@@ -286,8 +302,40 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         skip_layers=arguments.skip_layers, skip_scale=arguments.skip_scale,
         skip_interval=tuple(arguments.skip_interval), **options,
     )  # fmt: skip
-    if not distributed.is_main():
-        return
+    if distributed.is_main():
+        _write_pictures(arguments, pictures)
+
+
+def _sample_compiled(
+    arguments: argparse.Namespace, pipe: Pipeline, size: tuple[int, int] | None, options: dict[str, Any]
+) -> np.ndarray:
+    exported = Exported(pipe, arguments.compiled)
+    for name in ("image", "mask", "strength", "t5_tokens", "shift", "single_shift", "skip_layers", "mesh"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')} is no option of --compiled: leave one of them out")
+    for name, mine, its in (
+        ("--size", size, exported.header.size),
+        ("--sampler", arguments.sampler, exported.header.sampler),
+    ):
+        if mine not in (None, its):
+            raise ValueError(f"{name} is {mine}, and {arguments.compiled} was compiled for {its}: leave it out")
+    names = ("prompt", "negative_prompt", "steps", "seed", "num_images")
+    return exported(guidance=options["guidance"], **{name: getattr(arguments, name) for name in names})
+
+
+def _compile(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    start = time.perf_counter()
+    pipe, options = _load(arguments)
+    header = write_program(
+        pipe, arguments.out, size=arguments.size, batch=arguments.batch, platform=arguments.platform, **options
+    )
+    size = f"{header.batch} x {header.size[0]}x{header.size[1]} pixels, {header.sampler}"
+    print(
+        f"{arguments.out}: {size}, for {header.platform} and jax {header.jax}, in {time.perf_counter() - start:.0f} s"
+    )
+
+
+def _write_pictures(arguments: argparse.Namespace, pictures: np.ndarray) -> None:
     for path, picture in zip(_names(arguments.out, arguments.prompt, arguments.num_images), pictures, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         PILImage.fromarray(picture).save(path)

@@ -184,13 +184,13 @@ class Pipeline:
             if sampler != "tcd":
                 raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")
             spec = replace(spec, solver=TCD(gamma=gamma))
-        times = self._times(generator, spec, steps, spacing, strength)
+        times = self.times(generator, spec, steps, spacing, strength)
         guided = (guidance != 1.0 or bool(skip_layers)) and not generator.embeds_guidance
         skip = None
         if skip_layers:
             skip = SkipLayers.in_steps(times, self._check_skip(skip_layers), skip_scale, skip_interval)
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
-        noise = self._noise(noise_key, len(prompts), size, latents)
+        noise = self.noise(noise_key, len(prompts), size, latents)
         x, kept = noise * spec.init_scale(generator.schedule, times, spacing), None
         if image is not None:
             pictures = check_pictures(image, size, len(noise))
@@ -277,7 +277,7 @@ class Pipeline:
             raise ValueError(f"skip_layers={tuple(layers)}: this model has the layers 0 to {depth - 1}")
         return tuple(layers)
 
-    def _times(
+    def times(
         self, generator: Generator, spec: Sampler, steps: int, spacing: Spacing, strength: float
     ) -> Float[np.ndarray, " n_plus_1"]:
         """The grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
@@ -288,7 +288,8 @@ class Pipeline:
         generator.check_start(float(times[0]))
         return times
 
-    def _noise(self, key: Key, n: int, size: tuple[int, int], latents: Any) -> Image:
+    def noise(self, key: Key, n: int, size: tuple[int, int], latents: Any = None) -> Image:
+        """Unit noise of the latents, or those given if they fit."""
         config = self.generator.vae.config
         shape = (n, *(side // config.downsample_factor for side in size), config.latent_channels)
         noise = jax.random.normal(key, shape) if latents is None else jnp.asarray(latents, jnp.float32)

@@ -14,7 +14,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
-    {"typing", "extras", "overrides", "messages", "places", "compiling"},
+    {"typing", "extras", "overrides", "messages", "places", "compiling", "flops", "chips"},
     {"schedules", "nets", "lora"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},
@@ -23,7 +23,7 @@ RANKS = [
     {"train"},
     {"configs", "plan"},
     {"pipeline"},
-    {"evaluate", "convert", "encode", "stream"},
+    {"evaluate", "convert", "encode", "stream", "exported"},
     {"demo", "study", "bench"},
     {"cli"},
 ]

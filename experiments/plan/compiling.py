@@ -21,8 +21,8 @@ from pathlib import Path
 import jax
 
 from lcm_jax import configs
-from lcm_jax.plan.chips import open_topology
 from lcm_jax.plan.planning import DUMP, Traced, compile_step, elapsed
+from lcm_jax.plan.topologies import open_topology
 from lcm_jax.train.sharding import make_mesh
 from lcm_jax.weights.files import read_json, write_json
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.compiling import compiler_options
-from lcm_jax.plan.flops import flops
+from lcm_jax.flops import flops
 from mmdit.attention import lowering_for
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
-from lcm_jax.plan.chips import parse
 from lcm_jax.plan.planning import plan, search
 from lcm_jax.plan.report import describe, table
+from lcm_jax.plan.topologies import parse
 from lcm_jax.train.config import TrainConfig
 
 

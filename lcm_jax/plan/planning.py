@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from lcm_jax.flops import flops
 from lcm_jax.places import cache_dir
-from lcm_jax.plan.chips import Topology, check_compiler, open_topology, parse
-from lcm_jax.plan.flops import flops
 from lcm_jax.plan.hlo import Program
+from lcm_jax.plan.topologies import Topology, check_compiler, open_topology, parse
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
 from lcm_jax.train.sharding import make_mesh, mesh_shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lcm_jax.plan.chips import GIB
+from lcm_jax.chips import GIB
 from lcm_jax.plan.planning import Plan, said
 
 

@@ -16,7 +16,7 @@ from lcm_jax.train.step import TrainState
 from lcm_jax.weights.files import read_json, write_json
 
 # What may change between a run and its continuation: none of it touches the parameters, but for the rounding of sums.
-WATCHING = ("log_every", "save_every", "preview_every", "keep", "mesh", "parallel", "hang_timeout")
+WATCHING = ("log_every", "save_every", "preview_every", "keep", "mesh", "parallel", "profile", "hang_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)

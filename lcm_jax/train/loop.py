@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from lcm_jax.flops import flops
 from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, explain, is_main
+from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.pmap import in_line
 from lcm_jax.train.sharding import (
@@ -81,6 +82,7 @@ class LoopConfig:
     keep: int = 2  # checkpoints on disk
     mesh: str = ""  # devices along each axis: data=4,fsdp=2,tensor=1; one left out, or -1, is what the others leave
     parallel: Parallel = "jit"  # pmap: plain data parallelism, in one process
+    profile: int = 0  # steps of which a trace for xprof or TensorBoard is written, to WORKDIR/profile
     hang_timeout: float = 1800.0  # seconds without a step after which a process of several gives up; 0: never
 
     def __post_init__(self) -> None:
@@ -93,6 +95,8 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) <= 0:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
+        if self.profile < 0:
+            raise ValueError(f"loop.profile is {self.profile}; it is a number of steps, 0 for none")
         if self.batch_size % self.accumulate:
             raise ValueError(f"loop.accumulate = {self.accumulate} does not divide loop.batch_size = {self.batch_size}")
         if self.ema_every > self.steps:
@@ -187,8 +191,13 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
             raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
         frozen = place(task.frozen, placement.frozen)
 
+        meter = Meter(start, mesh.size)
+
         def advance(state: TrainState) -> tuple[TrainState, Metrics]:
-            return step_fn(state, frozen, place_rows(next(batches), placement.batch, rows, loop.batch_size))
+            batch = place_rows(meter.wait(batches), placement.batch, rows, loop.batch_size)
+            if not meter.flops:  # the step is traced here once, and runs by what was traced
+                meter.flops = flops(jax.make_jaxpr(step_fn)(state, frozen, batch))
+            return step_fn(state, frozen, batch)
 
         def look(state: TrainState) -> dict[str, float | np.ndarray]:
             """What is looked at on the way. Of several processes the first looks, by itself on one device."""
@@ -198,7 +207,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
             return task.preview(ema, task.frozen) if is_main() else {}
 
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
-            state = _Run(loop, rate, manager, batches, log, watchdog).until_the_end(state, advance, look)
+            state = _Run(loop, rate, manager, batches, log, watchdog, meter).until_the_end(state, advance, look)
         watchdog.moved("the last checkpoint")
         with _writing(manager):
             manager.wait_until_finished()
@@ -261,9 +270,10 @@ class _Run:
         batches: Batches,
         log: SummaryWriter,
         watchdog: Watchdog,
+        meter: Meter,
     ) -> None:
         self.loop, self.rate, self.manager, self.batches, self.log = loop, rate, manager, batches, log
-        self.watchdog = watchdog
+        self.watchdog, self.meter = watchdog, meter
         self.workdir = manager.directory.parent
         self.losses: dict[int, jax.Array] = {}  # of the steps since they were last looked at
 
@@ -277,25 +287,29 @@ class _Run:
         loop, start = self.loop, int(state.step)
         name = self.workdir.name
         bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not is_main())
-        self.timer = Timer(start)
+        self.meter.restart(start)
+        profile = Profile(self.workdir / "profile", start, loop.profile)
         # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
         pending: tuple[int, Metrics] | None = None
-        with bar, Preemption() as told_to_end:
+        with bar, profile as trace, Preemption() as told_to_end:
             for step in range(start + 1, loop.steps + 1):
                 self.watchdog.moved(f"step {step}")
+                trace(step, state)
                 state, metrics = advance(state)
                 self.losses[step] = metrics["loss"]
                 if pending is not None:
                     self.write(*pending, bar)
                 pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
                 bar.update()
+                if step == start + 1 < loop.steps:  # what compiled the step is no training
+                    self.meter.restart(step)
                 last, ending = step == loop.steps, told_to_end(step)
                 if pending is not None and (last or ending or step % loop.preview_every == 0):
                     self.write(*pending, bar)  # before the preview, which is not to count as training time
                     pending = None
                 if last or step % loop.preview_every == 0:
                     self.show(step, look(state))
-                    self.timer.restart(step)
+                    self.meter.restart(step)
                 if last or ending or step % loop.save_every == 0:  # after the preview, which a run killed in between
                     self.check(step)  # sees again; every checkpoint is of a run that was sound until then
                     _save(self.manager, state, self.batches)
@@ -318,8 +332,9 @@ class _Run:
 
     def write(self, step: int, metrics: Metrics, bar: tqdm) -> None:
         """Scalars of a step."""
-        speed = self.timer.rate(step) * self.loop.batch_size
         scalars = {key: float(value) for key, value in metrics.items()}
+        scalars |= self.meter.read(step)  # after the step, whose metrics have just been waited for
+        speed = self.loop.batch_size / scalars["step_time"]
         scalars |= {"learning_rate": float(self.rate(step - 1)), "samples_per_second": speed}
         for key, value in scalars.items():
             self.log.add_scalar(key, value, step)
@@ -352,18 +367,3 @@ def _record(path: Path, step: int, numbers: dict[str, float]) -> None:
     """Add the numbers of a preview to a JSON file: step -> title -> number. What a killed run had seen later goes."""
     earlier = read_json(path) if path.is_file() else {}
     write_json(path, {k: v for k, v in earlier.items() if int(k) < step} | {str(step): numbers})
-
-
-class Timer:
-    """Steps per second since the last reading."""
-
-    def __init__(self, step: int) -> None:
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
-
-    def rate(self, step: int) -> float:
-        steps, seconds = step - self._step, time.perf_counter() - self._time
-        self.restart(step)
-        return steps / max(seconds, 1e-9)

@@ -270,7 +270,7 @@ def _index(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _aside(*paths: Path) -> Iterator[list[Path]]:
+def written_aside(*paths: Path) -> Iterator[list[Path]]:
     """Names beside `paths` (of one folder) to write to, renamed to them in order at the end and removed on failure."""
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     asides = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
@@ -347,7 +347,7 @@ def save_tensors(
     groups, index, stem = _groups(entries, max_shard_size), _index(path), path.name.removesuffix(".safetensors")
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     new = [path] if len(groups) == 1 else [*(path.with_name(name) for name in names), index]
-    with _aside(*new) as asides:
+    with written_aside(*new) as asides:
         for aside, group in zip(asides, groups, strict=False):
             _write(aside, tensors, group, {"format": "pt", **(metadata or {})})
         if len(groups) > 1:
@@ -384,7 +384,7 @@ def _dump(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes a JSON object at once or not at all."""
-    with _aside(Path(path)) as (aside,):
+    with written_aside(Path(path)) as (aside,):
         _dump(aside, value)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.parts import Component, config_of
@@ -21,12 +20,16 @@ NAME = "params"
 
 def save_params(folder: Path, components: Mapping[str, Component]) -> None:
     """Write the parameters of all components as one checkpoint (orbax renames it into place when it is whole)."""
+    import orbax.checkpoint as ocp  # here, as it would be a tenth of every start
+
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / NAME).absolute(), {name: part.params for name, part in components.items()})
 
 
 def load_params(folder: Path, names: Mapping[str, str], *, shardings: Any = None) -> dict[str, Component]:
     """Components (name -> sub-folder) of a checkpoint. shardings: tree beside the parameters; None: one device."""
+    import orbax.checkpoint as ocp
+
     modules, like = {}, {}
     for name, place in names.items():
         kind, config = config_of(folder / place / "config.json")

@@ -9,6 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 
 from lcm_jax import cli, configs
+from lcm_jax.chips import CHIPS, chip_of
+from lcm_jax.flops import flops
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
-from lcm_jax.plan import chips
-from lcm_jax.plan.chips import CHIPS, HOP, Topology, open_topology, parse
-from lcm_jax.plan.flops import flops
+from lcm_jax.plan import topologies
 from lcm_jax.plan.hlo import Program
 from lcm_jax.plan.planning import candidates
+from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
@@ -203,6 +205,41 @@ def test_a_batched_product_written_as_a_convolution() -> None:
     assert Program(text, 1).flops == 24 * 2 * 16 * 8 * 32
 
 
+def test_flops_of_what_is_mapped_over_devices() -> None:
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    rows, kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.float32)
+    P = jax.sharding.PartitionSpec
+    mapped = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert flops(jax.make_jaxpr(mapped)(rows, kernel)) == 2 * 8 * 16 * 32
+
+
+def test_flops_of_cudnns_attention() -> None:
+    """Of which only the operands are seen, and only on a machine that has it."""
+    q, kv = (SimpleNamespace(aval=SimpleNamespace(shape=(2, length, 4, 64))) for length in (128, 256))
+
+    def equation(name: str) -> Any:
+        return SimpleNamespace(primitive=SimpleNamespace(name=name), params={}, invars=[q, kv, kv])
+
+    product = 2 * (2 * 4) * 128 * 256 * 64
+    forward, backward = (f"dot_product_attention_{way}_wrapper" for way in ("fwd", "bwd"))
+    assert flops(SimpleNamespace(eqns=[equation(forward)])) == 2 * product
+    assert flops(SimpleNamespace(eqns=[equation(forward), equation(backward)])) == 7 * product
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("cpu", None),
+    ],
+)
+def test_a_device_is_known_by_its_kind(kind: str, name: str | None) -> None:
+    assert chip_of(kind) == (CHIPS[name] if name else None)
+
+
 def test_flops_of_a_real_program() -> None:
     """A scanned layer, a convolution and their gradients: in the trace and in what XLA makes of it."""
 
@@ -257,7 +294,7 @@ def test_a_topology_is_a_chip_and_sides(name: str) -> None:
 def test_without_the_compiler_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(chips, "find_spec", lambda name: None)
+    monkeypatch.setattr(topologies, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs libtpu, but no TPU: pip install libtpu"):
         open_topology("v5e:8x8")
     with pytest.raises(ModuleNotFoundError, match=r"needs JAX's CUDA plugin: pip install 'lcm-jax\[cuda\]'"):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tensorboardX import SummaryWriter
 
 from lcm_jax.data import Loader
 from lcm_jax.train.loop import LoopConfig, Task, checkpoints, fit
@@ -93,6 +94,36 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "told")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_tells_what_it_costs_and_is_the_same_under_a_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[float]] = {}
+    monkeypatch.setattr(
+        SummaryWriter, "add_scalar", lambda self, key, value, step: told.setdefault(key, []).append(value)
+    )
+    traced: list[int] = []
+    task = line_task()
+
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        traced.append(1)
+        x = batch["x"][:, None] @ params["a"][None, None]  # 8 x 1 by 1 x 1: 16 FLOPs, and its gradient as many
+        return (value := jnp.mean((x[:, 0] + params["b"] - batch["y"]) ** 2)), {"loss": value}
+
+    plain = fit(replace(task, loss=loss), LOOP, OPTIMIZER, tmp_path / "plain")
+    assert len(traced) == 1  # the count of FLOPs traces nothing again
+    assert {len(told[key]) for key in ("step_time", "data_wait", "memory", "tflops", "samples_per_second")} == {6}
+    assert all(0 <= share <= 1 for share in told["data_wait"])
+    assert min(told["step_time"]) > 0
+    per_device = [speed * seconds * 1e12 for speed, seconds in zip(told["tflops"], told["step_time"], strict=True)]
+    np.testing.assert_allclose(per_device, 32 / jax.device_count(), rtol=1e-6)
+    assert 0.01 < told["memory"][-1] < 100
+    profiled = fit(replace(task, loss=loss), replace(LOOP, profile=3), OPTIMIZER, tmp_path / "profiled")
+    assert list((tmp_path / "profiled" / "profile").rglob("*.xplane.pb"))
+    assert not (tmp_path / "plain" / "profile").exists()
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(profiled), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

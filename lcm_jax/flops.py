@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 
 def flops(jaxpr: Any) -> float:
     """Of a jaxpr, closed or not. One multiplication and addition are two. A scan counts as often as it runs, a while
-    loop once, and of the branches of a `cond` the dearest."""
+    loop once, what is mapped over devices for each of them, and of the branches of a `cond` the dearest."""
     return sum((_of(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns), 0.0)
 
 
@@ -26,8 +27,26 @@ def _of(equation: Any) -> float:
         return 2.0 * math.prod(out) * window / math.prod(params["lhs_dilation"])
     if name == "cond":
         return max(map(flops, params["branches"]))
-    times = params["length"] if name == "scan" else 1
-    return float(times * sum(map(flops, _inner(params))))
+    if match := _CUDNN.match(name):  # 2 products of (l, d) by (m, d) for each head, and 5 in the gradient
+        (*_, length, heads, width), (_, others, _, _) = (operand.aval.shape for operand in equation.invars[:2])
+        products = 2 if match["pass"] == "fwd" else 5
+        return 2.0 * products * equation.invars[0].aval.shape[0] * heads * length * others * width
+    return float(_times(name, params) * sum(map(flops, _inner(params))))
+
+
+_CUDNN = re.compile(r"dot_product_attention_(?P<pass>fwd|bwd)")
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often what an equation holds runs."""
+    match name:
+        case "scan":
+            return params["length"]
+        case "xla_pmap":
+            return params["global_axis_size"]
+        case "shard_map":
+            return params["mesh"].size
+    return 1
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

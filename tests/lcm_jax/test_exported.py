@@ -1,0 +1,151 @@
+"""A program in a file draws what the pipeline draws, traces no network, and refuses what it was not made for."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lcm_jax import Pipeline, load
+from lcm_jax.cli import main
+from lcm_jax.exported import Exported, write_program
+from lcm_jax.nets import UNet
+
+PROMPTS = ["red heart", "cat face"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model: Path) -> Pipeline:
+    return load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def file(pipe: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of a call, with guidance."""
+    path = tmp_path_factory.mktemp("exported") / "program"
+    write_program(pipe, path, batch=2, guidance=3.0)
+    assert [other.name for other in path.parent.iterdir()] == ["program"]
+    return path
+
+
+def test_it_draws_what_the_pipeline_draws_and_traces_no_network(
+    pipe: Pipeline, file: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = [
+        {"guidance": 3.0},
+        {"guidance": 2.0, "steps": 2, "seed": 5, "negative_prompt": "dog"},
+    ]
+    plain = [pipe(PROMPTS, **call) for call in calls]
+    assert not np.array_equal(*plain)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a network is traced")
+
+    monkeypatch.setattr(UNet, "__call__", refuse)
+    exported = Exported(load(tiny_model), file)
+    for call, pictures in zip(calls, plain, strict=True):
+        drawn = exported(PROMPTS, **call)
+        assert drawn.dtype == np.uint8
+        assert np.abs(drawn.astype(int) - pictures).max() <= 1  # a half is rounded up or down
+
+
+@pytest.mark.slow
+def test_one_of_sd3(tiny_sd3: Path, tmp_path: Path) -> None:
+    pipe = load(tiny_sd3)
+    write_program(pipe, tmp_path / "program", sampler="euler")
+    plain = pipe("red heart", sampler="euler", seed=3, steps=3)
+    drawn = Exported(pipe, tmp_path / "program")("red heart", seed=3, steps=3)
+    assert np.abs(drawn.astype(int) - plain).max() <= 1
+
+
+def rewritten(file: Path, path: Path, change: Callable[[dict[str, Any]], Any], body: bytes | None = None) -> Path:
+    """The file with another header, or another program."""
+    with zipfile.ZipFile(file) as own, zipfile.ZipFile(path, "w") as other:
+        header = json.loads(own.read("header.json"))
+        change(header)
+        other.writestr("header.json", json.dumps(header))
+        other.writestr("program.bin", own.read("program.bin") if body is None else body)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"jax": "0.1"}, "compiled for jax 0.1, and this is"),
+        ({"platform": "tpu"}, "compiled for platform tpu, and this is cpu: run lcm-jax compile again"),
+        ({"device": "TPU v5 lite"}, "compiled for device TPU v5 lite, and this is cpu"),
+        ({"model": "0" * 64}, "compiled for model 00000000000000000000, and this is"),
+        ({"version": 2}, "it has the version 2, and this reads 1"),
+        ({"colour": "red"}, "no file of lcm-jax compile that can be read"),
+        ({"program": "0" * 64}, "its program is damaged"),
+    ],
+)
+def test_what_it_was_not_made_for_is_refused(
+    pipe: Pipeline, file: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Exported(pipe, rewritten(file, tmp_path / "other", lambda header: header.update(change)))
+
+
+def test_a_part_of_a_file_is_refused(pipe: Pipeline, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="part: no file of lcm-jax compile that can be read"):
+        Exported(pipe, tmp_path / "part")
+    with pytest.raises(FileNotFoundError):
+        Exported(pipe, tmp_path / "none")
+
+
+def test_calls_it_was_not_made_for_are_refused(pipe: Pipeline, file: Path) -> None:
+    exported = Exported(pipe, file)
+    with pytest.raises(ValueError, match="draws 2 pictures in a call, and this asks for 1"):
+        exported("red heart", guidance=3.0)
+    with pytest.raises(ValueError, match="compiled with guidance, and this asks for a scale of 1"):
+        exported(PROMPTS)
+    with pytest.raises(ValueError, match="batch is 0; it must be at least 1"):
+        write_program(pipe, file, batch=0)
+    with pytest.raises(ValueError, match="sampler 'best' is unknown"):
+        write_program(pipe, file, sampler="best")
+    with pytest.raises(ValueError, match="platform 'npu' is unknown"):
+        write_program(pipe, file, platform="npu")
+
+
+def test_a_program_for_another_platform(pipe: Pipeline, tmp_path: Path) -> None:
+    write_program(pipe, tmp_path / "program", platform="tpu")
+    with pytest.raises(ValueError, match="compiled for platform tpu"):
+        Exported(pipe, tmp_path / "program")
+    with zipfile.ZipFile(tmp_path / "program") as archive:
+        program = jax.export.deserialize(bytearray(archive.read("program.bin")))
+    assert program.platforms == ("tpu",)
+
+
+def test_the_command_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path / "cache"))
+    file, picture, model = tmp_path / "program", tmp_path / "heart.png", ["--model", str(tiny_model)]
+    assert main(["compile", *model, "--guidance", "3", "-o", str(file)]) == 0
+    assert "1 x 16x16 pixels, ddim, for cpu" in capsys.readouterr().out
+    draw = [
+        "sample",
+        *model,
+        "--guidance",
+        "3",
+        "--prompt",
+        "red heart",
+        "--compiled",
+        str(file),
+        "--out",
+        str(picture),
+    ]
+    assert main(draw) == 0
+    assert picture.is_file()
+    assert main([*draw, "--size", "32", "32"]) == 2
+    assert "--size is (32, 32), and" in capsys.readouterr().err
+    assert main([*draw, "--shift", "3"]) == 2
+    assert "--shift is no option of --compiled" in capsys.readouterr().err
