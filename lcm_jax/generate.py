@@ -18,6 +18,7 @@ from lcm_jax.guidance import cfg, skip_layer_guidance
 from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attending import Memory, given, keys_values, remembering
 from lcm_jax.parameterization import bind
+from lcm_jax.quantization import Quantized, rounding
 from lcm_jax.sampling import Grid, Sampler, sample
 from lcm_jax.solvers import Inpaint, Kept
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
@@ -27,7 +28,8 @@ __all__ = ["Generator", "Memory", "SkipLayers", "as_apply", "to_float", "to_uint
 
 
 def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply:
-    """A flax module as the pure function that the mathematics takes; parameters may be `lora.Adapted`.
+    """A flax module as the pure function that the mathematics takes; parameters may be `lora.Adapted`
+    or `Quantized`, or the one around the other.
 
     cond["cross"]: `keys_values` of the text, where they have been computed before. memory: what its self-attention sees
     beside the picture.
@@ -43,6 +45,9 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
                 stack.enter_context(remembering(memory))
             if isinstance(params, Adapted):
                 stack.enter_context(branches(params.adapters, params.dropout))
+                params = params.params
+            if isinstance(params, Quantized):
+                stack.enter_context(rounding(params.kind))
                 params = params.params
             return net.apply({"params": params}, x, t, cond, **options)
 
@@ -153,7 +158,8 @@ class Generator:
 
     def precompute(self, params: Params, cond: Cond) -> dict[str, Any]:
         """The conditioning with what the network makes of the text alone, the same at every step: `keys_values`."""
-        return {**cond, "cross": keys_values(self.net, params, cond["context"])}
+        kernels = params.params if isinstance(params, Quantized) else params
+        return {**cond, "cross": keys_values(self.net, kernels, cond["context"])}
 
     def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
         """Clean latents of pictures (the posterior's mean), in the denoiser's units."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
 from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.prompts import Prompts, pair_texts
+from lcm_jax.quantization import Quantized, quantize
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
@@ -235,11 +237,28 @@ class Pipeline:
         cond, null = self.conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
         return self.generator.denoiser(self.net_params, cond, null, guidance, guided=guided)
 
+    def quantized(self, kind: str) -> Pipeline:
+        """The same model with its denoiser in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.
+
+        LoRAs go in before. It draws, streams and evaluates; it is not saved.
+        """
+        if isinstance(self.net_params, Quantized):
+            raise ValueError(f"the network is in {self.net_params.kind} already")
+        other = copy.copy(self)
+        other.params = Parameters(self.params.components)
+        other.params[self.folder.denoiser] = quantize(self.net_params, kind)
+        return other
+
+    def _plain(self, what: str) -> None:
+        if isinstance(self.net_params, Quantized):
+            raise ValueError(f"the network is in {self.net_params.kind}, which {what} does not take: quantize after it")
+
     def save(self, path: str | Path, *, dtype: str | None = None, variant: str | None = None) -> None:
         """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
 
         variant: such as "fp16", put into the files' names, as hubs that keep several precisions side by side do.
         """
+        self._plain("save")
         kind = None if dtype is None else _dtype(dtype)
         save_folder(Path(path), replace(self.folder, components=self.params.components), dtype=kind, variant=variant)
 
@@ -255,6 +274,7 @@ class Pipeline:
 
     def add_lora(self, adapters: Mapping[str, Adapters], weight: float = 1.0) -> None:
         """Merge the adapters of some components, {"unet": ..., "text_encoder": ...}, times `weight`."""
+        self._plain("add_lora")
         for name, own in adapters.items():
             self.params[name] = merge(self.params[name], own, weight)
 

@@ -15,7 +15,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
     {"typing", "extras", "overrides", "messages", "places", "compiling", "flops", "chips"},
-    {"schedules", "nets", "lora"},
+    {"schedules", "nets", "lora", "quantization"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},
     {"sampling"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.bench.peers import PEERS
 from lcm_jax.weights.files import write_json
 
-__all__ = ["CASES", "PEERS", "SCALES", "Cost", "Options", "Result", "Row", "measure", "run", "table"]
+__all__ = ["CASES", "PEERS", "SCALES", "Cost", "Options", "Result", "Row", "measure", "report", "run", "table"]
 
 # Case -> the function of this package that makes its rows, from Options; imported when asked for.
 CASES: Mapping[str, str] = {
@@ -49,6 +49,14 @@ def run(
     ValueError for what does not go together, before anything is measured.
     """
     _check(cases, options, repeats)
+    titled = (pair for case in cases for pair in rows_of(case, options))
+    report(titled, options, repeats=repeats, out=out, profiled=profiled)
+
+
+def report(
+    titled: Iterable[Titled], options: Options, *, repeats: int, out: Path | None = None, profiled: bool = False
+) -> None:
+    """Measure and print (title, rows), one after another, and keep the times; as `run`."""
     device = jax.devices()[0].device_kind
     versions = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
     print(f"{device}, {options.dtype}, jax {jax.__version__}, {date.today()}")
@@ -56,16 +64,15 @@ def run(
     print(f"ceilings: {ceiling.flops / 1e12:.3g} TFLOP/s in a matrix product, {ceiling.bytes / 1e9:.3g} GB/s in a copy")
     kept: dict[str, Any] = {"device": device, "date": str(date.today()), "python": sys.version.split()[0]}
     kept |= {"versions": versions, "options": vars(options), "ceilings": ceiling._asdict(), "cases": {}}
-    for case in cases:
-        for title, rows in rows_of(case, options):
-            results = measure(rows, repeats)
-            print(f"\n## {title}\n\n{table(results, ceiling)}", flush=True)
-            for row in rows if profiled else []:
-                print(f"\n{row.name}\n\n{profile.table(profile.operations(row.run))}", flush=True)
-            kept["cases"][title] = {name: result.record() for name, result in results.items()}
-            if out is not None:  # after each, as a long bench may be stopped
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(out, kept)
+    for title, rows in titled:
+        results = measure(rows, repeats)
+        print(f"\n## {title}\n\n{table(results, ceiling)}", flush=True)
+        for row in rows if profiled else []:
+            print(f"\n{row.name}\n\n{profile.table(profile.operations(row.run))}", flush=True)
+        kept["cases"][title] = {name: result.record() for name, result in results.items()}
+        if out is not None:  # after each, as a long bench may be stopped
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, kept)
 
 
 def rows_of(case: str, options: Options) -> Iterator[Titled]:

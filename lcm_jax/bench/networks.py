@@ -33,6 +33,7 @@ class Options:
     scale: str = "full"
     peer: str | None = None
     batches: tuple[int, ...] = ()
+    quantize: str | None = None  # of text-to-image: rows of the denoiser in 8 bits
     side: int | None = None  # in pixels, of a stream; the model's own by default
 
     def geometries(self, *names: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from lcm_jax.bench import models, peers
 from lcm_jax.bench.measure import Cost, Row, flops_of
 from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.generate import Generator, as_apply
+from lcm_jax.metrics import psnr
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.stream import Stream
 
@@ -39,6 +40,8 @@ def text_to_image(options: Options) -> Iterator[Titled]:
                 rows += [peer, replace(ours, against=peer.name)]
             else:
                 rows.append(ours)
+            if options.quantize is not None:
+                rows.append(_quantized(ours, pipe, options.quantize, n, sampler))
         yield f"Text to image, {name} at {pipe.size[0]}x{pipe.size[1]}, 4 steps without guidance", rows
         del pipe, theirs, rows
 
@@ -53,6 +56,16 @@ def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4)
         return Cost(flops=steps * step_flops(pipe, n) + decode_flops(pipe.generator, pipe, n))
 
     return Row(name=name, run=draw, prepare=prepare, frames=n)
+
+
+def _quantized(plain: Row, pipe: Pipeline, kind: str, n: int, sampler: str) -> Row:
+    """The same pictures with the denoiser in 8 bits, and how far they are from the plain ones."""
+    row = pictures(f"{plain.name}, {kind}", pipe.quantized(kind), n, sampler)
+
+    def near() -> str:
+        return f"PSNR {float(psnr(row.run(), plain.run(), data_range=255).mean()):.1f} dB"
+
+    return replace(row, prepare=plain.prepare, against=plain.name, note=near)
 
 
 def step_flops(pipe: Pipeline, n: int) -> float:

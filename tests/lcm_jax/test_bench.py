@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,3 +122,15 @@ def test_peers_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str
     options = Options(scale="tiny", model="random-sd15", peer="diffusers", batches=(1,))
     bench.run([case], options, repeats=1)
     assert "x (" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lcm-lora", "stream", "training"])
+def test_published_tables_run_on_tiny_networks(name: str, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "experiments" / "bench" / "tables.py"
+    options = ["--model", "random-sd15", "--scale", "tiny", "--batch", "2", "--repeats", "1"]
+    command = [sys.executable, str(script), name, *options, "--json", str(tmp_path / "times.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    cases = json.loads((tmp_path / "times.json").read_text())["cases"]
+    assert all(row["seconds"] for rows in cases.values() for row in rows.values())
+    assert len(cases) == {"lcm-lora": 1, "stream": 6, "training": 2}[name]

@@ -1,0 +1,124 @@
+"""Published tables, measured on this machine: each is one command.
+
+    python experiments/bench/tables.py lcm-lora    batches x steps with LCM-LoRA, and 25 steps without it
+    python experiments/bench/tables.py stream      StreamDiffusion's tables 1 to 3 (2312.12491)
+    python experiments/bench/tables.py training    samples a second of LCM and LCM-LoRA, by batch
+
+    [--model openmoji | random-sd15 | random-sdxl | random-sd-turbo] [--dtype bfloat16] [--batch 1 4 16] [--side 512]
+    [--repeats 5] [--json experiments/results/bench/FILE.json]
+
+openmoji runs anywhere; random-sdxl and the like are the published geometries, for an accelerator. Published figures:
+huggingface.co/blog/lcm_lora (SDXL at 1024, 4 steps: 0.7 s on an RTX 4090, 1.2 s on an A100, where 25 steps take 3.4 and
+3.8), and StreamDiffusion's on an RTX 4090 (table 1: 10.7, 16.7, 26.9 and 62.0 ms at 1, 2, 4 and 10 steps; table 2, 5
+steps: full guidance 64.6 ms, self-negative 31.5, onetime-negative 36.0).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lcm_jax.bench import PEERS, SCALES, Options, Row, peers, report
+from lcm_jax.bench.models import PREFIX
+from lcm_jax.bench.networks import Titled
+from lcm_jax.bench.pictures import PROMPT, pictures
+from lcm_jax.bench.stream import moving_scene, open_model, peer_rows, with_tiny_vae
+from lcm_jax.bench.training import step
+from lcm_jax.pipeline import Pipeline, load
+from lcm_jax.places import use_compilation_cache
+from lcm_jax.stream import Stream
+from lcm_jax.train.tasks.distillation import LoraConfig
+
+STEPS, FRAMES = (1, 2, 4, 8), 10
+
+
+def lcm_lora(options: Options) -> Iterator[Titled]:
+    """Seconds of a batch by steps, and of 25 steps of Euler with guidance, which the adapter makes needless."""
+    if options.model == "openmoji":
+        teacher = load("openmoji-teacher", dtype=options.dtype)
+        fast = load("openmoji-teacher", dtype=options.dtype, lora="openmoji-lcm-lora")
+    else:
+        teacher = fast = open_model(options)
+    for n in options.batches or (1, 4, 16):
+        plain = f"25 steps, Euler, batch {n}"
+
+        def slow(n: int = n) -> Any:
+            return teacher([PROMPT] * n, steps=25, sampler="euler", guidance=7.5)
+
+        rows = [Row(name=plain, run=slow, frames=n)]
+        for steps in STEPS:
+            row = pictures(f"{steps} steps, LCM, batch {n}", fast, n, "lcm", steps=steps)
+            rows.append(Row(name=row.name, run=row.run, prepare=row.prepare, frames=n, against=plain))
+        yield f"LCM-LoRA, {options.model}, batch {n}", rows
+
+
+def stream(options: Options) -> Iterator[Titled]:
+    """Table 1: against AutoPipelineForImage2Image, with --against diffusers. Table 2: guidance. Table 3: what each part
+
+    brings. With a tiny autoencoder, as in the paper; its weights are random where the model has none.
+    """
+    whole = open_model(options)
+    size = whole.check_size(None if options.side is None else (options.side, options.side))
+    frames = 2 if options.model.startswith(PREFIX) else FRAMES
+    if options.peer:
+        theirs = peers.pipeline(whole, options.dtype, options.peer, auto="image-to-image")
+        yield peer_rows(whole, theirs, size, frames=frames)
+    tiny, scene = with_tiny_vae(whole), moving_scene(size, frames)
+
+    def row(name: str, pipe: Pipeline, against: str | None = None, **controls: Any) -> Row:
+        own = Stream(pipe, PROMPT, size=size, **({"strength": 0.8} | controls))
+
+        def run() -> Any:
+            return [own(picture) for picture in scene]
+
+        return Row(name=name, run=run, frames=frames, against=against)
+
+    for n in (1, 2, 3, 4, 5):
+        full = f"full, {n} steps"
+        rows = [row(full, tiny, guidance="full", scale=1.4, steps=n)]
+        for mode in ("self", "onetime"):
+            rows.append(row(f"{mode}, {n} steps", tiny, full, guidance=mode, scale=1.4, steps=n))
+        yield f"Table 2: guidance, {n} steps", rows
+    all_of_it = "stream batch, tiny autoencoder"
+    yield (
+        "Table 3: 4 steps",
+        [
+            row(all_of_it, tiny, steps=4),
+            row("one step after another", tiny, all_of_it, steps=4, batch=False),
+            row("KL autoencoder", whole, all_of_it, steps=4),
+        ],
+    )
+
+
+def training(options: Options) -> Iterator[Titled]:
+    """SD1.5 at 512 pixels: a step with all weights, and of an adapter of rank 64."""
+    for n in options.batches or (1, 4, 16):
+        rank = 64 if options.scale == "full" else 4
+        for name, lora in (("LCM", None), (f"LCM-LoRA, rank {rank}", LoraConfig(rank=rank))):
+            yield f"Training, sd15, {name}, batch {n}", [step(name, options, batch=n, lora=lora)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = {"lcm-lora": lcm_lora, "stream": stream, "training": training}
+    parser.add_argument("table", choices=tables)
+    parser.add_argument("--model", default="openmoji")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--scale", default="full", choices=SCALES)
+    parser.add_argument("--against", choices=PEERS)
+    parser.add_argument("--batch", type=int, nargs="+", default=[])
+    parser.add_argument("--side", type=int)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    own = parser.parse_args()
+    use_compilation_cache()
+    options = Options(
+        model=own.model, dtype=own.dtype, scale=own.scale, peer=own.against, batches=tuple(own.batch), side=own.side
+    )
+    report(tables[own.table](options), options, repeats=own.repeats, out=own.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Networks in 8 bits are near those in 32, and hold 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import lcm_jax
+from lcm_jax import quantization
+from lcm_jax.cli import main
+from lcm_jax.generate import as_apply
+from lcm_jax.lora import Adapted, init
+from lcm_jax.metrics import psnr
+from lcm_jax.nets import UNet, UNetConfig, example_inputs
+from lcm_jax.quantization import quantize
+from mmdit import MMDiT, MMDiTConfig
+from mmdit import example_inputs as mmdit_inputs
+
+qwix = pytest.importorskip("qwix")
+UNET = UNetConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(32,),
+    down_block_types=("CrossAttnDownBlock2D",),
+    up_block_types=("CrossAttnUpBlock2D",),
+    layers_per_block=1,
+    attention_head_dim=2,
+    cross_attention_dim=32,
+    norm_num_groups=4,
+)
+MMDIT = MMDiTConfig(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=2,
+    joint_attention_dim=32,
+    caption_projection_dim=32,
+    pooled_projection_dim=32,
+    pos_embed_max_size=4,
+)
+Net = tuple[Any, Any, tuple[Any, ...]]
+
+
+def _disturbed(params: Any) -> Any:
+    """Gates that are shut would hide everything."""
+    leaves, tree = jax.tree.flatten(params)
+    random = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [leaf + 0.05 * random.standard_normal(leaf.shape, np.float32) for leaf in leaves])
+
+
+@pytest.fixture(scope="module")
+def net() -> Callable[[str], Net]:
+    """(module, parameters, inputs) by name."""
+    made: dict[str, Net] = {}
+
+    def build(name: str) -> Net:
+        if name not in made:
+            module: Any = UNet(UNET) if name == "unet" else MMDiT(MMDIT, scan=name == "mmdit, stacked")
+            inputs = jax.tree.map(
+                lambda leaf: (
+                    jax.random.normal(jax.random.key(leaf.ndim), leaf.shape) if leaf.ndim > 1 else leaf + 500.0
+                ),
+                example_inputs(UNET) if name == "unet" else mmdit_inputs(MMDIT),
+            )
+            made[name] = module, _disturbed(jax.jit(module.init)(jax.random.key(0), *inputs)["params"]), inputs
+        return made[name]
+
+    return build
+
+
+def _error(one: Any, other: Any) -> float:
+    return float(jnp.linalg.norm(one - other) / jnp.linalg.norm(other))
+
+
+UNET_AND_MMDIT = [pytest.param("unet", marks=pytest.mark.slow), "mmdit, stacked"]
+
+
+@pytest.mark.parametrize("name", UNET_AND_MMDIT)
+def test_a_network_in_8_bits_is_near_itself(net: Callable[[str], Net], name: str) -> None:
+    module, params, inputs = net(name)
+    apply = jax.jit(as_apply(module))
+    plain = apply(params, *inputs)
+    errors = {kind: _error(apply(quantize(params, kind), *inputs), plain) for kind in ("int8", "int8w")}
+    assert min(errors.values()) > 1e-4, errors
+    assert max(errors.values()) < 0.05, errors
+
+
+def test_convolutions_and_products_of_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "NARROW", 1)
+    layers = [nn.Conv(6, (3, 3), 2, padding=1), nn.Conv(6, (1, 1), use_bias=False), nn.Conv(6, (3, 3)), nn.Dense(6)]
+    x = jax.random.normal(jax.random.key(0), (2, 8, 6, 16))
+    for layer in layers:
+        params = layer.init(jax.random.key(1), x)["params"]
+        plain = layer.apply({"params": params}, x)
+        for kind in ("int8", "int8w"):
+            with quantization.rounding(kind):
+                rounded = layer.apply({"params": quantize(params, kind).params}, x)
+            assert 1e-4 < _error(rounded, plain) < 0.02
+
+
+@pytest.mark.parametrize("name", UNET_AND_MMDIT)
+def test_kernels_alone_are_the_network_of_the_rounded_kernels(net: Callable[[str], Net], name: str) -> None:
+    module, params, inputs = net(name)
+    quantized = quantize(params, "int8w")
+
+    def whole(leaf: Any) -> Any:
+        return qwix.dequantize(leaf) if isinstance(leaf, qwix.QArray) else leaf
+
+    rounded = jax.tree.map(whole, quantized.params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    apply = jax.jit(as_apply(module))
+    np.testing.assert_allclose(apply(quantized, *inputs), apply(rounded, *inputs), atol=1e-5)
+    before, after = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, rounded))
+    for path, leaf in before.items():  # within half a step of each output's scale, and of each layer's
+        axes = tuple(range(leaf.ndim))[int(leaf.ndim in (3, 5)) : -1]
+        step = jnp.abs(leaf).max(axes, keepdims=True) / 127 if axes else 0.0
+        assert jnp.all(jnp.abs(after[path] - leaf) <= 0.51 * step), path
+
+
+def test_what_is_wide_is_int8_and_times_and_ends_are_not(net: Callable[[str], Net]) -> None:
+    _, params, _ = net("unet")
+    flat = traverse_util.flatten_dict(quantize(params, "int8").params, sep="/")
+    rounded = {path for path, leaf in flat.items() if isinstance(leaf, qwix.QArray)}
+    assert all(flat[path].qvalue.dtype == jnp.int8 for path in rounded)
+    assert "down_blocks_0/resnets_0/conv1/kernel" in rounded
+    assert any(path.endswith("attn1/to_q/kernel") for path in rounded)
+    stay = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "attn2/to_k", "norm")
+    assert not [path for path in rounded if any(name in path for name in stay)]
+    kernels = sum(leaf.size for path, leaf in traverse_util.flatten_dict(params, sep="/").items() if path in rounded)
+    assert sum(flat[path].qvalue.nbytes for path in rounded) == kernels
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_around_what_is_rounded(net: Callable[[str], Net]) -> None:
+    module, params, inputs = net("unet")
+    adapters = jax.tree.map(lambda leaf: leaf + 0.1, init(jax.random.key(1), params, rank=4))
+    apply = jax.jit(as_apply(module))
+    plain = apply(Adapted(params, adapters), *inputs)
+    assert _error(apply(Adapted(quantize(params, "int8"), adapters), *inputs), plain) < 0.05
+    assert _error(apply(params, *inputs), plain) > 0.1
+
+
+def test_what_cannot_be_is_refused(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = lcm_jax.load(tiny_model)
+    with pytest.raises(ValueError, match="quantize 'int4' is unknown; known are int8, int8w, fp8"):
+        pipe.quantized("int4")
+    if jax.default_backend() == "cpu":
+        assert main(["sample", "--model", str(tiny_model), "--prompt", "x", "--quantize", "fp8"]) == 2
+        assert "cpu has no 8-bit floats" in capsys.readouterr().err
+    own = pipe.quantized("int8")
+    with pytest.raises(ValueError, match="in int8 already"):
+        own.quantized("int8w")
+    with pytest.raises(ValueError, match="in int8, which save does not take"):
+        own.save(tiny_model.with_name("other"))
+    monkeypatch.setattr("lcm_jax.extras.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"qwix not installed; pip install 'lcm-jax\[quant\]'"):
+        quantization.check("int8")
+
+
+@pytest.mark.slow
+def test_pictures_in_8_bits() -> None:
+    pipe = lcm_jax.load("openmoji")
+    prompts = ["red heart", "cat face", "pizza", "rocket"]
+    plain = pipe(prompts, guidance=4.0)
+    near = {
+        kind: np.asarray(psnr(pipe.quantized(kind)(prompts, guidance=4.0), plain, data_range=255))
+        for kind in ("int8", "int8w")
+    }
+    assert near["int8w"].min() > 38
+    assert near["int8"].min() > 25
