@@ -270,7 +270,7 @@ def test_checkpoints_that_do_not_belong_together_are_named(params):
         lora.extract(params, broken, rank=2)
 
 
-@pytest.mark.parametrize("kind", ["unet", "mmdit", "remat"])
+@pytest.mark.parametrize("kind", ["unet", "mmdit", pytest.param("remat", marks=pytest.mark.slow)])
 def test_branches_are_what_merging_gives(kind: str) -> None:
     """The output, and the gradient of the adapters."""
     if kind == "mmdit":

@@ -62,7 +62,7 @@ def test_student(tmp_path: Path) -> None:
     assert_same(exported("openmoji", tmp_path), ours, num_inference_steps=4, guidance_scale=3.0)
 
 
-@pytest.mark.parametrize("form", ["lora-peft", "lora-kohya"])
+@pytest.mark.parametrize("form", ["lora-peft", pytest.param("lora-kohya", marks=pytest.mark.slow)])
 def test_lcm_lora_on_the_teacher(form: str, tmp_path: Path) -> None:
     """Trained here, exported, and loaded by diffusers onto the exported teacher."""
     ours = lcm_jax.load("openmoji-teacher", lora="openmoji-lcm-lora")(PROMPTS, steps=4, guidance=1.0, latents=NOISE)

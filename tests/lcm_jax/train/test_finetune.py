@@ -69,6 +69,7 @@ def check(name: str, model: Path, data: DataConfig, tmp_path: Path, **options: A
     assert np.any(after("dog face", **draw) != before("dog face", **draw))
 
 
+@pytest.mark.slow
 def test_adapters_with_class_pictures_and_text(tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:
     check("unet", tiny_model, data, tmp_path, lora=ADAPTED["unet"], train_text=True, **PRIOR)
 

@@ -156,7 +156,9 @@ def test_teacher_is_a_pipeline_that_keeps_its_parameterization(teacher: Path) ->
     assert pipe("dog face", steps=2, sampler="ddim", guidance=2.0).shape == (1, 16, 16, 3)
 
 
-@pytest.mark.parametrize("objective", [LatentConsistencyDistillation, LatentConsistencyFinetuning])
+@pytest.mark.parametrize(
+    "objective", [LatentConsistencyDistillation, pytest.param(LatentConsistencyFinetuning, marks=pytest.mark.slow)]
+)
 def test_student_embeds_guidance(
     objective: type, teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path
 ) -> None:
@@ -179,6 +181,7 @@ def test_student_embeds_guidance(
         jax.tree.map(np.testing.assert_array_equal, again, pipe.params["unet"])
 
 
+@pytest.mark.slow
 def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:
     task = DistillationTask(
         teacher=str(teacher),
@@ -201,6 +204,7 @@ def distillation(model: Path, data: DataConfig, objective: FewStep, **options: o
     return DistillationTask(data=data, prompts=data, objective=objective, **around, **given)
 
 
+@pytest.mark.slow
 def test_dropout_is_for_training_alone(tiny_model: Path, data: DataConfig) -> None:
     objective = LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0, target="online")
     losses, shown = [], []
@@ -272,7 +276,7 @@ def tiny_v(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_scheduler(tiny_model, tmp_path_factory.mktemp("tiny_v") / "model", prediction_type="v_prediction")
 
 
-FAST = {("tcd", "tiny_sd3"), ("scm", "tiny_v"), ("ladd", "tiny_model")}
+FAST = {("tcd", "tiny_sd3"), ("scm", "tiny_v")}
 
 
 @pytest.mark.parametrize(
@@ -384,6 +388,7 @@ def shapes_task(model: Path, net: MMDiTConfig, shapes: DataConfig, prompts: Data
     return replace(task, prompts=prompts, objective=Diffusion(schedule=RectifiedFlow(), kind="flow"))
 
 
+@pytest.mark.slow
 def test_buckets_with_synthetic_captions_are_trained_and_resumed_exactly(
     tiny_sd3: Path, tiny_sd3_net: MMDiTConfig, shapes: DataConfig, data: DataConfig, tmp_path: Path
 ) -> None:
