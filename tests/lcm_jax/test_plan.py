@@ -206,7 +206,7 @@ def test_a_batched_product_written_as_a_convolution() -> None:
 
 
 def test_flops_of_what_is_mapped_over_devices() -> None:
-    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.float32)
     P = jax.sharding.PartitionSpec
     mapped = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
