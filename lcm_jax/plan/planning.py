@@ -266,10 +266,10 @@ def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
             return program
     (compiled,) = found
     if isinstance(compiled, Exception):
-        used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(compiled))
-        if "RESOURCE_EXHAUSTED" not in str(compiled) or used is None:
+        needed = bytes_needed(str(compiled))
+        if needed is None:
             raise compiled
-        return _Program(int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")), 0, None)
+        return _Program(needed, 0, None)
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return _Program(
@@ -351,6 +351,14 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def bytes_needed(error: str) -> int | None:
+    """What a compiler that ran out of a chip's memory says the program takes; None of any other error."""
+    found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of|\) exceeds)", error)
+    if "RESOURCE_EXHAUSTED" not in error or found is None:
+        return None
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
 
 
 def said(mesh: Mapping[str, int]) -> str:

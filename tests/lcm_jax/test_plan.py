@@ -23,7 +23,7 @@ from lcm_jax.flops import flops
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
 from lcm_jax.plan.hlo import Program
-from lcm_jax.plan.planning import candidates
+from lcm_jax.plan.planning import bytes_needed, candidates
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.tasks.common import DataConfig
@@ -211,6 +211,20 @@ def test_flops_of_what_is_mapped_over_devices() -> None:
     P = jax.sharding.PartitionSpec
     mapped = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert flops(jax.make_jaxpr(mapped)(rows, kernel)) == 2 * 8 * 16 * 32
+
+
+@pytest.mark.parametrize(
+    ("error", "gib"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 58.50G of 15.75G hbm. Exceeded", 58.5),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+         "temporaries (58.50G) exceeds available HBM (15.75G).", 58.5),
+        ("RESOURCE_EXHAUSTED: no figure", None),
+        ("INTERNAL: Used 58.50G of 15.75G", None),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_no_error(error: str, gib: float | None) -> None:
+    assert bytes_needed(error) == (None if gib is None else gib * 2**30)
 
 
 def test_flops_of_cudnns_attention() -> None:
