@@ -8,21 +8,28 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
-_OWN_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_OPTIONS: dict[str, dict[str, bool | int | str]] = {
+    # XLA's own matrix products and reductions: its fusions by YNNPACK take 1.2 to 1.6 times as long (the openmoji
+    # networks, jax 0.10.2, two cores with AVX2; SD1.5 at 512 pixels, all convolutions, is as it was).
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    # Products of one input stay apart: one product for q, k and v together is cut into three copies, and keys and
+    # values of all layers together need their kernels copied side by side at every call (SD1.5's UNet at batch 1 on an
+    # H200: 6.8 to 5.0 ms). And they are cuBLAS's, which add bias and residual themselves, not Triton's (5.1 to 4.6 ms).
+    "gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False},
+}
 
 
 @cache
-def compiler_options() -> dict[str, str] | None:
+def compiler_options() -> dict[str, bool | int | str] | None:
     """`jax.jit`'s compiler_options for the default device, None for XLA's own choice.
 
-    On a CPU matrix products and reductions are left to XLA, as its fusions by YNNPACK take 1.2 to 1.6 times as long
-    (the openmoji networks, jax 0.10.2, two cores with AVX2; SD1.5 at 512 pixels, all convolutions, is as it was). An
-    XLA that does not know the option any more is left alone.
+    An XLA that does not know an option any more is left alone.
     """
-    if jax.default_backend() != "cpu":
+    options = _OPTIONS.get(jax.default_backend())
+    if options is None:
         return None
     try:
-        jax.jit(jnp.negative, compiler_options=_OWN_PRODUCTS).lower(0.0).compile()
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
     except JaxRuntimeError:
         return None
-    return _OWN_PRODUCTS
+    return options

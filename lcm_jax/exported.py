@@ -31,6 +31,7 @@ from lcm_jax.typing import Array, Params
 from lcm_jax.weights.files import written_aside
 from mmdit.attention import lowering_for
 from mmdit.text import zero_prompt
+from vae16 import portable
 
 VERSION = 1
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # and as jax.export names them
@@ -116,7 +117,7 @@ def write_program(
     )
     call = _call(pipe, header, [""] * batch, None, steps=4, guidance=guidance, seed=0)
     shapes = jax.eval_shape(lambda *trees: trees, _parameters(pipe), _leaves(call))
-    with lowering_for(platform):
+    with lowering_for(platform), portable():
         exported = export.export(jax.jit(_program(pipe, header)), platforms=[PLATFORMS[platform]])(*shapes)
     body = bytes(exported.serialize())
     told = asdict(header) | {"program": hashlib.sha256(body).hexdigest()}

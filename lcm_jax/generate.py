@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -150,7 +150,8 @@ class Generator:
 
     def check_start(self, t: float) -> None:
         """ValueError for a first time at which the network's output says nothing about the picture."""
-        if self.kind == "epsilon" and float(self.schedule.alpha(t)) == 0.0:
+        schedule: Any = self.schedule
+        if self.kind == "epsilon" and _alpha(schedule, t) == 0.0:
             raise ValueError(
                 f"the grid begins at timestep {t:.0f}, which is pure noise (rescale_betas_zero_snr), where "
                 "prediction_type 'epsilon' says nothing about the picture: use timestep_spacing 'leading'"
@@ -170,6 +171,12 @@ class Generator:
         """Pictures of clean latents."""
         vae: Any = self.vae
         return to_uint8(vae.apply({"params": vae_params}, unscale(latents, vae.config), method="decode"))
+
+
+@cache
+def _alpha(schedule: Schedule, t: float) -> float:
+    """Remembered, as it is asked of the device, which would be waited for at every call."""
+    return float(schedule.alpha(t))
 
 
 def to_float(images: UInt8[Array, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:

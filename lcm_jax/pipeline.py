@@ -223,8 +223,9 @@ class Pipeline:
             warnings.warn(line, stacklevel=2)
         if self.folder.is_sdxl:
             sizes = self.size_conditioning(self.size)[0] if sizes is None else sizes
-            sizes = jnp.tile(jnp.asarray(sizes, jnp.float32), (len(prompts), 1))
-        return texts(self.params, prompts, sizes)
+            rows = np.tile(np.asarray(sizes, np.float32), (len(prompts), 1))
+            return texts(self.params, prompts, rows)
+        return texts(self.params, prompts)
 
     def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
         """Pictures to latents in the UNet's units (the posterior's mean)."""
@@ -317,7 +318,7 @@ class Pipeline:
             raise ValueError(f"latents have shape {noise.shape}; {shape} is needed for {n} pictures of this size")
         return noise
 
-    def size_conditioning(self, size: tuple[int, int], **options: Any) -> tuple[Array, Array] | tuple[None, None]:
+    def size_conditioning(self, size: tuple[int, int], **options: Any) -> tuple[Any, Any]:
         """SDXL's size conditioning (`size_pair`) of a prompt and of its negative prompt; None for models without."""
         sdxl, refiner = self.folder.is_sdxl, self.folder.is_refiner
         for name, value in options.items():
@@ -341,7 +342,7 @@ class Pipeline:
         if not guided:
             return cond, cond
         if empty and self.folder.zeros_for_empty_prompt:
-            return cond, zero_prompt({**cond, "time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
+            return cond, zero_prompt(cond | {"time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
         return cond, self.encode_prompt(negatives, sizes=sizes[1], t5_tokens=t5_tokens)
 
     def check_size(self, size: Sequence[int] | None) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.compiling import compiler_options
@@ -81,7 +82,7 @@ class Prompts:
         return lines
 
     def __call__(
-        self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[Array, "n s"] | None = None
+        self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[np.ndarray, "n s"] | None = None
     ) -> dict[str, Array]:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
         return self._encode([params[name] for name in self.modules], self.tokenize(texts), sizes)

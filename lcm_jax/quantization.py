@@ -96,19 +96,25 @@ def rounding(kind: str) -> contextlib.AbstractContextManager[None]:
         else:
             assert isinstance(module, nn.Conv)
             pictures = qwix.quantize(x, kernel.qvalue.dtype, channelwise_axes=(0,))
-            y = qwix.conv_general_dilated(pictures, kernel, **_convolution(module))
+            y = _convolve(module, pictures, kernel)
         return (y + own["bias"] if "bias" in own else y).astype(dtype)
 
     return nn.intercept_methods(call)
 
 
-def _convolution(module: nn.Conv) -> dict[str, Any]:
-    """What `jax.lax.conv_general_dilated` is told of a module of ours: two sides, strides and padding."""
+def _convolve(module: nn.Conv, x: Any, kernel: Any) -> Array:
+    """What a module of ours, of two sides, strides and padding, is of `qwix.QArray`s with a scale for each picture and
+
+    each output; float32. Not qwix's: cuDNN has integer convolutions whose sums become float32 before anything else.
+    """
     strides: Any = module.strides or 1
     padding: Any = module.padding
-    pairs = padding if isinstance(padding, (str, tuple)) else ((padding, padding),) * 2
-    return {
-        "window_strides": (strides,) * 2 if isinstance(strides, int) else strides,
-        "padding": pairs,
-        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
-    }
+    sums = jax.lax.conv_general_dilated(
+        x.qvalue,
+        kernel.qvalue,
+        (strides,) * 2 if isinstance(strides, int) else strides,
+        padding if isinstance(padding, (str, tuple)) else ((padding, padding),) * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.int32 if x.qvalue.dtype == jnp.int8 else jnp.float32,
+    )
+    return sums.astype(jnp.float32) * (x.scale.astype(jnp.float32) * kernel.scale.astype(jnp.float32))

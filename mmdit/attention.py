@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -43,13 +44,14 @@ def attention(
     The softmax runs in float32 whatever the inputs are.
 
     Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
-    under a mask or bias, and a CPU takes `cpu_attention`, unless there is a mask or bias; all else is XLA's.
+    or heads wide under a mask or bias, and a CPU takes `cpu_attention`, unless there is a mask or bias; all else is
+    XLA's.
     """
     platform = _platform.get() or jax.default_backend()
     if implementation is None:
         half = query.dtype in (jnp.bfloat16, jnp.float16)
-        fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
-        fits &= not _odd(query, key) or (mask is None and bias is None)
+        fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _widest(platform)
+        fits &= _has_gradient(query, key) or (mask is None and bias is None)
         plain = not causal and mask is None and bias is None
         implementation = "cudnn" if half and fits and platform == "gpu" else "xla"
         implementation = "cpu" if plain and platform == "cpu" else implementation
@@ -62,13 +64,42 @@ def attention(
             raise ValueError("implementation 'cpu' attends without causal, mask and bias: leave it out, or use 'xla'")
         return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
-    if implementation == "cudnn" and _odd(query, key):
-        return attend_even(query, key, value, **options).astype(dtype)
+    if implementation == "cudnn" and not _has_gradient(query, key):
+        if mask is not None or bias is not None:
+            raise ValueError("implementation 'cudnn': no mask or bias where lengths are odd or heads wider than 128")
+        return flash(tuple(options.items()), query, key, value).astype(dtype)
     return jax.nn.dot_product_attention(query, key, value, bias, mask, **options).astype(dtype)
 
 
-def _odd(query: Array, key: Array) -> bool:
-    return bool(query.shape[1] % 2 or key.shape[1] % 2)
+def _widest(platform: str) -> int:
+    """Numbers of a head that cuDNN's kernel takes: more than 128 from Hopper on."""
+    here = platform == "gpu" == jax.default_backend()
+    capability = getattr(jax.devices()[0], "compute_capability", "0") if here else "0"
+    return 256 if float(capability) >= 9.0 else 128
+
+
+def _has_gradient(query: Array, key: Array) -> bool:
+    """Whether cuDNN's kernel has one in jax, rather than values alone."""
+    return query.shape[1] % 2 == key.shape[1] % 2 == 0 and query.shape[-1] <= 128
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def flash(options: tuple[tuple[str, Any], ...], query: Array, key: Array, value: Array) -> Array:
+    """Attention by a kernel that has no gradient for these shapes; where one is asked for, by another way."""
+    return jax.nn.dot_product_attention(query, key, value, **dict(options))
+
+
+def _forward(options: tuple[tuple[str, Any], ...], *arrays: Array) -> tuple[Array, Any]:
+    wide = arrays[0].shape[-1] > 128
+    other = partial(attend_even, **(dict(options) | ({"implementation": "xla"} if wide else {})))
+    return jax.vjp(other, *arrays)
+
+
+def _backward(options: tuple[tuple[str, Any], ...], back: Any, slope: Array) -> Any:
+    return back(slope)
+
+
+flash.defvjp(_forward, _backward)
 
 
 def attend_even(query: Array, key: Array, value: Array, **options: Any) -> Array:

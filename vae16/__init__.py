@@ -2,6 +2,7 @@
 
 from vae16.autoencoder import AutoencoderConfig, AutoencoderKL, fold_shift, sample_latent, scale, unscale
 from vae16.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_discriminator, hinge_generator
+from vae16.layers import portable
 from vae16.losses import LossConfig, adaptive_weight, autoencoder_loss, kl_divergence
 from vae16.perceptual import LPIPS, LPIPSConfig
 from vae16.rules import LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES, RULES, TINY_ORIGINAL_RULES, TINY_RULES
@@ -34,6 +35,7 @@ __all__ = [
     "hinge_discriminator",
     "hinge_generator",
     "kl_divergence",
+    "portable",
     "sample_latent",
     "scale",
     "sliced",

@@ -195,7 +195,7 @@ class Encoder(nn.Module):
             )
             h = stage(h)
         h = _Middle(c.norm_num_groups, c.mid_block_add_attention, **types, name="mid_block")(h)
-        h = nn.silu(GroupNorm(c.norm_num_groups, **types, name="conv_norm_out")(h))
+        h = GroupNorm(c.norm_num_groups, silu=True, **types, name="conv_norm_out")(h)
         return conv(2 * c.latent_channels, **types, name="conv_out")(h)
 
 
@@ -220,7 +220,7 @@ class Decoder(nn.Module):
                 width, c.layers_per_block + 1, c.norm_num_groups, resample, self.remat, **types, name=f"up_blocks_{i}"
             )
             h = stage(h)
-        h = nn.silu(GroupNorm(c.norm_num_groups, **types, name="conv_norm_out")(h))
+        h = GroupNorm(c.norm_num_groups, silu=True, **types, name="conv_norm_out")(h)
         if features:
             return h
         return conv(c.out_channels, **types, name="conv_out")(h)

@@ -46,7 +46,7 @@ def winograd(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Flo
     """`direct` for even h and w in 4/9 of its products: F(2 x 2, 3 x 3) of Lavin & Gray (1509.09308, section 4.1).
 
     Tiles of 4 x 4 pixels that overlap by two, d, give 2 x 2 pixels each: A^T [(G g G^T) (B^T d B)] A. Summed over the
-    channels that is a matrix product of all tiles for each of the 16 places. Its error is no greater than `direct`'s;
+    channels that is a matrix product of all tiles for each of the 16 places. Its error is about `direct`'s;
     that of F(4 x 4, 3 x 3) would be five times as great.
     """
     b, h, w, _ = x.shape

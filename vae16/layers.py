@@ -5,17 +5,34 @@ Everything is (b, h, w, c). Parameter paths follow the PyTorch names (see rules.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from vae16 import gpu_group_norm
 from vae16.convolution import convolve
 
 Types = dict[str, Any]  # the dtype and param_dtype of a module, handed on to its children
+_portable: ContextVar[bool] = ContextVar("portable", default=False)
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """What is traced inside has no kernels of our own: those are for the machine at hand and its version of Triton."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def conv(
@@ -50,41 +67,108 @@ def attend(q: Float[Array, "b n c"], k: Float[Array, "b n c"], v: Float[Array, "
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018, eq. 1) folded into one multiply-add on the activation.
+    """Group normalisation (Wu & He 2018, eq. 1), with SiLU behind it if asked for. See `normalise`.
 
-    First and second moments per channel give those of the group, and mean, variance, scale and bias fold into
-    ``x * a + b`` with a, b of shape (b, 1, 1, c). Statistics are float32. The second moment is taken about a sample
-    of the channel itself (any constant shift cancels in exact arithmetic), which avoids the cancellation of
-    E[x^2] - E[x]^2 when the mean is large.
+    In bfloat16 a GPU takes one kernel for all of it (`vae16/gpu_group_norm.py`), unless there is a gradient to be had.
     """
 
     num_groups: int
     epsilon: float = 1e-6
+    silu: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        b, h, w, c = x.shape
+    def __call__(
+        self, x: Float[Array, "b h w c"], offset: Float[Array, "b c"] | None = None
+    ) -> Float[Array, "b h w c"]:
+        """offset: added to every pixel of x beforehand, for which moments need no other pass over x."""
+        b, _, _, c = x.shape
         if c % self.num_groups:
             raise ValueError(
                 f"{self.name}: {c} channels do not divide into {self.num_groups} groups; change the groups"
             )
-        gamma = self.param("scale", nn.initializers.ones_init(), (c,), self.param_dtype).astype(jnp.float32)
-        beta = self.param("bias", nn.initializers.zeros_init(), (c,), self.param_dtype).astype(jnp.float32)
-        x32 = x.astype(jnp.float32)
-        origin = jax.lax.stop_gradient(x32[:, h // 2, w // 2])
-        centred = x32 - origin[:, None, None]
-        first = centred.mean((1, 2))
-        variance = jnp.square(centred).mean((1, 2)) - jnp.square(first)
-        mean = (first + origin).reshape(b, self.num_groups, -1)
-        group_mean = mean.mean(-1, keepdims=True)
-        spread = jnp.square(mean - group_mean).mean(-1, keepdims=True)
-        group_variance = jnp.maximum(variance.reshape(mean.shape).mean(-1, keepdims=True) + spread, 0.0)
-        shape = mean.shape
-        a = jnp.broadcast_to(jax.lax.rsqrt(group_variance + self.epsilon), shape).reshape(b, c) * gamma
-        shift = beta - jnp.broadcast_to(group_mean, shape).reshape(b, c) * a
-        return (x32 * a[:, None, None] + shift[:, None, None]).astype(self.dtype)
+        scale = self.param("scale", nn.initializers.ones_init(), (c,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (c,), self.param_dtype)
+        offset = jnp.zeros((b, c)) if offset is None else offset
+        how = Normalisation(self.num_groups, self.epsilon, self.silu)
+        if x.dtype == self.dtype == jnp.bfloat16 and not _portable.get():
+            return _normalise_half(how, x, offset, scale, bias)
+        return normalise(how, x, offset, scale, bias).astype(self.dtype)
+
+
+class Normalisation(NamedTuple):
+    """Of a group norm what is static. silu: whether SiLU follows."""
+
+    groups: int
+    epsilon: float
+    silu: bool
+
+
+def normalise(
+    how: Normalisation,
+    x: Float[Array, "b h w c"],
+    offset: Float[Array, "b c"],
+    scale: Float[Array, " c"],
+    bias: Float[Array, " c"],
+) -> Float[Array, "b h w c"]:
+    """Group norm of x + offset, folded into one multiply-add on the activation; float32 whatever comes in.
+
+    First and second moments per channel give those of the group, and mean, variance, scale, bias and offset fold into
+    ``x * a + b`` with a, b of shape (b, 1, 1, c). The second moment is taken about a sample of the channel itself (any
+    constant shift cancels in exact arithmetic), which avoids the cancellation of E[x^2] - E[x]^2 when the mean is
+    large; about zero in bfloat16, whose eight bits leave nothing for it to cancel.
+    """
+    b, h, w, c = x.shape
+    offset, scale, bias = (leaf.astype(jnp.float32) for leaf in (offset, scale, bias))
+    x32 = x.astype(jnp.float32)
+    origin, centred = offset, x32
+    if x.dtype != jnp.bfloat16:
+        sample = jax.lax.stop_gradient(x32[:, h // 2, w // 2])
+        origin, centred = origin + sample, x32 - sample[:, None, None]
+    first = centred.mean((1, 2))
+    variance = jnp.square(centred).mean((1, 2)) - jnp.square(first)
+    mean = (first + origin).reshape(b, how.groups, -1)
+    group_mean = mean.mean(-1, keepdims=True)
+    spread = jnp.square(mean - group_mean).mean(-1, keepdims=True)
+    group_variance = jnp.maximum(variance.reshape(mean.shape).mean(-1, keepdims=True) + spread, 0.0)
+    shape = mean.shape
+    a = jnp.broadcast_to(jax.lax.rsqrt(group_variance + how.epsilon), shape).reshape(b, c) * scale
+    shift = bias + (offset - jnp.broadcast_to(group_mean, shape).reshape(b, c)) * a
+    y = x32 * a[:, None, None] + shift[:, None, None]
+    return nn.silu(y) if how.silu else y
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalise_half(how: Normalisation, x: Array, offset: Array, scale: Array, bias: Array) -> Array:
+    def plain(*arrays: Array) -> Array:
+        return normalise(how, *arrays).astype(x.dtype)
+
+    if not gpu_group_norm.fits(x) or jax.sharding.get_abstract_mesh().manual_axes:
+        return plain(x, offset, scale, bias)  # shard_map and pmap would have to be told what varies over their axes
+
+    @custom_vmap
+    def run(*arrays: Array) -> Array:
+        kernel = partial(gpu_group_norm.group_norm, **how._asdict())
+        return jax.lax.platform_dependent(*arrays, cuda=kernel, default=plain)
+
+    @run.def_vmap
+    def _(copies: int, batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
+        if any(batched[2:]):
+            return jax.vmap(plain, [0 if own else None for own in batched])(*arrays), True
+        wide = (jax.lax.broadcast(leaf, () if own else (copies,)) for leaf, own in zip(arrays, batched, strict=True))
+        x, offset = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (next(wide), next(wide)))
+        return run(x, offset, *arrays[2:]).reshape(copies, -1, *x.shape[1:]), True
+
+    return run(x, offset, scale, bias)
+
+
+@_normalise_half.defjvp
+def _(how: Normalisation, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    def plain(*arrays: Array) -> Array:
+        return normalise(how, *arrays).astype(primals[0].dtype)
+
+    return jax.jvp(plain, primals, tangents)
 
 
 class ResnetBlock(nn.Module):
@@ -98,9 +182,9 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = nn.silu(GroupNorm(self.num_groups, **types, name="norm1")(x))
+        h = GroupNorm(self.num_groups, silu=True, **types, name="norm1")(x)
         h = conv(self.features, **types, name="conv1")(h)
-        h = nn.silu(GroupNorm(self.num_groups, **types, name="norm2")(h))
+        h = GroupNorm(self.num_groups, silu=True, **types, name="norm2")(h)
         h = conv(self.features, **types, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, **types, name="conv_shortcut")(x)

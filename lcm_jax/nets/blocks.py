@@ -30,16 +30,16 @@ class ResnetBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b d"]) -> Float[Array, "b h w f"]:
         """time: the activated time embedding, shared by all blocks."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm1", **types)(x))
+        y = GroupNorm(self.groups, self.epsilon, silu=True, name="norm1", **types)(x)
         y = conv(self.features, "conv1", **types)(y)
-        time = dense(self.features * (2 if self.scale_shift else 1), "time_emb_proj", **types)(time)[:, None, None]
-        norm = GroupNorm(self.groups, self.epsilon, name="norm2", **types)
+        time = dense(self.features * (2 if self.scale_shift else 1), "time_emb_proj", **types)(time)
+        norm = GroupNorm(self.groups, self.epsilon, silu=not self.scale_shift, name="norm2", **types)
         if self.scale_shift:
-            scale, shift = jnp.split(time, 2, axis=-1)
-            y = norm(y) * (1 + scale) + shift
+            scale, shift = jnp.split(time[:, None, None], 2, axis=-1)
+            y = nn.silu(norm(y) * (1 + scale) + shift)
         else:
-            y = norm(y + time)
-        y = conv(self.features, "conv2", **types)(nn.silu(y))
+            y = norm(y, time)
+        y = conv(self.features, "conv2", **types)(y)
         if x.shape[-1] != self.features:
             x = conv(self.features, "conv_shortcut", kernel=1, **types)(x)
         return x + y

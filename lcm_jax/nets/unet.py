@@ -69,7 +69,7 @@ class UNet(nn.Module):
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             y = UpBlock(depths=depths, name=f"up_blocks_{i}", **stage)(y, mine, time, context, size)
 
-        y = nn.silu(GroupNorm(config.norm_num_groups, config.norm_eps, name="conv_norm_out", **types)(y))
+        y = GroupNorm(config.norm_num_groups, config.norm_eps, silu=True, name="conv_norm_out", **types)(y)
         return conv(config.out_channels, "conv_out", kernel=config.conv_out_kernel, **types)(y).astype(x.dtype)
 
     def _stage(self, level: int, attends: bool) -> dict[str, Any]:

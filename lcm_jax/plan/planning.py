@@ -32,6 +32,7 @@ from lcm_jax.train.loop import initial_shapes, optimizer_and_step
 from lcm_jax.train.sharding import make_mesh, mesh_shape
 from lcm_jax.weights.files import read_json, write_json
 from mmdit.attention import lowering_for
+from vae16 import portable
 
 _VERSION = 4  # of what is kept
 _TENSOR = (1, 2, 4)  # that a search tries
@@ -118,7 +119,7 @@ class Traced:
     @cached_property
     def _traced(self) -> Any:
         shapes, _, step = self._parts
-        with lowering_for(self.platform):
+        with lowering_for(self.platform), portable():
             return step.trace(*shapes)
 
     @property

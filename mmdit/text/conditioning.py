@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mmdit.text.clip import CLIPTextModel, TextOutput
@@ -98,13 +99,13 @@ def size_ids(
     *,
     aesthetic_score: float | None = None,
     batch: int = 1,
-) -> Float[Array, "b n"]:
+) -> Float[np.ndarray, "b n"]:
     """SDXL's size conditioning in pixels: (original height, width, crop top, left, target height, width).
 
     With an aesthetic score (1 to 10) it is the refiner's: (original height, width, crop top, left, score).
     """
     last = (original if target is None else target) if aesthetic_score is None else (aesthetic_score,)
-    return jnp.tile(jnp.asarray([*original, *crop, *last], jnp.float32), (batch, 1))
+    return np.tile(np.asarray([*original, *crop, *last], np.float32), (batch, 1))
 
 
 def size_pair(
@@ -114,7 +115,7 @@ def size_pair(
     crop: tuple[int, int] | None = None,
     aesthetic_score: float | None = None,
     refiner: bool = False,
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """The size conditioning of a prompt and of its negative prompt, where the picture has `size` (height, width).
 
     Defaults are diffusers': `size` is the original's too, nothing is cut off, the score is 6. The refiner's negative
