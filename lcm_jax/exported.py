@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -254,6 +255,6 @@ def _read(path: Path) -> tuple[Header, bytes]:
         header = Header(**told | {"size": tuple(told["size"])})
         if hashlib.sha256(body).hexdigest() != header.program:
             raise ValueError("its program is damaged")
-    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: no file of lcm-jax compile that can be read ({error}); make it again") from None
     return header, body

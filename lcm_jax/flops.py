@@ -27,14 +27,16 @@ def _of(equation: Any) -> float:
         return 2.0 * math.prod(out) * window / math.prod(params["lhs_dilation"])
     if name == "cond":
         return max(map(flops, params["branches"]))
-    if match := _CUDNN.match(name):  # 2 products of (l, d) by (m, d) for each head, and 5 in the gradient
+    if match := _ATTENTION.fullmatch(str(params.get("name", name))):
+        # 2 products of (l, d) by (m, d) for each head, and 5 in the gradient
         (*_, length, heads, width), (_, others, _, _) = (operand.aval.shape for operand in equation.invars[:2])
         products = 2 if match["pass"] == "fwd" else 5
         return 2.0 * products * equation.invars[0].aval.shape[0] * heads * length * others * width
     return float(_times(name, params) * sum(map(flops, _inner(params))))
 
 
-_CUDNN = re.compile(r"dot_product_attention_(?P<pass>fwd|bwd)")
+# cuDNN's primitives, and the functions of mmdit.tpu_attention.
+_ATTENTION = re.compile(r"dot_product_attention(_tpu)?_(?P<pass>fwd|bwd)(_wrapper)?")
 
 
 def _times(name: str, params: dict[str, Any]) -> int:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmdit import cpu_attention
+from mmdit import cpu_attention, tpu_attention
 
-Implementation = Literal["xla", "cudnn", "cpu"]
+Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
@@ -44,8 +44,8 @@ def attention(
     The softmax runs in float32 whatever the inputs are.
 
     Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
-    or heads wide under a mask or bias, and a CPU takes `cpu_attention`, unless there is a mask or bias; all else is
-    XLA's.
+    or heads wide under a mask or bias; a CPU takes `cpu_attention` and a lone TPU, of long ones,
+    `tpu_attention`, unless there is a mask or bias; all else is XLA's.
     """
     platform = _platform.get() or jax.default_backend()
     if implementation is None:
@@ -55,14 +55,22 @@ def attention(
         plain = not causal and mask is None and bias is None
         implementation = "cudnn" if half and fits and platform == "gpu" else "xla"
         implementation = "cpu" if plain and platform == "cpu" else implementation
+        here = platform == jax.default_backend()
+        tiled = plain and platform == "tpu" and here and tpu_attention.fits(query, key)
+        implementation = "tpu" if tiled else implementation
     dtype = query.dtype
     if dtype == jnp.float16 and platform != "gpu":
         # jax asks for float16 products summed in float32, which it has on GPUs alone.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    if implementation == "cpu":
+    if implementation in ("cpu", "tpu"):
         if causal or mask is not None or bias is not None:
-            raise ValueError("implementation 'cpu' attends without causal, mask and bias: leave it out, or use 'xla'")
-        return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
+            raise ValueError(
+                f"implementation {implementation!r} has no causal, mask or bias: use 'xla', or leave it out"
+            )
+        if implementation == "cpu":
+            return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return tpu_attention.attend(query, key, value, scale).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
     if implementation == "cudnn" and not _has_gradient(query, key):
         if mask is not None or bias is not None:

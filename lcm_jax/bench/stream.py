@@ -45,8 +45,10 @@ def stream_rows(pipe: Pipeline, size: tuple[int, int], *, steps: int = 5, frames
     def over(stream: Stream, pictures: Sequence[np.ndarray] = scene) -> Callable[[], Any]:
         return lambda: [stream(picture) for picture in pictures]
 
-    def made(**controls: Any) -> Stream:
-        return Stream(pipe, "red heart", size=size, **({"steps": steps, "strength": 0.8} | controls))
+    tiny = with_tiny_vae(pipe)
+
+    def made(model: Pipeline = pipe, **controls: Any) -> Stream:
+        return Stream(model, "red heart", size=size, **({"steps": steps, "strength": 0.8} | controls))
 
     rows = []
     for n in (1, 2, 4):
@@ -55,9 +57,9 @@ def stream_rows(pipe: Pipeline, size: tuple[int, int], *, steps: int = 5, frames
         rows.append(Row(name=f"{n} steps, stream batch", run=over(made(steps=n)), frames=frames, against=alone))
     yield "Stream batch", rows
 
-    modes = {name: made(guidance=name, scale=1.4) for name in ("full", "self", "onetime", "none")}
+    modes = {name: made(tiny, guidance=name, scale=1.4) for name in ("full", "self", "onetime", "none")}
     yield (
-        f"Guidance, {steps} steps",
+        f"Guidance, {steps} steps, tiny autoencoder",
         [
             Row(name=name, run=over(stream), frames=frames, against=None if name == "full" else "full")
             for name, stream in modes.items()
@@ -78,8 +80,7 @@ def stream_rows(pipe: Pipeline, size: tuple[int, int], *, steps: int = 5, frames
         ],
     )
 
-    tiny = with_tiny_vae(pipe)
-    small = Stream(tiny, "red heart", size=size, steps=2, strength=0.8)
+    small = made(tiny, steps=2)
     yield (
         "Autoencoder, 2 steps",
         [

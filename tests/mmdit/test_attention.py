@@ -99,5 +99,5 @@ def test_heads_and_queries_by_parts_are_the_same_attention(whole: bool, monkeypa
 
     near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(near, everything("cpu"), everything("xla"))
-    with pytest.raises(ValueError, match="leave it out"):
+    with pytest.raises(ValueError, match="or leave it out"):
         module.attention(q, q, q, causal=True, implementation="cpu")
