@@ -366,7 +366,7 @@ def test_prompt_embeddings(families: Callable[[str], Family]) -> None:
         want = family.theirs.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
         assert ours["context"].shape == (2, LENGTH + 256, T5_WIDTH)
         for got, expected in zip((ours["context"], ours["pooled"]), want[::2], strict=True):
-            assert np.abs(np.asarray(got) - expected.numpy()).max() <= 1e-5 * float(expected.abs().max())
+            assert np.abs(np.asarray(got) - expected.numpy()).max() <= 2e-5 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", ["medium", "medium_without_t5", "35medium"])
