@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -87,12 +88,14 @@ class Writer:
         # H.264 with colours at half the resolution has even sides: an odd one loses a line
         self._stream.height, self._stream.width = (side - side % 2 for side in size)
         self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.thread_count = 1
         self._stream.codec_context.time_base = self._stream.time_base = time_base
         self._base = time_base
 
     def put(self, time: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         part = np.ascontiguousarray(picture[: self._stream.height, : self._stream.width])
-        frame = av.VideoFrame.from_ndarray(part, format="rgb24")
+        # With the colours left to the encoder, and more threads, one in ten files differed for the same frames.
+        frame = av.VideoFrame.from_ndarray(part, format="rgb24").reformat(format="yuv420p")
         frame.pts, frame.time_base = time, self._base
         self._container.mux(self._stream.encode(frame))
 
@@ -161,19 +164,18 @@ def _make(stream: Stream, video: Video, batch: list[Any], before: list[Any], pat
         for picture in before:
             stream(picture)
     aside = path.with_suffix(".tmp")
-    writer = Writer(aside, video.size, video.rate, video.time_base, "nut")
 
     def write(item: tuple[int, UInt8[np.ndarray, "h w 3"]]) -> None:
         time, picture = item
         height, width = video.size
         writer.put(time, np.asarray(PILImage.fromarray(picture).resize((width, height), PILImage.Resampling.LANCZOS)))
 
-    with Behind(write) as behind:
+    # Closed on an interrupt too: else, collected later, it would write what it still holds into the next one's file.
+    with closing(Writer(aside, video.size, video.rate, video.time_base, "nut")) as writer, Behind(write) as behind:
         pictures = stream.map(picture for _, picture in batch)
         for (time, _), picture in zip(batch, pictures, strict=True):
             behind.put((time, picture))
             bar.update()
-    writer.close()
     aside.replace(path)
 
 
