@@ -139,11 +139,13 @@ def normalise(
     return nn.silu(y) if how.silu else y
 
 
+def _rounded(how: Normalisation, x: Array, *others: Array) -> Array:
+    return normalise(how, x, *others).astype(x.dtype)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalise_half(how: Normalisation, x: Array, offset: Array, scale: Array, bias: Array) -> Array:
-    def plain(*arrays: Array) -> Array:
-        return normalise(how, *arrays).astype(x.dtype)
-
+    plain = partial(_rounded, how)
     if not gpu_group_norm.fits(x) or jax.sharding.get_abstract_mesh().manual_axes:
         return plain(x, offset, scale, bias)  # shard_map and pmap would have to be told what varies over their axes
 
@@ -165,10 +167,7 @@ def _normalise_half(how: Normalisation, x: Array, offset: Array, scale: Array, b
 
 @_normalise_half.defjvp
 def _(how: Normalisation, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    def plain(*arrays: Array) -> Array:
-        return normalise(how, *arrays).astype(primals[0].dtype)
-
-    return jax.jvp(plain, primals, tangents)
+    return jax.jvp(partial(_rounded, how), primals, tangents)
 
 
 class ResnetBlock(nn.Module):

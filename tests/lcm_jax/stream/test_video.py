@@ -81,9 +81,20 @@ def test_its_frames_are_the_streams(light_pipe: Pipe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("controls", [{}, {"similarity": 0.98}, {"feedback": 0.3, "motion": 0.5}], ids=str)
-def test_a_killed_job_goes_on_to_the_same_file(light_pipe: Pipe, tmp_path: Path, controls: dict[str, Any]) -> None:
+def test_a_killed_job_goes_on_to_the_same_file(
+    light_pipe: Pipe, tmp_path: Path, controls: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, given = Writer.put, {}
+
+    def seen(writer: Writer, time: int, picture: np.ndarray) -> None:
+        given[time] = picture.copy()
+        put(writer, time, picture)
+
+    monkeypatch.setattr(Writer, "put", seen)
     video = Video.open(make(tmp_path / "in.mp4"))
     restyle(made(light_pipe, **controls), video, tmp_path / "whole.mp4", segment=8, progress=False)
+    whole = dict(given)
+    given.clear()
 
     stream, calls = made(light_pipe, **controls), 0
     prepare = stream.prepare
@@ -107,6 +118,8 @@ def test_a_killed_job_goes_on_to_the_same_file(light_pipe: Pipe, tmp_path: Path,
     assert stamp
     a, b = (list(Video.open(tmp_path / name).read()) for name in ("whole.mp4", "out.mp4"))
     assert [time for time, _ in a] == [time for time, _ in b]
+    assert list(given) == list(whole)
+    assert all(np.array_equal(given[time], picture) for time, picture in whole.items())
     # x264 does not give the same bytes for the same frames every time: a level or two apart on the average.
     assert all(np.abs(x.astype(float) - y).mean() < 4 for (_, x), (_, y) in zip(a, b, strict=True))
 
