@@ -1,4 +1,4 @@
-"""Winograd's convolution is the convolution, and is taken on a CPU alone."""
+"""The other ways to a convolution are the convolution, and are taken on a CPU alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jax import Array, export
 
 from vae16 import convolution
-from vae16.convolution import convolve, direct, winograd
+from vae16.convolution import columns, convolve, direct, winograd
 
 
 def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]:
@@ -24,6 +24,12 @@ def test_winograd_is_the_convolution() -> None:
     np.testing.assert_allclose(winograd(x, kernel), direct(x, kernel), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (2, 5), (3, 1)])
+def test_neighbours_side_by_side_are_the_convolution(size: tuple[int, int]) -> None:
+    x, kernel = arrays((2, *size, 5), (3, 3, 5, 7))
+    np.testing.assert_allclose(columns(x, kernel), direct(x, kernel), atol=1e-5)
+
+
 def test_its_error_is_about_the_direct_ones() -> None:
     """In the square: 0.8 to 1.6 times, by the order in which a machine's direct convolution adds."""
     x, kernel = arrays((1, 32, 32, 256), (3, 3, 256, 64))
@@ -33,11 +39,12 @@ def test_its_error_is_about_the_direct_ones() -> None:
     assert mine < 2.5 * plain
 
 
-def test_gradients_and_derivatives_along_a_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("height", [6, 2])
+def test_gradients_and_derivatives_along_a_direction(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "WIDTH", 1)
     monkeypatch.setattr(convolution, "SIZE", 1)
     monkeypatch.setattr(convolution, "ROWS", 1)
-    x, kernel, dx, dk = arrays((2, 6, 4, 3), (3, 3, 3, 5), (2, 6, 4, 3), (3, 3, 3, 5))
+    x, kernel, dx, dk = arrays(*((2, height, 4, 3), (3, 3, 3, 5)) * 2)
 
     def everything(own: object) -> object:
         slopes = jax.grad(lambda *args: jnp.sin(own(*args)).sum(), (0, 1))  # type: ignore[operator]
@@ -54,4 +61,5 @@ def test_it_is_taken_where_it_pays() -> None:
 
     assert [convolutions(platform, 64, 64) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
     assert [convolutions("cpu", side, width) for side, width in ((65, 64), (64, 32), (32, 64), (16, 1024))] == [1] * 4
+    assert [convolutions(platform, 2, 8) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
     assert convolutions("cpu", 64, 64, jnp.bfloat16) == 1
