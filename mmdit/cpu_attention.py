@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 PART = 512  # queries whose logits are held at a time
 LOGITS = 2**20  # of a head, from which on they no longer fit the cache, and parts are taken
+FOLD = 8
 
 
 def attend(
@@ -42,7 +45,20 @@ def attend(
 
 def _attend(q: Float[Array, "*b l d"], k: Float[Array, "*b m d"], v: Float[Array, "*b m d"]) -> Float[Array, "*b l d"]:
     logits = jnp.einsum("...ld,...md->...lm", q, k, preferred_element_type=jnp.float32)
-    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
-    weights = jnp.exp(logits - top)
+    weights = jnp.exp(logits - _top(jax.lax.stop_gradient(logits)))
+    # A column of ones has the product add up the weights too.
+    v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
     out = jnp.einsum("...lm,...md->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    return (out[..., :-1] / out[..., -1:]).astype(v.dtype)
+
+
+def _top(x: Float[Array, "*b m"]) -> Float[Array, "*b 1"]:
+    """The largest of each row, by comparing FOLD parts of it with one another, again and again.
+
+    They may overlap. XLA's own reductions along the last axis take more than all else of an attention: 178 to 90 ms for
+    8 heads of 4096 tokens and 40 channels, with the column of ones (two cores with AVX-512).
+    """
+    while (m := x.shape[-1]) > FOLD:
+        n = -(-m // FOLD)
+        x = reduce(jnp.maximum, (x[..., start : start + n] for start in (min(i * n, m - n) for i in range(FOLD))))
+    return x.max(-1, keepdims=True)

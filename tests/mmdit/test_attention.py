@@ -82,13 +82,15 @@ def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), slopes(mine), slopes(plain))
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_heads_and_queries_by_parts_are_the_same_attention(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("whole", "keys"), [(False, 7), (True, 77)])
+def test_heads_and_queries_by_parts_are_the_same_attention(
+    whole: bool, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values, gradients and derivatives along a direction, of 23 queries in parts of 4 or in one."""
     monkeypatch.setattr(cpu_attention, "PART", 4)
     monkeypatch.setattr(cpu_attention, "LOGITS", 10**6 if whole else 1)
     rng = np.random.default_rng(0)
-    q, k, v, dq, dk, dv = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (23, 7, 7) * 2)
+    q, k, v, dq, dk, dv = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (23, keys, keys) * 2)
 
     def everything(implementation: str) -> object:
         def attend(*qkv: jax.Array) -> jax.Array:
@@ -101,3 +103,14 @@ def test_heads_and_queries_by_parts_are_the_same_attention(whole: bool, monkeypa
     jax.tree.map(near, everything("cpu"), everything("xla"))
     with pytest.raises(ValueError, match="or leave it out"):
         module.attention(q, q, q, causal=True, implementation="cpu")
+
+
+@pytest.mark.parametrize("keys", [1, 8, 9, 67, 77, 600])
+def test_the_largest_logit_of_a_row_is_found_wherever_it_is(keys: int) -> None:
+    """Logits of thousands, whose exponentials are infinite or nought unless the very largest is taken off first."""
+    rng = np.random.default_rng(keys)
+    rows = jnp.asarray(1e3 * rng.standard_normal((keys, keys)) + 1e4 * np.eye(keys), jnp.float32)
+    np.testing.assert_array_equal(cpu_attention._top(rows), rows.max(-1, keepdims=True))
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 8)), jnp.float32) for n in (5, keys, keys))
+    mine, plain = (module.attention(q, k, v, scale=1e3, implementation=name) for name in ("cpu", "xla"))
+    np.testing.assert_allclose(mine, plain, rtol=1e-3, atol=1e-3)
