@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from vae16.layers import Types, conv
+from vae16.layers import NearestConv, Types, conv
 
 
 def _gelu(x: Array) -> Array:
@@ -166,8 +166,11 @@ class _Decoder(nn.Module):
         for i, depth in enumerate(c.num_decoder_blocks):
             if i:
                 next(names)
-                x = repeat(x, "b h w c -> b (h p) (w q) c", p=factor, q=factor)
-                x = conv(width, **types, use_bias=False, name=next(names))(x)
+                if factor == 2:
+                    x = NearestConv(width, **types, use_bias=False, name=next(names))(x)
+                else:
+                    x = repeat(x, "b h w c -> b (h p) (w q) c", p=factor, q=factor)
+                    x = conv(width, **types, use_bias=False, name=next(names))(x)
             for _ in range(depth):
                 x = _Block(c.act_fn, **types, name=next(names))(x)
         return conv(c.out_channels, **types, name=next(names))(x)
