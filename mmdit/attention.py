@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -10,12 +11,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mmdit import cpu_attention, tpu_attention
 
 Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
+_cut: ContextVar[tuple[Mesh, tuple[str, ...], str] | None] = ContextVar("cut", default=None)
 
 
 @contextmanager
@@ -26,6 +29,19 @@ def lowering_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _platform.reset(token)
+
+
+@contextmanager
+def cut_over(mesh: Mesh, rows: tuple[str, ...], heads: str) -> Iterator[None]:
+    """What is traced inside has batches that are cut along the axes `rows` of a mesh, and heads along `heads`.
+
+    XLA cannot cut a TPU's kernel: it has to be told.
+    """
+    token = _cut.set((mesh, rows, heads))
+    try:
+        yield
+    finally:
+        _cut.reset(token)
 
 
 def attention(
@@ -44,8 +60,8 @@ def attention(
     The softmax runs in float32 whatever the inputs are.
 
     Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
-    or heads wide under a mask or bias; a CPU takes `cpu_attention` and a lone TPU, of long ones,
-    `tpu_attention`, unless there is a mask or bias; all else is XLA's.
+    or heads wide under a mask or bias; a CPU takes `cpu_attention` and a TPU that is alone or in a mesh that is told
+    (`cut_over`), of long ones, `tpu_attention`, unless there is a mask or bias; all else is XLA's.
     """
     platform = _platform.get() or jax.default_backend()
     if implementation is None:
@@ -55,8 +71,7 @@ def attention(
         plain = not causal and mask is None and bias is None
         implementation = "cudnn" if half and fits and platform == "gpu" else "xla"
         implementation = "cpu" if plain and platform == "cpu" else implementation
-        here = platform == jax.default_backend()
-        tiled = plain and platform == "tpu" and here and tpu_attention.fits(query, key)
+        tiled = plain and platform == "tpu" and tpu_attention.fits(query, key) and _known_cut(query)
         implementation = "tpu" if tiled else implementation
     dtype = query.dtype
     if dtype == jnp.float16 and platform != "gpu":
@@ -70,13 +85,33 @@ def attention(
         if implementation == "cpu":
             return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return tpu_attention.attend(query, key, value, scale).astype(dtype)
+        return _on_each_part(partial(tpu_attention.attend, scale=scale), query, key, value).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
     if implementation == "cudnn" and not _has_gradient(query, key):
         if mask is not None or bias is not None:
             raise ValueError("implementation 'cudnn': no mask or bias where lengths are odd or heads wider than 128")
         return flash(tuple(options.items()), query, key, value).astype(dtype)
     return jax.nn.dot_product_attention(query, key, value, bias, mask, **options).astype(dtype)
+
+
+def _known_cut(query: Array) -> bool:
+    """Whether a kernel can be told which rows of a batch are where: all on one device, or equal parts on a mesh."""
+    cut = _cut.get()
+    if cut is None:
+        return jax.default_backend() == "tpu" and jax.device_count() == 1
+    mesh, rows, _ = cut
+    return query.shape[0] % math.prod(mesh.shape[axis] for axis in rows) == 0
+
+
+def _on_each_part(attend: Callable[..., Array], *qkv: Array) -> Array:
+    """`attend` of all rows and heads, each device of the mesh that is told, if one is, taking its own."""
+    cut = _cut.get()
+    if cut is None:
+        return attend(*qkv)
+    mesh, rows, heads = cut
+    divide = qkv[0].shape[2] % mesh.shape[heads] == 0
+    spec = PartitionSpec(rows, None, heads if divide else None)
+    return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*qkv)
 
 
 def _widest(platform: str) -> int:

@@ -21,6 +21,8 @@ _FREE = (  # of memory traffic: they name or arrange what others made
     *("after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"),
 )
 _CARRIERS = (*COLLECTIVES, "custom-call", "parameter", "tuple", "get-tuple-element")
+_FLASH = {"flash_attention": 2, "flash_mha_bwd_dq": 3, "flash_mha_bwd_dkv": 4}  # products of jax's kernels for TPUs
+_FLASH_NAME = re.compile("|".join(_FLASH))
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"(\(.*?\)|\S+) ([\w\-]+)\(")  # shape, opcode
 _NAME = re.compile(r"%?([\w.\-]+)$")
@@ -314,6 +316,9 @@ def _flops(op: Instruction, computation: Mapping[str, Instruction]) -> float:
         return 2.0 * math.prod(op.shapes[0].dims) * math.prod(dims)
     if op.opcode == "convolution":
         return _convolution_flops(op, computation)
+    if op.opcode == "custom-call" and (kernel := _FLASH_NAME.match(op.name)):
+        (*many, length, width), (*_, others, _) = (computation[name].shapes[0].dims for name in op.operands[:2])
+        return 2.0 * _FLASH[kernel[0]] * math.prod(many) * length * others * width
     return 0.0
 
 

@@ -14,7 +14,7 @@ import contextlib
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mmdit.attention import cut_over
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes along which a batch is cut
@@ -147,8 +149,9 @@ class Placement(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
 
-def rows_stay(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """Within it what flax modules give stays cut along its rows, as the batch is.
+@contextlib.contextmanager
+def rows_stay(mesh: Mesh) -> Iterator[None]:
+    """Within it what flax modules give stays cut along its rows, as the batch is, and attention may rely on that.
 
     Left to itself XLA gathers whole batches of activations to spare the gathering of a kernel. The networks know
     nothing of it.
@@ -165,7 +168,8 @@ def rows_stay(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
         given = next_function(*args, **kwargs)
         return jax.tree.map(keep, given) if context.method_name == "__call__" else given
 
-    return nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext()
+    with cut_over(mesh, ROWS, "tensor"), nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext():
+        yield
 
 
 def place(tree: Any, shardings: Any) -> Any:

@@ -205,6 +205,21 @@ def test_a_batched_product_written_as_a_convolution() -> None:
     assert Program(text, 1).flops == 24 * 2 * 16 * 8 * 32
 
 
+def test_products_inside_a_tpus_attention() -> None:
+    """jax's kernels, which XLA calls and does not look into: two of attention, three and four of its gradients."""
+    text = """
+    ENTRY %main (q: bf16[2,4,512,64], k: bf16[2,4,256,64]) -> bf16[2,4,512,64] {
+      %q = bf16[2,4,512,64]{3,2,1,0} parameter(0)
+      %k = bf16[2,4,256,64]{3,2,1,0} parameter(1)
+      %flash_mha_bwd_dq_block_q_major_512.1 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k, %k), CALL
+      %flash_mha_bwd_dkv_block_q_512.1 = (bf16[2,4,256,64]{3,2,1,0}, u8[]) custom-call(%q, %k, %k), CALL
+      %sort.1 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k), CALL
+      ROOT %flash_attention.3 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k, %k), CALL
+    }"""
+    text = dedent(text).lstrip().replace("CALL", 'custom_call_target="tpu_custom_call"')
+    assert Program(text, 1).flops == (2 + 3 + 4) * 2 * 8 * 512 * 256 * 64
+
+
 def test_flops_of_what_is_mapped_over_devices() -> None:
     mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.float32)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh
 
 from lcm_jax.flops import flops
 from mmdit import attention as module
@@ -65,8 +70,45 @@ def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyP
     assert not taken("tpu", *long, causal=True)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert not taken("tpu", *long)
+    for devices, own in ((1, True), (2, False)):  # of which a batch of one gives each its row, or cannot
+        with module.cut_over(AbstractMesh((devices, 1), ("rows", "heads")), ("rows",), "heads"):
+            assert taken("tpu", *long) is own
     with pytest.raises(ValueError, match="implementation 'tpu' has no causal"):
         attention(*long, causal=True, implementation="tpu")
+
+
+ON_A_MESH = """
+import jax
+import jax.numpy as jnp
+from functools import partial
+from jax.sharding import NamedSharding, PartitionSpec
+from mmdit import attention as module, tpu_attention
+from tests.mmdit.test_tpu_attention import arrays, everything, near
+
+def plain(q, k, v, *, segment_ids, sm_scale, block_sizes):  # interpreted, several devices wait for one another forever
+    seen = segment_ids.q[:, None, :, None] == segment_ids.kv[:, None, None, :]
+    weights = jax.nn.softmax(jnp.where(seen, sm_scale * jnp.einsum("bhld,bhmd->bhlm", q, k), -1e30))
+    return jnp.einsum("bhlm,bhmd->bhld", weights, v)
+
+tpu_attention.flash_attention = plain
+mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+rows = NamedSharding(mesh, PartitionSpec("rows"))
+for heads, cut in ((2, "heads"), (3, None)):  # three do not divide among two devices: both have all of them
+    qkv = arrays(2, 5, 9, heads, 8)
+    with module.cut_over(mesh, ("rows",), "heads"):
+        mine = jax.jit(partial(everything, "tpu"), in_shardings=(rows,) * 3)(*qkv)
+    assert mine[0].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("rows", None, cut)), 4), mine[0].sharding
+    jax.tree.map(near, mine, everything("xla", *qkv))
+"""
+
+
+def test_on_a_mesh_every_device_attends_for_its_rows_and_heads() -> None:
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH], cwd=root, env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_its_products_are_counted() -> None:
