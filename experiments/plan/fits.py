@@ -41,8 +41,9 @@ compiled for the slice on a machine without a TPU as far as the scheduled progra
 compute is a roofline: of every operation the longer of its FLOPs' and its memory traffic's time. communication is that
 of all collectives on links of the published rate. step and MFU: if all of it overlaps with compute, and if none does.
 
-At 1024 pixels the MMDiTs wait for memory and not for products: without a flash kernel every attention writes and reads
-its logits, which are most of the traffic.
+Attention of 1024 by 1024 tokens and more goes by jax's flash kernel, each chip for its own rows, and keeps no logits.
+By XLA's attention the MMDiTs at 1024 pixels waited for memory: sd3_medium_lcm had 7.84 GiB of temporaries and 1108 GB of
+traffic in a step of 1520 ms and more (18% MFU), sd35_large_lcm 13.07, 3185 and 1439 (28%), sdxl_lcm 2.75, 217 and 515.
 """
 
 
