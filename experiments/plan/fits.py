@@ -42,8 +42,9 @@ compute is a roofline: of every operation the longer of its FLOPs' and its memor
 of all collectives on links of the published rate. step and MFU: if all of it overlaps with compute, and if none does.
 
 Attention of 1024 by 1024 tokens and more goes by jax's flash kernel, each chip for its own rows, and keeps no logits.
-By XLA's attention the MMDiTs at 1024 pixels waited for memory: sd3_medium_lcm had 7.84 GiB of temporaries and 1108 GB of
-traffic in a step of 1520 ms and more (18% MFU), sd35_large_lcm 13.07, 3185 and 1439 (28%), sdxl_lcm 2.75, 217 and 515.
+By XLA's attention the MMDiTs at 1024 pixels waited for memory: sd3_medium_lcm had 7.84 GiB of temporaries and 1108 GB
+of traffic in a step of 1520 ms and more (18% MFU), sd35_large_lcm 13.07, 3185 and 1439 (28%), sdxl_lcm 2.75, 217 and
+515.
 """
 
 
