@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 # Where Winograd's products outweigh his sums (WIDTH channels, SIZE numbers of the input), and the turning of the kernel
 # (ROWS pixels of the whole batch).
-WIDTH, SIZE, ROWS = 64, 2**18, 2**10
+WIDTH, SIZE, ROWS = 64, 3 * 2**16, 2**10
 
 
 def convolve(
