@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -36,6 +39,21 @@ if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 CAPTIONS = ["red heart", "yellow heart", "woman farmer, medium skin tone", "flag of france", "dog face", "cat face"]
+
+
+@pytest.fixture(scope="session")
+def on_four_devices() -> Callable[[str], None]:
+    """Runs a script in a process of its own that has four CPU devices; fails with what it says."""
+
+    def run(script: str) -> None:
+        flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        root = Path(__file__).parents[1]
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=root, env=os.environ | flags, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

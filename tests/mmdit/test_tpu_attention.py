@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +98,8 @@ for heads, cut in ((2, "heads"), (3, None)):  # three do not divide among two de
 """
 
 
-def test_on_a_mesh_every_device_attends_for_its_rows_and_heads() -> None:
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH], cwd=root, env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_on_a_mesh_every_device_attends_for_its_rows_and_heads(on_four_devices: Callable[[str], None]) -> None:
+    on_four_devices(ON_A_MESH)
 
 
 def test_its_products_are_counted() -> None:

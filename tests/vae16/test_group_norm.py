@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -125,13 +122,8 @@ np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(run(*arrays)
 """
 
 
-def test_a_sharded_batch_stays_sharded() -> None:
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], cwd=root, env=os.environ | flags, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_sharded_batch_stays_sharded(on_four_devices: Callable[[str], None]) -> None:
+    on_four_devices(SHARDED)
 
 
 def test_what_is_portable_has_no_kernel() -> None:
