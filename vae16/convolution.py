@@ -41,8 +41,8 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     return _winograd_on_cpu(*primals), jax.jvp(direct, primals, tangents)[1]
 
 
-def direct(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
-    """A 3 x 3 convolution that keeps the size."""
+def direct(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> Float[Array, "b h2 w2 o"]:
+    """A convolution of stride 1, padded by 1: one of 3 x 3 keeps the size."""
     dimensions = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dimensions)
 

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vae16 import gpu_group_norm
-from vae16.convolution import convolve
+from vae16.convolution import convolve, direct
 
 Types = dict[str, Any]  # the dtype and param_dtype of a module, handed on to its children
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
@@ -243,13 +243,7 @@ class NearestConv(nn.Module):
             return jnp.stack([taps[0] + taps[1], taps[2]]), jnp.stack([taps[0], taps[1] + taps[2]])
 
         folded = [phase.swapaxes(0, 1) for row in fold(kernel) for phase in fold(row.swapaxes(0, 1))]
-        corners = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            jnp.concatenate(folded, axis=-1).astype(self.dtype),
-            (1, 1),
-            ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        corners = direct(x.astype(self.dtype), jnp.concatenate(folded, axis=-1).astype(self.dtype))
         y = rearrange(corners, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (d,), self.param_dtype).astype(self.dtype)
