@@ -25,6 +25,7 @@ RANKS = [
     {"pipeline"},
     {"evaluate", "convert", "encode", "stream", "exported"},
     {"demo", "study", "bench"},
+    {"arguments"},
     {"cli"},
 ]
 # Networks are known only here.
