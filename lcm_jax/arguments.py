@@ -27,7 +27,7 @@ class _Help(argparse.Action):
 
 
 def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """Of all commands, each with its option `run`: what runs it."""
+    """The parser of all commands. runs: what each is run by, its `run` once parsed."""
     whole = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models in JAX.")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -50,7 +50,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=4, help="solver steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sub.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
-    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
+    _add_size(sub)
     sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
     sub.add_argument("--strength", type=float, help="how far it is noised, in (0, 1]; 0.6, or 1 with a mask")
     sub.add_argument("--mask", type=Path, help="redraw only where this picture is white (inpainting)")
@@ -66,7 +66,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
 
     sub = command("compile", "Write the program that draws, from prompt to picture, for sample --compiled.")
     _add_model(sub)
-    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
+    _add_size(sub)
     sub.add_argument("--batch", type=int, default=1, help="pictures of a call")
     sub.add_argument("--platform", choices=PLATFORMS, help="of another machine; this one's by default")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
@@ -127,7 +127,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=2, help="evaluations of a frame")
     sub.add_argument("--strength", type=float, default=0.6, help="how far frames are noised, in (0, 1]")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's area by default")
+    _add_size(sub, default="area")
     sub.add_argument("--similarity", type=float, help="leave out frames that are this alike, such as 0.98")
     sub.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other controls: guidance=self delta=0.5"
@@ -140,7 +140,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(bench.CASES))
     sub.add_argument("--against", choices=bench.PEERS, help="measure a peer in turns, on the same weights")
     sub.add_argument("--model", default="openmoji", help="of stream, loading and start; random-sd15 for random weights")
-    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    sub.add_argument("--dtype", default="float32", choices=DTYPES)
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
     sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")
     sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes; each case has its own by default")
@@ -155,7 +155,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--prompt", default="cat face", help="that a session begins with")
     sub.add_argument("--steps", type=int, default=2, help="that a session begins with")
     sub.add_argument("--strength", type=float, default=0.6, help="that a session begins with")
-    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="pixels; the model's own by default")
+    _add_size(sub)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     sub.add_argument("--port", type=int, default=7860, help="0 for any that is free")
     sub.add_argument("--max-sessions", type=int, default=4, help="that stream at once")
@@ -194,6 +194,11 @@ def _add_devices(sub: argparse.ArgumentParser, mesh: str | None) -> None:
     _add_job(sub)
 
 
+def _add_size(sub: argparse.ArgumentParser, default: str = "own") -> None:
+    text = f"pixels; the model's {default} by default"
+    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=text)
+
+
 def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="openmoji", help="bundled name, diffusers or orbax folder, single file, hub id")
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
@@ -203,5 +208,5 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
     sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
     sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
-    sub.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    sub.add_argument("--dtype", default="float32", choices=DTYPES)
     sub.add_argument("--quantize", choices=quantization.KINDS, help="the denoiser in 8 bits; int8w: its kernels alone")
