@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Where Winograd's products outweigh his sums (WIDTH channels, SIZE numbers of the input), and the turning of the kernel
-# (ROWS pixels of the whole batch).
-WIDTH, SIZE, ROWS = 64, 3 * 2**16, 2**10
+# Winograd's products outweigh his sums from WIDTH channels and SIZE numbers of the input on, and the turning of the
+# kernel where that stays in the cache (TURNED, in times out) or where ROWS pixels of the whole batch share it.
+WIDTH, SIZE, TURNED, ROWS = 64, 2**15, 2**16, 2**10
 
 
 def convolve(
@@ -21,13 +22,18 @@ def convolve(
 
     A picture of fewer pixels than the kernel on a side is one of `columns` there.
     """
-    b, h, w = x.shape[:3]
+    h, w = x.shape[1:3]
     if min(h, w) < 3:
         return jax.lax.platform_dependent(x, kernel, cpu=columns, default=direct)
-    large = min(kernel.shape[2:]) >= WIDTH and x.size >= SIZE and b * h * w >= ROWS
-    if large and h % 2 == w % 2 == 0 and x.dtype == kernel.dtype == jnp.float32:
+    if h % 2 == w % 2 == 0 and x.dtype == kernel.dtype == jnp.float32 and _winograd_pays(x, kernel):
         return _winograd_on_cpu(x, kernel)
     return direct(x, kernel)
+
+
+def _winograd_pays(x: Array, kernel: Array) -> bool:
+    widths = kernel.shape[2:]
+    shared = math.prod(widths) <= TURNED or x.size >= ROWS * widths[0]
+    return shared and x.size >= SIZE and min(widths) >= WIDTH
 
 
 @jax.custom_jvp
