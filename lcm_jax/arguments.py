@@ -10,6 +10,7 @@ from typing import Any
 from lcm_jax import bench, demo, quantization
 from lcm_jax.convert import FORMATS
 from lcm_jax.exported import PLATFORMS
+from lcm_jax.messages import HelpFormatter
 from lcm_jax.pipeline import DTYPES
 from lcm_jax.sampling import SAMPLERS
 
@@ -32,8 +33,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-        formatter = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=formatter, **options)
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter, **options)
         sub.set_defaults(run=runs[name])
         return sub
 

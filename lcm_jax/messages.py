@@ -1,7 +1,8 @@
-"""Wording of errors that is needed in more than one place."""
+"""Wording that is needed in more than one place: of errors, and of help."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Sequence
 
@@ -30,3 +31,11 @@ def other_depths(want: Iterable[str], have: Iterable[str]) -> list[str]:
         for stack, n in count(want).items()
         if counts.get(stack, n) != n
     ]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults after the help of the options that have one: of a flag or an option left out there is nothing to say."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = action.default in (None, "", []) or isinstance(action.default, bool)
+        return action.help if unsaid else super()._get_help_string(action)

@@ -21,6 +21,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lcm_jax.messages import HelpFormatter
 from lcm_jax.metrics import ranks, spearman
 from lcm_jax.overrides import override
 from lcm_jax.places import use_compilation_cache
@@ -76,7 +77,7 @@ class Study:
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
     """Run what is left of the study; bad input is one line on standard error and exit code 2."""
     use_compilation_cache()
-    parser = argparse.ArgumentParser(description=study.about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=study.about, formatter_class=HelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="size of the networks, steps and batches")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every variant for each")
     parser.add_argument("--variants", nargs="+", default=list(study.variants), help="all of them, or some")

@@ -169,3 +169,12 @@ def test_help_is_of_the_command_or_of_the_config(
         cli.main(arguments)
     assert stopped.value.code == 0
     assert words in capsys.readouterr().out
+
+
+def test_help_tells_the_defaults_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "--help"])
+    told = re.findall(r"\(default: ([^)]*)\)", capsys.readouterr().out)
+    assert "openmoji" in told
+    assert "0" in told, "zero is a default"
+    assert not {"None", "", "[]", "False"} & set(told)
