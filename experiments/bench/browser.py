@@ -10,7 +10,6 @@ arrival of a frame to the sending of that picture.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import signal
@@ -23,6 +22,9 @@ from typing import Any
 from urllib.request import urlopen
 
 from playwright.sync_api import sync_playwright
+
+from lcm_jax.bench import provenance
+from lcm_jax.weights.files import write_json
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -69,7 +71,7 @@ def main() -> None:
     for row in found:
         print({name: round(value, 1) for name, value in row.items()})
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(arguments.json, provenance() | {"seconds": arguments.seconds, "cases": found})
 
 
 if __name__ == "__main__":

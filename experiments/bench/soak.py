@@ -25,8 +25,10 @@ from PIL import Image
 from tqdm import tqdm
 from websockets.sync.client import connect
 
+from lcm_jax.bench import provenance
 from lcm_jax.bench.stream import moving_scene
 from lcm_jax.stream import protocol
+from lcm_jax.weights.files import write_json
 
 PROMPTS = ("cat face", "red heart", "dog face", "tree")
 ON_THE_WAY, CHANGES = 2, 250  # frames; frames from one change of the controls to the next
@@ -126,7 +128,7 @@ def main() -> None:
     }
     print({name: value for name, value in result.items() if name != "mib"}, f"{early:.0f} to {memory[-1][1]:.0f} MiB")
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result) + "\n")
+        write_json(arguments.json, provenance() | result)
     if failures or memory[-1][1] > 1.05 * early:
         sys.exit(1)
 

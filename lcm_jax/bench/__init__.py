@@ -19,7 +19,20 @@ from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.bench.peers import PEERS
 from lcm_jax.weights.files import write_json
 
-__all__ = ["CASES", "PEERS", "SCALES", "Cost", "Options", "Result", "Row", "measure", "report", "run", "table"]
+__all__ = [
+    "CASES",
+    "PEERS",
+    "SCALES",
+    "Cost",
+    "Options",
+    "Result",
+    "Row",
+    "measure",
+    "provenance",
+    "report",
+    "run",
+    "table",
+]
 
 # Case -> the function of this package that makes its rows, from Options; imported when asked for.
 CASES: Mapping[str, str] = {
@@ -57,13 +70,11 @@ def report(
     titled: Iterable[Titled], options: Options, *, repeats: int, out: Path | None = None, profiled: bool = False
 ) -> None:
     """Measure and print (title, rows), one after another, and keep the times; as `run`."""
-    device = jax.devices()[0].device_kind
-    versions = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
-    print(f"{device}, {options.dtype}, jax {jax.__version__}, {date.today()}")
+    where = provenance()
+    print(f"{where['device']}, {options.dtype}, jax {jax.__version__}, {where['date']}")
     ceiling = ceilings(options.dtype)
     print(f"ceilings: {ceiling.flops / 1e12:.3g} TFLOP/s in a matrix product, {ceiling.bytes / 1e9:.3g} GB/s in a copy")
-    kept: dict[str, Any] = {"device": device, "date": str(date.today()), "python": sys.version.split()[0]}
-    kept |= {"versions": versions, "options": vars(options), "ceilings": ceiling._asdict(), "cases": {}}
+    kept = where | {"options": vars(options), "ceilings": ceiling._asdict(), "cases": {}}
     for title, rows in titled:
         results = measure(rows, repeats)
         print(f"\n## {title}\n\n{table(results, ceiling)}", flush=True)
@@ -97,6 +108,13 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
     clash = next((case for case in cases if case in NEVER_RANDOM), None)
     if options.model.startswith(PREFIX) and clash is not None:
         raise ValueError(f"bench {clash} reads a model from files, and {options.model} has none: give another --model")
+
+
+def provenance() -> dict[str, Any]:
+    """Of a measurement: device, date, Python and the versions of what is installed."""
+    versions = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    device = jax.devices()[0].device_kind
+    return {"device": device, "date": str(date.today()), "python": sys.version.split()[0], "versions": versions}
 
 
 def _version(package: str) -> str | None:
