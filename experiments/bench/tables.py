@@ -55,9 +55,9 @@ def lcm_lora(options: Options) -> Iterator[Titled]:
 
 
 def stream(options: Options) -> Iterator[Titled]:
-    """Table 1: against AutoPipelineForImage2Image, with --against diffusers. Table 2: guidance. Table 3: what each part
+    """With --against diffusers table 1, its image-to-image; then table 2, guidance, and table 3, what each part brings.
 
-    brings. With a tiny autoencoder, as in the paper; its weights are random where the model has none.
+    With a tiny autoencoder, as in the paper; its weights are random where the model has none.
     """
     whole = open_model(options)
     size = whole.check_size(None if options.side is None else (options.side, options.side))

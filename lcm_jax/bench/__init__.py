@@ -15,7 +15,7 @@ import jax
 from lcm_jax.bench import profile
 from lcm_jax.bench.measure import Cost, Result, Row, ceilings, measure, table
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, SCALES
-from lcm_jax.bench.networks import Options, Titled
+from lcm_jax.bench.networks import MEASURED, Options, Titled
 from lcm_jax.bench.peers import PEERS
 from lcm_jax.weights.files import write_json
 
@@ -105,6 +105,9 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
     if options.model.startswith(PREFIX) and name not in GEOMETRIES:
         known = ", ".join(PREFIX + name for name in GEOMETRIES)
         raise ValueError(f"--model {options.model}: no such geometry; known are {known}")
+    for case in cases:
+        if case in MEASURED:
+            options.geometries(case)
     clash = next((case for case in cases if case in NEVER_RANDOM), None)
     if options.model.startswith(PREFIX) and clash is not None:
         raise ValueError(f"bench {clash} reads a model from files, and {options.model} has none: give another --model")

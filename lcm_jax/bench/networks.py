@@ -23,6 +23,9 @@ from vae16 import TAESD
 
 Titled = tuple[str, list[Row]]
 
+# Case -> the geometries that it measures, or one of them: --model random-NAME.
+MEASURED = {"unet": ("sd15", "sd-turbo", "sdxl"), "text-to-image": ("sd15", "sdxl", "sd3")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -36,14 +39,15 @@ class Options:
     quantize: str | None = None  # of text-to-image: rows of the denoiser in 8 bits
     side: int | None = None  # in pixels, of a stream; the model's own by default
 
-    def geometries(self, *names: str) -> tuple[str, ...]:
-        """Of some names those that are asked for: one where the model is of random weights, all otherwise."""
+    def geometries(self, case: str) -> tuple[str, ...]:
+        """Of those of a case the ones asked for: one where the model is of random weights, all otherwise."""
+        names = MEASURED[case]
         if not self.model.startswith(PREFIX):
             return names
         own = self.model.removeprefix(PREFIX)
         if own not in names:
             known = ", ".join(PREFIX + name for name in names)
-            raise ValueError(f"--model {self.model}: this case has {known}")
+            raise ValueError(f"--model {self.model}: bench {case} has {known}")
         return (own,)
 
 
@@ -66,7 +70,7 @@ def _pair(title: str, ours: Row, theirs: Callable[[], Row] | None) -> Titled:
 
 def unets(options: Options) -> Iterator[Titled]:
     """A step of Stable Diffusion's UNets, without guidance."""
-    for name, batch in product(options.geometries("sd15", "sd-turbo", "sdxl"), options.batches or (1,)):
+    for name, batch in product(options.geometries("unet"), options.batches or (1,)):
         kind, config = GEOMETRIES[name].parts["unet"]
         config = at_scale(config, options.scale)
         part = component(kind, config, options.dtype)

@@ -25,7 +25,7 @@ PROMPT = "red heart"
 def text_to_image(options: Options) -> Iterator[Titled]:
     """Four steps of LCM, from the prompt to uint8 pictures: SD1.5 at 512, SDXL and SD3-medium at 1024 pixels."""
     small = jax.default_backend() == "cpu" and options.scale == "full"
-    for name in options.geometries("sd15", "sdxl", "sd3"):
+    for name in options.geometries("text-to-image"):
         pipe = models.pipeline(name, options.dtype, scale=options.scale)
         sampler = "euler" if name == "sd3" else "lcm"
         batches = options.batches or ((1,) if small else (1, 4, 16))

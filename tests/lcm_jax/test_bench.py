@@ -92,11 +92,14 @@ def test_a_case_is_run_and_written(
         (["unet"], {}, 0, "--repeats 0: it must be at least 1"),
         (["training"], {"peer": "diffusers"}, 1, "bench training has no peer"),
         (["stream"], {"model": "random-sd9"}, 1, "--model random-sd9: no such geometry; known are random-sd15, "),
-        (["text-to-image"], {"model": "random-sd-turbo"}, 1, "--model random-sd-turbo: this case has random-sd15, "),
+        (["text-to-image"], {"model": "random-sd-turbo"}, 1, "--model random-sd-turbo: bench text-to-image has random-sd15"),
         (["start"], {"model": "random-sd15"}, 1, "bench start reads a model from files, and random-sd15 has none"),
     ],
 )
-def test_what_does_not_go_together_is_said_first(cases: list[str], options: dict, repeats: int, said: str) -> None:
+def test_what_does_not_go_together_is_said_first(
+    cases: list[str], options: dict, repeats: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "ceilings", lambda dtype: pytest.fail("measured before it was said"))
     with pytest.raises(ValueError, match=said):
         bench.run(cases, Options(**options), repeats=repeats)
 
