@@ -32,7 +32,7 @@ def convolve(
 
 def _winograd_pays(x: Array, kernel: Array) -> bool:
     widths = kernel.shape[2:]
-    shared = math.prod(widths) <= TURNED or x.size >= ROWS * widths[0]
+    shared = math.prod(widths) <= TURNED or math.prod(x.shape[:3]) >= ROWS
     return shared and x.size >= SIZE and min(widths) >= WIDTH
 
 

@@ -92,7 +92,12 @@ def test_a_case_is_run_and_written(
         (["unet"], {}, 0, "--repeats 0: it must be at least 1"),
         (["training"], {"peer": "diffusers"}, 1, "bench training has no peer"),
         (["stream"], {"model": "random-sd9"}, 1, "--model random-sd9: no such geometry; known are random-sd15, "),
-        (["text-to-image"], {"model": "random-sd-turbo"}, 1, "--model random-sd-turbo: bench text-to-image has "),
+        (
+            ["text-to-image"],
+            {"model": "random-sd-turbo"},
+            1,
+            "--model random-sd-turbo: bench text-to-image has random-sd15, ",
+        ),
         (["start"], {"model": "random-sd15"}, 1, "bench start reads a model from files, and random-sd15 has none"),
     ],
 )
