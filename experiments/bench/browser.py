@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-import signal
 import statistics
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from urllib.request import urlopen
 from playwright.sync_api import sync_playwright
 
 from lcm_jax.bench import provenance
+from lcm_jax.bench.serving import serving
 from lcm_jax.weights.files import write_json
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -33,14 +31,9 @@ WARM_UP = 15.0  # seconds until a camera's programs are compiled and the page ha
 
 def measure(browser: Any, size: int, steps: int, seconds: float) -> dict[str, float]:
     """Medians of what the page shows twice a second, and the server's quantiles, milliseconds."""
-    command = [sys.executable, "-m", "lcm_jax.cli", "serve", "--port", "0", "--size", str(size), str(size)]
-    command += ["--steps", str(steps)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert server.stdout is not None
-        address = next(found.group() for line in server.stdout if (found := re.search(r"http://\S+", line)))
+    with serving("--size", str(size), str(size), "--steps", str(steps)) as server:
         page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
-        page.goto(address)
+        page.goto(server.address)
         page.get_by_text("Streaming", exact=True).wait_for(timeout=180_000)
         page.get_by_label("Camera").check(force=True)
         page.wait_for_timeout(1000 * WARM_UP)
@@ -49,12 +42,9 @@ def measure(browser: Any, size: int, steps: int, seconds: float) -> dict[str, fl
             page.wait_for_timeout(500)
             rates.append(float(page.text_content("#fps")))
             delays.append(float(page.text_content("#latency").split()[0]))
-        said = urlopen(address.rstrip("/") + "/metrics").read().decode()
+        said = urlopen(server.address + "/metrics").read().decode()
         quantiles = dict(re.findall(r'lcm_jax_latency_seconds{quantile="([\d.]+)"} (\S+)', said))
         page.context.close()
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
     in_page = {"fps": statistics.median(rates), "page_ms": statistics.median(delays)}
     in_server = {f"server_p{round(100 * float(q))}_ms": 1e3 * float(value) for q, value in quantiles.items()}
     return {"size": size, "steps": steps} | in_page | in_server

@@ -13,8 +13,6 @@ import argparse
 import io
 import json
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +24,7 @@ from tqdm import tqdm
 from websockets.sync.client import connect
 
 from lcm_jax.bench import provenance
+from lcm_jax.bench.serving import serving
 from lcm_jax.bench.stream import moving_scene
 from lcm_jax.stream import protocol
 from lcm_jax.weights.files import write_json
@@ -85,43 +84,34 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "lcm_jax.cli", "serve", "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
     failures: list[str] = []
     memory: list[tuple[int, float]] = []  # frames answered, MiB
-    start = time.perf_counter()
-    try:
-        assert server.stdout is not None
-        port = next(found.group(1) for line in server.stdout if (found := re.search(r"http://\S+:(\d+)", line)))
-        with tqdm(total=arguments.frames, unit="frame", smoothing=0.02) as bar:
+    with serving() as server, tqdm(total=arguments.frames, unit="frame", smoothing=0.02) as bar:
 
-            def run(number: int) -> None:
-                share = arguments.frames // arguments.clients + (number < arguments.frames % arguments.clients)
-                try:
-                    client(f"ws://127.0.0.1:{port}/ws", number, share, bar)
-                except Exception as error:
-                    failures.append(f"client {number}: {error!r}")
+        def run(number: int) -> None:
+            share = arguments.frames // arguments.clients + (number < arguments.frames % arguments.clients)
+            try:
+                client(server.address.replace("http", "ws") + "/ws", number, share, bar)
+            except Exception as error:
+                failures.append(f"client {number}: {error!r}")
 
-            threads = [threading.Thread(target=run, args=(number,)) for number in range(arguments.clients)]
-            start = time.perf_counter()
-            for thread in threads:
-                thread.start()
-            while any(thread.is_alive() for thread in threads):
-                memory.append((bar.n, resident(server.pid)))
-                bar.set_postfix_str(f"{memory[-1][1]:.0f} MiB", refresh=False)
-                deadline = time.perf_counter() + 1
-                while time.perf_counter() < deadline and any(thread.is_alive() for thread in threads):
-                    time.sleep(0.1)
-        memory.append((bar.n, resident(server.pid)))
-    finally:
-        server.send_signal(signal.SIGINT)
-        server.wait(60)
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(arguments.clients)]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            memory.append((bar.n, resident(server.process.pid)))
+            bar.set_postfix_str(f"{memory[-1][1]:.0f} MiB", refresh=False)
+            deadline = time.perf_counter() + 1
+            while time.perf_counter() < deadline and any(thread.is_alive() for thread in threads):
+                time.sleep(0.1)
+        memory.append((bar.n, resident(server.process.pid)))
+        seconds = time.perf_counter() - start
     early = max(mib for frames, mib in memory if frames <= max(0.1 * arguments.frames, memory[0][0]))
     result = {
         "frames": memory[-1][0],
         "clients": arguments.clients,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
         "mib": memory,
         "growth_after_a_tenth": memory[-1][1] / early - 1.0,
         "failures": failures,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -17,6 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
+from lcm_jax.bench.serving import serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'lcm-jax[test]'")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -33,18 +32,11 @@ SECONDS = 120.0
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a server, which has to end in peace when it is told to."""
-    command = [sys.executable, "-m", "lcm_jax.cli", "serve", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    assert server.stdout is not None
-    found = None
-    for line in server.stdout:
-        if found := re.search(r"http://\S+", line):
-            break
-    assert found, "the server did not start"
-    yield found.group()
-    server.send_signal(signal.SIGINT)
-    assert server.wait(60) == 0
-    assert server.stdout.read().endswith("stopped\n")
+    with serving(JAX_PLATFORMS="cpu") as server:
+        yield server.address
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 0
+        assert server.process.stdout.read().endswith("stopped\n")
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,9 @@ import base64
 import contextlib
 import http.client
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -29,6 +26,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 import lcm_jax
+from lcm_jax.bench.serving import serving
 from lcm_jax.stream import Controls, Stream
 from lcm_jax.stream.codec import decode, encode
 from lcm_jax.stream.connection import MOST_MESSAGES, out, push
@@ -850,21 +848,16 @@ def test_a_real_pipeline_is_served(tiny_model: Path, moving: list[np.ndarray]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_command_in_peace(tiny_model: Path, name: str) -> None:
-    command = [sys.executable, "-m", "lcm_jax.cli", "serve", "--model", str(tiny_model), "--port", "0"]
-    options = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
-    server = subprocess.Popen(
-        [*command, "--sampler", "lcm"], stdout=subprocess.PIPE, text=True, env=os.environ | options
-    )
-    assert server.stdout is not None
-    found = next(found for line in server.stdout if (found := re.search(r"http://127.0.0.1:(\d+)/$", line)))
-    with connect(f"ws://127.0.0.1:{found.group(1)}/ws") as client:
-        client.send(json.dumps({"v": 1, "type": "hello"}))
-        while json.loads(client.recv(SECONDS))["type"] != "welcome":
-            pass
-        server.send_signal(getattr(signal, name))
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                client.recv(SECONDS)
-        assert client.close_code == 1001
-    assert server.wait(SECONDS) == 0
-    assert server.stdout.read() == "lcm-jax: stopped\n"
+    environment = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    with serving("--model", str(tiny_model), "--sampler", "lcm", **environment) as server:
+        with connect(server.address.replace("http", "ws") + "/ws") as client:
+            client.send(json.dumps({"v": 1, "type": "hello"}))
+            while json.loads(client.recv(SECONDS))["type"] != "welcome":
+                pass
+            server.process.send_signal(getattr(signal, name))
+            with contextlib.suppress(ConnectionClosed):
+                while True:
+                    client.recv(SECONDS)
+            assert client.close_code == 1001
+        assert server.process.wait(SECONDS) == 0
+        assert server.process.stdout.read() == "lcm-jax: stopped\n"
