@@ -31,7 +31,8 @@ def serving(*options: str, **environment: str) -> Iterator[Served]:
             assert process.stdout is not None
             found = next(filter(None, (re.search(r"http://[^\s/]+", line) for line in process.stdout)), None)
             if found is None:
-                raise RuntimeError(f"lcm-jax {' '.join(command[3:])} ended with status {process.wait()} before it listened")
+                own = " ".join(command[3:])
+                raise RuntimeError(f"lcm-jax {own} ended with status {process.wait()} before it listened")
             yield Served(found.group(), process)
         finally:
             if process.poll() is None:
