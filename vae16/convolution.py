@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float
 
 # Winograd's products outweigh his sums from WIDTH channels and SIZE numbers of the input on, and the turning of the
 # kernel where that stays in the cache (TURNED, in times out) or where ROWS pixels of the whole batch share it.
 WIDTH, SIZE, TURNED, ROWS = 64, 2**15, 2**16, 2**10
+# XLA:CPU's convolution is slow where its products are of short rows: few channels out, or few in and not many out.
+FEW_OUT, FEW_IN, NOT_MANY = 8, 4, 64
 
 
 def convolve(
     x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], *_: Any, **__: Any
 ) -> Float[Array, "b h w o"]:
-    """3 x 3 of stride 1, padded by 1: on a CPU by `winograd` where that pays (float32, even sides, large).
+    """3 x 3 of stride 1, padded by 1: on a CPU by `winograd` or `blocks` where those pay (float32, even sides, large).
 
     A picture of fewer pixels than the kernel on a side is one of `columns` there.
     """
     h, w = x.shape[1:3]
     if min(h, w) < 3:
         return jax.lax.platform_dependent(x, kernel, cpu=columns, default=direct)
-    if h % 2 == w % 2 == 0 and x.dtype == kernel.dtype == jnp.float32 and _winograd_pays(x, kernel):
-        return _winograd_on_cpu(x, kernel)
+    if h % 2 or w % 2 or not x.dtype == kernel.dtype == jnp.float32:
+        return direct(x, kernel)
+    if _winograd_pays(x, kernel):
+        return _on_cpu(winograd, x, kernel)
+    if shape := _block(x, kernel):
+        return _on_cpu(partial(blocks, shape=shape), x, kernel)
     return direct(x, kernel)
 
 
@@ -36,21 +44,33 @@ def _winograd_pays(x: Array, kernel: Array) -> bool:
     return shared and x.size >= SIZE and min(widths) >= WIDTH
 
 
-@jax.custom_jvp
-def _winograd_on_cpu(x: Array, kernel: Array) -> Array:
-    return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=direct)
+def _block(x: Array, kernel: Array) -> tuple[int, int] | None:
+    """Of `blocks`, where they pay."""
+    inner, outer = kernel.shape[2:]
+    if math.prod(x.shape[:3]) < ROWS:
+        return None
+    if outer <= FEW_OUT:
+        return 2, 2
+    return (1, 2) if inner <= FEW_IN and outer <= NOT_MANY else None
 
 
-@_winograd_on_cpu.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _on_cpu(own: Callable[[Array, Array], Array], x: Array, kernel: Array) -> Array:
+    return jax.lax.platform_dependent(x, kernel, cpu=own, default=direct)
+
+
+@_on_cpu.defjvp
+def _(own: Callable[[Array, Array], Array], primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     # The gradient is that of the direct convolution: it needs no tiles kept, and no strided slices turned.
-    return _winograd_on_cpu(*primals), jax.jvp(direct, primals, tangents)[1]
+    return _on_cpu(own, *primals), jax.jvp(direct, primals, tangents)[1]
 
 
-def direct(x: Float[Array, "b h w i"], kernel: Float[Array, "k k i o"]) -> Float[Array, "b h2 w2 o"]:
-    """A convolution of stride 1, padded by 1: one of 3 x 3 keeps the size."""
+def direct(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k l i o"], strides: tuple[int, int] = (1, 1)
+) -> Float[Array, "b h2 w2 o"]:
+    """XLA's own convolution, padded by 1: one of 3 x 3 and stride 1 keeps the size."""
     dimensions = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=dimensions)
+    return jax.lax.conv_general_dilated(x, kernel, strides, ((1, 1), (1, 1)), dimension_numbers=dimensions)
 
 
 def columns(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
@@ -63,6 +83,20 @@ def columns(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Floa
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     neighbours = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], axis=-1)
     return neighbours @ kernel.reshape(9 * channels, -1)
+
+
+def blocks(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"], shape: tuple[int, int]
+) -> Float[Array, "b h w o"]:
+    """`direct` for sides that are multiples of p and q: each place of a strided convolution gives p x q pixels.
+
+    Its kernel is of (2 + p) x (2 + q) pixels, where the 3 x 3 of each pixel stand: rows p q times as long, for
+    (2 + p) (2 + q) / (9 p q) of the numbers read and (2 + p) (2 + q) / 9 times the products.
+    """
+    p, q = shape
+    corners = [((a, p - 1 - a), (b, q - 1 - b), (0, 0), (0, 0)) for a in range(p) for b in range(q)]
+    wide = jnp.concatenate([jnp.pad(kernel, corner) for corner in corners], axis=-1)
+    return rearrange(direct(x, wide, shape), "b h w (p q o) -> b (h p) (w q) o", p=p, q=q)
 
 
 def winograd(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:

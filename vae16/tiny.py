@@ -140,10 +140,10 @@ class _Encoder(nn.Module):
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width = c.encoder_block_out_channels[0]
         for i, depth in enumerate(c.num_encoder_blocks):
-            first = i == 0
-            x = nn.Conv(width, (3, 3), strides=1 if first else 2, padding=1, use_bias=first, **types, name=next(names))(
-                x
-            )
+            if i:
+                x = nn.Conv(width, (3, 3), strides=2, padding=1, use_bias=False, **types, name=next(names))(x)
+            else:
+                x = conv(width, **types, name=next(names))(x)
             for _ in range(depth):
                 x = _Block(c.act_fn, **types, name=next(names))(x)
         return conv(c.latent_channels, **types, name=next(names))(x)

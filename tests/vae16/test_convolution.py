@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from jax import Array, export
 
 from vae16 import convolution
-from vae16.convolution import columns, convolve, direct, winograd
+from vae16.convolution import blocks, columns, convolve, direct, winograd
 
 
 def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]:
@@ -22,6 +23,12 @@ def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]
 def test_winograd_is_the_convolution() -> None:
     x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
     np.testing.assert_allclose(winograd(x, kernel), direct(x, kernel), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (3, 1)])
+def test_blocks_of_pixels_are_the_convolution(shape: tuple[int, int]) -> None:
+    x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
+    np.testing.assert_allclose(blocks(x, kernel, shape), direct(x, kernel), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (2, 5), (3, 1)])
@@ -39,10 +46,12 @@ def test_its_error_is_about_the_direct_ones() -> None:
     assert mine < 2.5 * plain
 
 
-@pytest.mark.parametrize("height", [6, 2])
-def test_gradients_and_derivatives_along_a_direction(height: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "WIDTH", 1)
-    monkeypatch.setattr(convolution, "SIZE", 1)
+@pytest.mark.parametrize(("height", "bounds"), [(6, {"WIDTH": 1, "SIZE": 1}), (6, {"ROWS": 1}), (2, {})])
+def test_gradients_and_derivatives_along_a_direction(
+    height: int, bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, bound in bounds.items():
+        monkeypatch.setattr(convolution, name, bound)
     x, kernel, dx, dk = arrays(*((2, height, 4, 3), (3, 3, 3, 5)) * 2)
 
     def everything(own: object) -> object:
@@ -64,3 +73,21 @@ def test_it_is_taken_where_it_pays() -> None:
     assert convolutions("cpu", 16, 160) == 0, "a kernel that stays in the cache is turned for a few pixels too"
     assert [convolutions(platform, 2, 8) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
     assert convolutions("cpu", 64, 64, jnp.bfloat16) == 1
+
+
+def test_blocks_are_taken_where_they_pay() -> None:
+    def steps(platform: str, side: int, inner: int, outer: int) -> tuple[int, ...]:
+        """Strides of the only convolution of a program."""
+        own = arrays((1, side, side, inner), (3, 3, inner, outer))
+        text = export.export(jax.jit(convolve), platforms=(platform,))(*own).mlir_module()
+        (found,) = re.findall(r"window = \{stride = \[(\d), (\d)\]|stablehlo.convolution\((?!.*stride)", text)
+        return tuple(int(stride or 1) for stride in found)
+
+    assert [steps(platform, 32, 128, 3) for platform in ("cpu", "tpu", "cuda")] == [(2, 2), (1, 1), (1, 1)]
+    assert [steps("cpu", 32, *widths) for widths in ((3, 64), (4, 8), (3, 65), (5, 64))] == [
+        (1, 2),
+        (2, 2),
+        (1, 1),
+        (1, 1),
+    ]
+    assert steps("cpu", 30, 128, 3) == steps("cpu", 33, 128, 3) == (1, 1)
