@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
@@ -114,10 +116,16 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Of a measurement: device, date, Python and the versions of what is installed."""
+    """Of a measurement: device (a CPU's model), date, Python and the versions of what is installed."""
     versions = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
-    device = jax.devices()[0].device_kind
-    return {"device": device, "date": str(date.today()), "python": sys.version.split()[0], "versions": versions}
+    return {"device": _device(), "date": str(date.today()), "python": sys.version.split()[0], "versions": versions}
+
+
+def _device() -> str:
+    """What JAX calls it; a CPU by its model and the processors that may be used, where Linux says so."""
+    kind, told = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", told.read_text()) if kind == "cpu" and told.exists() else None
+    return kind if model is None else f"{model.group(1)}, {len(os.sched_getaffinity(0))} processors"
 
 
 def _version(package: str) -> str | None:
