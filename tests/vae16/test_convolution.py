@@ -68,7 +68,9 @@ def test_it_is_taken_where_it_pays() -> None:
         return program.mlir_module().count("stablehlo.convolution")
 
     assert [convolutions(platform, 64, 64) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
-    assert [convolutions("cpu", side, width) for side, width in ((65, 64), (64, 32), (16, 64), (16, 1024))] == [1] * 4
+    assert [
+        convolutions("cpu", side, width) for side, width in ((65, 64), (64, 32), (16, 64), (16, 1024), (130, 64))
+    ] == [1] * 5
     assert convolutions("cpu", 32, 64) == 0
     assert convolutions("cpu", 16, 160) == 0, "a kernel that stays in the cache is turned for a few pixels too"
     assert [convolutions(platform, 2, 8) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
