@@ -29,11 +29,12 @@ def serving(*options: str, **environment: str) -> Iterator[Served]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as process:
         try:
             assert process.stdout is not None
-            found = next(filter(None, (re.search(r"http://[^\s/]+", line) for line in process.stdout)), None)
+            lines = map(re.compile(r"(http://127\.0\.0\.1:\d+)/$").search, process.stdout)
+            found = next(filter(None, lines), None)
             if found is None:
                 own = " ".join(command[3:])
                 raise RuntimeError(f"lcm-jax {own} ended with status {process.wait()} before it listened")
-            yield Served(found.group(), process)
+            yield Served(found.group(1), process)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)
