@@ -52,7 +52,7 @@ class TextTower(nn.Module):
     config: CLIPTextConfig
     hidden_layer: int = -1
     final_norm: bool = True
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -83,7 +83,7 @@ class VisionTower(nn.Module):
 
     config: CLIPVisionConfig
     hidden_layer: int = -1
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -117,7 +117,7 @@ class CLIPTextModel(nn.Module):
     projection: bool = False
     hidden_layer: int = -1
     final_norm: bool = True
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -152,7 +152,7 @@ class CLIPVisionModel(nn.Module):
     config: CLIPVisionConfig
     projection: bool = True
     hidden_layer: int = -1
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -183,7 +183,7 @@ class CLIPModel:
     """
 
     config: CLIPConfig
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

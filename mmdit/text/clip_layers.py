@@ -106,7 +106,7 @@ class Encoder(nn.Module):
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
     hidden_layer: int = -1
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -145,7 +145,7 @@ class Stack(nn.Module):
     """torch's `encoder`: the blocks, the table of position biases that they share, and the last norm."""
 
     config: T5Config
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -189,7 +189,7 @@ class T5Encoder(nn.Module):
     """
 
     config: T5Config
-    scan: bool = True
+    scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -69,7 +69,7 @@ def test_random_weights_are_the_same_every_time_and_keep_the_variance() -> None:
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), *trees))
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(trees[0])}
     kernel = next(leaf for path, leaf in leaves.items() if "fc1" in path and "kernel" in path)
-    assert abs(float(kernel.std()) * kernel.shape[-2] ** 0.5 - 1.0) < 0.1  # layers are stacked in front
+    assert abs(float(kernel.std()) * kernel.shape[-2] ** 0.5 - 1.0) < 0.1
 
 
 def test_a_case_is_run_and_written(

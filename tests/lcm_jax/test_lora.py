@@ -90,7 +90,7 @@ def test_targets_of_clip_are_its_attentions():
     config = CLIPTextConfig(
         vocab_size=9, hidden_size=4, intermediate_size=4, num_hidden_layers=3, num_attention_heads=2, projection_dim=4
     )
-    model = CLIPTextModel(config, projection=True)
+    model = CLIPTextModel(config, projection=True, scan=True)
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     names = (f"text_model/encoder/layers/self_attn/{x}_proj" for x in ("q", "k", "v", "out"))
     assert targeted(like, lora.CLIP_TARGETS) == dict.fromkeys(names, (3,))
@@ -310,11 +310,12 @@ def test_branches_are_what_merging_gives(kind: str) -> None:
     plain = jax.jit(loss)(params)
     np.testing.assert_allclose(split, whole, rtol=1e-4)
     assert abs(split - plain) > 1e-3 * plain
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wholes))
     for path, adapter in splits.items():
         assert not adapter["alpha"].any()
         for name in ("down", "up"):
             scale = float(jnp.abs(wholes[path][name]).max())
-            np.testing.assert_allclose(adapter[name], wholes[path][name], rtol=2e-3, atol=2e-3 * scale + 1e-9)
+            np.testing.assert_allclose(adapter[name], wholes[path][name], rtol=2e-3, atol=2e-3 * scale + 1e-6 * largest)
 
 
 def test_branches_of_stacked_layers_are_refused() -> None:

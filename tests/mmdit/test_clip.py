@@ -36,16 +36,16 @@ def run(module, params, ids=IDS):
     return jax.jit(module.apply)({"params": params}, ids)
 
 
-def unroll(params):
-    """encoder/layers/... -> encoder/layers_i/..."""
+def stack(params):
+    """encoder/layers_i/... -> encoder/layers/..."""
 
     def walk(tree):
         if not isinstance(tree, dict):
             return tree
-        out = {name: walk(child) for name, child in tree.items() if name != "layers"}
-        for i in range(TEXT.num_hidden_layers if "layers" in tree else 0):
-            out[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree["layers"])
-        return out
+        if "layers_0" not in tree:
+            return {name: walk(child) for name, child in tree.items()}
+        layers = [tree[f"layers_{i}"] for i in range(TEXT.num_hidden_layers)]
+        return {"layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
 
     return walk(params)
 
@@ -85,9 +85,9 @@ def test_scanned_equals_unrolled(params, remat):
         (CLIPVisionModel, VISION, jax.random.normal(jax.random.key(1), (2, 16, 16, 3))),
     ]
     for kind, config, inputs in pairs:
-        stacked = jax.jit(kind(config, **options).apply)({"params": params}, inputs)
-        listed = jax.jit(kind(config, scan=False, remat=remat, **options).apply)({"params": unroll(params)}, inputs)
-        jax.tree.map(close, listed, stacked)
+        listed = jax.jit(kind(config, **options).apply)({"params": params}, inputs)
+        scanned = kind(config, scan=True, remat=remat, **options)
+        jax.tree.map(close, jax.jit(scanned.apply)({"params": stack(params)}, inputs), listed)
 
 
 def test_recomputation_changes_no_gradient(params):
@@ -106,7 +106,7 @@ def test_a_chosen_layer_is_the_output_of_the_shorter_network(params):
         **params,
         "text_model": {
             **params["text_model"],
-            "encoder": {"layers": jax.tree.map(lambda x: x[:2], params["text_model"]["encoder"]["layers"])},
+            "encoder": {name: params["text_model"]["encoder"][name] for name in ("layers_0", "layers_1")},
         },
     }
     short = dataclasses.replace(TEXT, num_hidden_layers=2)

@@ -140,10 +140,10 @@ def test_xxl_has_the_same_keys_and_shapes():
     values = {key: value for key, value in T5_XXL.to_dict().items() if key != "model_type"}
     with torch.device("meta"):
         theirs = transformers.T5EncoderModel(transformers.T5Config(**values)).state_dict()
-    like = jax.eval_shape(T5Encoder(T5_XXL).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    like = jax.eval_shape(T5Encoder(T5_XXL, scan=True).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     want = {name: tuple(value.shape) for name, value in theirs.items() if name != SECOND}
     assert torch_shapes(like, RULES_T5) == want
-    listed = jax.eval_shape(T5Encoder(T5_XXL, scan=False).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    listed = jax.eval_shape(T5Encoder(T5_XXL).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
     assert torch_shapes(listed["params"], RULES_T5) == want
 
 

@@ -217,7 +217,7 @@ def text():
     config = CLIPTextConfig(
         vocab_size=9, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2, projection_dim=3
     )
-    model = CLIPTextModel(config, projection=True)
+    model = CLIPTextModel(config, projection=True, scan=True)
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return Network(like, RULES_CLIP_TEXT)
 
@@ -255,7 +255,7 @@ def test_t5_is_the_third_text_encoder(tmp_path):
     config = T5Config(
         vocab_size=9, d_model=4, d_kv=3, d_ff=6, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     )
-    model, path = T5Encoder(config), tmp_path / "x.safetensors"
+    model, path = T5Encoder(config, scan=True), tmp_path / "x.safetensors"
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     a, b = array(2, 4), array(6, 2)
     stem = "lora_te3_encoder_block_1_layer_0_SelfAttention_q"
