@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ from lcm_jax.bench.models import PREFIX
 from lcm_jax.bench.networks import Titled
 from lcm_jax.bench.pictures import PROMPT, pictures
 from lcm_jax.bench.stream import moving_scene, open_model, peer_rows, with_tiny_vae
-from lcm_jax.bench.training import step
+from lcm_jax.bench.training import steps as training_steps
 from lcm_jax.pipeline import Pipeline, load
 from lcm_jax.places import use_compilation_cache
 from lcm_jax.stream import Stream
-from lcm_jax.train.tasks.distillation import LoraConfig
 
 STEPS, FRAMES = (1, 2, 4, 8), 10
 
@@ -93,11 +93,8 @@ def stream(options: Options) -> Iterator[Titled]:
 
 
 def training(options: Options) -> Iterator[Titled]:
-    """SD1.5 at 512 pixels: a step with all weights, and of an adapter of rank 64."""
-    for n in options.batches or (1, 4, 16):
-        rank = 64 if options.scale == "full" else 4
-        for name, lora in (("LCM", None), (f"LCM-LoRA, rank {rank}", LoraConfig(rank=rank))):
-            yield f"Training, sd15, {name}, batch {n}", [step(name, options, batch=n, lora=lora)]
+    """A step with all weights, and of an adapter of rank 64."""
+    return training_steps(replace(options, batches=options.batches or (1, 4, 16)))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from vae16 import TAESD
 Titled = tuple[str, list[Row]]
 
 # Case -> the geometries that it measures, or one of them: --model random-NAME.
-MEASURED = {"unet": ("sd15", "sd-turbo", "sdxl"), "text-to-image": ("sd15", "sdxl", "sd3")}
+MEASURED = {"unet": ("sd15", "sd-turbo", "sdxl"), "text-to-image": ("sd15", "sdxl", "sd3"), "training": ("sd15",)}
 
 
 @dataclass(frozen=True, kw_only=True)

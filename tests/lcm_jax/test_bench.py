@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lcm_jax import bench
-from lcm_jax.bench import Cost, Options, Row, measure, models, profile, table
+from lcm_jax.bench import Cost, Options, Row, measure, models, profile, table, training
 from lcm_jax.bench.measure import Ceilings, flops_of, program
 from lcm_jax.bench.stream import moving_scene
 from lcm_jax.weights.files import read_json
@@ -107,6 +107,20 @@ def test_what_does_not_go_together_is_said_first(
     monkeypatch.setattr(bench, "ceilings", lambda dtype: pytest.fail("measured before it was said"))
     with pytest.raises(ValueError, match=said):
         bench.run(cases, Options(**options), repeats=repeats)
+
+
+def test_a_training_step_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.os, "sysconf", lambda name: 2**16)
+    training.check_room("LCM", 2**32)
+    with pytest.raises(ValueError, match=r"LCM: a training step takes 5\.0 GiB, and this machine has 4\.0: give "):
+        training.check_room("LCM", 5 * 2**30)
+
+
+def test_a_training_step_is_of_the_models_own_network() -> None:
+    config, tokens = training.teacher_of(Options(model="openmoji"))
+    assert (config.in_channels, config.time_cond_proj_dim, tokens) == (16, None, 24)
+    with pytest.raises(ValueError, match="distils a UNet, and this has a MMDiT"):
+        training.teacher_of(Options(model="openmoji-sd3"))
 
 
 def test_a_case_runs_on_tiny_networks(capsys: pytest.CaptureFixture[str]) -> None:
