@@ -60,7 +60,8 @@ def steps(options: Options) -> Iterator[Titled]:
 def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, remat: bool = False) -> Row:
     """One step: student, guided teacher, target, gradient, AdamW and the moving average. Its state is donated."""
     config, tokens = teacher_of(options)
-    latents = (batch, config.sample_size, config.sample_size, config.in_channels)
+    side: Any = config.sample_size
+    latents = (batch, side, side, config.in_channels)
     objective = LatentConsistencyDistillation(schedule=DDPM(), embed_w=lora is None, w_min=2.0, w_max=14.0)
     if lora is not None:
         objective = replace(objective, w_min=7.5, w_max=7.5)
