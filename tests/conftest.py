@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from flax import traverse_util
 
 import mmdit
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
@@ -166,9 +167,12 @@ def tiny_sd3(
         "transformer": (MMDiT(tiny_sd3_net), mmdit.example_inputs(tiny_sd3_net)),
     }
     parts |= {n: Component(m, jax.jit(m.init)(jax.random.key(1), *args)["params"]) for n, (m, args) in inputs.items()}
-    # Trained networks do not end in zeros.
-    out = parts["transformer"].params["proj_out"]
-    out["kernel"] = 0.3 * jax.random.normal(jax.random.key(2), out["kernel"].shape)
+    # Trained networks do not end in zeros, and their gates are not shut.
+    flat = traverse_util.flatten_dict(parts["transformer"].params)
+    for path, leaf in flat.items():
+        if path[-1] == "kernel" and not leaf.any():
+            flat[path] = 0.3 * jax.random.normal(jax.random.key(2), leaf.shape)
+    parts["transformer"] = Component(parts["transformer"].module, traverse_util.unflatten_dict(flat))
     clip = train_tokenizer(CAPTIONS, 600, folder / "tokenizer", 12)
     tokenizers = {"text_encoder": clip, "text_encoder_2": clip}
     tokenizers["text_encoder_3"] = train_unigram(CAPTIONS, 60, folder / "tokenizer_3", 10)

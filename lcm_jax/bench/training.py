@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from lcm_jax.train.tasks.distillation import Learner, LoraConfig
 from lcm_jax.weights.families import FAMILIES
 
 _KIND = "UNet2DConditionModel"
+MEMORY = Path("/proc/meminfo")  # of Linux
 
 
 class Teacher(NamedTuple):
@@ -106,9 +108,9 @@ def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, re
 
 def check_room(what: str, memory: int) -> None:
     """ValueError for what a CPU's memory does not hold, where the system would end the process without a word."""
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if jax.default_backend() == "cpu" and memory > room:
+    told = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text()) if MEMORY.exists() else None
+    if jax.default_backend() == "cpu" and told and memory > (room := 1024 * int(told[1])):
         raise ValueError(
-            f"{what}: a training step takes {memory / 2**30:.1f} GiB, and this machine has {room / 2**30:.1f}: "
+            f"{what}: a training step takes {memory / 2**30:.1f} GiB, and {room / 2**30:.1f} are free: "
             "give a smaller --batch, or --model openmoji"
         )

@@ -109,10 +109,12 @@ def test_what_does_not_go_together_is_said_first(
         bench.run(cases, Options(**options), repeats=repeats)
 
 
-def test_a_training_step_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.os, "sysconf", lambda name: 2**16)
+def test_a_training_step_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemTotal:       24000000 kB\nMemAvailable:    4194304 kB\n")
+    monkeypatch.setattr(training, "MEMORY", told)
     training.check_room("LCM", 2**32)
-    with pytest.raises(ValueError, match=r"LCM: a training step takes 5\.0 GiB, and this machine has 4\.0: give "):
+    with pytest.raises(ValueError, match=r"LCM: a training step takes 5\.0 GiB, and 4\.0 are free: give "):
         training.check_room("LCM", 5 * 2**30)
 
 

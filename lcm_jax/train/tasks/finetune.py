@@ -183,12 +183,12 @@ class FinetuneTask:
         cond, null = conditioner.encode_text([self.class_prompt] * DRAWN), conditioner.empty(DRAWN)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
+        spread = spec.init_scale(generator.schedule, times, spacing)  # of arrays at hand: none may be traced
 
         @jax.jit
         def draw(params: Params, key: Key) -> Array:
             noise, rest = jax.random.split(key)
-            x = jax.random.normal(noise, (DRAWN, side, side, vae.latent_channels))
-            x = x * spec.init_scale(generator.schedule, times, spacing)
+            x = spread * jax.random.normal(noise, (DRAWN, side, side, vae.latent_channels))
             grid = pad(times)
             return generator.latents(params, cond, null, x, grid, guidance, rest, sampler=spec, guided=guidance != 1.0)
 

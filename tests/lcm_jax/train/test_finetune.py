@@ -105,6 +105,13 @@ def test_class_pictures_of_no_weight_change_nothing(tiny_model: Path, data: Data
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
 
 
+def test_class_pictures_of_a_flow_are_drawn_from_noise_of_its_own_size(tiny_sd3: Path, data: DataConfig) -> None:
+    """Its sampler spreads the noise it begins with (`Sampler.init_scale`)."""
+    batch = next(finetune(tiny_sd3, data, **PRIOR).build().batches(4, 0))
+    assert np.isfinite(batch["mean"]).all()
+    assert batch["mean"][:, 1].std() > 0.0
+
+
 def test_the_loss_is_the_weighted_sum_of_both_kinds(tiny_model: Path, data: DataConfig) -> None:
     """Equation 2 of 2208.12242: own + weight times prior."""
     task = finetune(tiny_model, data, prior_weight=3.0, **PRIOR).build()
