@@ -63,7 +63,8 @@ def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, re
     """One step: student, guided teacher, target, gradient, AdamW and the moving average. Its state is donated."""
     config, tokens = teacher_of(options)
     side: Any = config.sample_size
-    latents = (batch, side, side, config.in_channels)
+    height, width = (side, side) if isinstance(side, int) else side
+    latents = (batch, height, width, config.in_channels)
     objective = LatentConsistencyDistillation(schedule=DDPM(), embed_w=lora is None, w_min=2.0, w_max=14.0)
     if lora is not None:
         objective = replace(objective, w_min=7.5, w_max=7.5)
