@@ -1,8 +1,9 @@
-"""How the library's programs are compiled."""
+"""How the library's programs are compiled, and what they take."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,3 +34,10 @@ def compiler_options() -> dict[str, bool | int | str] | None:
     except JaxRuntimeError:
         return None
     return options
+
+
+def memory_of(compiled: Any) -> int:
+    """Bytes on a device of a program's arguments, results and temporaries."""
+    found = compiled.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return int(held - found.alias_size_in_bytes)

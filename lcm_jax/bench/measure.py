@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.compiling import compiler_options
+from lcm_jax.compiling import compiler_options, memory_of
 from lcm_jax.flops import flops
 from mmdit.attention import lowering_for
 
@@ -49,9 +49,7 @@ def program(name: str, function: Callable[..., Any], *arguments: Any, **options:
 
     def prepare() -> Cost:
         held.append(jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile())
-        found = held[0].memory_analysis()
-        memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        return Cost(flops_of(function, *arguments), int(memory - found.alias_size_in_bytes))
+        return Cost(flops_of(function, *arguments), memory_of(held[0]))
 
     return Row(name=name, run=lambda: held[0](*arguments), prepare=prepare, **options)
 

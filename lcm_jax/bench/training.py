@@ -17,6 +17,7 @@ import optax
 from lcm_jax.bench.measure import Cost, Row, flops_of
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.bench.networks import Options, Titled
+from lcm_jax.compiling import memory_of
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import LatentConsistencyDistillation
 from lcm_jax.pipeline import load
@@ -93,12 +94,10 @@ def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, re
         like = jax.eval_shape(begin)
         train = make_train_step(learner.loss, tx, decay=0.95, seed=0)
         held["step"] = train.lower(*like, data).compile()
-        found = held["step"].memory_analysis()
-        memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        memory -= found.alias_size_in_bytes
+        memory = memory_of(held["step"])
         check_room(f"{options.model}, {name}, batch {batch}", memory)
         held["state"], held["frozen"] = begin()
-        return Cost(flops_of(train, *like, data), int(memory))
+        return Cost(flops_of(train, *like, data), memory)
 
     def run() -> Any:
         held["state"], metrics = held["step"](held["state"], held["frozen"], data)

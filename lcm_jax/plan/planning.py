@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from lcm_jax.compiling import memory_of
 from lcm_jax.flops import flops
 from lcm_jax.places import cache_dir
 from lcm_jax.plan.hlo import Program
@@ -271,13 +272,8 @@ def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
         if needed is None:
             raise compiled
         return _Program(needed, 0, None)
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return _Program(
-        int(total - memory.alias_size_in_bytes),
-        int(memory.argument_size_in_bytes),
-        Program(compiled.as_text(), devices),
-    )
+    arguments = int(compiled.memory_analysis().argument_size_in_bytes)
+    return _Program(memory_of(compiled), arguments, Program(compiled.as_text(), devices))
 
 
 def _dumped(folder: Path, devices: int) -> _Program | None:

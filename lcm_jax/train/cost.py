@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lcm_jax.compiling import memory_of
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
 from lcm_jax.train.sharding import make_mesh
@@ -32,9 +33,5 @@ def step_cost(config: TrainConfig, *, compile: bool = True) -> StepCost:
     batch = next(task.batches(loop.batch_size, loop.seed))
     shapes = jax.eval_shape(lambda *trees: trees, initial_shapes(task, tx), task.frozen, batch)
     lowered: Any = step.lower(*shapes)
-    memory = 0
-    if compile:
-        found = lowered.compile().memory_analysis()
-        total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        memory = int(total - found.alias_size_in_bytes)
+    memory = memory_of(lowered.compile()) if compile else 0
     return StepCost(flops=float(lowered.cost_analysis()["flops"]), memory=memory)
