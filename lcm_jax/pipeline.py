@@ -22,7 +22,7 @@ from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
 from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.prompts import Prompts, pair_texts
-from lcm_jax.quantization import Quantized, quantize
+from lcm_jax.quantization import Quantized, in_8_bits, quantize
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
@@ -248,6 +248,7 @@ class Pipeline:
         other = copy.copy(self)
         other.params = Parameters(self.params.components)
         other.params[self.folder.denoiser] = quantize(self.net_params, kind)
+        other.__dict__.pop("_draw", None)  # its program is compiled otherwise
         return other
 
     def _plain(self, what: str) -> None:
@@ -353,7 +354,9 @@ class Pipeline:
 
     @cached_property
     def _draw(self) -> Any:
-        @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=compiler_options())
+        options = compiler_options(in_8_bits=in_8_bits(self.net_params))
+
+        @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=options)
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
             skip: SkipLayers | None, kept: Kept | None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import Float
 
 from lcm_jax.extras import require
 from lcm_jax.typing import Array, Params
+from mmdit.attention import halved
+from mmdit.cpu_attention import largest
 
 KINDS = ("int8", "int8w", "fp8")
 NARROW = 32  # features: kernels with fewer inputs or outputs stay as they are
@@ -34,6 +38,11 @@ class Quantized:
 
     params: Params
     kind: str
+
+
+def in_8_bits(params: Params) -> bool:
+    """Whether a network's products are: its programs have `compiler_options` of their own."""
+    return isinstance(params, Quantized) and params.kind != "int8w"
 
 
 def check(kind: str) -> None:
@@ -75,8 +84,12 @@ def _is_wide(path: str, leaf: Array) -> bool:
     return name == "kernel" and leaf.ndim >= 2 and min(leaf.shape[-2:]) >= NARROW and not _STAY.search(path)
 
 
-def rounding(kind: str) -> contextlib.AbstractContextManager[None]:
-    """Within it flax's Dense and Conv take kernels that are `qwix.QArray`."""
+@contextlib.contextmanager
+def rounding(kind: str) -> Iterator[None]:
+    """Within it flax's Dense and Conv take kernels that are `qwix.QArray`.
+
+    Attention is bfloat16's then unless the kernels alone are rounded: that errs a tenth as much as the rest.
+    """
     import qwix
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -90,31 +103,44 @@ def rounding(kind: str) -> contextlib.AbstractContextManager[None]:
         if kind == "int8w":
             whole = {**own, "kernel": qwix.dequantize(kernel).astype(dtype)}
             return module.clone(parent=None, name=None).apply({"params": whole}, x)
-        if isinstance(module, nn.Dense):
-            rows = qwix.quantize(x.reshape(-1, x.shape[-1]), kernel.qvalue.dtype, channelwise_axes=(0,))
-            y = qwix.dot(rows, kernel).reshape(*x.shape[:-1], -1)
-        else:
-            assert isinstance(module, nn.Conv)
-            pictures = qwix.quantize(x, kernel.qvalue.dtype, channelwise_axes=(0,))
-            y = _convolve(module, pictures, kernel)
+        y = _multiply(module, x, kernel)
         return (y + own["bias"] if "bias" in own else y).astype(dtype)
 
-    return nn.intercept_methods(call)
+    with nn.intercept_methods(call), contextlib.nullcontext() if kind == "int8w" else halved():
+        yield
 
 
-def _convolve(module: nn.Conv, x: Any, kernel: Any) -> Array:
-    """What a module of ours, of two sides, strides and padding, is of `qwix.QArray`s with a scale for each picture and
+def _multiply(module: Any, x: Array, kernel: Any) -> Array:
+    """What a Dense, or a Conv of two sides, makes of x and of a `qwix.QArray`, without its bias; float32.
 
-    each output; float32. Not qwix's: cuDNN has integer convolutions whose sums become float32 before anything else.
+    Each row of x has a scale, of a convolution each picture, as its sums go over pixels. Not qwix's: cuDNN has integer
+    convolutions whose sums become float32 before anything else, and XLA:CPU wants the maxima otherwise.
     """
-    strides: Any = module.strides or 1
-    padding: Any = module.padding
+    how: dict[str, Any] = {"preferred_element_type": jnp.int32 if kernel.qvalue.dtype == jnp.int8 else jnp.float32}
+    scales = kernel.scale.astype(jnp.float32).reshape(-1)
+    if isinstance(module, nn.Dense) or (module.kernel_size, _both(module.strides or 1)) == ((1, 1), (1, 1)):
+        values, scale = _rounded(x.reshape(-1, x.shape[-1]), kernel.qvalue.dtype)
+        sums = jnp.dot(values, kernel.qvalue.reshape(kernel.qvalue.shape[-2:]), **how)
+        return (sums.astype(jnp.float32) * (scale * scales)).reshape(*x.shape[:-1], -1)
+    values, scale = _rounded(x.reshape(len(x), -1), kernel.qvalue.dtype)
+    padding = module.padding if isinstance(module.padding, (str, tuple)) else (_both(module.padding),) * 2
+    dimensions = ("NHWC", "HWIO", "NHWC")
     sums = jax.lax.conv_general_dilated(
-        x.qvalue,
-        kernel.qvalue,
-        (strides,) * 2 if isinstance(strides, int) else strides,
-        padding if isinstance(padding, (str, tuple)) else ((padding, padding),) * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=jnp.int32 if x.qvalue.dtype == jnp.int8 else jnp.float32,
+        values.reshape(x.shape), kernel.qvalue, _both(module.strides or 1), padding, dimension_numbers=dimensions, **how
     )
-    return sums.astype(jnp.float32) * (x.scale.astype(jnp.float32) * kernel.scale.astype(jnp.float32))
+    return sums.astype(jnp.float32) * (scale * scales)[:, None, None]
+
+
+def _both(of: Any) -> Any:
+    return (of, of) if isinstance(of, int) else of
+
+
+def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Float[Array, "n m"], Float[Array, "n 1"]]:
+    """Rows in 8 bits, and what one step of each is."""
+    top = jax.lax.platform_dependent(
+        jnp.abs(x.astype(jnp.float32)), cpu=largest, default=partial(jnp.max, axis=-1, keepdims=True)
+    )
+    most = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
+    scale = jnp.where(top > 0.0, top, 1.0) / most
+    steps = x.astype(jnp.float32) / scale
+    return (jnp.round(steps) if dtype == jnp.int8 else steps).astype(dtype), scale

@@ -18,6 +18,7 @@ from mmdit import cpu_attention, tpu_attention
 
 Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
+_halved: ContextVar[bool] = ContextVar("halved", default=False)
 _cut: ContextVar[tuple[Mesh, tuple[str, ...], str] | None] = ContextVar("cut", default=None)
 
 
@@ -29,6 +30,16 @@ def lowering_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _platform.reset(token)
+
+
+@contextmanager
+def halved() -> Iterator[None]:
+    """What is traced inside attends in bfloat16, whatever the dtype of what comes in and goes out."""
+    token = _halved.set(True)
+    try:
+        yield
+    finally:
+        _halved.reset(token)
 
 
 @contextmanager
@@ -63,7 +74,9 @@ def attention(
     or heads wide under a mask or bias; a CPU takes `cpu_attention` and a TPU that is alone or in a mesh that is told
     (`cut_over`), of long ones, `tpu_attention`, unless there is a mask or bias; all else is XLA's.
     """
-    platform = _platform.get() or jax.default_backend()
+    platform, dtype = _platform.get() or jax.default_backend(), query.dtype
+    if _halved.get():
+        query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
     if implementation is None:
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _widest(platform)
@@ -73,8 +86,7 @@ def attention(
         implementation = "cpu" if plain and platform == "cpu" else implementation
         tiled = plain and platform == "tpu" and tpu_attention.fits(query, key) and _known_cut(query)
         implementation = "tpu" if tiled else implementation
-    dtype = query.dtype
-    if dtype == jnp.float16 and platform != "gpu":
+    if query.dtype == jnp.float16 and platform != "gpu":
         # jax asks for float16 products summed in float32, which it has on GPUs alone.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     if implementation in ("cpu", "tpu"):
