@@ -144,7 +144,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
     sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")
     sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes; each case has its own by default")
-    sub.add_argument("--quantize", choices=quantization.KINDS, help="text-to-image: rows in 8 bits too, and their PSNR")
+    sub.add_argument("--quantize", choices=quantization.KINDS, help="rows in 8 bits too, and how near they are")
     sub.add_argument("--side", type=int, help="pixels of a stream's sides; the model's own by default")
     sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
     sub.add_argument("--profile", action="store_true", help="print the dearest operations of each row too")

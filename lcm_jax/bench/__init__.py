@@ -50,6 +50,7 @@ CASES: Mapping[str, str] = {
     "start": "starting.starts",
 }
 WITH_PEER = ("unet", "vae", "text", "text-to-image", "stream")
+IN_8_BITS = ("unet", "mmdit", "text-to-image")
 NEVER_RANDOM = ("loading", "start")  # their model is read from files
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
 
@@ -101,6 +102,8 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
             raise ValueError(f"bench {case}: no such case; known are {', '.join(CASES)}")
         if options.peer is not None and case not in WITH_PEER:
             raise ValueError(f"bench {case} has no peer to be measured against; {', '.join(WITH_PEER)} have")
+        if options.quantize is not None and case not in IN_8_BITS:
+            raise ValueError(f"bench {case} has no rows in 8 bits; {', '.join(IN_8_BITS)} have: leave --quantize out")
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: it must be at least 1")
     name = options.model.removeprefix(PREFIX)

@@ -43,12 +43,15 @@ class Row:
     note: Callable[[], str] = lambda: ""  # asked for after the runs
 
 
-def program(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Row:
-    """A row of one compiled program. options: of the row."""
+def program(
+    name: str, function: Callable[..., Any], *arguments: Any, in_8_bits: bool = False, **options: Any
+) -> Row:
+    """A row of one compiled program. in_8_bits: as `compiler_options`. options: of the row."""
     held: list[Any] = []
 
     def prepare() -> Cost:
-        held.append(jax.jit(function, compiler_options=compiler_options()).lower(*arguments).compile())
+        how = compiler_options(in_8_bits=in_8_bits)
+        held.append(jax.jit(function, compiler_options=how).lower(*arguments).compile())
         return Cost(flops_of(function, *arguments), memory_of(held[0]))
 
     return Row(name=name, run=lambda: held[0](*arguments), prepare=prepare, **options)

@@ -14,7 +14,9 @@ import numpy as np
 from lcm_jax.bench import peers
 from lcm_jax.bench.measure import Row, program
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
+from lcm_jax.generate import as_apply
 from lcm_jax.nets import example_inputs
+from lcm_jax.quantization import in_8_bits, quantize
 from lcm_jax.weights.folders import Component
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.presets import SD3_MEDIUM, family
@@ -36,7 +38,7 @@ class Options:
     scale: str = "full"
     peer: str | None = None
     batches: tuple[int, ...] = ()
-    quantize: str | None = None  # of text-to-image: rows of the denoiser in 8 bits
+    quantize: str | None = None  # rows of the denoiser in 8 bits beside those of cases that have one
     side: int | None = None  # in pixels, of a stream; the model's own by default
 
     def geometries(self, case: str) -> tuple[str, ...]:
@@ -68,6 +70,18 @@ def _pair(title: str, ours: Row, theirs: Callable[[], Row] | None) -> Titled:
     return title, [peer, replace(ours, against=peer.name)]
 
 
+def _rounded(plain: Row, part: Component, kind: str, *arguments: Any) -> Row:
+    """The same network in 8 bits, and how far what it gives is from what the plain row gives."""
+    params = quantize(part.params, kind)
+    row = program(f"{plain.name}, {kind}", as_apply(part.module), params, *arguments, in_8_bits=in_8_bits(params))
+
+    def error() -> str:
+        near, true = (np.asarray(of.run(), np.float32) for of in (row, plain))
+        return f"error {np.linalg.norm(near - true) / np.linalg.norm(true):.2g}"
+
+    return replace(row, against=plain.name, frames=plain.frames, note=error)
+
+
 def unets(options: Options) -> Iterator[Titled]:
     """A step of Stable Diffusion's UNets, without guidance."""
     for name, batch in product(options.geometries("unet"), options.batches or (1,)):
@@ -94,7 +108,10 @@ def unets(options: Options) -> Iterator[Titled]:
                 frames=batch,
             )
 
-        yield _pair(f"{name} UNet, {batch} x latents {side}x{side}", ours, theirs if options.peer else None)
+        title, rows = _pair(f"{name} UNet, {batch} x latents {side}x{side}", ours, theirs if options.peer else None)
+        if options.quantize is not None:
+            rows.append(_rounded(ours, part, options.quantize, x, t, cond))
+        yield title, rows
 
 
 def mmdits(options: Options) -> Iterator[Titled]:
@@ -106,8 +123,11 @@ def mmdits(options: Options) -> Iterator[Titled]:
         side = config.sample_size
         x, t, cond = mmdit_inputs(config, size=(side, side), tokens=154)
         cond = {name: _normal(leaf.shape, options.dtype) for name, leaf in cond.items()}
-        function, arguments = _call(part, _normal(x.shape, options.dtype), t + 500.0, cond)
+        given = _normal(x.shape, options.dtype), t + 500.0, cond
+        function, arguments = _call(part, *given)
         rows.append(program(f"MMDiT {name}, latents {side}x{side}", function, *arguments))
+        if options.quantize is not None:
+            rows.append(_rounded(rows[-1], part, options.quantize, *given))
     yield "MMDiT", rows
 
 

@@ -91,6 +91,7 @@ def test_a_case_is_run_and_written(
         (["large"], {}, 1, "bench large: no such case; known are unet, "),
         (["unet"], {}, 0, "--repeats 0: it must be at least 1"),
         (["training"], {"peer": "diffusers"}, 1, "bench training has no peer"),
+        (["vae"], {"quantize": "int8"}, 1, "bench vae has no rows in 8 bits; unet, mmdit, text-to-image have"),
         (["stream"], {"model": "random-sd9"}, 1, "--model random-sd9: no such geometry; known are random-sd15, "),
         (
             ["text-to-image"],
@@ -138,6 +139,14 @@ def test_dear_cases_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixtur
     model = "openmoji" if case in ("stream", "loading", "start") else "random-sd15"
     bench.run([case], Options(scale="tiny", model=model, batches=(1,)), repeats=1)
     assert "ms/frame" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "near"), [("unet", "error 0.0"), ("mmdit", "error 0.0"), ("text-to-image", "PSNR")])
+def test_networks_in_8_bits_stand_beside_themselves(case: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run([case], Options(scale="tiny", model="random-sd15", batches=(1,), quantize="int8"), repeats=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if ", int8 |" in line)
+    assert near in line
 
 
 @pytest.mark.slow

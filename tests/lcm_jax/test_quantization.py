@@ -16,6 +16,7 @@ from flax import traverse_util
 import lcm_jax
 from lcm_jax import quantization
 from lcm_jax.cli import main
+from lcm_jax.compiling import compiler_options
 from lcm_jax.generate import as_apply
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
@@ -107,6 +108,37 @@ def test_convolutions_and_products_of_every_form(monkeypatch: pytest.MonkeyPatch
             with quantization.rounding(kind):
                 rounded = layer.apply({"params": quantize(params, kind).params}, x)
             assert 1e-4 < _error(rounded, plain) < 0.02
+
+
+@pytest.mark.parametrize("rows", [(5, 7), (2, 1000)])
+@pytest.mark.parametrize("kind", [jnp.int8, jnp.float8_e4m3fn])
+def test_inputs_are_within_half_a_step_of_themselves(kind: Any, rows: tuple[int, int]) -> None:
+    """Of a step for each row, whose largest number is kept as it is; nothing is made of nothing."""
+    x = jax.random.normal(jax.random.key(0), rows) * jnp.geomspace(1e-3, 1e3, rows[0])[:, None]
+    x = x.at[0].set(0.0)
+    values, step = quantization._rounded(x, kind)
+    again = values.astype(jnp.float32) * step
+    assert values.dtype == kind
+    assert step.shape == (rows[0], 1)
+    most = 0.5 * step if kind == jnp.int8 else jnp.abs(x) / 16 + step * 2.0**-9
+    assert jnp.all(jnp.abs(again - x) <= 1.001 * most)
+    np.testing.assert_allclose(jnp.abs(again).max(1), jnp.abs(x).max(1), rtol=1e-6)
+    assert not values[0].astype(jnp.float32).any()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of XLA:CPU")
+@pytest.mark.parametrize("layer", [nn.Conv(32, (3, 3), padding=1), nn.Conv(32, (3, 3), 2, padding=1), nn.Dense(32)])
+def test_a_cpu_takes_kernels_made_for_8_bits(layer: Any) -> None:
+    """XLA's own loops take up to three hundred times as long."""
+    x = jnp.ones((1, 8, 8, 32))
+    params = quantize(layer.init(jax.random.key(0), x)["params"], "int8").params
+
+    def call(params: Any, x: Any) -> Any:
+        with quantization.rounding("int8"):
+            return layer.apply({"params": params}, x)
+
+    taken = jax.jit(call, compiler_options=compiler_options(in_8_bits=True)).lower(params, x).compile().as_text()
+    assert "__ynn_fusion" in taken
 
 
 @pytest.mark.parametrize("name", UNET_AND_MMDIT)

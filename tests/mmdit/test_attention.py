@@ -41,6 +41,38 @@ def test_half_precision_runs_everywhere(dtype: jnp.dtype) -> None:
     np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.03)
 
 
+@pytest.mark.parametrize("keys", [7, 4096])
+def test_half_precision_on_a_cpu_errs_as_its_inputs_do(keys: int) -> None:
+    """Weights that are cut off, not rounded, take nothing from the result: their sum is short of as much."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 16)), jnp.bfloat16) for n in (9, keys, keys))
+    q, v = 3 * q, v + 5
+
+    def slopes(implementation: str, *qkv: jax.Array) -> tuple[jax.Array, ...]:
+        def total(*qkv: jax.Array) -> jax.Array:
+            found = module.attention(*qkv, implementation=implementation)  # type: ignore[arg-type]
+            return (found.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(total, (0, 1, 2))(*qkv)
+
+    whole = [x.astype(jnp.float32) for x in (q, k, v)]
+    true, half = module.attention(*whole), module.attention(q, k, v, implementation="cpu")
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), true, rtol=2**-7)
+    assert abs(float((half.astype(jnp.float32) / true).mean()) - 1.0) < 2**-10
+    for mine, plain in zip(slopes("cpu", q, k, v), slopes("xla", *whole), strict=True):
+        assert float(jnp.linalg.norm(mine.astype(jnp.float32) - plain) / jnp.linalg.norm(plain)) < 0.02
+
+
+def test_halved_attention_is_bfloat16s() -> None:
+    q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8)), jnp.float32)
+    with module.halved():
+        half = module.attention(q, k, v)
+    bfloat16 = module.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.float32
+    np.testing.assert_array_equal(half, bfloat16.astype(jnp.float32))
+
+
 def test_what_is_traced_for_another_platform_takes_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
 
@@ -110,7 +142,7 @@ def test_the_largest_logit_of_a_row_is_found_wherever_it_is(keys: int) -> None:
     """Logits of thousands, whose exponentials are infinite or nought unless the very largest is taken off first."""
     rng = np.random.default_rng(keys)
     rows = jnp.asarray(1e3 * rng.standard_normal((keys, keys)) + 1e4 * np.eye(keys), jnp.float32)
-    np.testing.assert_array_equal(cpu_attention._top(rows), rows.max(-1, keepdims=True))
+    np.testing.assert_array_equal(cpu_attention.largest(rows), rows.max(-1, keepdims=True))
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 8)), jnp.float32) for n in (5, keys, keys))
     mine, plain = (module.attention(q, k, v, scale=1e3, implementation=name) for name in ("cpu", "xla"))
     np.testing.assert_allclose(mine, plain, rtol=1e-3, atol=1e-3)
