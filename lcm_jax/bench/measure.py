@@ -43,9 +43,7 @@ class Row:
     note: Callable[[], str] = lambda: ""  # asked for after the runs
 
 
-def program(
-    name: str, function: Callable[..., Any], *arguments: Any, in_8_bits: bool = False, **options: Any
-) -> Row:
+def program(name: str, function: Callable[..., Any], *arguments: Any, in_8_bits: bool = False, **options: Any) -> Row:
     """A row of one compiled program. in_8_bits: as `compiler_options`. options: of the row."""
     held: list[Any] = []
 
