@@ -114,7 +114,10 @@ def main() -> None:
     options = Options(
         model=own.model, dtype=own.dtype, scale=own.scale, peer=own.against, batches=tuple(own.batch), side=own.side
     )
-    report(tables[own.table](options), options, repeats=own.repeats, out=own.json)
+    try:
+        report(tables[own.table](options), options, repeats=own.repeats, out=own.json)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.exit(2, f"tables.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
     for case in cases:
         if case in MEASURED:
             options.geometries(case)
+    if "training" in cases:
+        import_module(f"{__name__}.training").teacher_of(options)
     clash = next((case for case in cases if case in NEVER_RANDOM), None)
     if options.model.startswith(PREFIX) and clash is not None:
         raise ValueError(f"bench {clash} reads a model from files, and {options.model} has none: give another --model")
