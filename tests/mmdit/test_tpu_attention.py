@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from lcm_jax.flops import flops
 from mmdit import attention as module
@@ -67,7 +67,7 @@ def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert not taken("tpu", *long)
     for devices, own in ((1, True), (2, False)):  # of which a batch of one gives each its row, or cannot
-        with module.cut_over(AbstractMesh((devices, 1), ("rows", "heads")), ("rows",), "heads"):
+        with module.cut_over(AbstractMesh((devices, 1), ("rows", "heads"), (AxisType.Auto,) * 2), ("rows",), "heads"):
             assert taken("tpu", *long) is own
     with pytest.raises(ValueError, match="implementation 'tpu' has no causal"):
         attention(*long, causal=True, implementation="tpu")
