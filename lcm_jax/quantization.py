@@ -26,6 +26,7 @@ from mmdit.cpu_attention import largest
 
 KINDS = ("int8", "int8w", "fp8")
 NARROW = 32  # features: kernels with fewer inputs or outputs stay as they are
+_NOTHING = 1e-30  # a row without larger numbers is noughts; its step is a normal number still
 _STAY = re.compile(
     r"(^|/)(time_\w+|add_embedding|\w+_embed|\w+_embedder|conv_in|conv_out|norm\w*|attn2/to_[kv])/|^proj_out/"
 )
@@ -141,6 +142,6 @@ def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Float[Array, "n m"], F
         jnp.abs(x.astype(jnp.float32)), cpu=largest, default=partial(jnp.max, axis=-1, keepdims=True)
     )
     most = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
-    scale = jnp.where(top > 0.0, top, 1.0) / most
+    scale = jnp.maximum(top, _NOTHING) / most
     steps = x.astype(jnp.float32) / scale
     return (jnp.round(steps) if dtype == jnp.int8 else steps).astype(dtype), scale

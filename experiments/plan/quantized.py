@@ -1,0 +1,97 @@
+"""What 8 bits are to a TPU: a denoiser's program compiled for one chip, in bfloat16 and in int8, without a TPU.
+
+`python experiments/plan/quantized.py` writes results/plan_quantized.{json,md}: of the compiled program its products by
+what they sum in (int32: those of 8 bits), bytes read and written, and what the chip's memory holds of arguments and
+temporaries. Minutes for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from lcm_jax.bench.models import GEOMETRIES
+from lcm_jax.generate import as_apply
+from lcm_jax.nets import example_inputs
+from lcm_jax.plan.topologies import open_topology
+from lcm_jax.quantization import quantize
+from lcm_jax.weights.families import FAMILIES
+from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.shapes import abstract_params
+from mmdit import example_inputs as mmdit_inputs
+from mmdit.attention import lowering_for
+
+RESULTS = Path(__file__).parent.parent / "results"
+DENOISERS = {"sd15": "unet", "sd3": "transformer"}
+_PRODUCT = re.compile(r" = (s32|f32|bf16)\[[^\]]*\]\S* convolution\(")  # what a TPU's programs call every product
+
+
+def _half(tree: Any) -> Any:
+    """Shapes whose floats are bfloat16's."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        ),
+        tree,
+    )
+
+
+def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
+    """A call of a geometry's denoiser for one picture of its own size."""
+    family, config = GEOMETRIES[name].parts[DENOISERS[name]]
+    net = FAMILIES[family].build(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    size = (config.sample_size,) * 2
+    x, t, cond = mmdit_inputs(config, size=size, tokens=154) if name == "sd3" else example_inputs(config, size=size)
+    params = _half(abstract_params(family, config))
+    if kind == "int8":
+        params = jax.eval_shape(lambda tree: quantize(tree, kind), params)
+    where = SingleDeviceSharding(device)
+    with lowering_for("tpu"):
+        call = jax.jit(as_apply(net), in_shardings=where, out_shardings=where)
+        traced = call.trace(params, _half(x), jax.ShapeDtypeStruct(t.shape, jnp.float32), _half(cond))
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    return {
+        "products": Counter(_PRODUCT.findall(compiled.as_text())),
+        "traffic_gb": compiled.cost_analysis()["bytes accessed"] / 1e9,
+        "arguments_gb": memory.argument_size_in_bytes / 1e9,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", default=list(DENOISERS), choices=list(DENOISERS))
+    parser.add_argument("--topology", default="v5e:1x1")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    topology = open_topology(arguments.topology)
+    kept = RESULTS / "plan_quantized.json"
+    found = read_json(kept) if kept.is_file() else {}
+    for name in arguments.model:
+        for kind in ("bfloat16", "int8"):
+            found[f"{name}, {kind}"] = measure(name, kind, topology.devices[0]) | {"topology": arguments.topology}
+            write_json(kept, found)
+    lines = [
+        "| denoiser, one picture | for | products in int32, others | traffic, GB | arguments, GB | temporaries, GB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for title, of in found.items():
+        own = Counter(of["products"])
+        numbers = (f"{of[key]:.2f}" for key in ("traffic_gb", "arguments_gb", "temporaries_gb"))
+        line = (title, of["topology"], f"{own['s32']}, {own.total() - own['s32']}", *numbers)
+        lines.append(f"| {' | '.join(line)} |")
+    about = f"\njax {jax.__version__}; `python experiments/plan/quantized.py`"
+    (RESULTS / "plan_quantized.md").write_text("\n".join([*lines, about]) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
