@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.bench.models import GEOMETRIES
 from lcm_jax.generate import as_apply
@@ -26,7 +27,7 @@ from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.shapes import abstract_params
 from mmdit import example_inputs as mmdit_inputs
-from mmdit.attention import lowering_for
+from mmdit.attention import cut_over, lowering_for
 
 RESULTS = Path(__file__).parent.parent / "results"
 DENOISERS = {"sd15": "unet", "sd3": "transformer"}
@@ -52,8 +53,9 @@ def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
     params = _half(abstract_params(family, config))
     if kind == "int8":
         params = jax.eval_shape(lambda tree: quantize(tree, kind), params)
-    where = SingleDeviceSharding(device)
-    with lowering_for("tpu"):
+    mesh = Mesh(np.array([[device]]), ("rows", "heads"))
+    where = NamedSharding(mesh, PartitionSpec())
+    with lowering_for("tpu"), cut_over(mesh, ("rows",), "heads"):  # attention goes as on a chip that is alone
         call = jax.jit(as_apply(net), in_shardings=where, out_shardings=where)
         traced = call.trace(params, _half(x), jax.ShapeDtypeStruct(t.shape, jnp.float32), _half(cond))
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
