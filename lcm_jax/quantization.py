@@ -104,15 +104,14 @@ def rounding(kind: str) -> Iterator[None]:
         if kind == "int8w":
             whole = {**own, "kernel": qwix.dequantize(kernel).astype(dtype)}
             return module.clone(parent=None, name=None).apply({"params": whole}, x)
-        y = _multiply(module, x, kernel)
-        return (y + own["bias"] if "bias" in own else y).astype(dtype)
+        return _multiply(module, x, kernel, own.get("bias", 0.0))
 
     with nn.intercept_methods(call), contextlib.nullcontext() if kind == "int8w" else halved():
         yield
 
 
-def _multiply(module: Any, x: Array, kernel: Any) -> Array:
-    """What a Dense, or a Conv of two sides, makes of x and of a `qwix.QArray`, without its bias; float32.
+def _multiply(module: Any, x: Array, kernel: Any, bias: Array | float) -> Array:
+    """What a Dense, or a Conv of two sides, makes of x and of a `qwix.QArray`.
 
     Each row of x has a scale, of a convolution each picture, as its sums go over pixels. Not qwix's: cuDNN has integer
     convolutions whose sums become float32 before anything else, and XLA:CPU wants the maxima otherwise.
@@ -122,14 +121,15 @@ def _multiply(module: Any, x: Array, kernel: Any) -> Array:
     if isinstance(module, nn.Dense) or (module.kernel_size, _both(module.strides or 1)) == ((1, 1), (1, 1)):
         values, scale = _rounded(x.reshape(-1, x.shape[-1]), kernel.qvalue.dtype)
         sums = jnp.dot(values, kernel.qvalue.reshape(kernel.qvalue.shape[-2:]), **how)
-        return (sums.astype(jnp.float32) * (scale * scales)).reshape(*x.shape[:-1], -1)
+        y = sums.astype(jnp.float32) * (scale * scales) + bias
+        return y.astype(x.dtype).reshape(*x.shape[:-1], -1)  # in this order: else a TPU turns heads in float32
     values, scale = _rounded(x.reshape(len(x), -1), kernel.qvalue.dtype)
     padding = module.padding if isinstance(module.padding, (str, tuple)) else (_both(module.padding),) * 2
     dimensions = ("NHWC", "HWIO", "NHWC")
     sums = jax.lax.conv_general_dilated(
         values.reshape(x.shape), kernel.qvalue, _both(module.strides or 1), padding, dimension_numbers=dimensions, **how
     )
-    return sums.astype(jnp.float32) * (scale * scales)[:, None, None]
+    return (sums.astype(jnp.float32) * (scale * scales)[:, None, None] + bias).astype(x.dtype)
 
 
 def _both(of: Any) -> Any:
