@@ -144,7 +144,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
     sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")
     sub.add_argument("--batch", type=int, nargs="+", default=[], help="batch sizes; each case has its own by default")
-    sub.add_argument("--quantize", choices=quantization.KINDS, help="rows in 8 bits too, and how near they are")
+    _add_quantize(sub, "rows of the denoiser in 8 bits too")
     sub.add_argument("--side", type=int, help="pixels of a stream's sides; the model's own by default")
     sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
     sub.add_argument("--profile", action="store_true", help="print the dearest operations of each row too")
@@ -199,6 +199,11 @@ def _add_size(sub: argparse.ArgumentParser, default: str = "own") -> None:
     sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=text)
 
 
+def _add_quantize(sub: argparse.ArgumentParser, what: str) -> None:
+    known = f"{what}: {', '.join(quantization.KINDS)}, where int8w rounds kernels alone; text=KIND and vae=KIND too"
+    sub.add_argument("--quantize", nargs="+", default=[], metavar="[PART=]KIND", help=known)
+
+
 def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="openmoji", help="bundled name, diffusers or orbax folder, single file, hub id")
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
@@ -209,4 +214,4 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
     sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
     sub.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the networks")
-    sub.add_argument("--quantize", choices=quantization.KINDS, help="the denoiser in 8 bits; int8w: its kernels alone")
+    _add_quantize(sub, "the denoiser in 8 bits")

@@ -70,11 +70,10 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """The pipeline, and the sampler and guidance to call it with."""
     parts = [_lora_part(text) for text in arguments.lora]
     options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae", "t5")}
-    if arguments.quantize is not None:
-        quantization.check(arguments.quantize)
+    kinds = quantization.parse(arguments.quantize)
     pipe = load(arguments.model, lora=parts or None, **options)
-    if arguments.quantize is not None:
-        pipe = pipe.quantized(arguments.quantize)
+    for part, kind in kinds.items():
+        pipe = pipe.quantized(kind, part)
     sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
     plain = sampler == "lcm" and not pipe.generator.embeds_guidance
     guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)
@@ -248,9 +247,9 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(arguments.device, arguments.device))
-    names = ("model", "dtype", "scale", "side", "quantize")
-    own = {name: getattr(arguments, name) for name in names}
-    options = bench.Options(peer=arguments.against, batches=tuple(arguments.batch), **own)
+    own = {name: getattr(arguments, name) for name in ("model", "dtype", "scale", "side")}
+    own |= {"quantize": quantization.parse(arguments.quantize), "batches": tuple(arguments.batch)}
+    options = bench.Options(peer=arguments.against, **own)
     bench.run(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)
 
 

@@ -28,6 +28,7 @@ from lcm_jax.metrics import (
     ssim,
 )
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.quantization import reading
 from lcm_jax.train.sharding import batch_sharding, cut_rows, place, replicated, whole
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component
@@ -156,8 +157,9 @@ def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh:
 
     @jax.jit
     def run(params: Params, batch: Array) -> Array:
-        mean, _ = vae.module.apply({"params": params}, to_float(batch), method="encode")
-        return to_uint8(vae.module.apply({"params": params}, mean, method="decode"))
+        with reading(params) as own:
+            mean, _ = vae.module.apply({"params": own}, to_float(batch), method="encode")
+            return to_uint8(vae.module.apply({"params": own}, mean, method="decode"))
 
     made = []
     for start in range(0, len(images), batch_size):

@@ -26,7 +26,6 @@ from jaxtyping import UInt8
 from lcm_jax.compiling import compiler_options
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.prompts import Ids, pair_texts
-from lcm_jax.quantization import Quantized
 from lcm_jax.sampling import SAMPLERS, Grid, pad
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.files import written_aside
@@ -96,8 +95,7 @@ def write_program(
     guidance: other numbers may be given to the program, save that 1 is a program of its own, without guidance.
     platform: "cpu", "gpu" or "tpu": of a machine that need not be at hand; this one's by default.
     """
-    if isinstance(pipe.net_params, Quantized):
-        raise ValueError(f"a network in {pipe.net_params.kind} is not compiled to a file: leave --quantize out")
+    pipe.plain("a compiled program")
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}")
     if batch < 1:

@@ -18,7 +18,7 @@ from lcm_jax.guidance import cfg, skip_layer_guidance
 from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attending import Memory, given, keys_values, remembering
 from lcm_jax.parameterization import bind
-from lcm_jax.quantization import Quantized, rounding
+from lcm_jax.quantization import Quantized, reading
 from lcm_jax.sampling import Grid, Sampler, sample
 from lcm_jax.solvers import Inpaint, Kept
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
@@ -46,10 +46,8 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
             if isinstance(params, Adapted):
                 stack.enter_context(branches(params.adapters, params.dropout))
                 params = params.params
-            if isinstance(params, Quantized):
-                stack.enter_context(rounding(params.kind))
-                params = params.params
-            return net.apply({"params": params}, x, t, cond, **options)
+            own = stack.enter_context(reading(params))
+            return net.apply({"params": own}, x, t, cond, **options)
 
     return apply
 
@@ -165,12 +163,14 @@ class Generator:
     def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
         """Clean latents of pictures (the posterior's mean), in the denoiser's units."""
         vae: Any = self.vae
-        return scale(vae.apply({"params": vae_params}, to_float(images), method="encode")[0], vae.config)
+        with reading(vae_params) as own:
+            return scale(vae.apply({"params": own}, to_float(images), method="encode")[0], vae.config)
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
         """Pictures of clean latents."""
         vae: Any = self.vae
-        return to_uint8(vae.apply({"params": vae_params}, unscale(latents, vae.config), method="decode"))
+        with reading(vae_params) as own:
+            return to_uint8(vae.apply({"params": own}, unscale(latents, vae.config), method="decode"))
 
 
 @cache

@@ -22,7 +22,7 @@ from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
 from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.prompts import Prompts, pair_texts
-from lcm_jax.quantization import Quantized, in_8_bits, quantize
+from lcm_jax.quantization import Quantized, check_part, in_8_bits, rounder
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
@@ -79,6 +79,7 @@ class Pipeline:
         self.folder = folder
         self.params = Parameters(folder.components)
         self.mesh: Mesh | None = None
+        self.rounded: dict[str, str] = {}  # part -> how it is in 8 bits: `quantized`
         config = dict(folder.scheduler)
         if folder.pipeline in SD and "steps_offset" in config:
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
@@ -238,29 +239,36 @@ class Pipeline:
         cond, null = self.conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
         return self.generator.denoiser(self.net_params, cond, null, guidance, guided=guided)
 
-    def quantized(self, kind: str) -> Pipeline:
-        """The same model with its denoiser in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.
+    def quantized(self, kind: str, part: str = "denoiser") -> Pipeline:
+        """The same model with one part in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.
 
-        LoRAs go in before. It draws, streams and evaluates; it is not saved.
+        part: "denoiser", "vae", or "text", all of its text encoders (of T5 take the kernels alone: its inputs have
+        outliers). What has not been used yet is rounded as it comes from the file and never whole on the device. LoRAs
+        go in before. It draws, streams and evaluates; it is not saved.
         """
-        if isinstance(self.net_params, Quantized):
-            raise ValueError(f"the network is in {self.net_params.kind} already")
-        other = copy.copy(self)
-        other.params = Parameters(self.params.components)
-        other.params[self.folder.denoiser] = quantize(self.net_params, kind)
-        other.__dict__.pop("_draw", None)  # its program is compiled otherwise
+        check_part(part)
+        if part in self.rounded:
+            raise ValueError(f"the {part} is in {self.rounded[part]} already")
+        each, other = rounder(kind), copy.copy(self)
+        other.params, other.rounded = Parameters(self.params.components), {**self.rounded, part: kind}
+        names = {"denoiser": [self.folder.denoiser], "text": list(self.folder.prompts.modules), "vae": ["vae"]}
+        for name in names[part]:
+            other.params[name] = partial(_quantized, self.component(name), each, kind)
+        for program in ("_draw", "_encode_image"):  # are compiled otherwise
+            other.__dict__.pop(program, None)
         return other
 
-    def _plain(self, what: str) -> None:
-        if isinstance(self.net_params, Quantized):
-            raise ValueError(f"the network is in {self.net_params.kind}, which {what} does not take: quantize after it")
+    def plain(self, what: str) -> None:
+        """ValueError if a part is in 8 bits. what: was asked for."""
+        for part, kind in self.rounded.items():
+            raise ValueError(f"the {part} is in {kind}, which {what} does not take: use the model as it was loaded")
 
     def save(self, path: str | Path, *, dtype: str | None = None, variant: str | None = None) -> None:
         """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
 
         variant: such as "fp16", put into the files' names, as hubs that keep several precisions side by side do.
         """
-        self._plain("save")
+        self.plain("save")
         kind = None if dtype is None else _dtype(dtype)
         save_folder(Path(path), replace(self.folder, components=self.params.components), dtype=kind, variant=variant)
 
@@ -276,7 +284,7 @@ class Pipeline:
 
     def add_lora(self, adapters: Mapping[str, Adapters], weight: float = 1.0) -> None:
         """Merge the adapters of some components, {"unet": ..., "text_encoder": ...}, times `weight`."""
-        self._plain("add_lora")
+        self.plain("add_lora")
         for name, own in adapters.items():
             self.params[name] = merge(self.params[name], own, weight)
 
@@ -354,7 +362,7 @@ class Pipeline:
 
     @cached_property
     def _draw(self) -> Any:
-        options = compiler_options(in_8_bits=in_8_bits(self.net_params))
+        options = compiler_options(in_8_bits=in_8_bits(self.net_params) or in_8_bits(self.params["vae"]))
 
         @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=options)
         def draw(
@@ -374,7 +382,8 @@ class Pipeline:
 
     @cached_property
     def _encode_image(self) -> Any:
-        return jax.jit(self.generator.encode, compiler_options=compiler_options())
+        options = compiler_options(in_8_bits=in_8_bits(self.params["vae"]))
+        return jax.jit(self.generator.encode, compiler_options=options)
 
 
 def load(
@@ -409,6 +418,10 @@ def load(
         for path, weight in [(lora, 1.0)] if isinstance(lora, (str, Path)) else lora:
             pipe.add_lora(load_loras(locate(path).path, networks), weight)
     return pipe
+
+
+def _quantized(part: Component, each: Callable[[str, Array], Any], kind: str) -> Quantized:
+    return Quantized(params=part.made_of(each), kind=kind)
 
 
 def _dtype(name: str) -> Any:

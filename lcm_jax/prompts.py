@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.compiling import compiler_options
+from lcm_jax.quantization import in_8_bits, reading
 from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
 
@@ -85,7 +87,8 @@ class Prompts:
         self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[np.ndarray, "n s"] | None = None
     ) -> dict[str, Array]:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
-        return self._encode([params[name] for name in self.modules], self.tokenize(texts), sizes)
+        own = [params[name] for name in self.modules]
+        return self._encode(any(map(in_8_bits, own)))(own, self.tokenize(texts), sizes)
 
     def encode(
         self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
@@ -100,20 +103,23 @@ class Prompts:
         return {name: leaf.shape for name, leaf in out.items()}
 
     @cached_property
-    def _encode(self) -> Any:
-        return jax.jit(self._joined, compiler_options=compiler_options())
+    def _encode(self) -> Callable[[bool], Any]:
+        """Of parameters that are in 8 bits, or not."""
+        return cache(lambda narrow: jax.jit(self._joined, compiler_options=compiler_options(in_8_bits=narrow)))
 
     def _joined(self, params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
-        """Of parameters in the encoders' order."""
-        encodings = [Encoding(*parts) for parts in zip(self.modules.values(), params, ids, strict=True)]
-        if self.family == "sd":
-            return stable_diffusion(encodings[0])
-        if self.family == "sdxl":
-            assert sizes is not None
-            return sdxl(encodings, sizes)
-        clips = [e for e in encodings if not isinstance(e.module, T5Encoder)]
-        t5 = next((e for e in encodings if isinstance(e.module, T5Encoder)), None)
-        return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
+        """Of parameters in the encoders' order, either all `Quantized` or none."""
+        with contextlib.ExitStack() as stack:
+            own = [stack.enter_context(reading(tree)) for tree in params]
+            encodings = [Encoding(*parts) for parts in zip(self.modules.values(), own, ids, strict=True)]
+            if self.family == "sd":
+                return stable_diffusion(encodings[0])
+            if self.family == "sdxl":
+                assert sizes is not None
+                return sdxl(encodings, sizes)
+            clips = [e for e in encodings if not isinstance(e.module, T5Encoder)]
+            t5 = next((e for e in encodings if isinstance(e.module, T5Encoder)), None)
+            return sd3(clips, t5, width=self.width, t5_tokens=self.lengths["t5"])
 
 
 def pair_texts(

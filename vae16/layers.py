@@ -235,7 +235,8 @@ class NearestConv(nn.Module):
 
     Each of the four output phases sees two rows and two columns of the input: it is a 2x2 convolution whose kernel
     adds the taps that fall on the same input pixel. That is 16 instead of 36 products for each input pixel. One
-    convolution has the four windows around a corner of pixels: the output's, interleaved, and a rim of one too many.
+    convolution has the four windows around a corner of pixels (`folded`): the output's, interleaved, and a rim of one
+    too many (`interleaved`).
     """
 
     features: int
@@ -247,17 +248,26 @@ class NearestConv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w d"]:
         c, d = x.shape[-1], self.features
         kernel = self.param("kernel", nn.linear.default_kernel_init, (3, 3, c, d), self.param_dtype)
-
-        def fold(taps: Array) -> tuple[Array, Array]:
-            """What the later and the earlier of two output pixels make of both input pixels, along the first axis."""
-            return jnp.stack([taps[0] + taps[1], taps[2]]), jnp.stack([taps[0], taps[1] + taps[2]])
-
-        folded = [phase.swapaxes(0, 1) for row in fold(kernel) for phase in fold(row.swapaxes(0, 1))]
-        corners = direct(x.astype(self.dtype), jnp.concatenate(folded, axis=-1).astype(self.dtype))
-        y = rearrange(corners, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]
+        y = interleaved(direct(x.astype(self.dtype), folded(kernel).astype(self.dtype)))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (d,), self.param_dtype).astype(self.dtype)
         return y
+
+
+def folded(kernel: Float[Array, "3 3 c d"]) -> Float[Array, "2 2 c 4*d"]:
+    """The kernels of `NearestConv`'s four phases beside each other."""
+
+    def fold(taps: Array) -> tuple[Array, Array]:
+        """What the later and the earlier of two output pixels make of both input pixels, along the first axis."""
+        return jnp.stack([taps[0] + taps[1], taps[2]]), jnp.stack([taps[0], taps[1] + taps[2]])
+
+    phases = [phase.swapaxes(0, 1) for row in fold(kernel) for phase in fold(row.swapaxes(0, 1))]
+    return jnp.concatenate(phases, axis=-1)
+
+
+def interleaved(corners: Float[Array, "b h+1 w+1 4*d"]) -> Float[Array, "b 2*h 2*w d"]:
+    """The phases' pixels in their places."""
+    return rearrange(corners, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]
 
 
 class Upsample(nn.Module):

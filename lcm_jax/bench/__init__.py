@@ -19,6 +19,7 @@ from lcm_jax.bench.measure import Cost, Result, Row, ceilings, measure, table
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, SCALES
 from lcm_jax.bench.networks import MEASURED, Options, Titled
 from lcm_jax.bench.peers import PEERS
+from lcm_jax.quantization import PARTS
 from lcm_jax.weights.files import write_json
 
 __all__ = [
@@ -50,7 +51,8 @@ CASES: Mapping[str, str] = {
     "start": "starting.starts",
 }
 WITH_PEER = ("unet", "vae", "text", "text-to-image", "stream")
-IN_8_BITS = ("unet", "mmdit", "text-to-image")
+# Case -> the parts of a model that it has rows of in 8 bits.
+IN_8_BITS = {"unet": PARTS[:1], "mmdit": PARTS[:1], "vae": ("vae",), "text": ("text",), "text-to-image": PARTS}
 NEVER_RANDOM = ("loading", "start")  # their model is read from files
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
 
@@ -102,8 +104,10 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
             raise ValueError(f"bench {case}: no such case; known are {', '.join(CASES)}")
         if options.peer is not None and case not in WITH_PEER:
             raise ValueError(f"bench {case} has no peer to be measured against; {', '.join(WITH_PEER)} have")
-        if options.quantize is not None and case not in IN_8_BITS:
-            raise ValueError(f"bench {case} has no rows in 8 bits; {', '.join(IN_8_BITS)} have: leave --quantize out")
+        if options.quantize and not options.quantize.keys() & set(IN_8_BITS.get(case, ())):
+            asked = ", ".join(options.quantize)
+            known = "; ".join(f"{name} of {', '.join(parts)}" for name, parts in IN_8_BITS.items())
+            raise ValueError(f"bench {case} has no rows of {asked} in 8 bits: --quantize is for {known}")
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: it must be at least 1")
     name = options.model.removeprefix(PREFIX)

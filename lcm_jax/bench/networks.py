@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 from lcm_jax.bench import peers
 from lcm_jax.bench.measure import Row, program
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
-from lcm_jax.generate import as_apply
 from lcm_jax.nets import example_inputs
-from lcm_jax.quantization import in_8_bits, quantize
+from lcm_jax.quantization import in_8_bits, quantize, reading
+from lcm_jax.typing import Params
 from lcm_jax.weights.folders import Component
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.presets import SD3_MEDIUM, family
@@ -38,7 +38,7 @@ class Options:
     scale: str = "full"
     peer: str | None = None
     batches: tuple[int, ...] = ()
-    quantize: str | None = None  # rows of the denoiser in 8 bits beside those of cases that have one
+    quantize: Mapping[str, str] = field(default_factory=dict)  # part of a model -> its kind of 8 bits, in rows beside
     side: int | None = None  # in pixels, of a stream; the model's own by default
 
     def geometries(self, case: str) -> tuple[str, ...]:
@@ -59,7 +59,12 @@ def _normal(shape: tuple[int, ...], dtype: str) -> Any:
 
 def _call(part: Component, *arguments: Any, **how: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Function and arguments of a network's call."""
-    return lambda params, *given: part.module.apply({"params": params}, *given, **how), (part.params, *arguments)
+
+    def call(params: Params, *given: Any) -> Any:
+        with reading(params) as own:
+            return part.module.apply({"params": own}, *given, **how)
+
+    return call, (part.params, *arguments)
 
 
 def _pair(title: str, ours: Row, theirs: Callable[[], Row] | None) -> Titled:
@@ -70,16 +75,18 @@ def _pair(title: str, ours: Row, theirs: Callable[[], Row] | None) -> Titled:
     return title, [peer, replace(ours, against=peer.name)]
 
 
-def _rounded(plain: Row, part: Component, kind: str, *arguments: Any) -> Row:
-    """The same network in 8 bits, and how far what it gives is from what the plain row gives."""
-    params = quantize(part.params, kind)
-    row = program(f"{plain.name}, {kind}", as_apply(part.module), params, *arguments, in_8_bits=in_8_bits(params))
+def _rounded(plain: Row, kind: str | None, function: Callable[..., Any], params: Params, *arguments: Any) -> list[Row]:
+    """The row of the same network in 8 bits if that is asked for, and how far what it gives first is from the plain."""
+    if kind is None:
+        return []
+    own = quantize(params, kind)
+    row = program(f"{plain.name}, {kind}", function, own, *arguments, in_8_bits=in_8_bits(own))
 
     def error() -> str:
-        near, true = (np.asarray(of.run(), np.float32) for of in (row, plain))
+        near, true = (np.asarray(jax.tree.leaves(of.run())[0], np.float32) for of in (row, plain))
         return f"error {np.linalg.norm(near - true) / np.linalg.norm(true):.2g}"
 
-    return replace(row, against=plain.name, frames=plain.frames, note=error)
+    return [replace(row, against=plain.name, frames=plain.frames, note=error)]
 
 
 def unets(options: Options) -> Iterator[Titled]:
@@ -109,9 +116,7 @@ def unets(options: Options) -> Iterator[Titled]:
             )
 
         title, rows = _pair(f"{name} UNet, {batch} x latents {side}x{side}", ours, theirs if options.peer else None)
-        if options.quantize is not None:
-            rows.append(_rounded(ours, part, options.quantize, x, t, cond))
-        yield title, rows
+        yield title, rows + _rounded(ours, options.quantize.get("denoiser"), function, *arguments)
 
 
 def mmdits(options: Options) -> Iterator[Titled]:
@@ -126,8 +131,7 @@ def mmdits(options: Options) -> Iterator[Titled]:
         given = _normal(x.shape, options.dtype), t + 500.0, cond
         function, arguments = _call(part, *given)
         rows.append(program(f"MMDiT {name}, latents {side}x{side}", function, *arguments))
-        if options.quantize is not None:
-            rows.append(_rounded(rows[-1], part, options.quantize, *given))
+        rows += _rounded(rows[-1], options.quantize.get("denoiser"), function, *arguments)
     yield "MMDiT", rows
 
 
@@ -148,7 +152,8 @@ def autoencoders(options: Options) -> Iterator[Titled]:
                 own = peers.channels_first(given, options.dtype)
                 return peers.row(f"diffusers, {name} {method}", lambda: getattr(net, method)(own))
 
-            yield _pair(f"{name} {method}, {side}x{side} pixels", ours, theirs if options.peer else None)
+            title, rows = _pair(f"{name} {method}, {side}x{side} pixels", ours, theirs if options.peer else None)
+            yield title, rows + _rounded(ours, options.quantize.get("vae"), function, *arguments)
 
 
 def texts(options: Options) -> Iterator[Titled]:
@@ -169,4 +174,5 @@ def texts(options: Options) -> Iterator[Titled]:
             net, own = peers.network(part, options.dtype, str(options.peer)), peers.tensor(ids)
             return peers.row(f"transformers, {name}", lambda: net(own))
 
-        yield _pair(f"{name}, {length} tokens", ours, theirs if options.peer else None)
+        title, rows = _pair(f"{name}, {length} tokens", ours, theirs if options.peer else None)
+        yield title, rows + _rounded(ours, options.quantize.get("text"), function, *arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.metrics import psnr
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.quantization import PARTS
 from lcm_jax.stream import Stream
 
 PROMPT = "red heart"
@@ -40,7 +41,7 @@ def text_to_image(options: Options) -> Iterator[Titled]:
                 rows += [peer, replace(ours, against=peer.name)]
             else:
                 rows.append(ours)
-            if options.quantize is not None:
+            if options.quantize:
                 rows.append(_quantized(ours, pipe, options.quantize, n, sampler))
         yield f"Text to image, {name} at {pipe.size[0]}x{pipe.size[1]}, 4 steps without guidance", rows
         del pipe, theirs, rows
@@ -58,9 +59,12 @@ def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4)
     return Row(name=name, run=draw, prepare=prepare, frames=n)
 
 
-def _quantized(plain: Row, pipe: Pipeline, kind: str, n: int, sampler: str) -> Row:
-    """The same pictures with the denoiser in 8 bits, and how far they are from the plain ones."""
-    row = pictures(f"{plain.name}, {kind}", pipe.quantized(kind), n, sampler)
+def _quantized(plain: Row, pipe: Pipeline, kinds: Mapping[str, str], n: int, sampler: str) -> Row:
+    """The same pictures with some parts in 8 bits, and how far they are from the plain ones."""
+    name = ", ".join([plain.name, *(kind if part == PARTS[0] else f"{part} {kind}" for part, kind in kinds.items())])
+    for part, kind in kinds.items():
+        pipe = pipe.quantized(kind, part)
+    row = pictures(name, pipe, n, sampler)
 
     def near() -> str:
         return f"PSNR {float(psnr(row.run(), plain.run(), data_range=255).mean()):.1f} dB"

@@ -315,7 +315,7 @@ class Stream:
             guidance={"self": "residual", "onetime": "residual"}.get(now.guidance, now.guidance),
             image=self.image,
             remember=now.remember,
-            in_8_bits=in_8_bits(self.pipe.net_params),
+            in_8_bits=any(map(in_8_bits, self._weights)),
         )
         another, self.program = before is None or program != self.program, program
         if before is not None and another:

@@ -159,18 +159,20 @@ def from_torch(
     optional: Sequence[str] = (),
     source: str = "",
     shardings: Shardings | None = None,
+    each: Callable[[str, Array], Any] | None = None,
 ) -> Any:
     """A parameter tree shaped as `like` (nested dicts of ShapeDtypeStruct or arrays) from named PyTorch tensors.
 
     dtype: of the floating parameters; None takes each one from `like`. optional: regexes (searched) of keys that may be
     left over. source: the file named in errors. shardings: where each parameter goes; from memory-mapped tensors every
-    device's slice is read alone, so a network larger than this host is never whole on it.
+    device's slice is read alone, so a network larger than this host is never whole on it. each: (path, parameter) to
+    what takes its place, so that one which becomes smaller is never whole on a device.
     Raises one ValueError that lists every misfit (`check`), or the tensors that hold infinity or NaN.
     """
     check(tensors, like, rules, optional=optional, source=source)
     broken: list[str] = []
 
-    def put(path: str, leaf: _Leaf) -> Array:
+    def put(path: str, leaf: _Leaf) -> Any:
         def read(index: tuple[slice, ...] | None) -> np.ndarray:
             array = leaf.read(tensors, index)
             views.append(array)
@@ -186,7 +188,7 @@ def from_torch(
         placed.block_until_ready()
         for view in views:
             let_go(view)
-        return placed
+        return placed if each is None or path in broken else jax.block_until_ready(each(path, placed))
 
     # A few at a time: looking at values and moving them both run at the speed of one core.
     leaves = _leaves(like, rules, dtype)

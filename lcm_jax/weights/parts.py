@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from lcm_jax.typing import Params
 from lcm_jax.weights.engine import Shardings, check, from_torch, to_torch, torch_shapes
@@ -33,8 +34,8 @@ class Component:
     `module, params = component` works too.
     """
 
-    def __init__(self, module: Any, params: Params | Callable[[], Params]) -> None:
-        """module: a flax module with a `config`."""
+    def __init__(self, module: Any, params: Params | Callable[..., Params]) -> None:
+        """module: a flax module with a `config`. params: a callable takes `each`, as `from_torch` does."""
         self.module = module
         self._params = params
 
@@ -43,6 +44,13 @@ class Component:
         if callable(self._params):
             self._params = self._params()
         return self._params
+
+    def made_of(self, each: Callable[[str, Any], Any]) -> Params:
+        """The tree of each(path, parameter), made one by one where the parameters are not placed yet."""
+        if callable(self._params):
+            return self._params(each=each)
+        flat = traverse_util.flatten_dict(self._params, sep="/")
+        return traverse_util.unflatten_dict({path: each(path, leaf) for path, leaf in flat.items()}, sep="/")
 
     def __iter__(self) -> Iterator[Any]:
         yield self.module

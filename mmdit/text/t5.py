@@ -7,6 +7,7 @@ float16 can hold. The matrix products run in `dtype`.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -34,25 +35,6 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     growth = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
     far = np.minimum(exact + (growth * (half - exact)).astype(np.int32), half - 1)
     return np.where(distance < exact, distance, far) + half * (offset > 0)
-
-
-class WideDense(nn.Module):
-    """A linear map that multiplies in `dtype`, and sums and answers in float32.
-
-    It is T5's `wo`, whose sums overflow float16. transformers keeps its weight in float32 there, which makes product
-    and residual stream float32; the sums are what matters, and this way the product still takes the fast units.
-    """
-
-    features: int
-    stddev: float
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l e"]:
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.normal(self.stddev), shape, self.param_dtype)
-        return jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
 
 
 class SelfAttention(nn.Module):
@@ -109,7 +91,11 @@ class DenseReluDense(nn.Module):
             h = jax.nn.relu(linear("wi")(x))
         else:
             h = jax.nn.gelu(linear("wi_0")(x), approximate=True) * linear("wi_1")(x)
-        return WideDense(c.d_model, c.d_ff**-0.5, name="wo", **types)(h)
+        # Its sums overflow float16. transformers keeps this kernel in float32 there, which makes product and residual
+        # stream float32; the sums are what matters, and this way the product still takes the fast units.
+        sum_wide = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        init = nn.initializers.normal(c.d_ff**-0.5)
+        return nn.Dense(c.d_model, use_bias=False, kernel_init=init, dot_general=sum_wide, name="wo", **types)(h)
 
 
 class Residual(nn.Module):

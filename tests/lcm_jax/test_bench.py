@@ -91,7 +91,8 @@ def test_a_case_is_run_and_written(
         (["large"], {}, 1, "bench large: no such case; known are unet, "),
         (["unet"], {}, 0, "--repeats 0: it must be at least 1"),
         (["training"], {"peer": "diffusers"}, 1, "bench training has no peer"),
-        (["vae"], {"quantize": "int8"}, 1, "bench vae has no rows in 8 bits; unet, mmdit, text-to-image have"),
+        (["vae"], {"quantize": {"denoiser": "int8"}}, 1, "bench vae has no rows of denoiser in 8 bits: --quantize is"),
+        (["stream"], {"quantize": {"vae": "int8"}}, 1, "bench stream has no rows of vae in 8 bits: --quantize is for"),
         (["stream"], {"model": "random-sd9"}, 1, "--model random-sd9: no such geometry; known are random-sd15, "),
         (
             ["text-to-image"],
@@ -141,10 +142,14 @@ def test_dear_cases_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "near"), [("unet", "error 0.0"), ("mmdit", "error 0.0"), ("text-to-image", "PSNR")])
+@pytest.mark.parametrize(
+    ("case", "near"),
+    [("unet", "error 0.0"), ("mmdit", "error 0.0"), ("text", "error 0.0"), ("vae", "KL"), ("text-to-image", "PSNR")],
+)
 def test_networks_in_8_bits_stand_beside_themselves(case: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.run([case], Options(scale="tiny", model="random-sd15", batches=(1,), quantize="int8"), repeats=1)
-    line = next(line for line in capsys.readouterr().out.splitlines() if ", int8 |" in line)
+    kinds = dict.fromkeys(bench.IN_8_BITS[case], "int8")
+    bench.run([case], Options(scale="tiny", model="random-sd15", batches=(1,), quantize=kinds), repeats=1)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "int8 |" in line)
     assert near in line
 
 

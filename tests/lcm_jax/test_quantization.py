@@ -21,9 +21,10 @@ from lcm_jax.generate import as_apply
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
-from lcm_jax.quantization import quantize
+from lcm_jax.quantization import quantize, reading
 from mmdit import MMDiT, MMDiTConfig
 from mmdit import example_inputs as mmdit_inputs
+from vae16.layers import NearestConv
 
 qwix = pytest.importorskip("qwix")
 UNET = UNetConfig(
@@ -100,13 +101,14 @@ def test_a_network_in_8_bits_is_near_itself(net: Callable[[str], Net], name: str
 def test_convolutions_and_products_of_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "NARROW", 1)
     layers = [nn.Conv(6, (3, 3), 2, padding=1), nn.Conv(6, (1, 1), use_bias=False), nn.Conv(6, (3, 3)), nn.Dense(6)]
+    layers += [NearestConv(6), NearestConv(6, use_bias=False)]
     x = jax.random.normal(jax.random.key(0), (2, 8, 6, 16))
     for layer in layers:
         params = layer.init(jax.random.key(1), x)["params"]
         plain = layer.apply({"params": params}, x)
         for kind in ("int8", "int8w"):
-            with quantization.rounding(kind):
-                rounded = layer.apply({"params": quantize(params, kind).params}, x)
+            with reading(quantize(params, kind)) as own:
+                rounded = layer.apply({"params": own}, x)
             assert 1e-4 < _error(rounded, plain) < 0.02
 
 
@@ -131,11 +133,11 @@ def test_inputs_are_within_half_a_step_of_themselves(kind: Any, rows: tuple[int,
 def test_a_cpu_takes_kernels_made_for_8_bits(layer: Any) -> None:
     """XLA's own loops take up to three hundred times as long."""
     x = jnp.ones((1, 8, 8, 32))
-    params = quantize(layer.init(jax.random.key(0), x)["params"], "int8").params
+    params = quantize(layer.init(jax.random.key(0), x)["params"], "int8")
 
     def call(params: Any, x: Any) -> Any:
-        with quantization.rounding("int8"):
-            return layer.apply({"params": params}, x)
+        with reading(params) as own:
+            return layer.apply({"params": own}, x)
 
     taken = jax.jit(call, compiler_options=compiler_options(in_8_bits=True)).lower(params, x).compile().as_text()
     assert "__ynn_fusion" in taken
@@ -182,6 +184,47 @@ def test_an_adapter_goes_around_what_is_rounded(net: Callable[[str], Net]) -> No
     assert _error(apply(params, *inputs), plain) > 0.1
 
 
+def test_any_part_of_a_model_goes_into_8_bits(tiny_sd3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it comes from the files, near itself, and what is sensitive stays."""
+    monkeypatch.setattr(quantization, "NARROW", 4)
+    plain = lcm_jax.load(tiny_sd3)
+    texts, vae = plain.quantized("int8w", "text"), plain.quantized("int8", "vae")
+    context = texts.encode_prompt(["red heart"])["context"]
+    assert 1e-4 < _error(context, plain.encode_prompt(["red heart"])["context"]) < 0.05
+    image = np.random.default_rng(0).integers(0, 256, (1, *plain.size, 3), np.uint8)
+    assert 1e-4 < _error(vae.encode_image(image), plain.encode_image(image)) < 0.1
+    pictures = [pipe("red heart", steps=1).astype(np.float32) for pipe in (plain, vae)]
+    assert 0.0 < np.abs(pictures[1] - pictures[0]).mean() < 8.0
+    assert not plain.rounded
+    kinds = [pipe.params["text_encoder_3"].params for pipe in (texts, plain.quantized("int8", "text"))]
+    feed_forwards = [tree["encoder"]["block_0"]["layer_1"]["DenseReluDense"] for tree in kinds]
+    assert [isinstance(own["wo"]["kernel"], qwix.QArray) for own in feed_forwards] == [True, False]
+    assert all(isinstance(own["wi_0"]["kernel"], qwix.QArray) for own in feed_forwards)
+    both = texts.quantized("int8", "vae").quantized("int8")
+    assert both.rounded == {"text": "int8w", "vae": "int8", "denoiser": "int8"}
+
+
+def test_what_becomes_smaller_is_never_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization, "NARROW", 4)
+    plain = lcm_jax.load(tiny_model)
+    own = plain.quantized("int8").net_params
+    assert callable(plain.component("unet")._params)
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(quantize(plain.net_params, "int8")), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_parts_and_kinds_are_parsed() -> None:
+    assert quantization.parse([]) == {}
+    assert quantization.parse(["int8", "text=int8w"]) == {"denoiser": "int8", "text": "int8w"}
+    for texts, said in (
+        (["int8", "denoiser=int8w"], "'denoiser=int8w' is the second word on the denoiser"),
+        (["clip=int8"], "part 'clip' is unknown; known are denoiser, text, vae"),
+        (["text="], "quantize '' is unknown; known are int8, int8w, fp8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            quantization.parse(texts)
+
+
 def test_what_cannot_be_is_refused(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,8 +235,10 @@ def test_what_cannot_be_is_refused(
         assert main(["sample", "--model", str(tiny_model), "--prompt", "x", "--quantize", "fp8"]) == 2
         assert "cpu has no 8-bit floats" in capsys.readouterr().err
     own = pipe.quantized("int8")
-    with pytest.raises(ValueError, match="in int8 already"):
+    with pytest.raises(ValueError, match="the denoiser is in int8 already"):
         own.quantized("int8w")
+    with pytest.raises(ValueError, match="part 'clip' is unknown; known are denoiser, text, vae"):
+        own.quantized("int8w", "clip")
     with pytest.raises(ValueError, match="in int8, which save does not take"):
         own.save(tiny_model.with_name("other"))
     monkeypatch.setattr("lcm_jax.extras.find_spec", lambda name: None)

@@ -16,7 +16,7 @@ from flax import traverse_util
 from transformers import T5Tokenizer
 
 from mmdit.rules import RULES_T5
-from mmdit.text.t5 import T5Encoder, WideDense, relative_buckets
+from mmdit.text.t5 import DenseReluDense, T5Encoder, relative_buckets
 from mmdit.text.t5_config import T5_XXL, T5Config
 from mmdit.text.tokenize import Tokenizer, train_tokenizer, train_unigram
 
@@ -147,9 +147,10 @@ def test_float16_survives_sums_beyond_its_range(params):
     out = jax.jit(T5Encoder(SMALL, dtype=jnp.float16).apply)({"params": half}, IDS)
     assert out.dtype == jnp.float16
     close(out, exact, 0.02)
-    x = jnp.full((1, 1, 16), 300.0, jnp.float16)
-    wide = WideDense(4, 1.0, dtype=jnp.float16)
-    np.testing.assert_array_equal(wide.apply({"params": {"kernel": jnp.full((16, 4), 300.0)}}, x), 16 * 300.0**2)
+    module = DenseReluDense(dataclasses.replace(SMALL, feed_forward_proj="relu"), dtype=jnp.float16)
+    kernels = {"wi": jnp.ones((16, 24)), "wo": jnp.full((24, 16), 300.0)}
+    wide = module.apply({"params": {name: {"kernel": leaf} for name, leaf in kernels.items()}}, jnp.ones((1, 1, 16)))
+    np.testing.assert_array_equal(wide, 24 * 16 * 300.0)  # 115200
 
 
 def test_xxl_has_the_published_size():
