@@ -28,7 +28,7 @@ from lcm_jax.metrics import (
     ssim,
 )
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.quantization import reading
+from lcm_jax.reading import reading
 from lcm_jax.train.sharding import batch_sharding, cut_rows, place, replicated, whole
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component

@@ -26,6 +26,7 @@ from jaxtyping import UInt8
 from lcm_jax.compiling import compiler_options
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.prompts import Ids, pair_texts
+from lcm_jax.reading import narrow
 from lcm_jax.sampling import SAMPLERS, Grid, pad
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.files import written_aside
@@ -238,7 +239,7 @@ def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tup
 
 
 def _compilable(exported: export.Exported) -> Any:
-    return jax.jit(exported.call, compiler_options=compiler_options())
+    return jax.jit(exported.call, compiler_options=compiler_options(narrow=narrow(exported.in_avals)))
 
 
 def _read(path: Path) -> tuple[Header, bytes]:

@@ -22,7 +22,8 @@ from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
 from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.prompts import Prompts, pair_texts
-from lcm_jax.quantization import Quantized, check_part, in_8_bits, rounder
+from lcm_jax.quantization import Quantized, check_part, rounder
+from lcm_jax.reading import narrow
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
@@ -362,7 +363,7 @@ class Pipeline:
 
     @cached_property
     def _draw(self) -> Any:
-        options = compiler_options(in_8_bits=in_8_bits(self.net_params) or in_8_bits(self.params["vae"]))
+        options = compiler_options(narrow=narrow(self.net_params, self.params["vae"]))
 
         @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=options)
         def draw(
@@ -382,7 +383,7 @@ class Pipeline:
 
     @cached_property
     def _encode_image(self) -> Any:
-        options = compiler_options(in_8_bits=in_8_bits(self.params["vae"]))
+        options = compiler_options(narrow=narrow(self.params["vae"]))
         return jax.jit(self.generator.encode, compiler_options=options)
 
 

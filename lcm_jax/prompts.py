@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lcm_jax.compiling import compiler_options
-from lcm_jax.quantization import in_8_bits, reading
+from lcm_jax.reading import narrow, reading
 from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
 
@@ -88,7 +88,7 @@ class Prompts:
     ) -> dict[str, Array]:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
         own = [params[name] for name in self.modules]
-        return self._encode(any(map(in_8_bits, own)))(own, self.tokenize(texts), sizes)
+        return self._encode(narrow(*own))(own, self.tokenize(texts), sizes)
 
     def encode(
         self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
@@ -104,8 +104,8 @@ class Prompts:
 
     @cached_property
     def _encode(self) -> Callable[[bool], Any]:
-        """Of parameters that are in 8 bits, or not."""
-        return cache(lambda narrow: jax.jit(self._joined, compiler_options=compiler_options(in_8_bits=narrow)))
+        """Of parameters that are narrow, or not."""
+        return cache(lambda of: jax.jit(self._joined, compiler_options=compiler_options(narrow=of)))
 
     def _joined(self, params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
         """Of parameters in the encoders' order, either all `Quantized` or none."""

@@ -6,24 +6,22 @@ a network begins and ends with: these cost little and err much (2311.16503, 2405
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Float
 
 from lcm_jax.extras import require
+from lcm_jax.products import Products
 from lcm_jax.typing import Array, Params
-from mmdit.attention import halved
 from mmdit.cpu_attention import largest
-from vae16.layers import NearestConv, folded, interleaved
+from vae16.layers import folded
 
 KINDS = ("int8", "int8w", "fp8")
 PARTS = ("denoiser", "text", "vae")  # of a pipeline
@@ -40,14 +38,14 @@ _STAY_WITH_INPUTS = _STAY + r"|/wo/"
 @partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("kind",))
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """Parameters of which some kernels are `qwix.QArray`; `reading` gives them to a module."""
+    """Parameters of which some kernels are `qwix.QArray`; `reading.reading` gives them to a module."""
 
     params: Params
     kind: str
 
 
 def in_8_bits(params: Params) -> bool:
-    """Whether a network's products are: its programs have `compiler_options` of their own."""
+    """Whether a network's products are, by `PRODUCTS`."""
     return isinstance(params, Quantized) and params.kind != "int8w"
 
 
@@ -114,81 +112,56 @@ def _rounded_kernel(kernel: Array, dtype: Any) -> Any:
     return qwix.quantize(kernel, dtype, channelwise_axes=tuple(axes))
 
 
-@contextlib.contextmanager
-def reading(params: Params) -> Iterator[Params]:
-    """The tree that a module takes, of parameters that may be `Quantized`: within it its layers know kernels that are
-    `qwix.QArray`.
-
-    Attention is bfloat16's then unless the kernels alone are rounded: that errs a tenth as much as the rest.
-    """
+def whole(params: Params) -> Params:
+    """The tree that a module takes: kernels that alone are in 8 bits are multiplied out, the others for `PRODUCTS`."""
     if not isinstance(params, Quantized):
-        yield params
-        return
-    with nn.intercept_methods(_interceptor(params.kind)), halved() if in_8_bits(params) else contextlib.nullcontext():
-        yield params.params
-
-
-def _interceptor(kind: str) -> Callable[..., Any]:
+        return params
+    if params.kind != "int8w":
+        return params.params
     import qwix
 
-    def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        own = module.variables.get("params", {}) if isinstance(module, (nn.Dense, nn.Conv, NearestConv)) else {}
-        kernel = own.get("kernel")
-        if context.method_name != "__call__" or not isinstance(kernel, qwix.QArray):
-            return next_function(*args, **kwargs)
-        dtype = module.dtype or args[0].dtype
-        x, bias = args[0].astype(dtype), own.get("bias", 0.0)
-        if kind == "int8w":
-            whole = {**own, "kernel": qwix.dequantize(kernel).astype(dtype)}
-            return module.clone(parent=None, name=None).apply({"params": whole}, x)
-        if isinstance(module, NearestConv):
-            again = _rounded_kernel(folded(qwix.dequantize(kernel)), kernel.qvalue.dtype)
-            return interleaved(_convolve(x, again, 0.0, padding=((1, 1), (1, 1)))) + jnp.asarray(bias, dtype)
-        strides = _both(getattr(module, "strides", None) or 1)
-        if isinstance(module, nn.Dense) or (module.kernel_size, strides) == ((1, 1), (1, 1)):
-            return _multiply(x, kernel, bias)
-        padding = module.padding if isinstance(module.padding, (str, tuple)) else (_both(module.padding),) * 2
-        return _convolve(x, kernel, bias, strides=strides, padding=padding)
+    def out(leaf: Any) -> Array:
+        return qwix.dequantize(leaf) if isinstance(leaf, qwix.QArray) else leaf
 
-    return call
+    return jax.tree.map(out, params.params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
 
 
-def _multiply(x: Array, kernel: Any, bias: Array | float) -> Array:
-    """x (..., c) by a `qwix.QArray` of c by d, with a scale for each row of x.
-
-    Not qwix's own: XLA:CPU wants the maxima otherwise.
-    """
-    values, scale = _rounded(x.reshape(-1, x.shape[-1]), kernel.qvalue.dtype)
+def _multiply(x: Float[Array, "n c"], kernel: Any) -> Float[Array, "n d"]:
+    """With a scale for each row of x. Not qwix's own: XLA:CPU wants the maxima otherwise."""
+    values, scale = _rounded(x, kernel.qvalue.dtype)
     sums = jnp.dot(values, kernel.qvalue.reshape(kernel.qvalue.shape[-2:]), preferred_element_type=_sums(kernel))
-    y = sums.astype(jnp.float32) * (scale * kernel.scale.astype(jnp.float32).reshape(-1)) + bias
-    return y.astype(x.dtype).reshape(*x.shape[:-1], -1)  # in this order: else a TPU turns heads in float32
+    return sums.astype(jnp.float32) * (scale * kernel.scale.astype(jnp.float32).reshape(-1))
 
 
-def _convolve(x: Array, kernel: Any, bias: Array | float, *, strides: Any = (1, 1), padding: Any) -> Array:
-    """A convolution of two sides by a `qwix.QArray`, with a scale for each picture, as its sums go over pixels.
+def _convolve(x: Float[Array, "b h w c"], kernel: Any, strides: Any, padding: Any) -> Float[Array, "b h2 w2 d"]:
+    """With a scale for each picture, as its sums go over pixels.
 
     Not qwix's own: cuDNN has integer convolutions whose sums become float32 before anything else.
     """
     values, scale = _rounded(x.reshape(len(x), -1), kernel.qvalue.dtype)
     scales = scale * kernel.scale.astype(jnp.float32).reshape(-1)
+    values, numbers = values.reshape(x.shape), ("NHWC", "HWIO", "NHWC")
     sums = jax.lax.conv_general_dilated(
-        values.reshape(x.shape),
-        kernel.qvalue,
-        strides,
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=_sums(kernel),
+        values, kernel.qvalue, strides, padding, dimension_numbers=numbers, preferred_element_type=_sums(kernel)
     )
-    return (sums.astype(jnp.float32) * scales[:, None, None] + bias).astype(x.dtype)
+    return sums.astype(jnp.float32) * scales[:, None, None]
 
 
 def _sums(kernel: Any) -> Any:
     return jnp.int32 if kernel.qvalue.dtype == jnp.int8 else jnp.float32
 
 
-def _both(of: Any) -> Any:
-    return (of, of) if isinstance(of, int) else of
+def _is_rounded(_: Any, kernel: Any) -> bool:
+    return not isinstance(kernel, jax.Array)
+
+
+def _fold(kernel: Any) -> Any:
+    import qwix
+
+    return _rounded_kernel(folded(qwix.dequantize(kernel)), kernel.qvalue.dtype)
+
+
+PRODUCTS = Products(takes=_is_rounded, multiply=_multiply, convolve=_convolve, fold=_fold)
 
 
 def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Float[Array, "n m"], Float[Array, "n 1"]]:

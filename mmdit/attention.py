@@ -32,6 +32,11 @@ def lowering_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def platform() -> str:
+    """What is traced now will be compiled for."""
+    return _platform.get() or jax.default_backend()
+
+
 @contextmanager
 def halved() -> Iterator[None]:
     """What is traced inside attends in bfloat16, whatever the dtype of what comes in and goes out."""
@@ -74,19 +79,19 @@ def attention(
     or heads wide under a mask or bias; a CPU takes `cpu_attention` and a TPU that is alone or in a mesh that is told
     (`cut_over`), of long ones, `tpu_attention`, unless there is a mask or bias; all else is XLA's.
     """
-    platform, dtype = _platform.get() or jax.default_backend(), query.dtype
+    target, dtype = platform(), query.dtype
     if _halved.get():
         query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
     if implementation is None:
         half = query.dtype in (jnp.bfloat16, jnp.float16)
-        fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _widest(platform)
+        fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _widest(target)
         fits &= _has_gradient(query, key) or (mask is None and bias is None)
         plain = not causal and mask is None and bias is None
-        implementation = "cudnn" if half and fits and platform == "gpu" else "xla"
-        implementation = "cpu" if plain and platform == "cpu" else implementation
-        tiled = plain and platform == "tpu" and tpu_attention.fits(query, key) and _known_cut(query)
+        implementation = "cudnn" if half and fits and target == "gpu" else "xla"
+        implementation = "cpu" if plain and target == "cpu" else implementation
+        tiled = plain and target == "tpu" and tpu_attention.fits(query, key) and _known_cut(query)
         implementation = "tpu" if tiled else implementation
-    if query.dtype == jnp.float16 and platform != "gpu":
+    if query.dtype == jnp.float16 and target != "gpu":
         # jax asks for float16 products summed in float32, which it has on GPUs alone.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     if implementation in ("cpu", "tpu"):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, BFloat16, Float
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair] | str
+AROUND = ((1, 1), (1, 1))
 
 # Winograd's products outweigh his sums from WIDTH channels and SIZE numbers of the input on, and the turning of the
 # kernel where that stays in the cache (TURNED, in times out) or where ROWS pixels of the whole batch share it.
@@ -70,11 +74,50 @@ def _(own: Callable[[Array, Array], Array], primals: tuple[Array, Array], tangen
 
 
 def direct(
-    x: Float[Array, "b h w i"], kernel: Float[Array, "k l i o"], strides: tuple[int, int] = (1, 1)
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k l i o"], strides: Pair = (1, 1), padding: Padding = AROUND
 ) -> Float[Array, "b h2 w2 o"]:
-    """XLA's own convolution, padded by 1: one of 3 x 3 and stride 1 keeps the size."""
+    """XLA's own convolution: by default one of 3 x 3 and stride 1 keeps the size."""
     dimensions = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, strides, ((1, 1), (1, 1)), dimension_numbers=dimensions)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
+
+
+def halves(
+    x: BFloat16[Array, "b h w i"], kernel: BFloat16[Array, "k l i o"], strides: Pair, padding: Padding
+) -> BFloat16[Array, "b h2 w2 o"]:
+    """A convolution of bfloat16 on a CPU, where XLA has none: by matrix products, for which processors have
+    instructions. Those of few channels go by float32's ways.
+    """
+    usual = kernel.shape[:2] == (3, 3) and (strides, padding) == ((1, 1), AROUND)
+    if min(kernel.shape[2:]) < WIDE or isinstance(padding, str):
+        wide = x.astype(jnp.float32), kernel.astype(jnp.float32)
+        return (convolve(*wide) if usual else direct(*wide, strides, padding)).astype(x.dtype)
+    if usual and not (x.shape[1] % 2 or x.shape[2] % 2):
+        return _on_cpu(winograd, x, kernel)
+    return lines(x, kernel, strides, padding)
+
+
+def lines(
+    x: Float[Array, "b h w i"], kernel: Float[Array, "k l i o"], strides: Pair, padding: tuple[Pair, Pair]
+) -> Float[Array, "b h2 w2 o"]:
+    """`direct` as a matrix product for each line of the kernel, of the pixels under it side by side."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    h, w = (1 + (x.shape[i + 1] - kernel.shape[i]) // strides[i] for i in (0, 1))
+
+    def under(i: int, j: int) -> Array:
+        rows, columns = (slice(at, at + (n - 1) * s + 1, s) for at, n, s in ((i, h, strides[0]), (j, w, strides[1])))
+        return x[:, rows, columns]
+
+    sums = [
+        _product(jnp.concatenate([under(i, j) for j in range(len(line))], axis=-1), line.reshape(-1, line.shape[-1]))
+        for i, line in enumerate(kernel)
+    ]
+    return reduce(jnp.add, sums).astype(x.dtype)
+
+
+def _product(x: Float[Array, "*b i"], kernel: Float[Array, "i o"]) -> Float[Array, "*b o"]:
+    """In float32, of rows that lie one after another."""
+    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=jnp.float32)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def columns(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
@@ -108,17 +151,20 @@ def winograd(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Flo
 
     Tiles of 4 x 4 pixels that overlap by two, d, give 2 x 2 pixels each: A^T [(G g G^T) (B^T d B)] A. Summed over the
     channels that is a matrix product of all tiles for each of the 16 places. Its error is about `direct`'s;
-    that of F(4 x 4, 3 x 3) would be five times as great.
+    that of F(4 x 4, 3 x 3) would be five times as great. What is added is float32, what is multiplied of x's dtype.
     """
-    b, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    (b, h, w, _), dtype = x.shape, x.dtype
+    x, kernel = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))).astype(jnp.float32), kernel.astype(jnp.float32)
     rows = _spread([x[:, i : i + h : 2] for i in range(4)])
     tiles = [_spread([row[:, :, j : j + w : 2] for j in range(4)]) for row in rows]
     kernels = [_weigh(list(row)) for row in _weigh(list(kernel))]
-    products = [[tile @ place for tile, place in zip(*row, strict=True)] for row in zip(tiles, kernels, strict=True)]
+    products = [
+        [_product(tile.astype(dtype), place.astype(dtype)) for tile, place in zip(*row, strict=True)]
+        for row in zip(tiles, kernels, strict=True)
+    ]
     pixels = [_gather(column) for column in zip(*map(_gather, products), strict=True)]
-    lines = [jnp.stack(line, 3).reshape(b, h // 2, w, -1) for line in zip(*pixels, strict=True)]
-    return jnp.stack(lines, 2).reshape(b, h, w, -1)
+    lined = [jnp.stack(line, 3).reshape(b, h // 2, w, -1) for line in zip(*pixels, strict=True)]
+    return jnp.stack(lined, 2).reshape(b, h, w, -1).astype(dtype)
 
 
 def _spread(d: Sequence[Array]) -> list[Array]:

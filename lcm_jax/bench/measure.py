@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax import halves
 from lcm_jax.compiling import compiler_options, memory_of
 from lcm_jax.flops import flops
+from lcm_jax.reading import narrow
 from mmdit.attention import lowering_for
 
 
@@ -43,12 +45,12 @@ class Row:
     note: Callable[[], str] = lambda: ""  # asked for after the runs
 
 
-def program(name: str, function: Callable[..., Any], *arguments: Any, in_8_bits: bool = False, **options: Any) -> Row:
-    """A row of one compiled program. in_8_bits: as `compiler_options`. options: of the row."""
+def program(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Row:
+    """A row of one compiled program. options: of the row."""
     held: list[Any] = []
 
     def prepare() -> Cost:
-        how = compiler_options(in_8_bits=in_8_bits)
+        how = compiler_options(narrow=narrow(*arguments))
         held.append(jax.jit(function, compiler_options=how).lower(*arguments).compile())
         return Cost(flops_of(function, *arguments), memory_of(held[0]))
 
@@ -79,11 +81,14 @@ def ceilings(dtype: str) -> Ceilings:
     a = jax.random.normal(jax.random.key(0), (side, side), dtype)
     flat = jax.random.normal(jax.random.key(1), (length // a.dtype.itemsize,), dtype)
 
+    in_halves = jax.default_backend() == "cpu" and dtype == "bfloat16"
+    multiply = halves.PRODUCTS.multiply if in_halves else jnp.matmul
+
     def again(body: Callable[[Any], Any]) -> Callable[..., Any]:
         loop = partial(jax.lax.fori_loop, 0, _AGAIN, lambda _, x: body(x))
-        return jax.jit(loop, compiler_options=compiler_options())
+        return jax.jit(loop, compiler_options=compiler_options(narrow=in_halves))
 
-    product = _best(again(lambda x: (x @ a) * jnp.asarray(side**-0.5, dtype)), a)
+    product = _best(again(lambda x: multiply(x, a).astype(dtype) * jnp.asarray(side**-0.5, dtype)), a)
     copied = _best(again(jnp.negative), flat)
     return Ceilings(_AGAIN * 2 * side**3 / product, _AGAIN * 2 * flat.nbytes / copied)
 

@@ -15,7 +15,8 @@ from lcm_jax.bench import peers
 from lcm_jax.bench.measure import Row, program
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.nets import example_inputs
-from lcm_jax.quantization import in_8_bits, quantize, reading
+from lcm_jax.quantization import quantize
+from lcm_jax.reading import reading
 from lcm_jax.typing import Params
 from lcm_jax.weights.folders import Component
 from mmdit import example_inputs as mmdit_inputs
@@ -79,8 +80,7 @@ def _rounded(plain: Row, kind: str | None, function: Callable[..., Any], params:
     """The row of the same network in 8 bits if that is asked for, and how far what it gives first is from the plain."""
     if kind is None:
         return []
-    own = quantize(params, kind)
-    row = program(f"{plain.name}, {kind}", function, own, *arguments, in_8_bits=in_8_bits(own))
+    row = program(f"{plain.name}, {kind}", function, quantize(params, kind), *arguments)
 
     def error() -> str:
         near, true = (np.asarray(jax.tree.leaves(of.run())[0], np.float32) for of in (row, plain))

@@ -94,8 +94,8 @@ class Program:
 
     steps: n. frames: f, how many enter together. guidance: "none"; "full", classifier-free with two rows a frame;
     "residual", self-negative or onetime-negative by Settings.virtual. image: frames are redrawn; without, pictures come
-    from noise. remember: self-attention sees the last call's tokens too (`generate.Memory`). in_8_bits: the products of
-    the weights that it will be given.
+    from noise. remember: self-attention sees the last call's tokens too (`generate.Memory`). narrow: whether
+    the weights that it will be given are (`reading.narrow`).
     """
 
     generator: Generator
@@ -105,7 +105,7 @@ class Program:
     guidance: str = "none"
     image: bool = True
     remember: bool = False
-    in_8_bits: bool = False
+    narrow: bool = False
 
     @property
     def copies(self) -> int:
@@ -323,10 +323,10 @@ def compiled(program: Program, method: str) -> Callable[..., tuple[tuple[State, 
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(states))]
         return tuple(state for state, _ in each), tuple(picture for _, picture in each)
 
-    return jax.jit(run, donate_argnums=2, compiler_options=compiler_options(in_8_bits=program.in_8_bits))
+    return jax.jit(run, donate_argnums=2, compiler_options=compiler_options(narrow=program.narrow))
 
 
 @functools.cache
 def probing(program: Program) -> Callable[..., Float[Array, "h w c"]]:
     """`Program.probe`, compiled."""
-    return jax.jit(program.probe, compiler_options=compiler_options(in_8_bits=program.in_8_bits))
+    return jax.jit(program.probe, compiler_options=compiler_options(narrow=program.narrow))

@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from lcm_jax.lora import Adapters, merge_all
 from lcm_jax.pictures import latent_mask
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.quantization import in_8_bits
+from lcm_jax.reading import narrow
 from lcm_jax.sampling import SAMPLERS
 from lcm_jax.stream.controls import Controls, blended_noise
 from lcm_jax.stream.prompts import PromptCache
@@ -315,7 +315,7 @@ class Stream:
             guidance={"self": "residual", "onetime": "residual"}.get(now.guidance, now.guidance),
             image=self.image,
             remember=now.remember,
-            in_8_bits=any(map(in_8_bits, self._weights)),
+            narrow=narrow(*self._weights),
         )
         another, self.program = before is None or program != self.program, program
         if before is not None and another:

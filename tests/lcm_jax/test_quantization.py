@@ -21,7 +21,8 @@ from lcm_jax.generate import as_apply
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
-from lcm_jax.quantization import quantize, reading
+from lcm_jax.quantization import quantize
+from lcm_jax.reading import reading
 from mmdit import MMDiT, MMDiTConfig
 from mmdit import example_inputs as mmdit_inputs
 from vae16.layers import NearestConv
@@ -139,7 +140,7 @@ def test_a_cpu_takes_kernels_made_for_8_bits(layer: Any) -> None:
         with reading(params) as own:
             return layer.apply({"params": own}, x)
 
-    taken = jax.jit(call, compiler_options=compiler_options(in_8_bits=True)).lower(params, x).compile().as_text()
+    taken = jax.jit(call, compiler_options=compiler_options(narrow=True)).lower(params, x).compile().as_text()
     assert "__ynn_fusion" in taken
 
 

@@ -1,0 +1,42 @@
+"""Networks in bfloat16 on a CPU.
+
+Processors multiply bfloat16 two to five times as fast as float32 (AVX-512 BF16, AMX), and XLA:CPU uses that where
+products are summed in float32; all else it emulates, kernels made float32 at every call. So products are asked for that
+way here, and convolutions as products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import BFloat16, Float
+
+from lcm_jax.products import Products
+from lcm_jax.typing import Array, Params
+from vae16.convolution import halves
+
+
+def _takes(dtype: Any, kernel: Any) -> bool:
+    return bool(dtype == jnp.bfloat16) and isinstance(kernel, jax.Array)
+
+
+def _multiply(x: BFloat16[Array, "n c"], kernel: Array) -> Float[Array, "n d"]:
+    return jnp.dot(x, _half(kernel).reshape(kernel.shape[-2:]), preferred_element_type=jnp.float32)
+
+
+def _convolve(x: BFloat16[Array, "b h w c"], kernel: Array, strides: Any, padding: Any) -> Array:
+    return halves(x, _half(kernel), strides, padding)
+
+
+def _half(kernel: Array) -> BFloat16[Array, "*k"]:
+    return kernel.astype(jnp.bfloat16)
+
+
+PRODUCTS = Products(takes=_takes, multiply=_multiply, convolve=_convolve)
+
+
+def is_half(params: Params) -> bool:
+    """Whether a network's parameters are bfloat16."""
+    return any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in jax.tree.leaves(params))

@@ -1,0 +1,58 @@
+"""The matrix products and convolutions of a network by other arithmetic than flax's: interceptors around `apply`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from lcm_jax.typing import Array
+from vae16.convolution import AROUND
+from vae16.layers import NearestConv, folded, interleaved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Products:
+    """takes: whether it is for a layer of this dtype with this kernel; other layers stay as they are.
+
+    multiply: (n, c) by a kernel (c, d), or (1, 1, c, d). convolve: (b, h, w, c) by (k, l, c, d), with strides and
+    padding. Neither need give the layer's dtype. fold: the kernel of `NearestConv`, as `folded` does.
+    """
+
+    takes: Callable[[Any, Any], bool]
+    multiply: Callable[[Float[Array, "n c"], Any], Float[Array, "n d"]]
+    convolve: Callable[[Float[Array, "b h w c"], Any, Any, Any], Float[Array, "b h2 w2 d"]]
+    fold: Callable[[Any], Any] = folded
+
+    def around(self) -> contextlib.AbstractContextManager[None]:
+        """Within it flax's Dense and Conv, of two sides, and `NearestConv` go by this arithmetic."""
+        return nn.intercept_methods(self._call)
+
+    def _call(self, next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        own = module.variables.get("params", {}) if isinstance(module, (nn.Dense, nn.Conv, NearestConv)) else {}
+        if context.method_name != "__call__" or "kernel" not in own:
+            return next_function(*args, **kwargs)
+        kernel, dtype = own["kernel"], jnp.dtype(module.dtype or args[0].dtype)
+        if not self.takes(dtype, kernel):
+            return next_function(*args, **kwargs)
+        x, bias = args[0].astype(dtype), own.get("bias", 0.0)
+        if isinstance(module, NearestConv):
+            return interleaved(self.convolve(x, self.fold(kernel), (1, 1), AROUND).astype(dtype)) + bias
+        strides = _both(getattr(module, "strides", None) or 1)
+        if isinstance(module, nn.Dense) or (module.kernel_size, strides) == ((1, 1), (1, 1)):
+            y = self.multiply(x.reshape(-1, x.shape[-1]), kernel) + bias
+            asked = getattr(getattr(module, "dot_general", None), "keywords", {})  # T5 asks for sums in float32
+            y = y.astype(asked.get("preferred_element_type", dtype))
+            return y.reshape(*x.shape[:-1], -1)  # in this order: else a TPU turns heads in float32
+        padding = module.padding if isinstance(module.padding, (str, tuple)) else (_both(module.padding),) * 2
+        return (self.convolve(x, kernel, strides, padding) + bias).astype(dtype)
+
+
+def _both(of: Any) -> Any:
+    return (of, of) if isinstance(of, int) else of
