@@ -59,9 +59,8 @@ def test_a_layer_gives_what_its_float32_gives(layer: Any, channels: int, side: i
     params, x = _given(layer, channels, side)
     exact = layer.clone(dtype=jnp.float32).apply({"params": params}, x.astype(jnp.float32))
     with lowering_for("cpu"):
-        out = jax.jit(lambda params, x: _read(layer, params, x), compiler_options=compiler_options(narrow=True))(
-            params, x
-        )
+        how = compiler_options(narrow=True)
+        out = jax.jit(lambda params, x: _read(layer, params, x), compiler_options=how)(params, x)
     assert out.dtype == jnp.bfloat16
     assert out.shape == exact.shape
     assert _error(out, exact) < 2 * _error(exact.astype(jnp.bfloat16), exact) + 2e-3
