@@ -1,7 +1,7 @@
 """Networks in 8 bits: kernels of int8 or float8 with a scale for each output, and inputs rounded as they come.
 
-Kernels are rounded by qwix, inputs here. What is rounded is every wide Dense and Conv, save what acts on times or texts alone, and what
-a network begins and ends with: these cost little and err much (2311.16503, 2405.17873).
+Kernels are rounded by qwix, inputs here. What is rounded is every wide Dense and Conv, save what acts on times or texts
+alone, and what a network begins and ends with: these cost little and err much (2311.16503, 2405.17873).
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ class Options:
     scale: str = "full"
     peer: str | None = None
     batches: tuple[int, ...] = ()
-    quantize: Mapping[str, str] = field(
-        default_factory=dict, hash=False
-    )  # part of a model -> its kind of 8 bits, in rows beside
+    quantize: Mapping[str, str] = field(default_factory=dict, hash=False)  # part -> its kind of 8 bits, in rows beside
     side: int | None = None  # in pixels, of a stream; the model's own by default
 
     def geometries(self, case: str) -> tuple[str, ...]:
