@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -139,8 +139,15 @@ def component(kind: str, config: Any, dtype: str, **options: Any) -> Component:
     return Component(module, partial(random_params, abstract_params(kind, config), own))
 
 
-def random_params(shapes: Params, dtype: Any) -> Params:
-    """Kernels that keep the variance, scales of one, biases of zero. A leaf depends on its path alone."""
+def random_params(shapes: Params, dtype: Any, *, each: Callable[[str, Array], Any] | None = None) -> Params:
+    """Kernels that keep the variance, scales of one, biases of zero. A leaf depends on its path alone.
+
+    each: (path, parameter) to what takes its place.
+    """
+
+    def made(path: str, shape: tuple[int, ...]) -> Any:
+        own = leaf(path, shape)
+        return own if each is None else jax.block_until_ready(each(path, own))
 
     def leaf(path: str, shape: tuple[int, ...]) -> Array:
         name = path.rsplit("/", 1)[-1]
@@ -150,7 +157,7 @@ def random_params(shapes: Params, dtype: Any) -> Params:
         fan_in = np.prod(shape[-4 if len(shape) >= 4 else -2 : -1])  # without the axis of stacked layers
         return place(_normal(seed, shape, float(fan_in) ** -0.5 if name == "kernel" else 0.02, dtype))
 
-    leaves = {path: leaf(path, like.shape) for path, like in traverse_util.flatten_dict(shapes, sep="/").items()}
+    leaves = {path: made(path, like.shape) for path, like in traverse_util.flatten_dict(shapes, sep="/").items()}
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
