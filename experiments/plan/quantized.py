@@ -1,4 +1,4 @@
-"""What 8 bits are to a TPU: a denoiser's program compiled for one chip, in bfloat16 and in int8, without a TPU.
+"""What 8 bits are to a TPU: a network's program compiled for one chip, in bfloat16 and in 8 bits, without a TPU.
 
 `python experiments/plan/quantized.py` writes results/plan_quantized.{json,md}: of the compiled program its products by
 what they sum in (int32: those of 8 bits), bytes read and written, and what the chip's memory holds of arguments and
@@ -19,18 +19,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.bench.models import GEOMETRIES
-from lcm_jax.generate import as_apply
 from lcm_jax.nets import example_inputs
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.quantization import quantize
+from lcm_jax.reading import reading
 from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.files import read_json, write_json
 from lcm_jax.weights.shapes import abstract_params
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.attention import cut_over, lowering_for
+from mmdit.text import T5_XXL
 
 RESULTS = Path(__file__).parent.parent / "results"
-DENOISERS = {"sd15": "unet", "sd3": "transformer"}
+# Name -> the kinds of 8 bits: of denoisers for one picture, and of SD3's largest text encoder for one prompt.
+NETWORKS = {"sd15": "int8", "sd3": "int8", "t5": "int8w"}
 _PRODUCT = re.compile(r" = (s32|f32|bf16)\[[^\]]*\]\S* convolution\(")  # what a TPU's programs call every product
 
 
@@ -44,20 +46,32 @@ def _half(tree: Any) -> Any:
     )
 
 
-def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
-    """A call of a geometry's denoiser for one picture of its own size."""
-    family, config = GEOMETRIES[name].parts[DENOISERS[name]]
-    net = FAMILIES[family].build(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+def _network(name: str) -> tuple[str, Any, tuple[Any, ...]]:
+    """Class, config and inputs."""
+    if name == "t5":
+        return "T5EncoderModel", T5_XXL, (jax.ShapeDtypeStruct((1, 256), jnp.int32),)
+    family, config = GEOMETRIES[name].parts["transformer" if name == "sd3" else "unet"]
     size = (config.sample_size,) * 2
     x, t, cond = mmdit_inputs(config, size=size, tokens=154) if name == "sd3" else example_inputs(config, size=size)
+    return family, config, (_half(x), jax.ShapeDtypeStruct(t.shape, jnp.float32), _half(cond))
+
+
+def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
+    """A call for one picture of the network's own size, or for one prompt."""
+    family, config, inputs = _network(name)
+    net = FAMILIES[family].build(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = _half(abstract_params(family, config))
-    if kind == "int8":
+    if kind != "bfloat16":
         params = jax.eval_shape(lambda tree: quantize(tree, kind), params)
+
+    def call(params: Any, *inputs: Any) -> Any:
+        with reading(params) as own:
+            return net.apply({"params": own}, *inputs)
+
     mesh = Mesh(np.array([[device]]), ("rows", "heads"))
     where = NamedSharding(mesh, PartitionSpec())
     with lowering_for("tpu"), cut_over(mesh, ("rows",), "heads"):  # attention goes as on a chip that is alone
-        call = jax.jit(as_apply(net), in_shardings=where, out_shardings=where)
-        traced = call.trace(params, _half(x), jax.ShapeDtypeStruct(t.shape, jnp.float32), _half(cond))
+        traced = jax.jit(call, in_shardings=where, out_shardings=where).trace(params, *inputs)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = compiled.memory_analysis()
     return {
@@ -70,7 +84,7 @@ def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=list(DENOISERS), choices=list(DENOISERS))
+    parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--topology", default="v5e:1x1")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -78,11 +92,11 @@ def main() -> None:
     kept = RESULTS / "plan_quantized.json"
     found = read_json(kept) if kept.is_file() else {}
     for name in arguments.model:
-        for kind in ("bfloat16", "int8"):
+        for kind in ("bfloat16", NETWORKS[name]):
             found[f"{name}, {kind}"] = measure(name, kind, topology.devices[0]) | {"topology": arguments.topology}
             write_json(kept, found)
     lines = [
-        "| denoiser, one picture | for | products in int32, others | traffic, GB | arguments, GB | temporaries, GB |",
+        "| network | for | products in int32, others | traffic, GB | arguments, GB | temporaries, GB |",
         "|---|---|---|---|---|---|",
     ]
     for title, of in found.items():
