@@ -12,8 +12,8 @@ from jax.errors import JaxRuntimeError
 Options = dict[str, bool | int | str]
 
 # What is needed last is made last: SD1.5's UNet at 512 pixels holds 0.09 GB beside its weights, not 0.67, and takes 4
-# to 10 % less time (openmoji's up to 4 % more); kernels that a program multiplies out, such as T5's in int8w, are not all
-# whole at once.
+# to 10 % less time (openmoji's up to 4 % more); kernels that a program multiplies out, such as T5's in int8w, are not
+# all whole at once.
 _IN_ORDER: Options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 _OPTIONS: dict[str, Options] = {
     # XLA's own matrix products and reductions: its fusions by YNNPACK take 1.2 to 1.6 times as long (the openmoji
