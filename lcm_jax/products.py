@@ -43,7 +43,8 @@ class Products:
             return next_function(*args, **kwargs)
         x, bias = args[0].astype(dtype), own.get("bias", 0.0)
         if isinstance(module, NearestConv):
-            return interleaved(self.convolve(x, self.fold(kernel), (1, 1), AROUND).astype(dtype)) + bias
+            corners = self.convolve(x, self.fold(kernel), (1, 1), AROUND).astype(dtype)
+            return interleaved(corners) + jnp.asarray(bias, dtype)
         strides = _both(getattr(module, "strides", None) or 1)
         if isinstance(module, nn.Dense) or (module.kernel_size, strides) == ((1, 1), (1, 1)):
             y = self.multiply(x.reshape(-1, x.shape[-1]), kernel) + bias

@@ -85,8 +85,8 @@ def quantize(params: Params, kind: str) -> Quantized:
     """Kernels in 8 bits. kind: "int8" and "fp8" round the inputs too, by row (of a convolution by picture); "int8w" the
     kernels alone, which saves memory and no arithmetic.
     """
-    each, flat = rounder(kind), traverse_util.flatten_dict(params, sep="/")
-    tree = traverse_util.unflatten_dict({path: each(path, leaf) for path, leaf in flat.items()}, sep="/")
+    each = rounder(kind)
+    tree = traverse_util.path_aware_map(lambda path, leaf: each("/".join(path), leaf), params)
     return Quantized(params=tree, kind=kind)
 
 

@@ -35,6 +35,7 @@ LAYERS = [
     pytest.param(Downsample(**HALF), WIDE, 6, id="downsample"),
     pytest.param(NearestConv(WIDE, **HALF), WIDE, 6, id="upsample"),
     pytest.param(NearestConv(8, use_bias=False, **HALF), 8, 6, id="upsample of few channels"),
+    pytest.param(NearestConv(8, dtype=jnp.bfloat16), 8, 6, id="upsample of float32 parameters"),
 ]
 
 
