@@ -86,7 +86,7 @@ def quantize(params: Params, kind: str) -> Quantized:
     kernels alone, which saves memory and no arithmetic.
     """
     each = rounder(kind)
-    tree = traverse_util.path_aware_map(lambda path, leaf: each("/".join(path), leaf), params)
+    tree = traverse_util.path_aware_map(lambda path, leaf: each("/".join(map(str, path)), leaf), params)
     return Quantized(params=tree, kind=kind)
 
 

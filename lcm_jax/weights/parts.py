@@ -49,7 +49,7 @@ class Component:
         """The tree of each(path, parameter), made one by one where the parameters are not placed yet."""
         if callable(self._params):
             return self._params(each=each)
-        return traverse_util.path_aware_map(lambda path, leaf: each("/".join(path), leaf), self._params)
+        return traverse_util.path_aware_map(lambda path, leaf: each("/".join(map(str, path)), leaf), self._params)
 
     def __iter__(self) -> Iterator[Any]:
         yield self.module
