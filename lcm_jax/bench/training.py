@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lcm_jax.bench.measure import Cost, Row, flops_of
+from lcm_jax.bench.measure import Cost, Row
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.compiling import memory_of
+from lcm_jax.flops import flops
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import LatentConsistencyDistillation
 from lcm_jax.pipeline import load
@@ -92,12 +93,12 @@ def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, re
 
     def prepare() -> Cost:
         like = jax.eval_shape(begin)
-        train = make_train_step(learner.loss, tx, decay=0.95, seed=0)
-        held["step"] = train.lower(*like, data).compile()
+        traced: Any = make_train_step(learner.loss, tx, decay=0.95, seed=0).trace(*like, data)
+        held["step"] = traced.lower().compile()
         memory = memory_of(held["step"])
         check_room(f"{options.model}, {name}, batch {batch}", memory)
         held["state"], held["frozen"] = begin()
-        return Cost(flops_of(train, *like, data), memory)
+        return Cost(flops(traced.jaxpr), memory)
 
     def run() -> Any:
         held["state"], metrics = held["step"](held["state"], held["frozen"], data)

@@ -32,6 +32,6 @@ def step_cost(config: TrainConfig, *, compile: bool = True) -> StepCost:
     tx, _, step = optimizer_and_step(task, replace(loop, parallel="jit"), config.optimizer, mesh)
     batch = next(task.batches(loop.batch_size, loop.seed))
     shapes = jax.eval_shape(lambda *trees: trees, initial_shapes(task, tx), task.frozen, batch)
-    lowered: Any = step.lower(*shapes)
+    lowered: Any = step.trace(*shapes).lower()
     memory = memory_of(lowered.compile()) if compile else 0
     return StepCost(flops=float(lowered.cost_analysis()["flops"]), memory=memory)

@@ -196,7 +196,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
         def advance(state: TrainState) -> tuple[TrainState, Metrics]:
             batch = place_rows(meter.wait(batches), placement.batch, rows, loop.batch_size)
             if not meter.flops:  # the step is traced here once, and runs by what was traced
-                meter.flops = flops(jax.make_jaxpr(step_fn)(state, frozen, batch))
+                meter.flops = flops(step_fn.trace(state, frozen, batch).jaxpr)
             return step_fn(state, frozen, batch)
 
         def look(state: TrainState) -> dict[str, float | np.ndarray]:

@@ -70,14 +70,18 @@ def in_line(state: Any, frozen: Any, mesh: Mesh) -> Placement:
     return Placement(line, jax.tree.map(lambda _: whole, state), jax.tree.map(lambda _: whole, frozen), cut)
 
 
-def over_devices(step: Callable[..., Any], line: Mesh) -> Any:
+class OverDevices:
     """(state, frozen, batch) -> (state, metrics) of a step that takes its means over AXIS; the state is donated."""
-    devices = list(line.devices.flat)
-    options: Any = {"in_axes": (None, None, 0), "out_axes": None, "donate_argnums": 0, "devices": devices}
-    mapped = jax.pmap(step, axis_name=AXIS, **options)
 
-    def call(state: Any, frozen: Any, batch: Any) -> Any:
-        parts = jax.tree.map(lambda a: a.reshape(len(devices), -1, *a.shape[1:]), batch)
-        return mapped(state, frozen, parts)
+    def __init__(self, step: Callable[..., Any], line: Mesh) -> None:
+        self._devices = list(line.devices.flat)
+        options: Any = {"in_axes": (None, None, 0), "out_axes": None, "donate_argnums": 0, "devices": self._devices}
+        self._mapped = jax.pmap(step, axis_name=AXIS, **options)
 
-    return call
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+        parts = jax.tree.map(lambda a: a.reshape(len(self._devices), -1, *a.shape[1:]), batch)
+        return self._mapped(state, frozen, parts)
+
+    def trace(self, *arguments: Any) -> Any:
+        """As a jitted function's."""
+        return jax.jit(self.__call__).trace(*arguments)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lcm_jax.train.pmap import AXIS, over_devices, own_rows
+from lcm_jax.compiling import compiler_options
+from lcm_jax.train.pmap import AXIS, OverDevices, own_rows
 from lcm_jax.train.sharding import Placement, replicated, rows_stay
 from lcm_jax.typing import Array, Key, Params
 
@@ -19,8 +20,6 @@ Metrics = dict[str, Array]
 # arguments rather than closed-over constants, so that compilation does not copy them into the program.
 Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]]
 
-
-Step = jax.stages.Wrapped  # (state, frozen, batch) -> (state, metrics)
 Parallel = Literal["jit", "pmap"]
 
 
@@ -36,6 +35,13 @@ class TrainState(NamedTuple):
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
         """The state before the first step; the moving average starts as a copy of the parameters."""
         return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+class Step(Protocol):
+    """A compiled step."""
+
+    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]: ...
+    def trace(self, *arguments: Any) -> jax.stages.Traced: ...
 
 
 def ema_decay(update: Array, decay: float) -> Array:
@@ -99,9 +105,10 @@ def make_train_step(
         return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
     if placement is None:
-        return jax.jit(train_step, donate_argnums=0)
+        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
     if parallel == "pmap":
-        return over_devices(train_step, placement.mesh)
+        return OverDevices(train_step, placement.mesh)
     lie = (placement.state, placement.frozen, placement.batch)
     results = (placement.state, replicated(placement.mesh))
-    return jax.jit(train_step, donate_argnums=0, in_shardings=lie, out_shardings=results)
+    options = compiler_options(platform=placement.mesh.devices.flat[0].platform)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=lie, out_shardings=results, compiler_options=options)
