@@ -88,7 +88,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder that all processes see; then --task.data.name")
     sub.add_argument("--size", type=int, help="pixels of the squares; the model's own by default")
     sub.add_argument("--shards", type=int, help="at least as many as processes; one for 4096 pictures by default")
-    sub.add_argument("--batch", type=int, default=32, help="pictures at a time in each process")
+    sub.add_argument("--batch", type=int, help="pictures at a time in each process; a megapixel a device by default")
     sub.add_argument("--part", metavar="P/N", help="of N processes that know nothing of one another this is the P-th")
     sub.add_argument("--mesh", default="", help="of a process's devices: fsdp=4 cuts a large T5 over four")
     _add_job(sub)

@@ -30,8 +30,8 @@ from lcm_jax.data import Cache, Record, Source, load_source
 from lcm_jax.data.cache import MANIFEST, check_same, join, read_manifest, write_shard
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.pictures import check_size
-from lcm_jax.train.sharding import make_mesh
-from lcm_jax.train.tasks.latent import ENCODE_BATCH, Conditioner
+from lcm_jax.train.sharding import make_mesh, parts_of
+from lcm_jax.train.tasks.latent import Conditioner, encode_batch
 
 SHARD = 4096  # pictures, about, where the number of shards is not given
 READERS = min(64, os.cpu_count() or 1)  # threads that decode pictures
@@ -46,7 +46,7 @@ def encode(
     split: str = "train",
     size: int | None = None,
     shards: int | None = None,
-    batch: int = ENCODE_BATCH,
+    batch: int | None = None,
     mesh: str = "",
     part: tuple[int, int] | None = None,
     say: Callable[[str], None] = partial(print, flush=True),
@@ -61,14 +61,14 @@ def encode(
         out: folder for the shards, seen by all processes.
         size: pixels of the squares; the model's own by default.
         shards: how many; one for every 4096 pictures by default. At least as many as processes keeps all of them busy.
-        batch: pictures at a time in this process.
+        batch: pictures at a time in this process; by default as many as make a megapixel on each device, at most 32.
         mesh: of this process's devices; batches are cut over data and fsdp, the networks over fsdp and tensor.
         part: (p, P) for processes that are not joined by jax.distributed, which says so itself.
     """
     process, processes = part or (jax.process_index(), jax.process_count())
     if not 0 <= process < processes:
         raise ValueError(f"--part {process}/{processes}: the first number must be from 0 to {processes - 1}")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(f"--batch {batch}: it must be at least 1")
     here = make_mesh(mesh, batch_size=batch, devices=jax.local_devices())
     _check_folder(out)
@@ -80,6 +80,7 @@ def encode(
     except ValueError as error:
         raise ValueError(f"--size: {error}") from None
     source = load_source(data, split, side, check=False)
+    batch = encode_batch((side, side), parts_of(here)) if batch is None else batch
     number = max(1, round(len(source) / SHARD)) if shards is None else shards
     if not 1 <= number <= min(len(source), 99999):
         raise ValueError(f"--shards {number}: it must be from 1 to the number of pictures, {len(source)}")

@@ -29,7 +29,7 @@ from lcm_jax.metrics import (
 )
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.reading import reading
-from lcm_jax.train.sharding import batch_sharding, cut_rows, place, replicated, whole
+from lcm_jax.train.sharding import batch_sharding, cut_rows, parts_of, place, replicated, whole
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
@@ -96,14 +96,13 @@ class ClipMetric:
 
 def spread(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
     """The same features of pictures that are cut over a mesh; its parameters are on every device."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
 
     def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b ..."]:
         seen = features.apply(params, jax.lax.with_sharding_constraint(images, batch_sharding(mesh)))
         return jax.lax.with_sharding_constraint(seen, replicated(mesh))
 
     everywhere = jax.tree.map(lambda _: replicated(mesh), features.params)
-    size = features.batch_size + -features.batch_size % parts
+    size = features.batch_size + -features.batch_size % parts_of(mesh)
     return replace(features, apply=apply, params=place(features.params, everywhere), batch_size=size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -27,7 +28,7 @@ from lcm_jax.reading import narrow
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
-from lcm_jax.train.sharding import cut_rows, place, tree_shardings, whole
+from lcm_jax.train.sharding import cut_rows, place, rows_stay, tree_shardings, whole
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
@@ -102,6 +103,7 @@ class Pipeline:
         for name in self.params if jax.process_count() == 1 else (self.folder.denoiser, "vae"):
             self.params[name] = place(self.params[name], tree_shardings(self.params[name], mesh))
         self.mesh = mesh
+        self.__dict__.pop("_draw", None)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -363,7 +365,7 @@ class Pipeline:
 
     @cached_property
     def _draw(self) -> Any:
-        options = compiler_options(narrow=narrow(self.net_params, self.params["vae"]))
+        mesh, options = self.mesh, compiler_options(narrow=narrow(self.net_params, self.params["vae"]))
 
         @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=options)
         def draw(
@@ -372,7 +374,8 @@ class Pipeline:
             *, generator: Generator, sampler: Sampler, guided: bool,
         ) -> Array:  # fmt: skip
             options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip, "kept": kept}
-            return generator.decode(vae, generator.latents(net, cond, null, x, grid, guidance, key, **options))
+            with contextlib.nullcontext() if mesh is None else rows_stay(mesh):
+                return generator.decode(vae, generator.latents(net, cond, null, x, grid, guidance, key, **options))
 
         return draw
 

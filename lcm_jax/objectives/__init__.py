@@ -4,7 +4,7 @@ from lcm_jax.objectives.base import FewStep
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.objectives.continuous import ContinuousConsistency, MeanFlow, Shortcut
 from lcm_jax.objectives.contrastive import contrastive_loss
-from lcm_jax.objectives.diffusion import Diffusion, validation_loss
+from lcm_jax.objectives.diffusion import Diffusion, validation_losses
 from lcm_jax.objectives.distribution import (
     AdversarialDistillation,
     DistributionMatching,
@@ -48,5 +48,5 @@ __all__ = [
     "Uniform",
     "contrastive_loss",
     "method",
-    "validation_loss",
+    "validation_losses",
 ]

@@ -98,20 +98,20 @@ class Diffusion:
         return each, difference
 
 
-def validation_loss(
-    objective: Diffusion, nets: Nets, batch: dict[str, Any], key: Key, *, levels: int = 8
-) -> tuple[Float[Array, ""], Float[Array, " levels"]]:
-    """The loss at `levels` evenly spaced times, from clean to noise, and its mean (SD3, 2403.03206, section 5).
+def validation_losses(
+    objective: Diffusion, nets: Nets, batch: dict[str, Any], keys: Key, *, levels: int = 8
+) -> Float[Array, "b levels"]:
+    """Each example's loss at `levels` evenly spaced times, from clean to noise (SD3, 2403.03206, section 5: the mean).
 
     Target and weight are the objective's; its density of times and its dropout are not, so runs that differ in these
-    compare. A function of the key: nothing but the network changes it from one evaluation to the next.
+    compare. keys: (b,), an example's own: nothing but the network changes its losses from one evaluation to the next,
+    nor do the examples that it comes with.
     """
     x0, times = batch["x0"], even_times(objective.schedule, levels)
 
-    def at_level(inputs: tuple[Array, Key]) -> Array:
-        t, key = inputs
-        eps = jax.random.normal(key, x0.shape, x0.dtype)
-        return jnp.mean(objective.at(nets, x0, eps, jnp.full(x0.shape[:1], t), batch["cond"])[0])
+    def at_level(inputs: tuple[Array, Array]) -> Array:
+        t, level = inputs
+        eps = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, level), x0.shape[1:], x0.dtype))(keys)
+        return objective.at(nets, x0, eps, jnp.full(x0.shape[:1], t), batch["cond"])[0]
 
-    each = jax.lax.map(at_level, (times, jax.random.split(key, levels)))
-    return jnp.mean(each), each
+    return jax.lax.map(at_level, (times, jnp.arange(levels))).T

@@ -26,10 +26,12 @@ from lcm_jax.train.sharding import (
     RULES,
     MeshConfig,
     Placement,
+    Rowwise,
     Rules,
     batch_sharding,
     create,
     make_mesh,
+    parts_of,
     place,
     place_rows,
     rows_here,
@@ -57,8 +59,8 @@ class Task:
     loss: Loss
     frozen: Params
     batches: Callable[..., Batches]  # (batch size, seed, which rows of a batch are read here; None: all) -> iterator
-    # (ema, frozen) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
-    preview: Callable[[Params, Params], dict[str, float | np.ndarray]]
+    # (ema, frozen, rowwise) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
+    preview: Callable[[Params, Params, Rowwise], dict[str, float | np.ndarray]]
     export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
     # what becomes of the run's optimizer, for tasks that train several trees
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
@@ -199,12 +201,11 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
                 meter.flops = flops(step_fn.trace(state, frozen, batch).jaxpr)
             return step_fn(state, frozen, batch)
 
+        # No more rows of a device at a time than its memory holds in training.
+        rowwise = Rowwise(mesh=mesh, most=max(1, loop.batch_size // loop.accumulate // parts_of(mesh)))
+
         def look(state: TrainState) -> dict[str, float | np.ndarray]:
-            """What is looked at on the way. Of several processes the first looks, by itself on one device."""
-            if jax.process_count() == 1:
-                return task.preview(state.ema, frozen)
-            ema = whole(state.ema)
-            return task.preview(ema, task.frozen) if is_main() else {}
+            return task.preview(state.ema, frozen, rowwise)
 
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
             state = _Run(loop, rate, manager, batches, log, watchdog, meter).until_the_end(state, advance, look)

@@ -99,6 +99,11 @@ def make_mesh(text: str = "", *, batch_size: int | None = None, devices: Sequenc
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def parts_of(mesh: Mesh) -> int:
+    """In how many a batch is cut."""
+    return int(math.prod(mesh.shape[axis] for axis in ROWS))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -156,7 +161,7 @@ def rows_stay(mesh: Mesh) -> Iterator[None]:
     Left to itself XLA gathers whole batches of activations to spare the gathering of a kernel. The networks know
     nothing of it.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = parts_of(mesh)
 
     def keep(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.ndim < 2 or leaf.shape[0] % parts:
@@ -206,15 +211,43 @@ def place_rows(batch: Any, sharding: NamedSharding, rows: Sequence[int], batch_s
     return jax.tree.map(put, batch)
 
 
-def cut_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays (n, ...) that every process has, cut along n over the mesh, filled up with copies of the last row."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+def cut_rows(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
+    """Arrays (n, ...) that every process has, cut along n over the mesh, filled up with copies of the last row: to
+    `rows`, or to what the mesh cuts.
+    """
+    parts = parts_of(mesh)
 
     def fill(leaf: np.ndarray) -> np.ndarray:
-        return np.concatenate([leaf, np.repeat(leaf[-1:], -len(leaf) % parts, axis=0)])
+        return np.concatenate([leaf, np.repeat(leaf[-1:], max(rows - len(leaf), -len(leaf) % parts), axis=0)])
 
     filled = jax.tree.map(fill, whole(tree))
     return place(filled, jax.tree.map(lambda _: batch_sharding(mesh), filled))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rowwise:
+    """Functions of rows, some at a time, every device of a mesh taking its own. All processes must ask.
+
+    most: rows on a device at a time.
+    """
+
+    mesh: Mesh
+    most: int
+
+    def __call__(self, function: Callable[[Any], Any], rows: Any, *, most: int | None = None) -> Any:
+        """What a compiled function of trees (n, ...) gives for each row, as numpy; it sees one number of rows alone.
+
+        most: where that is less.
+        """
+        n, parts = len(jax.tree.leaves(rows)[0]), parts_of(self.mesh)
+        size = parts * min(self.most, most or self.most, -(-n // parts))
+        made = []
+        for start in range(0, n, size):
+            some = jax.tree.map(lambda leaf, at=slice(start, start + size): leaf[at], rows)
+            with rows_stay(self.mesh):
+                given = function(cut_rows(some, self.mesh, size))
+            made.append(jax.tree.map(lambda leaf, left=n - start: leaf[:left], whole(given)))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
 
 
 def whole(tree: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from lcm_jax.generate import to_float, to_uint8
 from lcm_jax.metrics import psnr
 from lcm_jax.train.loop import Task
+from lcm_jax.train.sharding import Rowwise
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
 from lcm_jax.typing import Array, Key, Params
@@ -69,11 +70,15 @@ class AutoencoderTask:
             distance = partial(lpips.apply, {"params": frozen["lpips"]}) if "lpips" in frozen else None
             return autoencoder_loss(vae, critic, distance, params, to_float(batch["image"]), key, step, self.loss)
 
-        reconstruct = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x))
+        @jax.jit
+        def reconstruct(params: Params, pictures: Array) -> Array:
+            made: Any = vae.apply({"params": params["vae"]}, to_float(pictures))
+            return to_uint8(made)
+
         shown = np.stack([held_out[i]["image"] for i in range(min(16, len(held_out)))])
 
-        def preview(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
-            made = np.asarray(to_uint8(reconstruct(ema, to_float(shown))))
+        def preview(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
+            made = rowwise(partial(reconstruct, ema), shown)
             quality = float(jnp.mean(psnr(jnp.asarray(shown), jnp.asarray(made), data_range=255.0)))
             return {"validation": grid(np.concatenate([shown, made]), 8), "validation_psnr": quality}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from lcm_jax.data.images import Size
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets import UNetConfig
-from lcm_jax.objectives import Diffusion, validation_loss
+from lcm_jax.objectives import Diffusion, validation_losses
 from lcm_jax.pictures import check_size
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
+from lcm_jax.train.sharding import Rowwise
 from lcm_jax.train.step import Loss, Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
@@ -73,9 +75,15 @@ class DiffusionTask(LatentTask):
         held_out = {name: np.stack([encoded[i][name] for i in range(len(encoded))]) for name in encoded[0]}
 
         @jax.jit
-        def held_out_loss(params: Params, batch: dict[str, Array]) -> Array:
-            latents = draw_latents(jax.random.key(0), batch)
-            return validation_loss(self.objective, Nets(as_apply(net), params), latents, jax.random.key(1))[0]
+        def held_out_losses(params: Params, numbered: tuple[Array, dict[str, Array]]) -> Array:
+            number, batch = numbered
+            draw, noise = (jax.vmap(partial(jax.random.fold_in, jax.random.key(i)))(number) for i in (0, 1))
+            latents = jax.vmap(draw_latents)(draw, batch)
+            return validation_losses(self.objective, Nets(as_apply(net), params), latents, noise)
+
+        def look(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
+            losses = rowwise(partial(held_out_losses, ema), (np.arange(len(encoded)), held_out))
+            return {"validation_loss": float(losses.mean()), **show(ema, frozen["vae"], rowwise)}
 
         def export(ema: Params, path: Path) -> None:
             component = Component(net, jax.device_get(ema))
@@ -86,10 +94,7 @@ class DiffusionTask(LatentTask):
             loss=self._loss(net),
             frozen={"null": conditioner.null, "vae": conditioner.vae.params},
             batches=batches,
-            preview=lambda ema, frozen: {
-                "validation_loss": float(held_out_loss(ema, held_out)),
-                **show(ema, frozen["vae"]),
-            },
+            preview=look,
             export=export,
         )
 

@@ -139,7 +139,7 @@ class DistillationTask(LatentTask):
             loss=learner.loss,
             frozen=frozen,
             batches=batches,
-            preview=lambda ema, frozen: show(learner.student(ema, frozen), frozen["vae"]),
+            preview=lambda ema, frozen, rowwise: show(learner.student(ema, frozen), frozen["vae"], rowwise),
             export=export,
             optimizer=partial(by_tree, every=objective.updates, rate=self.rate_of_others),
         )

@@ -21,11 +21,12 @@ from lcm_jax.places import cache_dir
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
+from lcm_jax.train.sharding import Rowwise
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.distillation import LoraConfig
-from lcm_jax.train.tasks.latent import Conditioner, draw_latents, preview
+from lcm_jax.train.tasks.latent import Conditioner, at_once, draw_latents, preview
 from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.families import DENOISERS, class_name
 from lcm_jax.weights.files import read_json
@@ -39,7 +40,7 @@ from mmdit.text import T5Encoder
 
 NET = "net"  # the denoiser among the networks that learn
 TOKENS = "tokens_"  # before the number of the text encoder whose tokens they are
-DRAWN = 16  # class pictures at a time
+DRAWN = 16  # class pictures at a time, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +138,9 @@ class FinetuneTask:
             guidance=self.preview_guidance,
         )
 
-        def shown(ema: Params, frozen: Params) -> dict[str, float | np.ndarray]:
+        def shown(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
             trees = learners.trees(ema, frozen["networks"])
-            return show(trees[NET], frozen["vae"], trees if texts else None)
+            return show(trees[NET], frozen["vae"], rowwise, trees if texts else None)
 
         def export(ema: Params, path: Path) -> None:
             own = {part if name == NET else name: tree for name, tree in jax.device_get(ema).items()}
@@ -180,7 +181,8 @@ class FinetuneTask:
         """
         spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
         times = time_grid(spec, generator.schedule, self.class_steps, spacing=spacing)
-        cond, null = conditioner.encode_text([self.class_prompt] * DRAWN), conditioner.empty(DRAWN)
+        drawn = min(DRAWN, at_once((self.data.size, self.data.size)))
+        cond, null = conditioner.encode_text([self.class_prompt] * drawn), conditioner.empty(drawn)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
         spread = spec.init_scale(generator.schedule, times, spacing)  # of arrays at hand: none may be traced
@@ -188,13 +190,13 @@ class FinetuneTask:
         @jax.jit
         def draw(params: Params, key: Key) -> Array:
             noise, rest = jax.random.split(key)
-            x = spread * jax.random.normal(noise, (DRAWN, side, side, vae.latent_channels))
+            x = spread * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
             grid = pad(times)
             return generator.latents(params, cond, null, x, grid, guidance, rest, sampler=spec, guided=guidance != 1.0)
 
         def produce() -> Iterator[dict[str, Any]]:
             one = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
-            starts = range(0, self.class_pictures, DRAWN)
+            starts = range(0, self.class_pictures, drawn)
             for start in tqdm(starts, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
                 made = np.asarray(draw(params, jax.random.fold_in(jax.random.key(0), start)), np.float16)
                 for latent in made[: self.class_pictures - start]:

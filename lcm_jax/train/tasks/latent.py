@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from lcm_jax.generate import Generator, to_float
 from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
-from lcm_jax.train.sharding import batch_sharding, place, tree_shardings
+from lcm_jax.train.sharding import Rowwise, batch_sharding, place, tree_shardings, whole
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
-from lcm_jax.typing import Array, Cond, Key, Kind, Params, Schedule
+from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import denoiser_of
 from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
@@ -32,6 +32,7 @@ from mmdit.text import Tokenizer, size_ids, zero_prompt
 from vae16 import scale
 
 ENCODE_BATCH = 32
+MEGAPIXEL = 2**20
 FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
 
 
@@ -115,7 +116,7 @@ class Conditioner:
         return {name: leaf for name, leaf in self.empty().items() if name != "time_ids"}
 
     def encode(
-        self, records: Sequence[Record], batch: int = ENCODE_BATCH, *, synthetic: bool = False
+        self, records: Sequence[Record], batch: int, *, synthetic: bool = False
     ) -> Iterator[dict[str, np.ndarray]]:
         """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, float16.
 
@@ -168,9 +169,11 @@ class Conditioner:
             return Columns(source=source, names=names, count=count)
 
         def produce() -> Iterator[dict[str, Any]]:
-            for start in range(0, count, ENCODE_BATCH):
-                records = [source[i] for i in range(start, min(start + ENCODE_BATCH, count))]
-                yield from self.encode(records, synthetic=synthetic)
+            height, width = source[0]["image"].shape[:2]
+            batch = encode_batch((height, width))
+            for start in range(0, count, batch):
+                records = [source[i] for i in range(start, min(start + batch, count))]
+                yield from self.encode(records, batch, synthetic=synthetic)
 
         produced_by = {**self.produced_by, **described}
         if first is not None:
@@ -201,6 +204,16 @@ class LatentTask:
         return loader(*(encoded(size, source) for size, source in sources.items()), augment=mix)
 
 
+def at_once(size: Size) -> int:
+    """Pictures of (height, width) that a device takes at a time through an autoencoder: a megapixel together."""
+    return max(1, MEGAPIXEL // (size[0] * size[1]))
+
+
+def encode_batch(size: Size, parts: int = 1) -> int:
+    """Pictures that so many devices encode at a time."""
+    return parts * max(1, min(at_once(size), ENCODE_BATCH // parts))
+
+
 def _host() -> jax.Device | None:
     try:
         return jax.local_devices(backend="cpu")[0]
@@ -219,9 +232,9 @@ def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
 def preview(
     generator: Generator, conditioner: Conditioner, captions: list[str], *, sampler: str, steps: int, guidance: float
 ) -> Any:
-    """`(net params, vae params) -> {title: grid}`: the captions' pictures, the same noise every time.
+    """`(net params, vae params, rowwise) -> {title: grid}`: the captions' pictures, the same noise every time.
 
-    A third argument are the text encoders' parameters, where they learn.
+    A fourth argument are the text encoders' parameters, where they learn.
     """
     n, spec = len(captions), SAMPLERS[sampler]
 
@@ -233,19 +246,22 @@ def preview(
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
     noise = jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
+    most = at_once((vae.sample_size, vae.sample_size))
 
     @jax.jit
-    def run(params: Params, vae_params: Params, cond: Cond, null: Cond) -> Array:
-        x = generator.latents(
-            params, cond, null, noise, pad(times), guidance, jax.random.key(1), sampler=spec, guided=guidance != 1.0
-        )
+    def run(params: Params, vae_params: Params, rows: tuple[Cond, Cond, Image]) -> Array:
+        options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
+        x = generator.latents(params, *rows, pad(times), guidance, jax.random.key(1), **options)
         return generator.decode(vae_params, x)
 
     def show(
-        params: Params, vae_params: Params, texts: Mapping[str, Params] | None = None
+        params: Params, vae_params: Params, rowwise: Rowwise, texts: Mapping[str, Params] | None = None
     ) -> dict[str, float | np.ndarray]:
+        if texts is not None and jax.process_count() > 1:
+            texts = whole(texts)
         cond, null = still if texts is None else encode(texts)
-        return {f"{sampler}, {steps} steps": grid(np.asarray(run(params, vae_params, cond, null)), 8)}
+        pictures = rowwise(partial(run, params, vae_params), (cond, null, noise), most=most)
+        return {f"{sampler}, {steps} steps": grid(pictures, 8)}
 
     return show
 

@@ -3,8 +3,8 @@
     python job.py CASES.json [--coordinator HOST:PORT --processes N --process I]
 
 CASES.json holds {"cases": [{"workdir": "...", "net": "unet", "lora": true, "loop": {...}, ...}, ...]}. Each case leaves
-`workdir`/result.npz: the parameters and the moving average by path, the losses of the steps, and how many bytes the
-state has, and has on one device.
+`workdir`/result.npz: the parameters and the moving average by path, the losses of the steps, what the last preview
+shows, and how many bytes the state has, and has on one device.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ from lcm_jax.data import Loader
 from lcm_jax.evaluate import generate
 from lcm_jax.lora import DEFAULT_TARGETS, MMDIT_TARGETS
 from lcm_jax.nets import UNet, UNetConfig
-from lcm_jax.objectives import LatentConsistencyDistillation
+from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.pipeline import load
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train import distributed, loop
 from lcm_jax.train.loop import LoopConfig, Task
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.sharding import make_mesh, whole
-from lcm_jax.train.tasks.diffusion import initial
-from lcm_jax.train.tasks.distillation import Learner, LoraConfig
+from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.train.tasks.diffusion import DiffusionTask, initial
+from lcm_jax.train.tasks.distillation import DistillationTask, Learner, LoraConfig
+from lcm_jax.train.tasks.finetune import FinetuneTask
 from mmdit import MMDiT, MMDiTConfig
+from vae16 import LossConfig
 
 UNET = UNetConfig(
     sample_size=4,
@@ -101,6 +105,27 @@ def disturbed(params: Any) -> Any:
     return tree.unflatten([leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
 
 
+def learning(kind: str, model: str, pictures: str) -> Task:
+    """A task of a user's between the networks of a folder: "diffusion", "lcm", "lcm-lora", "finetune" (the text encoder
+    too) or "autoencoder".
+    """
+    data = DataConfig(name=f"folder:{pictures}", size=16)
+    around: dict[str, Any] = {"vae": model, "text": model, "data": data, "prompts": data, "preview_steps": 2}
+    if kind == "diffusion":
+        net = load(model).generator.net.config
+        return DiffusionTask(net=net, objective=Diffusion(schedule=DDPM()), **around).build()
+    if kind == "finetune":
+        return FinetuneTask(model=model, data=data, preview_steps=2, train_text=True).build()
+    if kind == "autoencoder":
+        config = load(model).generator.vae.config
+        return AutoencoderTask(
+            data=data, validation=data, model=config, loss=LossConfig(perceptual_weight=0.0, gan_weight=0.0)
+        ).build()
+    lora = LoraConfig(rank=2) if kind == "lcm-lora" else None
+    objective = LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0)
+    return DistillationTask(teacher=model, objective=objective, lora=lora, **around).build()
+
+
 def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
     """Two matrices fitted with noise on their inputs, each example of which takes a while to come.
 
@@ -136,7 +161,7 @@ def task(init: Any, loss: Any, frozen: Any, records: Any, transform: Any = None)
         loss=loss,
         frozen=frozen,
         batches=lambda size, seed, rows=None: iter(Loader(records, size, seed, rows=rows, transform=transform)),
-        preview=lambda ema, frozen: {"size": float(sum(map(jnp.size, jax.tree.leaves(ema))))},
+        preview=lambda ema, frozen, rowwise: {"size": float(sum(map(jnp.size, jax.tree.leaves(ema))))},
         export=lambda ema, folder: folder.mkdir(exist_ok=True),
     )
 
@@ -162,14 +187,17 @@ def run(case: dict[str, Any]) -> None:
     if "model" in case:
         return draw(case)
     net = case.get("net", "regression")
-    if net == "regression":
+    if "learn" in case:
+        made = learning(case["learn"], case["folder"], case["pictures"])
+    elif net == "regression":
         made = regression(case.get("seconds", 0.0), case.get("hang_at", -1))
     else:
         made = distillation(net, case.get("lora", False))
     devices = jax.devices()[:1] if case.get("one") else None
     loop.make_mesh = partial(make_mesh, devices=devices)
     losses: list[float] = []
-    write = loop._Run.write
+    seen: dict[str, Any] = {}
+    write, show = loop._Run.write, loop._Run.show
 
     def listening(self: Any, step: int, metrics: Any, bar: Any) -> None:
         losses.append(float(metrics["loss"]))
@@ -177,12 +205,19 @@ def run(case: dict[str, Any]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
         write(self, step, metrics, bar)
 
+    def showing(self: Any, step: int, shown: dict[str, Any]) -> None:
+        seen.update(shown)
+        show(self, step, shown)
+
     loop._Run.write = listening  # type: ignore[method-assign]
+    loop._Run.show = showing  # type: ignore[method-assign]
+
     workdir = Path(case["workdir"])
     state = loop.fit(made, LoopConfig(**case["loop"]), OPTIMIZER, workdir)
-    loop._Run.write = write  # type: ignore[method-assign]
+    loop._Run.write, loop._Run.show = write, show  # type: ignore[method-assign]
     sizes = [(leaf.nbytes, leaf.addressable_shards[0].data.nbytes) for leaf in jax.tree.leaves(state)]
     result = flat({"params": state.params, "ema": state.ema}) | {"losses": np.asarray(losses)}
+    result |= {f"seen {name}": np.asarray(value) for name, value in seen.items()}
     result |= {"bytes": np.asarray([sum(size) for size in zip(*sizes, strict=True)])}  # of the state; on one device
     if distributed.is_main():
         np.savez(workdir / "result.npz", **result)

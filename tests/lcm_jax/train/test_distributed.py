@@ -123,6 +123,23 @@ def test_processes_draw_the_same_pictures(tmp_path: Path, tiny_model: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("learn", ["diffusion", "lcm-lora", "finetune", "autoencoder"])
+def test_processes_look_at_the_same(tmp_path: Path, tiny_model: Path, pictures: Path, learn: str) -> None:
+    """Eight devices show what one does, of all processes together; pictures are more than one for each device."""
+    case = {"learn": learn, "folder": str(tiny_model), "pictures": str(pictures)}
+    loop = LOOP | {"steps": 2}
+    one = train({**case, "one": True, "loop": loop, "workdir": str(tmp_path / "one")}, 1)
+    for processes in (1, 2):
+        workdir = tmp_path / str(processes)
+        many = train({**case, "loop": loop | {"mesh": "data=2,fsdp=4"}, "workdir": str(workdir)}, processes)
+        seen = [name for name in one if name.startswith("seen ")]
+        assert seen
+        for name in seen:
+            close = {"atol": 2} if one[name].dtype == np.uint8 else {"rtol": 1e-4}
+            np.testing.assert_allclose(many[name].astype(float), one[name], err_msg=name, **close)
+
+
+@pytest.mark.slow
 def test_no_kill_changes_what_comes_out(tmp_path: Path) -> None:
     """Each process in turn by SIGKILL and SIGTERM: at the start, among the steps, while a checkpoint is written."""
     loop = LOOP | {"steps": 300, "save_every": 4, "log_every": 10}

@@ -29,6 +29,7 @@ from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.sharding import Rowwise, make_mesh
 from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
@@ -214,7 +215,7 @@ def test_dropout_is_for_training_alone(tiny_model: Path, data: DataConfig) -> No
         params = jax.tree.map(lambda leaf: leaf + 0.1, task.init(jax.random.key(0)))
         batch, key = next(task.batches(4, 0)), jax.random.key(1)
         losses += [jax.jit(task.loss)(params, params, task.frozen, batch, key, 0)[0]]
-        shown += [next(iter(task.preview(params, task.frozen).values()))]
+        shown += [next(iter(task.preview(params, task.frozen, Rowwise(mesh=make_mesh(), most=4)).values()))]
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
     np.testing.assert_array_equal(*shown)
 
