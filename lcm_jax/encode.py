@@ -72,7 +72,7 @@ def encode(
         raise ValueError(f"--batch {batch}: it must be at least 1")
     here = make_mesh(mesh, batch_size=batch, devices=jax.local_devices())
     _check_folder(out)
-    conditioner = Conditioner.load(model, model)
+    conditioner = Conditioner.load(model, model, here)
     vae = conditioner.vae.module.config
     side = vae.sample_size if size is None else size
     try:
@@ -100,7 +100,7 @@ def encode(
     if len(todo) < len(mine):
         say(f"{out}: {len(mine) - len(todo)} of {len(mine)} shards are there")
     if todo:
-        _write(todo, conditioner.over(here), source, produced_by, batch, say)
+        _write(todo, conditioner, source, produced_by, batch, say)
     if missing := sum(not each.described.is_file() for each in parts):
         say(f"{out}: this process is done, others have {missing} of {number} shards to write")
         return None

@@ -118,12 +118,15 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     as these do.
     """
 
-    def of(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(
-            mesh, _spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh, rules)
-        )
+    of = by_path(mesh, rules)
+    return jax.tree.map_with_path(
+        lambda path, leaf: of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
+    )
 
-    return jax.tree.map_with_path(of, tree)
+
+def by_path(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """(path, shape) of a parameter to where it lies."""
+    return lambda path, shape: NamedSharding(mesh, _spec(path, shape, mesh, rules))
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:

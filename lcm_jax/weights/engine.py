@@ -184,7 +184,10 @@ def from_torch(
         if shardings is None:
             placed = place(read(None))  # not the file's memory: one that changes later is not to show
         else:
-            placed = jax.make_array_from_callback(leaf.shape, shardings(path, leaf.shape), read)
+            where = shardings(path, leaf.shape)
+            parts = where.addressable_devices_indices_map(leaf.shape).items()
+            own = [place(read(index), device) for device, index in parts]
+            placed = jax.make_array_from_single_device_arrays(leaf.shape, where, own)
         placed.block_until_ready()
         for view in views:
             let_go(view)

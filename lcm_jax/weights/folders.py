@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lcm_jax.prompts import Prompts
+from lcm_jax.weights.engine import Shardings
 from lcm_jax.weights.families import DENOISERS
 from lcm_jax.weights.files import replacing, write_json
 from lcm_jax.weights.hub import Location
@@ -34,14 +35,20 @@ _SETTINGS = (
 
 
 def load_component(
-    folder: Path, name: str, *, dtype: Any = jnp.float32, variant: str | None = None, scan: bool = False
+    folder: Path,
+    name: str,
+    *,
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    scan: bool = False,
+    shardings: Shardings | None = None,
 ) -> Component:
     """Read `folder`/`name`. dtype: of parameters and computation; float32 for weights that overflow in float16.
 
-    variant: such as "fp16", of the file's name. scan: stack the layers that are alike, of networks that can. Errors
-    name the file and what does not fit.
+    variant: such as "fp16", of the file's name. scan: stack the layers that are alike, of networks that can. shardings:
+    where each parameter goes, of which a device reads its own part alone. Errors name the file and what does not fit.
     """
-    return to_component(read_part(folder / name, variant=variant), dtype=dtype, scan=scan)
+    return to_component(read_part(folder / name, variant=variant), dtype=dtype, scan=scan, shardings=shardings)
 
 
 def save_component(

@@ -38,12 +38,17 @@ class Component:
         """module: a flax module with a `config`. params: a callable takes `each`, as `from_torch` does."""
         self.module = module
         self._params = params
+        self._make = params if callable(params) else None
 
     @property
     def params(self) -> Params:
         if callable(self._params):
             self._params = self._params()
         return self._params
+
+    def let_go(self) -> None:
+        """Free what was placed: whoever asks again has it placed again."""
+        self._params = self._make or self._params
 
     def made_of(self, each: Callable[[str, Any], Any]) -> Params:
         """The tree of each(path, parameter), made one by one where the parameters are not placed yet."""

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from jax.sharding import Mesh
 from PIL import Image
 
 import lcm_jax.encode
@@ -50,13 +51,12 @@ def _once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch, load, loaded = pytest.MonkeyPatch(), Conditioner.load, {}
     patch.setenv("LCM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
-    def once(vae: str, text: str) -> Conditioner:
+    def once(vae: str, text: str, mesh: Mesh | None = None) -> Conditioner:
         if vae not in loaded:
-            loaded[vae] = load(vae, text).over(make_mesh(devices=jax.local_devices()[:1]))
+            loaded[vae] = load(vae, text, make_mesh(devices=jax.local_devices()[:1]))
         return loaded[vae]
 
     patch.setattr(Conditioner, "load", once)
-    patch.setattr(Conditioner, "over", lambda self, mesh: self)
     yield
     patch.undo()
 

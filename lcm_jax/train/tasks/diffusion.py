@@ -74,6 +74,8 @@ class DiffusionTask(LatentTask):
         encoded = conditioner.encode_source(prompts, described, first=HELD_OUT)
         held_out = {name: np.stack([encoded[i][name] for i in range(len(encoded))]) for name in encoded[0]}
 
+        conditioner.let_go()
+
         @jax.jit
         def held_out_losses(params: Params, numbered: tuple[Array, dict[str, Array]]) -> Array:
             number, batch = numbered

@@ -18,10 +18,11 @@ from lcm_jax.nets.critic import Heads, features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
+from lcm_jax.train.sharding import by_path
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
-from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
+from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, own_devices, preview
 from lcm_jax.train.tasks.outline import cast, needs, outline_of, outlined, surroundings
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
 from lcm_jax.weights.families import DENOISERS, denoiser_of
@@ -86,14 +87,15 @@ class DistillationTask(LatentTask):
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         dtype = jnp.dtype(self.teacher_dtype)
-        teacher = load_component(location.path, location.place(part), dtype=dtype, scan=self.scan)
+        cut = by_path(own_devices())
+        teacher = load_component(location.path, location.place(part), dtype=dtype, scan=self.scan, shardings=cut)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
         first = teacher.params
         if self.start is not None:
             begun = locate(self.start)
-            student_net, first = load_component(begun.path, begun.place(part), scan=self.scan)
+            student_net, first = load_component(begun.path, begun.place(part), scan=self.scan, shardings=cut)
             config = student_net.config
         net = self._student(config, objective)
         config = net.config
@@ -125,6 +127,8 @@ class DistillationTask(LatentTask):
             steps=self.preview_steps,
             guidance=guidance,
         )
+
+        conditioner.let_go()
 
         def export(ema: Params, path: Path) -> None:
             own = jax.device_get(split(ema)[0])

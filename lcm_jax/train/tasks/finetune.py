@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from lcm_jax.places import cache_dir
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
-from lcm_jax.train.sharding import Rowwise
+from lcm_jax.train.sharding import Rowwise, by_path, parts_of
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.distillation import LoraConfig
-from lcm_jax.train.tasks.latent import Conditioner, at_once, draw_latents, preview
-from lcm_jax.typing import Array, Key, Nets, Params
+from lcm_jax.train.tasks.latent import Conditioner, at_once, draw_latents, own_devices, preview
+from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 from lcm_jax.weights.families import DENOISERS, class_name
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
@@ -83,7 +84,7 @@ class FinetuneTask:
         objective = replace(self.objective, schedule=schedule, kind=kind)
         conditioner = Conditioner.load(self.model, self.model)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
-        base = load_component(location.path, location.place(part))
+        base = load_component(location.path, location.place(part), shardings=by_path(own_devices()))
         if base.module.config.time_cond_proj_dim is not None:
             raise ValueError(f"task.model {self.model} is a distilled student, told its guidance: finetune its teacher")
         check_fit(base.module.config, conditioner, self.data.sizes)
@@ -138,6 +139,9 @@ class FinetuneTask:
             guidance=self.preview_guidance,
         )
 
+        if not texts:
+            conditioner.let_go()
+
         def shown(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
             trees = learners.trees(ema, frozen["networks"])
             return show(trees[NET], frozen["vae"], rowwise, trees if texts else None)
@@ -181,24 +185,25 @@ class FinetuneTask:
         """
         spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
         times = time_grid(spec, generator.schedule, self.class_steps, spacing=spacing)
-        drawn = min(DRAWN, at_once((self.data.size, self.data.size)))
+        parts = parts_of(conditioner.rowwise.mesh)
+        drawn = min(DRAWN, parts * at_once((self.data.size, self.data.size)))
         cond, null = conditioner.encode_text([self.class_prompt] * drawn), conditioner.empty(drawn)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
         spread = spec.init_scale(generator.schedule, times, spacing)  # of arrays at hand: none may be traced
 
         @jax.jit
-        def draw(params: Params, key: Key) -> Array:
-            noise, rest = jax.random.split(key)
-            x = spread * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
-            grid = pad(times)
-            return generator.latents(params, cond, null, x, grid, guidance, rest, sampler=spec, guided=guidance != 1.0)
+        def draw(params: Params, key: Key, rows: tuple[Cond, Cond, Image]) -> Array:
+            options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
+            return generator.latents(params, *rows, pad(times), guidance, key, **options)
 
         def produce() -> Iterator[dict[str, Any]]:
             one = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
             starts = range(0, self.class_pictures, drawn)
             for start in tqdm(starts, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
-                made = np.asarray(draw(params, jax.random.fold_in(jax.random.key(0), start)), np.float16)
+                noise, rest = jax.random.split(jax.random.fold_in(jax.random.key(0), start))
+                x = spread * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
+                made = conditioner.rowwise(partial(draw, params, rest), (cond, null, x)).astype(np.float16)
                 for latent in made[: self.class_pictures - start]:
                     yield {"mean": latent, "std": np.zeros_like(latent), **one}
 

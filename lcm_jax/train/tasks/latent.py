@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
+from lcm_jax.compiling import compiler_options
 from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
 from lcm_jax.data.images import Size
 from lcm_jax.data.mixing import SYNTHETIC
@@ -21,18 +22,20 @@ from lcm_jax.generate import Generator, to_float
 from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
-from lcm_jax.train.sharding import Rowwise, batch_sharding, place, tree_shardings, whole
+from lcm_jax.train.sharding import Rowwise, by_path, make_mesh, parts_of
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
-from lcm_jax.weights.families import denoiser_of
+from lcm_jax.weights.families import class_name, denoiser_of
 from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.scheduler import scheduler_config
+from lcm_jax.weights.shapes import abstract_params
 from mmdit.text import Tokenizer, size_ids, zero_prompt
 from vae16 import scale
 
 ENCODE_BATCH = 32
 MEGAPIXEL = 2**20
+Learned = tuple[Mapping[str, Params], Rowwise]
 FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
 
 
@@ -40,22 +43,27 @@ FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "
 class Conditioner:
     """The frozen networks around the one that learns, and how captions become its conditioning.
 
-    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, with two as SDXL, with three as SD3.
+    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, with two as SDXL, with three as SD3. The
+    networks are cut over the devices of `rowwise`, and so are the rows of what goes through them.
     """
 
     vae: Component
     texts: Mapping[str, Component]
     prompts: Prompts
     digest: str  # of the weights, to name what was encoded with them
-    split: NamedSharding | None = None  # of what is encoded; None: on the default device
+    rowwise: Rowwise
 
     @classmethod
-    def load(cls, vae: str, text: str) -> Conditioner:
-        """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers."""
+    def load(cls, vae: str, text: str, mesh: Mesh | None = None) -> Conditioner:
+        """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers.
+
+        mesh: of devices of this process; all of them by default.
+        """
+        mesh = own_devices() if mesh is None else mesh
         vae_at, text_at = locate(vae), locate(text)
         names = tuple(name for name in TOKENIZERS if text_at.at(name).is_dir()) or ("text_encoder",)
         family = FAMILY_OF[names[-1]]
-        texts = {name: load_component(text_at.path, text_at.place(name)) for name in names}
+        texts = {name: load_component(text_at.path, text_at.place(name), shardings=by_path(mesh)) for name in names}
         prompts = Prompts(
             modules={name: part.module for name, part in texts.items()},
             tokenizers={name: Tokenizer.load(text_at.at(TOKENIZERS[name])) for name in names},
@@ -68,50 +76,50 @@ class Conditioner:
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):
                         digest.update(block)
-        component = load_component(vae_at.path, vae_at.place("vae"))
-        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest())
+        component = load_component(vae_at.path, vae_at.place("vae"), shardings=by_path(mesh))
+        rowwise = Rowwise(mesh=mesh, most=ENCODE_BATCH)
+        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), rowwise=rowwise)
 
-    def over(self, mesh: Mesh) -> Conditioner:
-        """The same with its networks on the devices of `mesh`, over which batches are cut."""
-
-        def placed(part: Component) -> Component:
-            with jax.default_device(_host()):  # a T5-XXL is larger than a small chip
-                params = jax.tree.map(np.asarray, part.params)
-            return Component(part.module, place(params, tree_shardings(params, mesh)))
-
-        texts = {name: placed(text) for name, text in self.texts.items()}
-        return replace(self, vae=placed(self.vae), texts=texts, split=batch_sharding(mesh))
-
-    @cached_property
+    @property
     def params(self) -> dict[str, Params]:
         """Of the text encoders."""
         return {name: text.params for name, text in self.texts.items()}
 
+    def let_go(self) -> None:
+        """Free the text encoders, which are read again when they are asked for."""
+        for text in self.texts.values():
+            text.let_go()
+
     @cached_property
     def widths(self) -> dict[str, int]:
         """Channels of each leaf of the conditioning."""
-        return {name: shape[-1] for name, shape in self.prompts.shapes(self.params).items()}
+        shapes = {name: abstract_params(class_name(own.module), own.module.config) for name, own in self.texts.items()}
+        return {name: shape[-1] for name, shape in self.prompts.shapes(shapes).items()}
 
-    def encode_text(
-        self, captions: list[str], size: Size | None = None, params: Mapping[str, Params] | None = None
-    ) -> dict[str, Array]:
+    def encode_text(self, captions: list[str], size: Size | None = None, learned: Learned | None = None) -> Cond:
         """Captions to conditioning: {"context": (n, l, d)}, of several encoders "pooled" (n, p) too, and of SDXL
         "time_ids" (n, 6), of a picture of `size` (None: the autoencoder's) of which nothing was cut off.
 
-        params: of the text encoders, where they learn.
+        learned: text encoders that learn, in the place of its own.
         """
         side = self.vae.module.config.sample_size
         sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
-        ids, sizes = jax.device_put((self.prompts.tokenize(captions), sizes), self.split)
-        return self.prompts.encode(self.params if params is None else params, ids, sizes)
-
-    def empty(self, n: int = 1, params: Mapping[str, Params] | None = None) -> dict[str, Array]:
-        """The conditioning of n empty prompts; SDXL's are zeros."""
-        cond = self.encode_text([""] * n, params=params)
-        return zero_prompt(cond) if self.prompts.family == "sdxl" else cond
+        params, rowwise = (self.params, self.rowwise) if learned is None else learned
+        given: Cond = rowwise(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
+        return given
 
     @cached_property
-    def null(self) -> dict[str, Array]:
+    def _encode_text(self) -> Any:
+        return jax.jit(lambda params, rows: self.prompts.encode(params, *rows), compiler_options=compiler_options())
+
+    def empty(self, n: int = 1, learned: Learned | None = None) -> Cond:
+        """The conditioning of n empty prompts; SDXL's are zeros."""
+        cond = self.encode_text([""], learned=learned)
+        cond = zero_prompt(cond) if self.prompts.family == "sdxl" else cond
+        return {name: jnp.repeat(leaf, n, axis=0) for name, leaf in cond.items()}
+
+    @cached_property
+    def null(self) -> Cond:
         """What stands in a caption's place: `empty` less SDXL's time_ids, which tell of the picture."""
         return {name: leaf for name, leaf in self.empty().items() if name != "time_ids"}
 
@@ -125,7 +133,8 @@ class Conditioner:
         """
         fill = batch - len(records)  # one shape, one compilation
         images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
-        mean, std = self._posterior(self.vae.params, jax.device_put(images, self.split))
+        most = batch // parts_of(self.rowwise.mesh)
+        mean, std = self.rowwise(partial(self._posterior, self.vae.params), images, most=most)
         columns = {"mean": mean, "std": std}
         for prefix in ("", SYNTHETIC) if synthetic else ("",):
             captions: list[Any] = [r.get(f"{prefix}caption") for r in records] + [""] * fill
@@ -139,7 +148,7 @@ class Conditioner:
     def _posterior(self) -> Any:
         vae = self.vae.module
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=compiler_options())
         def posterior(params: Params, images: Array) -> tuple[Array, Array]:
             mean, logvar = vae.apply({"params": params}, to_float(images), method="encode")
             return scale(mean, vae.config), jnp.exp(0.5 * logvar) * vae.config.scaling_factor
@@ -170,7 +179,7 @@ class Conditioner:
 
         def produce() -> Iterator[dict[str, Any]]:
             height, width = source[0]["image"].shape[:2]
-            batch = encode_batch((height, width))
+            batch = encode_batch((height, width), parts_of(self.rowwise.mesh))
             for start in range(0, count, batch):
                 records = [source[i] for i in range(start, min(start + batch, count))]
                 yield from self.encode(records, batch, synthetic=synthetic)
@@ -214,11 +223,9 @@ def encode_batch(size: Size, parts: int = 1) -> int:
     return parts * max(1, min(at_once(size), ENCODE_BATCH // parts))
 
 
-def _host() -> jax.Device | None:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
-        return None
+def own_devices() -> Mesh:
+    """Of this process, over which large networks are cut: a T5-XXL is larger than a small chip."""
+    return make_mesh(f"fsdp={jax.local_device_count()}", devices=jax.local_devices())
 
 
 def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
@@ -238,10 +245,10 @@ def preview(
     """
     n, spec = len(captions), SAMPLERS[sampler]
 
-    def encode(texts: Mapping[str, Params]) -> list[dict[str, Array]]:
-        return [conditioner.encode_text(captions, params=texts), conditioner.empty(n, texts)]
+    def encode(learned: Learned | None = None) -> tuple[Cond, Cond]:
+        return conditioner.encode_text(captions, learned=learned), conditioner.empty(n, learned)
 
-    still = encode(conditioner.params)
+    still = encode()
     times = time_grid(spec, generator.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
@@ -257,9 +264,7 @@ def preview(
     def show(
         params: Params, vae_params: Params, rowwise: Rowwise, texts: Mapping[str, Params] | None = None
     ) -> dict[str, float | np.ndarray]:
-        if texts is not None and jax.process_count() > 1:
-            texts = whole(texts)
-        cond, null = still if texts is None else encode(texts)
+        cond, null = still if texts is None else encode((texts, rowwise))
         pictures = rowwise(partial(run, params, vae_params), (cond, null, noise), most=most)
         return {f"{sampler}, {steps} steps": grid(pictures, 8)}
 

@@ -4,7 +4,8 @@
 
 CASES.json holds {"cases": [{"workdir": "...", "net": "unet", "lora": true, "loop": {...}, ...}, ...]}. Each case leaves
 `workdir`/result.npz: the parameters and the moving average by path, the losses of the steps, what the last preview
-shows, and how many bytes the state has, and has on one device.
+shows, how many bytes each of this process's devices held before the start, and how many the state has, and has on one
+device.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import json
 import resource
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -193,6 +195,9 @@ def run(case: dict[str, Any]) -> None:
         made = regression(case.get("seconds", 0.0), case.get("hang_at", -1))
     else:
         made = distillation(net, case.get("lora", False))
+    held: Counter[Any] = Counter()
+    for part in (part for array in jax.live_arrays() for part in array.addressable_shards):
+        held[part.device] += part.data.nbytes
     devices = jax.devices()[:1] if case.get("one") else None
     loop.make_mesh = partial(make_mesh, devices=devices)
     losses: list[float] = []
@@ -218,6 +223,7 @@ def run(case: dict[str, Any]) -> None:
     sizes = [(leaf.nbytes, leaf.addressable_shards[0].data.nbytes) for leaf in jax.tree.leaves(state)]
     result = flat({"params": state.params, "ema": state.ema}) | {"losses": np.asarray(losses)}
     result |= {f"seen {name}": np.asarray(value) for name, value in seen.items()}
+    result |= {"held": np.asarray(sorted(held.values()))}
     result |= {"bytes": np.asarray([sum(size) for size in zip(*sizes, strict=True)])}  # of the state; on one device
     if distributed.is_main():
         np.savez(workdir / "result.npz", **result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,21 @@ def test_each_device_is_given_its_slice(params: dict) -> None:
     convolution = _leaves(like(params), RULES, None)["conv/kernel"]
     window = (slice(0, 3), slice(1, 2), slice(0, 4), slice(2, 5))
     np.testing.assert_array_equal(convolution.read(tensors, window), params["conv"]["kernel"][window])
+
+
+def test_parameters_are_no_views_of_the_file(params: dict, tmp_path: Path) -> None:
+    """Those of a mesh neither: it may change while they are used."""
+    tensors = {}
+    for name, tensor in to_torch(params, RULES).items():
+        tensors[name] = np.memmap(tmp_path / name, tensor.dtype, "w+", shape=tensor.shape or (1,)).reshape(tensor.shape)
+        tensors[name][...] = tensor
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
+    on = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = [from_torch(tensors, like(params), RULES, shardings=own) for own in (None, lambda path, shape: on)]
+    for tensor in tensors.values():
+        tensor += 1
+    for own in placed:
+        jax.tree.map(np.testing.assert_array_equal, params, own)
 
 
 def test_values_that_are_not_finite_are_refused(params: dict) -> None:
