@@ -35,7 +35,7 @@ from vae16 import scale
 
 ENCODE_BATCH = 32
 MEGAPIXEL = 2**20
-Learned = tuple[Mapping[str, Params], Rowwise]
+Learned = tuple[Mapping[str, Params], Rowwise]  # text encoders, and the devices that they lie on
 FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
 
 
