@@ -51,7 +51,7 @@ def run(tmp_path: Path, environment: Callable[[int], dict[str, str]]) -> Run:
 def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], tolerance: float = 1e-5) -> None:
     assert set(one) == set(other)
     for name in one:
-        if name != "bytes":
+        if name not in ("bytes", "held"):
             np.testing.assert_allclose(one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
@@ -104,6 +104,14 @@ def test_pictures_are_the_same_on_every_mesh(run: Run, kind: str, request: pytes
     assert first["images"].shape == (7, 16, 16, 3)
     for other in rest:
         assert np.abs(first["images"].astype(int) - other["images"]).max() <= 1  # a half is rounded up or down
+
+
+@pytest.mark.slow
+def test_a_preview_is_the_same_by_pmap(run: Run, tiny_model: Path, pictures: Path) -> None:
+    case = {"learn": "diffusion", "folder": str(tiny_model), "pictures": str(pictures)}
+    one, other = run([{**case, "loop": LOOP | {"steps": 2} | LAYOUTS[name]} for name in ("data=8", "pmap")])
+    assert float(one["seen validation_loss"]) > 0
+    same(one, other, tolerance=1e-4)
 
 
 def on(shape: tuple[int, int, int]) -> Any:
