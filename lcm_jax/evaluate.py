@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from lcm_jax.metrics import (
 )
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.reading import reading
-from lcm_jax.train.sharding import batch_sharding, cut_rows, parts_of, place, replicated, whole
+from lcm_jax.train.sharding import Rowwise, batch_sharding, make_mesh, parts_of, place, replicated
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate
@@ -160,12 +160,9 @@ def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh:
             mean, _ = vae.module.apply({"params": own}, to_float(batch), method="encode")
             return to_uint8(vae.module.apply({"params": own}, mean, method="decode"))
 
-    made = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        padded = np.concatenate([batch, np.repeat(batch[-1:], batch_size - len(batch), axis=0)])
-        made.append(whole(run(vae.params, padded if mesh is None else cut_rows(padded, mesh)))[: len(batch)])
-    return np.concatenate(made)
+    mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
+    made: Pictures = Rowwise(mesh=mesh, most=-(-batch_size // parts_of(mesh)))(partial(run, vae.params), images)
+    return made
 
 
 def reconstruction(images: Pictures, again: Pictures, clip: ClipMetric | None = None) -> dict[str, float]:

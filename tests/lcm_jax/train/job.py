@@ -108,8 +108,8 @@ def disturbed(params: Any) -> Any:
 
 
 def learning(kind: str, model: str, pictures: str) -> Task:
-    """A task of a user's between the networks of a folder: "diffusion", "lcm", "lcm-lora", "finetune" (the text encoder
-    too) or "autoencoder".
+    """A task of a user's between the networks of a folder: "diffusion", "lcm-lora", "finetune" (the text encoder too)
+    or "autoencoder".
     """
     data = DataConfig(name=f"folder:{pictures}", size=16)
     around: dict[str, Any] = {"vae": model, "text": model, "data": data, "prompts": data, "preview_steps": 2}
@@ -123,9 +123,8 @@ def learning(kind: str, model: str, pictures: str) -> Task:
         return AutoencoderTask(
             data=data, validation=data, model=config, loss=LossConfig(perceptual_weight=0.0, gan_weight=0.0)
         ).build()
-    lora = LoraConfig(rank=2) if kind == "lcm-lora" else None
     objective = LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0)
-    return DistillationTask(teacher=model, objective=objective, lora=lora, **around).build()
+    return DistillationTask(teacher=model, objective=objective, lora=LoraConfig(rank=2), **around).build()
 
 
 def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
