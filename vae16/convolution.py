@@ -81,6 +81,27 @@ def direct(
     return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
 
 
+@jax.custom_jvp
+def corners(x: Float[Array, "b h w i"], kernel: Float[Array, "2 2 i o"]) -> Float[Array, "b h+1 w+1 o"]:
+    """2 x 2 of stride 1, padded by 1: of the windows around every corner of pixels."""
+    return direct(x, kernel)
+
+
+@corners.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    # The kernel's gradient is a convolution by the result's, which is larger than the picture. XLA:CPU has a loop of
+    # its own for that, unless the padding is there already: 16 pictures of 32 x 32 pixels, 32 channels, 255 and 15 ms.
+    def pushed(convolution: Callable[[Array, Array], Array]) -> Callable[..., Array]:
+        return lambda x, kernel, *along: jax.jvp(convolution, (x, kernel), along)[1]
+
+    ways = {"cpu": pushed(_corners_of_padded), "default": pushed(direct)}
+    return corners(*primals), jax.lax.platform_dependent(*primals, *tangents, **ways)
+
+
+def _corners_of_padded(x: Array, kernel: Array) -> Array:
+    return direct(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel, padding=((0, 0), (0, 0)))
+
+
 def halves(
     x: BFloat16[Array, "b h w i"], kernel: BFloat16[Array, "k l i o"], strides: Pair, padding: Padding
 ) -> BFloat16[Array, "b h2 w2 o"]:

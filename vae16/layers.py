@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from vae16 import gpu_group_norm
-from vae16.convolution import convolve, direct
+from vae16.convolution import convolve, corners
 
 Types = dict[str, Any]  # the dtype and param_dtype of a module, handed on to its children
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
@@ -248,7 +248,7 @@ class NearestConv(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w d"]:
         c, d = x.shape[-1], self.features
         kernel = self.param("kernel", nn.linear.default_kernel_init, (3, 3, c, d), self.param_dtype)
-        y = interleaved(direct(x.astype(self.dtype), folded(kernel).astype(self.dtype)))
+        y = interleaved(corners(x.astype(self.dtype), folded(kernel).astype(self.dtype)))
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros_init(), (d,), self.param_dtype).astype(self.dtype)
         return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from jax import Array, export
 
 from vae16 import convolution
-from vae16.convolution import blocks, columns, convolve, direct, winograd
+from vae16.convolution import blocks, columns, convolve, corners, direct, winograd
 
 
 def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]:
@@ -46,19 +47,39 @@ def test_its_error_is_about_the_direct_ones() -> None:
     assert mine < 2.5 * plain
 
 
-@pytest.mark.parametrize(("height", "bounds"), [(6, {"WIDTH": 1, "SIZE": 1}), (6, {"ROWS": 1}), (2, {})])
+@pytest.mark.parametrize(
+    ("own", "height", "side", "bounds"),
+    [
+        (convolve, 6, 3, {"WIDTH": 1, "SIZE": 1}),
+        (convolve, 6, 3, {"ROWS": 1}),
+        (convolve, 2, 3, {}),
+        (corners, 6, 2, {}),
+    ],
+)
 def test_gradients_and_derivatives_along_a_direction(
-    height: int, bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    own: Callable[..., Array], height: int, side: int, bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, bound in bounds.items():
         monkeypatch.setattr(convolution, name, bound)
-    x, kernel, dx, dk = arrays(*((2, height, 4, 3), (3, 3, 3, 5)) * 2)
+    x, kernel, dx, dk = arrays(*((2, height, 4, 3), (side, side, 3, 5)) * 2)
 
-    def everything(own: object) -> object:
-        slopes = jax.grad(lambda *args: jnp.sin(own(*args)).sum(), (0, 1))  # type: ignore[operator]
+    def everything(way: Callable[..., Array]) -> object:
+        slopes = jax.grad(lambda *args: jnp.sin(way(*args)).sum(), (0, 1))
         return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (dx, dk))
 
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), everything(convolve), everything(direct))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), everything(own), everything(direct))
+
+
+def test_no_window_of_a_gradient_is_larger_than_its_picture_on_a_cpu() -> None:
+    """XLA:CPU turns such a convolution about, into a loop of its own."""
+
+    def padded(platform: str) -> bool:
+        """Whether the picture is padded by itself."""
+        slope = jax.jit(jax.grad(lambda kernel, x: (corners(x, kernel) ** 2).sum()))
+        text = export.export(slope, platforms=(platform,))(*arrays((2, 2, 3, 4), (1, 4, 4, 3))).mlir_module()
+        return "stablehlo.pad" in text
+
+    assert [padded(platform) for platform in ("cpu", "tpu", "cuda")] == [True, False, False]
 
 
 def test_it_is_taken_where_it_pays() -> None:
