@@ -9,14 +9,14 @@ from lcm_jax.schedules import DDPM
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
-from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.autoencoder import AutoencoderTask, TinyAutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
 from lcm_jax.train.tasks.finetune import FinetuneTask
 from mmdit.text import CLIPTextConfig, CLIPVisionConfig
-from vae16 import AutoencoderConfig, LossConfig
+from vae16 import AutoencoderConfig, LossConfig, PictureLossConfig, TinyConfig
 
 TOKENS = 24
 SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
@@ -37,6 +37,25 @@ def openmoji_vae() -> TrainConfig:
         task=AutoencoderTask(
             model=model,
             loss=LossConfig(reduction="mean", perceptual_weight=0.0, kl_weight=1e-3, gan_weight=0.0, gan_start=0),
+        ),
+        loop=LoopConfig(steps=5000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
+    )
+
+
+@register
+def openmoji_tiny_vae() -> TrainConfig:
+    """For the latents of openmoji_vae, at a quarter of its time: no block looks at the picture in full or half size."""
+    model = TinyConfig(
+        latent_channels=16,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        num_encoder_blocks=(0, 0, 2, 3),
+        num_decoder_blocks=(3, 2, 0, 0),
+    )
+    return TrainConfig(
+        task=TinyAutoencoderTask(
+            model=model, loss=PictureLossConfig(reduction="mean", perceptual_weight=0.0, gan_weight=0.0, gan_start=0)
         ),
         loop=LoopConfig(steps=5000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),

@@ -25,15 +25,16 @@ def test_every_config_in_a_chain(pictures: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path / "cache"))
     shown = ["--task.validation.name", f"folder:{pictures}", "--task.validation.split", "train"]
     prompts = ["--task.prompts.name", f"folder:{pictures}", "--task.prompts.split", "train"]
-    done = {"openmoji_vae", "openmoji_clip", "openmoji_teacher"}
+    done = {"openmoji_vae", "openmoji_clip", "openmoji_tiny_vae", "openmoji_teacher"}
     vae = train("openmoji_vae", tmp_path, pictures, *shown)
     clip = train("openmoji_clip", tmp_path, pictures, *shown)
+    tiny = train("openmoji_tiny_vae", tmp_path, pictures, "--task.vae", str(vae), *shown)
     around = ["--task.vae", str(vae), "--task.text", str(clip), *prompts]
     teacher = train("openmoji_teacher", tmp_path, pictures, *around)
     for name in ("openmoji_lcm", "openmoji_lcm_lora", "openmoji_lcf"):
         export = train(name, tmp_path, pictures, *around, "--task.teacher", str(teacher))
-        options = ["--lora", str(export)] if name == "openmoji_lcm_lora" else []
-        model = teacher if options else export
+        is_lora = name == "openmoji_lcm_lora"
+        model, options = (teacher, ["--lora", str(export)]) if is_lora else (export, ["--tiny-vae", str(tiny)])
         out = tmp_path / f"{name}.png"
         assert cli.main(["sample", "--model", str(model), *options, "--prompt", "red heart", "--out", str(out)]) == 0
         assert out.is_file()

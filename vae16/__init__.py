@@ -3,7 +3,14 @@
 from vae16.autoencoder import AutoencoderConfig, AutoencoderKL, fold_shift, sample_latent, scale, unscale
 from vae16.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_discriminator, hinge_generator
 from vae16.layers import portable
-from vae16.losses import LossConfig, adaptive_weight, autoencoder_loss, kl_divergence
+from vae16.losses import (
+    LossConfig,
+    PictureLossConfig,
+    adaptive_weight,
+    autoencoder_loss,
+    kl_divergence,
+    tiny_loss,
+)
 from vae16.perceptual import LPIPS, LPIPSConfig
 from vae16.rules import LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES, RULES, TINY_ORIGINAL_RULES, TINY_RULES
 from vae16.tiling import decode_tiled, encode_tiled, sliced, tiled
@@ -26,6 +33,7 @@ __all__ = [
     "LPIPSConfig",
     "LossConfig",
     "PatchDiscriminator",
+    "PictureLossConfig",
     "TinyConfig",
     "adaptive_weight",
     "autoencoder_loss",
@@ -40,5 +48,6 @@ __all__ = [
     "scale",
     "sliced",
     "tiled",
+    "tiny_loss",
     "unscale",
 ]

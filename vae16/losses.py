@@ -1,4 +1,5 @@
-"""The autoencoder's objective: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022, appendix G).
+"""What autoencoders learn from: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022, appendix G), and a
+tiny one from a large one's latents besides (TAESD).
 
 One loss trains both networks: `params = {"vae": ..., "discriminator": ...}` is one trainable tree, the autoencoder's
 terms see the discriminator behind stop_gradient and the discriminator's see the reconstruction behind one, so a single
@@ -17,8 +18,9 @@ from flax import linen as nn
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int, Key
 
-from vae16.autoencoder import AutoencoderKL, last_convolution, sample_latent
+from vae16.autoencoder import AutoencoderKL, last_convolution, sample_latent, scale
 from vae16.discriminator import PatchDiscriminator, hinge_discriminator, hinge_generator
+from vae16.tiny import AutoencoderTiny, last_layer, paint
 
 Images = Float[Array, "b h w c"]
 Scalar = Float[Array, ""]
@@ -32,17 +34,16 @@ RECONSTRUCTIONS: Mapping[str, Callable[[Array], Array]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the terms; the defaults are CompVis' published ones.
+class PictureLossConfig:
+    """Weights of the terms that look at pictures; the defaults are CompVis' published ones.
 
-    `reduction` "sum" adds errors and KL over h, w, c and averages over the batch, as published; "mean" divides both by
-    the number of values of an image, which leaves their balance as it is and makes the scale independent of the size.
+    `reduction` "sum" adds errors over h, w, c and averages over the batch, as published; "mean" divides by the number
+    of values of an image, which makes the scale independent of the size.
     """
 
     reconstruction: str = "l1"
     reduction: str = "sum"
     perceptual_weight: float = 1.0
-    kl_weight: float = 1e-6
     gan_weight: float = 0.5
     gan_start: int = 50001
     gan_weight_max: float = 1e4
@@ -52,6 +53,17 @@ class LossConfig:
             raise ValueError(f"reconstruction: {self.reconstruction!r} is none of {sorted(RECONSTRUCTIONS)}")
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction: {self.reduction!r} is none of ['mean', 'sum']")
+
+    def total(self, values: int) -> float:
+        """What a mean over the `values` of an image is multiplied by."""
+        return float(values) if self.reduction == "sum" else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(PictureLossConfig):
+    """And the weight of the KL divergence, which `reduction` treats as it does errors, so that their balance stays."""
+
+    kl_weight: float = 1e-6
 
 
 def _apply(module: nn.Module, params: Any, *args: Any, method: str | None = None) -> Any:
@@ -75,6 +87,55 @@ def _surrogate(value: Scalar, at: Array, gradient: Array) -> Scalar:
     return linear + stop_gradient(value - linear)
 
 
+def picture_loss(
+    draw: Callable[[Array], Images],
+    kernel: Array,
+    discriminator: PatchDiscriminator | None,
+    perceptual: Perceptual | None,
+    critic: Any,
+    batch_x: Images,
+    step: Int[Array, ""] | int,
+    config: PictureLossConfig,
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """The terms that look at pictures, of `draw(kernel)` against `batch_x`; the last convolution's kernel is where the
+    adaptive weight measures. critic: the discriminator's parameters.
+    """
+    values = batch_x[0].size
+    reconstruction = draw(kernel).astype(jnp.float32)
+
+    def nll(y: Images) -> tuple[Scalar, dict[str, Scalar]]:
+        error = RECONSTRUCTIONS[config.reconstruction](y - batch_x)
+        total, metrics = error.mean(), {"reconstruction": error.mean()}
+        if perceptual is not None and config.perceptual_weight:
+            metrics["perceptual"] = perceptual(batch_x, y).mean()
+            total += config.perceptual_weight * metrics["perceptual"]
+        return total * config.total(values), metrics
+
+    if discriminator is None or not config.gan_weight:
+        return nll(reconstruction)
+
+    def judge(weights: Any, y: Images) -> Array:
+        return _apply(discriminator, weights, y)
+
+    # Both gradients at the reconstruction are needed for the adaptive weight, and are then all the autoencoder needs
+    # from these terms: the surrogate hands them on, so neither VGG nor the discriminator is differentiated twice.
+    frozen = stop_gradient(critic)
+    here = stop_gradient(reconstruction)
+    (nll_value, metrics), nll_gradient = jax.value_and_grad(nll, has_aux=True)(here)
+    gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(judge(frozen, y)))(here)
+    _, at_kernel = jax.vjp(lambda kernel: draw(kernel).astype(jnp.float32), stop_gradient(kernel))
+    balance = adaptive_weight(at_kernel(nll_gradient)[0], at_kernel(gan_gradient)[0], config.gan_weight_max)
+    active = jnp.where(jnp.asarray(step) >= config.gan_start, 1.0, 0.0)
+    weight = stop_gradient(config.gan_weight * active * balance)
+    drawn = _surrogate(nll_value + weight * gan_value, reconstruction, nll_gradient + weight * gan_gradient)
+    real, fake = (judge(critic, y) for y in (batch_x, here))
+    discrimination = hinge_discriminator(real, fake)
+    return drawn + active * discrimination, metrics | {
+        "gan": gan_value, "gan_weight": weight, "discriminator": discrimination,
+        "logits_real": real.mean(), "logits_fake": fake.mean(),
+    }  # fmt: skip
+
+
 def autoencoder_loss(
     vae: AutoencoderKL,
     discriminator: PatchDiscriminator | None,
@@ -93,50 +154,49 @@ def autoencoder_loss(
     argument, or they become constants of the compiled program.
     """
     values = batch_x[0].size
-    normaliser = 1.0 if config.reduction == "sum" else 1.0 / values
     mean, logvar = _apply(vae, params["vae"], batch_x, method="encode")
     features = _apply(vae, params["vae"], sample_latent(mean, logvar, key), True, method="decode")
     layer, last = last_convolution(vae), params["vae"]["decoder"]["conv_out"]
-    reconstruction = _apply(layer, last, features).astype(jnp.float32)
 
-    def nll(y: Images) -> tuple[Scalar, dict[str, Scalar]]:
-        error = RECONSTRUCTIONS[config.reconstruction](y - batch_x)
-        total, metrics = error.sum() / len(y), {"reconstruction": error.mean()}
-        if perceptual is not None and config.perceptual_weight:
-            metrics["perceptual"] = perceptual(batch_x, y).mean()
-            total += config.perceptual_weight * values * metrics["perceptual"]
-        return total * normaliser, metrics
+    def draw(kernel: Array) -> Images:
+        return _apply(layer, {**last, "kernel": kernel}, features)
 
     kl = kl_divergence(mean, logvar).mean()
-    regulariser = config.kl_weight * kl * normaliser
-    if discriminator is None or not config.gan_weight:
-        loss, metrics = nll(reconstruction)
-        loss += regulariser
-        return loss, metrics | {"kl": kl, "loss": loss}
+    critic = params.get("discriminator")
+    loss, metrics = picture_loss(draw, last["kernel"], discriminator, perceptual, critic, batch_x, step, config)
+    loss += config.kl_weight * kl * config.total(values) / values
+    return loss, metrics | {"kl": kl, "loss": loss}
 
-    def critic(weights: Any, y: Images) -> Array:
-        return _apply(discriminator, weights, y)
 
-    # Both gradients at the reconstruction are needed for the adaptive weight, and are then all the autoencoder needs
-    # from these terms: the surrogate hands them on, so neither VGG nor the discriminator is differentiated twice.
-    frozen = stop_gradient(params["discriminator"])
-    here = stop_gradient(reconstruction)
-    (nll_value, metrics), nll_gradient = jax.value_and_grad(nll, has_aux=True)(here)
-    gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(critic(frozen, y)))(here)
-    _, at_kernel = jax.vjp(
-        lambda kernel: _apply(layer, {**last, "kernel": kernel}, stop_gradient(features)).astype(jnp.float32),
-        stop_gradient(last["kernel"]),
-    )
-    balance = adaptive_weight(at_kernel(nll_gradient)[0], at_kernel(gan_gradient)[0], config.gan_weight_max)
-    active = jnp.where(jnp.asarray(step) >= config.gan_start, 1.0, 0.0)
-    weight = config.gan_weight * active * balance
-    autoencoder = regulariser + _surrogate(
-        nll_value + weight * gan_value, reconstruction, nll_gradient + weight * gan_gradient
-    )
-    real, fake = (critic(params["discriminator"], y) for y in (batch_x, here))
-    discrimination = hinge_discriminator(real, fake)
-    loss = autoencoder + active * discrimination
-    return loss, metrics | {
-        "kl": kl, "loss": loss, "gan": gan_value, "gan_weight": weight, "discriminator": discrimination,
-        "logits_real": real.mean(), "logits_fake": fake.mean(),
-    }  # fmt: skip
+def tiny_loss(
+    tiny: AutoencoderTiny,
+    teacher: AutoencoderKL,
+    discriminator: PatchDiscriminator | None,
+    perceptual: Perceptual | None,
+    params: Mapping[str, Any],
+    teacher_params: Any,
+    batch_x: Images,
+    key: Key[Array, ""],
+    step: Int[Array, ""] | int,
+    config: PictureLossConfig,
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """Loss and metrics of a tiny autoencoder that is to stand in for `teacher` (Bohan 2023, TAESD).
+
+    The encoder learns the mean of the teacher's posterior, as a diffusion network has it (`scale`), by squared error;
+    the decoder draws the images themselves from samples of it. The two share no parameter. `params` as those of
+    `autoencoder_loss`, "vae" the tiny one.
+    """
+    mean, logvar = jax.lax.stop_gradient(_apply(teacher, teacher_params, batch_x, method="encode"))
+    own, _ = _apply(tiny, params["vae"], batch_x, method="encode")
+    latent = jnp.square(own - scale(mean, teacher.config)).mean()
+    sample = scale(sample_latent(mean, logvar, key), teacher.config)
+    features = _apply(tiny, params["vae"], sample, True, method="decode")
+    last = params["vae"]["decoder"][last_layer(tiny.config)]
+
+    def draw(kernel: Array) -> Images:
+        return paint(tiny, {**last, "kernel": kernel}, features)
+
+    critic = params.get("discriminator")
+    loss, metrics = picture_loss(draw, last["kernel"], discriminator, perceptual, critic, batch_x, step, config)
+    loss += latent * config.total(batch_x[0].size)
+    return loss, metrics | {"latent": latent, "loss": loss}

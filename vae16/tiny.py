@@ -157,7 +157,7 @@ class _Decoder(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+    def __call__(self, z: Float[Array, "b h w z"], features: bool = False) -> Float[Array, "b h2 w2 c"]:
         c, names = self.config, _names()
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, factor = c.decoder_block_out_channels[0], c.upsampling_scaling_factor
@@ -173,7 +173,7 @@ class _Decoder(nn.Module):
                     x = conv(width, **types, use_bias=False, name=next(names))(x)
             for _ in range(depth):
                 x = _Block(c.act_fn, **types, name=next(names))(x)
-        return conv(c.out_channels, **types, name=next(names))(x)
+        return x if features else conv(c.out_channels, **types, name=next(names))(x)
 
 
 class AutoencoderTiny(nn.Module):
@@ -199,10 +199,27 @@ class AutoencoderTiny(nn.Module):
         z = self.encoder((x + 1) / 2).astype(jnp.float32)
         return z, jnp.full_like(z, -jnp.inf)
 
-    def decode(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
-        """Image, in about [-1, 1], of a latent; the latent is held softly within [-3, 3] first."""
-        return 2 * self.decoder(3 * jnp.tanh(z / 3)) - 1
+    def decode(self, z: Float[Array, "b h w z"], features: bool = False) -> Float[Array, "b h2 w2 c"]:
+        """Image, in about [-1, 1], of a latent; the latent is held softly within [-3, 3] first.
+
+        features: the activations just before the decoder's last convolution instead, which `paint` makes the image of.
+        """
+        x = self.decoder(3 * jnp.tanh(z / 3), features)
+        return x if features else 2 * x - 1
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Reconstruction; diffusers' `forward` rounds the latent to bytes on the way, this does not."""
         return self.decode(self.encode(x)[0])
+
+
+def last_layer(config: TinyConfig) -> str:
+    """The name of the decoder's last convolution."""
+    depths = config.num_decoder_blocks
+    return f"layers_{2 * len(depths) + sum(depths)}"
+
+
+def paint(vae: AutoencoderTiny, params: Mapping[str, Any], features: Array) -> Float[Array, "b h w c"]:
+    """The image of `decode(z, features=True)`, by the last convolution of these parameters alone."""
+    layer = conv(vae.config.out_channels, dtype=vae.dtype, param_dtype=vae.param_dtype)
+    made: Any = layer.apply({"params": params}, features)
+    return 2 * made - 1

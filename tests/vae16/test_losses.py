@@ -10,15 +10,20 @@ import pytest
 from vae16 import (
     AutoencoderConfig,
     AutoencoderKL,
+    AutoencoderTiny,
     DiscriminatorConfig,
     LossConfig,
     PatchDiscriminator,
+    PictureLossConfig,
+    TinyConfig,
     adaptive_weight,
     autoencoder_loss,
     hinge_discriminator,
     hinge_generator,
     kl_divergence,
     sample_latent,
+    scale,
+    tiny_loss,
 )
 
 VAE = AutoencoderKL(AutoencoderConfig(block_out_channels=(4,), norm_num_groups=2, mid_block_add_attention=False))
@@ -135,6 +140,50 @@ def test_norms_and_reductions(setup):
     losses, sums, total, mean = run(params)
     close(losses, sums, 1e-5)
     np.testing.assert_allclose(total, mean * x[0].size, rtol=1e-5)
+
+
+TINY = AutoencoderTiny(
+    TinyConfig(
+        encoder_block_out_channels=(5,),
+        decoder_block_out_channels=(6,),
+        num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,),
+    )
+)
+
+
+def test_a_tiny_encoder_learns_the_latents_and_its_decoder_the_pictures(setup):
+    """Each half has the gradient of its own plain expression, the adversarial term included; the teacher has none."""
+    params, x = setup
+    learner = {"vae": jax.jit(TINY.init)(jax.random.key(3), x)["params"], "discriminator": params["discriminator"]}
+    config = PictureLossConfig(perceptual_weight=0.3, gan_start=10)
+
+    def loss(learner, teacher):
+        return tiny_loss(TINY, VAE, CRITIC, distance, learner, teacher, x, KEY, 10, config)
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (value, metrics), (gradient, of_teacher) = run(learner, params["vae"])
+    mean, logvar = VAE.apply({"params": params["vae"]}, x, method="encode")
+
+    def latent(encoder):
+        own, _ = TINY.apply({"params": {**learner["vae"], "encoder": encoder}}, x, method="encode")
+        return jnp.square(own - 0.18215 * mean).sum() / own.size * x[0].size
+
+    def drawn(decoder):
+        z = scale(sample_latent(mean, logvar, KEY), VAE.config)
+        y = TINY.apply({"params": {**learner["vae"], "decoder": decoder}}, z, method="decode")
+        nll = (jnp.abs(x - y) + 0.3 * distance(x, y)[:, None, None, None]).sum() / len(x)
+        gan = hinge_generator(CRITIC.apply({"params": learner["discriminator"]}, y))
+        return nll + metrics["gan_weight"] * gan
+
+    assert metrics["gan_weight"] > 0.0
+    first, encoder = jax.jit(jax.value_and_grad(latent))(learner["vae"]["encoder"])
+    second, decoder = jax.jit(jax.value_and_grad(drawn))(learner["vae"]["decoder"])
+    np.testing.assert_allclose(value, first + second + metrics["discriminator"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["latent"] * x[0].size, first, rtol=1e-5)
+    close(gradient["vae"], {"encoder": encoder, "decoder": decoder})
+    assert jnp.abs(gradient["discriminator"]["conv_in"]["kernel"]).max() > 0.0
+    assert all(not leaf.any() for leaf in jax.tree.leaves(of_teacher))
 
 
 def test_adaptive_weight_is_clamped():

@@ -21,6 +21,7 @@ from vae16 import (
     scale,
     unscale,
 )
+from vae16.tiny import last_layer, paint
 
 SMALL = TinyConfig(
     encoder_block_out_channels=(8, 8, 8),
@@ -52,6 +53,15 @@ def test_decoding_an_encoding_keeps_the_shape(small):
     assert decode(params, z).shape == x.shape
     whole = jax.jit(AutoencoderTiny(SMALL).apply)({"params": params}, x)
     np.testing.assert_allclose(whole, decode(params, z), rtol=1e-4, atol=1e-4)
+
+
+def test_features_and_the_last_convolution_are_the_decoder(small):
+    params, _, _, decode = small
+    vae, z = AutoencoderTiny(SMALL), jnp.asarray(np.random.default_rng(4).standard_normal((2, 4, 6, 5)), jnp.float32)
+    features = jax.jit(lambda p, z: vae.apply({"params": p}, z, features=True, method="decode"))(params, z)
+    assert features.shape == (2, 16, 24, 6)
+    painted = paint(vae, params["decoder"][last_layer(SMALL)], features)
+    np.testing.assert_allclose(painted, decode(params, z), rtol=1e-5, atol=1e-5)
 
 
 def test_the_latent_is_certain_and_needs_no_scaling(small):

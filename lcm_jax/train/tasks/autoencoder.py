@@ -1,7 +1,8 @@
-"""Training the autoencoder: L1 + perceptual + KL + hinge PatchGAN (see vae16.losses)."""
+"""Training autoencoders (see vae16.losses): one that finds its own latents, a tiny one for those of another."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,36 +15,46 @@ import numpy as np
 from lcm_jax.generate import to_float, to_uint8
 from lcm_jax.metrics import psnr
 from lcm_jax.train.loop import Task
-from lcm_jax.train.sharding import Rowwise
+from lcm_jax.train.sharding import Rowwise, by_path
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, grid, loader
+from lcm_jax.train.tasks.latent import at_once, own_devices
 from lcm_jax.typing import Array, Key, Params
-from lcm_jax.weights.folders import Component, save_component
+from lcm_jax.weights.folders import Component, load_component, save_component
+from lcm_jax.weights.hub import locate
 from lcm_jax.weights.perceptual import load_lpips
 from vae16 import (
     LPIPS,
     AutoencoderConfig,
     AutoencoderKL,
+    AutoencoderTiny,
     DiscriminatorConfig,
     LossConfig,
     PatchDiscriminator,
+    PictureLossConfig,
+    TinyConfig,
     autoencoder_loss,
+    tiny_loss,
 )
+
+Vae = AutoencoderKL | AutoencoderTiny
+# (critic, perceptual, params, frozen, pictures in [-1, 1], key, step) -> loss and metrics
+PictureLoss = Callable[..., tuple[Array, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderTask:
-    """An autoencoder on pictures alone. The exported scaling_factor is measured, so that latents have unit variance."""
+class PictureTask:
+    """What is the same of every autoencoder: pictures alone, an optional critic and an optional perceptual term."""
 
-    model: AutoencoderConfig = AutoencoderConfig()
     data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig(perceptual_weight=0.0)
+    loss: PictureLossConfig = PictureLossConfig(perceptual_weight=0.0)
     lpips: str | None = None  # a .safetensors file of LPIPS weights, where loss.perceptual_weight is not zero
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
 
-    def build(self) -> Task:
-        factor = self.model.downsample_factor
+    def task(self, vae: Vae, loss: PictureLoss, frozen: Params, export: Callable[[Params, Path], None]) -> Task:
+        """The training of `vae`."""
+        factor = vae.config.downsample_factor
         if self.data.size % factor:
             raise ValueError(f"task.data.size is {self.data.size}; it must be a multiple of the VAE's factor {factor}")
         if (self.lpips is None) != (self.loss.perceptual_weight == 0.0):
@@ -52,8 +63,9 @@ class AutoencoderTask:
                 "the perceptual term needs both a weight and a file of LPIPS weights"
             )
         lpips: Any = LPIPS()
-        frozen = {} if self.lpips is None else {"lpips": load_lpips(self.lpips, lpips)}
-        vae, source, held_out = AutoencoderKL(self.model), self.data.open(), self.validation.open()
+        if self.lpips is not None:
+            frozen = {**frozen, "lpips": load_lpips(self.lpips, lpips)}
+        source, held_out = self.data.open(), self.validation.open()
         critic = PatchDiscriminator(self.discriminator) if self.loss.gan_weight else None
         size = self.data.size
 
@@ -64,11 +76,11 @@ class AutoencoderTask:
                 params["discriminator"] = critic.init(jax.random.fold_in(key, 1), image)["params"]
             return params
 
-        def loss(
+        def of_batch(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
             distance = partial(lpips.apply, {"params": frozen["lpips"]}) if "lpips" in frozen else None
-            return autoencoder_loss(vae, critic, distance, params, to_float(batch["image"]), key, step, self.loss)
+            return loss(critic, distance, params, frozen, to_float(batch["image"]), key, step)
 
         @jax.jit
         def reconstruct(params: Params, pictures: Array) -> Array:
@@ -82,23 +94,71 @@ class AutoencoderTask:
             quality = float(jnp.mean(psnr(jnp.asarray(shown), jnp.asarray(made), data_range=255.0)))
             return {"validation": grid(np.concatenate([shown, made]), 8), "validation_psnr": quality}
 
-        def export(ema: Params, folder: Path) -> None:
-            encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
-            pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
-            means = np.concatenate(
-                [encode(ema, to_float(pictures[i : i + 64]))[0] for i in range(0, len(pictures), 64)]
-            )
-            config = replace(
-                self.model, shift_factor=float(means.mean()), scaling_factor=float(1.0 / means.std()), sample_size=size
-            )
-            save_component(folder, "vae", Component(AutoencoderKL(config), jax.device_get(ema["vae"])))
-
         return Task(
             init=init,
-            loss=loss,
+            loss=of_batch,
             frozen=frozen,
             batches=loader(source, transform=lambda record: {"image": record["image"]}),
             preview=preview,
             export=export,
             separable=critic is None,  # the critic is weighed by gradients of the whole batch
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTask(PictureTask):
+    """An autoencoder on pictures alone. The exported scaling_factor is measured, so that latents have unit variance."""
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: LossConfig = LossConfig(perceptual_weight=0.0)
+
+    def build(self) -> Task:
+        vae = AutoencoderKL(self.model)
+
+        def loss(
+            critic: Any, distance: Any, params: Params, frozen: Params, x: Array, key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            return autoencoder_loss(vae, critic, distance, params, x, key, step, self.loss)
+
+        def export(ema: Params, folder: Path) -> None:
+            encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
+            source, size = self.data.open(), self.data.size
+            pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
+            some = at_once((size, size))
+            means = np.concatenate(
+                [encode(ema, to_float(pictures[i : i + some]))[0] for i in range(0, len(pictures), some)]
+            )
+            config = replace(
+                self.model, shift_factor=float(means.mean()), scaling_factor=float(1.0 / means.std()), sample_size=size
+            )
+            save_component(folder, "vae", Component(AutoencoderKL(config), jax.device_get(ema["vae"])))
+
+        return self.task(vae, loss, {}, export)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyAutoencoderTask(PictureTask):
+    """A tiny autoencoder (TAESD) for the latents of `vae`, to be given as `tiny_vae` to any model that has them."""
+
+    model: TinyConfig = TinyConfig()
+    vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
+
+    def build(self) -> Task:
+        location = locate(self.vae)
+        teacher = load_component(location.path, location.place("vae"), shardings=by_path(own_devices()))
+        for name in ("latent_channels", "downsample_factor"):
+            own, theirs = getattr(self.model, name), getattr(teacher.module.config, name)
+            if own != theirs:
+                raise ValueError(f"task.model has {name} {own}, that of {self.vae} {theirs}: make them equal")
+        tiny = AutoencoderTiny(self.model)
+
+        def loss(
+            critic: Any, distance: Any, params: Params, frozen: Params, x: Array, key: Key, step: Array
+        ) -> tuple[Array, Metrics]:
+            around = critic, distance, params, frozen["teacher"]
+            return tiny_loss(tiny, teacher.module, *around, x, key, step, self.loss)
+
+        def export(ema: Params, folder: Path) -> None:
+            save_component(folder, "", Component(tiny, jax.device_get(ema["vae"])))
+
+        return self.task(tiny, loss, {"teacher": teacher.params}, export)

@@ -31,7 +31,7 @@ from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.sharding import Rowwise, make_mesh
 from lcm_jax.train.step import TrainState, make_train_step
-from lcm_jax.train.tasks.autoencoder import AutoencoderTask
+from lcm_jax.train.tasks.autoencoder import AutoencoderTask, TinyAutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask, move
 from lcm_jax.train.tasks.diffusion import DiffusionTask
@@ -43,7 +43,7 @@ from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import Component, load_component
 from mmdit import MMDiTConfig
 from mmdit.text import Tokenizer
-from vae16 import DiscriminatorConfig, LossConfig
+from vae16 import DiscriminatorConfig, LossConfig, PictureLossConfig, TinyConfig
 
 LOOP = LoopConfig(steps=2, batch_size=4, log_every=1, save_every=2, preview_every=2)
 SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -73,6 +73,24 @@ def test_autoencoder_with_a_discriminator(
 def test_a_perceptual_term_without_weights_is_refused(data: DataConfig) -> None:
     with pytest.raises(ValueError, match=r"perceptual_weight is 1.0 and task.lpips is None"):
         AutoencoderTask(data=data, validation=data, loss=LossConfig(perceptual_weight=1.0)).build()
+
+
+def test_a_tiny_autoencoder_for_the_latents_of_another(tiny_model: Path, data: DataConfig, tmp_path: Path) -> None:
+    shape = {"encoder_block_out_channels": (6, 6), "decoder_block_out_channels": (8, 8)}
+    task = TinyAutoencoderTask(
+        model=TinyConfig(**shape, num_encoder_blocks=(0, 1), num_decoder_blocks=(1, 0)),
+        vae=str(tiny_model),
+        data=data,
+        validation=data,
+        loss=PictureLossConfig(perceptual_weight=0.0, gan_start=0),
+        discriminator=DiscriminatorConfig(ndf=8, n_layers=1, group_size=4),
+    )
+    export = run(task, tmp_path)
+    drawn = lcm_jax.load(str(tiny_model), tiny_vae=export)("red heart", steps=1)
+    assert drawn.shape == (1, 16, 16, 3)
+    deep = replace(task, model=TinyConfig(latent_channels=4))
+    with pytest.raises(ValueError, match=r"task.model has downsample_factor 8, that of .* 2: make them equal"):
+        deep.build()
 
 
 def test_clip(tiny_components: dict[str, Component], data: DataConfig, tmp_path: Path) -> None:
