@@ -50,7 +50,7 @@ CASES: Mapping[str, str] = {
     "loading": "starting.loading",
     "start": "starting.starts",
 }
-WITH_PEER = ("unet", "vae", "text", "text-to-image", "stream")
+WITH_PEER = ("unet", "vae", "text", "text-to-image", "stream", "training")
 # Case -> the parts of a model that it has rows of in 8 bits.
 IN_8_BITS = {"unet": PARTS[:1], "mmdit": PARTS[:1], "vae": ("vae",), "text": ("text",), "text-to-image": PARTS}
 NEVER_RANDOM = ("loading", "start")  # their model is read from files

@@ -22,12 +22,13 @@ PEERS = ("diffusers", "diffusers-compiled")  # eager, and by torch.compile
 
 def place() -> str:
     """Where PyTorch runs."""
-    torch = _torch()
+    torch = pytorch()
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache
-def _torch() -> Any:
+def pytorch() -> Any:
+    """The package, or what to install."""
     require("test")
     import torch
 
@@ -36,7 +37,7 @@ def _torch() -> Any:
 
 def tensor(array: Any, dtype: str | None = None) -> Any:
     """An array as a tensor where PyTorch runs. dtype: by torch's name; None keeps integers as they are."""
-    torch = _torch()
+    torch = pytorch()
     kind = np.int64 if dtype is None else np.float32
     own = torch.from_numpy(np.array(jnp.asarray(array), kind)).to(place())
     return own if dtype is None else own.to(getattr(torch, dtype))
@@ -52,7 +53,7 @@ def network(part: Component, dtype: str, peer: str) -> Any:
     import diffusers
     import transformers
 
-    kind, torch = class_name(part.module), _torch()
+    kind, torch = class_name(part.module), pytorch()
     cls = getattr(diffusers, kind, None) or getattr(transformers, kind)
     with tempfile.TemporaryDirectory() as folder:
         save_component(Path(folder), "part", part)
@@ -62,7 +63,7 @@ def network(part: Component, dtype: str, peer: str) -> Any:
 
 def _compiled(module: Any) -> Any:
     """As diffusers' documentation advises: channels last, CUDA graphs."""
-    torch = _torch()
+    torch = pytorch()
     module = module.to(memory_format=torch.channels_last)
     return torch.compile(module, mode="reduce-overhead" if place() == "cuda" else "default")
 
@@ -71,7 +72,7 @@ def pipeline(pipe: Pipeline, dtype: str, peer: str, *, auto: str | None = None) 
     """A pipeline of ours in diffusers with LCM's scheduler, SD3's with its own. auto: "image-to-image"."""
     import diffusers
 
-    torch = _torch()
+    torch = pytorch()
     cls = diffusers.AutoPipelineForText2Image if auto is None else diffusers.AutoPipelineForImage2Image
     with tempfile.TemporaryDirectory() as folder:
         pipe.save(folder)
@@ -91,7 +92,7 @@ def pipeline(pipe: Pipeline, dtype: str, peer: str, *, auto: str | None = None) 
 
 def row(name: str, run: Callable[[], Any], **options: Any) -> Row:
     """A row of PyTorch's, which ends when the device has ended."""
-    torch = _torch()
+    torch = pytorch()
 
     def whole() -> None:
         with torch.no_grad():

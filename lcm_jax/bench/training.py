@@ -1,11 +1,11 @@
-"""A training step of latent consistency distillation, all weights or a LoRA."""
+"""A training step of latent consistency distillation, all weights or a LoRA; the peer's beside it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lcm_jax.bench import peers
 from lcm_jax.bench.measure import Cost, Row
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.bench.networks import Options, Titled
+from lcm_jax.bench.torch_training import DECAY, Distillation
 from lcm_jax.compiling import memory_of
 from lcm_jax.flops import flops
 from lcm_jax.nets import UNet, UNetConfig
@@ -25,7 +27,9 @@ from lcm_jax.pipeline import load
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.train.tasks.distillation import Learner, LoraConfig
+from lcm_jax.typing import Array, Params
 from lcm_jax.weights.families import FAMILIES
+from lcm_jax.weights.folders import Component
 
 _KIND = "UNet2DConditionModel"
 MEMORY = Path("/proc/meminfo")  # of Linux
@@ -58,45 +62,83 @@ def steps(options: Options) -> Iterator[Titled]:
         adapters = LoraConfig(rank=64 if options.scale == "full" else 4)
         for name, lora in (("LCM", None), (f"LCM-LoRA, rank {adapters.rank}", adapters)):
             title = f"Training step, {options.model}, {name}, batch {batch}"
-            yield title, [step(name, options, batch=batch, lora=lora)]
+            own = Distilled.of(options, batch=batch, lora=lora)
+            rows = [step(name, options, own)]
+            if options.peer:  # after ours, which says first whether there is room for both
+                rows.append(peers_step(f"diffusers, {name}", options, own))
+                rows[0] = replace(rows[0], against=rows[1].name)
+            yield title, rows
 
 
-def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, remat: bool = False) -> Row:
+@dataclass(frozen=True, kw_only=True)
+class Distilled:
+    """What a step is of: teacher and student, the objective, and a batch, its latents as mean and deviation."""
+
+    teacher: UNetConfig
+    student: UNetConfig
+    lora: LoraConfig | None
+    objective: LatentConsistencyDistillation
+    batch: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, options: Options, *, batch: int, lora: LoraConfig | None) -> Distilled:
+        """Of the model's UNet, or its LCM-LoRA."""
+        config, tokens = teacher_of(options)
+        side: Any = config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        latents = (batch, height, width, config.in_channels)
+        w_min, w_max = (2.0, 14.0) if lora is None else (7.5, 7.5)
+        rng = np.random.default_rng(0)
+        return cls(
+            teacher=config,
+            student=config if lora is not None else replace(config, time_cond_proj_dim=256),
+            lora=lora,
+            objective=LatentConsistencyDistillation(schedule=DDPM(), embed_w=lora is None, w_min=w_min, w_max=w_max),
+            batch={
+                "mean": rng.standard_normal(latents, np.float32),
+                "std": np.full(latents, 0.1, np.float32),
+                "context": rng.standard_normal((batch, tokens, config.level("cross_attention_dim", 0)), np.float32),
+            },
+        )
+
+    @property
+    def null(self) -> dict[str, Array]:
+        """The empty prompt."""
+        return {"context": jnp.zeros((1, *self.batch["context"].shape[1:]))}
+
+    def learner(self, dtype: str, *, remat: bool = False) -> Learner:
+        """The student, computing in a precision, and its loss."""
+        net = FAMILIES[_KIND].build(self.student, dtype=jnp.dtype(dtype), remat=remat)
+        return Learner(net=net, objective=self.objective, lora=self.lora, critic=None)
+
+    def begin(self, dtype: str, learner: Learner) -> tuple[Params, Params]:
+        """The trained trees, and the frozen ones: a teacher in the precision of the computation, as it learns nothing;
+        a LoRA's is its student's base too.
+        """
+        teacher = component(_KIND, self.teacher, dtype).params
+        frozen = {"teacher": teacher, "null": self.null}
+        first = component(_KIND, self.teacher, "float32").params if self.lora is None else teacher
+        return learner.begin(jax.random.key(0), first, frozen), frozen
+
+
+def step(name: str, options: Options, own: Distilled, *, remat: bool = False) -> Row:
     """One step: student, guided teacher, target, gradient, AdamW and the moving average. Its state is donated."""
-    config, tokens = teacher_of(options)
-    side: Any = config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    latents = (batch, height, width, config.in_channels)
-    objective = LatentConsistencyDistillation(schedule=DDPM(), embed_w=lora is None, w_min=2.0, w_max=14.0)
-    if lora is not None:
-        objective = replace(objective, w_min=7.5, w_max=7.5)
-    own = config if lora is not None else replace(config, time_cond_proj_dim=256)
-    net = FAMILIES[_KIND].build(own, dtype=jnp.dtype(options.dtype), remat=remat)
-    learner = Learner(net=net, objective=objective, lora=lora, critic=None)
-    rng = np.random.default_rng(0)
-    texts = (tokens, config.level("cross_attention_dim", 0))
-    rows = {
-        "mean": rng.standard_normal(latents, np.float32),
-        "std": np.full(latents, 0.1, np.float32),
-        "context": rng.standard_normal((batch, *texts), np.float32),
-    }
-    data = {key: jnp.asarray(leaf, options.dtype) for key, leaf in rows.items()}
+    learner = own.learner(options.dtype, remat=remat)
+    data = {key: jnp.asarray(leaf, options.dtype) for key, leaf in own.batch.items()}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     held: dict[str, Any] = {}
 
-    def begin() -> tuple[TrainState, dict[str, Any]]:
-        # A teacher in the precision of the computation, as it learns nothing; a LoRA's is its student's base too.
-        teacher = component(_KIND, config, options.dtype).params
-        frozen = {"teacher": teacher, "null": {"context": jnp.zeros((1, *texts))}}
-        first = component(_KIND, config, "float32").params if lora is None else teacher
-        return TrainState.create(learner.begin(jax.random.key(0), first, frozen), tx), frozen
+    def begin() -> tuple[TrainState, Params]:
+        params, frozen = own.begin(options.dtype, learner)
+        return TrainState.create(params, tx), frozen
 
     def prepare() -> Cost:
         like = jax.eval_shape(begin)
-        traced: Any = make_train_step(learner.loss, tx, decay=0.95, seed=0).trace(*like, data)
+        traced: Any = make_train_step(learner.loss, tx, decay=DECAY, seed=0).trace(*like, data)
         held["step"] = traced.lower().compile()
         memory = memory_of(held["step"])
-        check_room(f"{options.model}, {name}, batch {batch}", memory)
+        both = " with the peer's" if options.peer else ""
+        check_room(f"{options.model}, {name}, batch {len(data['mean'])}{both}", memory * (2 if both else 1))
         held["state"], held["frozen"] = begin()
         return Cost(flops(traced.jaxpr), memory)
 
@@ -104,7 +146,31 @@ def step(name: str, options: Options, *, batch: int, lora: LoraConfig | None, re
         held["state"], metrics = held["step"](held["state"], held["frozen"], data)
         return metrics["loss"]
 
-    return Row(name=name, run=run, prepare=prepare, frames=batch)
+    return Row(name=name, run=run, prepare=prepare, frames=len(data["mean"]))
+
+
+def peers_step(name: str, options: Options, own: Distilled) -> Row:
+    """The same in PyTorch, from the same weights."""
+    made = cache(partial(torch_distillation, own, options.dtype, str(options.peer)))
+    mean, std = (peers.channels_first(own.batch[leaf], "float32") for leaf in ("mean", "std"))
+    return peers.row(name, lambda: made()(mean, std), frames=len(own.batch["mean"]))
+
+
+def torch_distillation(own: Distilled, dtype: str, peer: str) -> Distillation:
+    """The peer's networks, from our weights."""
+    learner = own.learner("float32")
+    params, frozen = own.begin("float32", learner)
+    teacher = Component(FAMILIES[_KIND].build(own.teacher), frozen["teacher"])
+    return Distillation(
+        teacher,
+        Component(learner.net, params) if own.lora is None else None,
+        own.objective,
+        {"context": jnp.asarray(own.batch["context"])},
+        own.null,
+        rank=own.lora.rank if own.lora is not None else 0,
+        dtype=dtype,
+        peer=peer,
+    )
 
 
 def check_room(what: str, memory: int) -> None:

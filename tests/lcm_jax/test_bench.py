@@ -90,7 +90,7 @@ def test_a_case_is_run_and_written(
     [
         (["large"], {}, 1, "bench large: no such case; known are unet, "),
         (["unet"], {}, 0, "--repeats 0: it must be at least 1"),
-        (["training"], {"peer": "diffusers"}, 1, "bench training has no peer"),
+        (["mmdit"], {"peer": "diffusers"}, 1, "bench mmdit has no peer"),
         (["vae"], {"quantize": {"denoiser": "int8"}}, 1, "bench vae has no rows of denoiser in 8 bits: --quantize is"),
         (["stream"], {"quantize": {"vae": "int8"}}, 1, "bench stream has no rows of vae in 8 bits: --quantize is for"),
         (["stream"], {"model": "random-sd9"}, 1, "--model random-sd9: no such geometry; known are random-sd15, "),
@@ -154,7 +154,7 @@ def test_networks_in_8_bits_stand_beside_themselves(case: str, near: str, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["unet", "vae", "text", "text-to-image", "stream"])
+@pytest.mark.parametrize("case", ["unet", "vae", "text", "text-to-image", "stream", "training"])
 def test_peers_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(scale="tiny", model="random-sd15", peer="diffusers", batches=(1,))
     bench.run([case], options, repeats=1)
