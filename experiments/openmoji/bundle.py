@@ -33,7 +33,6 @@ BUNDLED = Path(lcm_jax.__file__).parent / "bundled"
 NETWORKS = {
     "openmoji": {
         "openmoji_vae": {"vae": "vae"},
-        "openmoji_tiny_vae": {"": "tiny_vae"},
         "openmoji_clip": {"text_encoder": "text_encoder", "image_encoder": "image_encoder"},
         "openmoji_teacher": {"unet": "unet_teacher"},
         "openmoji_lcm_fine": {"unet": "unet"},

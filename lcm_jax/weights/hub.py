@@ -43,7 +43,6 @@ BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "openmoji": ("openmoji", {}),
     "openmoji-teacher": ("openmoji", _TEACHER),
     "openmoji-lcm-lora": ("openmoji/lora", {}),
-    "openmoji-tiny-vae": ("openmoji/tiny_vae", {}),
     "openmoji-sd3": ("openmoji_sd3", _AROUND),
     "openmoji-sd3-teacher": ("openmoji_sd3", _AROUND | _TEACHER),
     "openmoji-sd3-lcm-lora": ("openmoji_sd3/lora", {}),
