@@ -18,11 +18,10 @@ from lcm_jax.typing import Nets
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
+pytestmark = pytest.mark.slow  # test_lcm_step.py has the equations on a small network
 
 
-@pytest.mark.parametrize(
-    "lora", [None, pytest.param(LoraConfig(rank=4), marks=pytest.mark.slow)], ids=["all weights", "adapters"]
-)
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["all weights", "adapters"])
 def test_the_peers_loss_and_gradient_are_ours(lora: LoraConfig | None) -> None:
     options = Options(model="random-sd15", scale="tiny", peer="diffusers")
     own = training.Distilled.of(options, batch=3, lora=lora)
