@@ -139,7 +139,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub = command("bench", "Measure this machine: medians, quartiles and ratios.")
     sub.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(bench.CASES))
     sub.add_argument("--against", choices=bench.PEERS, help="measure a peer in turns, on the same weights")
-    sub.add_argument("--model", default="openmoji", help="of stream, loading and start; random-sd15 for random weights")
+    model = "of stream, training, loading and start; random-sd15 for random weights"
+    sub.add_argument("--model", default="openmoji", help=model)
     sub.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the networks")
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
     sub.add_argument("--device", choices=["cpu", "gpu", "tpu"], help="JAX's best by default")

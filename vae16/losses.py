@@ -101,11 +101,16 @@ def picture_loss(
     adaptive weight measures. critic: the discriminator's parameters.
     """
     values = batch_x[0].size
-    reconstruction = draw(kernel).astype(jnp.float32)
+
+    def drawn(kernel: Array) -> Images:
+        return draw(kernel).astype(jnp.float32)
+
+    reconstruction = drawn(kernel)
 
     def nll(y: Images) -> tuple[Scalar, dict[str, Scalar]]:
         error = RECONSTRUCTIONS[config.reconstruction](y - batch_x)
-        total, metrics = error.mean(), {"reconstruction": error.mean()}
+        total = error.mean()
+        metrics = {"reconstruction": total}
         if perceptual is not None and config.perceptual_weight:
             metrics["perceptual"] = perceptual(batch_x, y).mean()
             total += config.perceptual_weight * metrics["perceptual"]
@@ -123,14 +128,14 @@ def picture_loss(
     here = stop_gradient(reconstruction)
     (nll_value, metrics), nll_gradient = jax.value_and_grad(nll, has_aux=True)(here)
     gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(judge(frozen, y)))(here)
-    _, at_kernel = jax.vjp(lambda kernel: draw(kernel).astype(jnp.float32), stop_gradient(kernel))
+    _, at_kernel = jax.vjp(drawn, stop_gradient(kernel))
     balance = adaptive_weight(at_kernel(nll_gradient)[0], at_kernel(gan_gradient)[0], config.gan_weight_max)
     active = jnp.where(jnp.asarray(step) >= config.gan_start, 1.0, 0.0)
     weight = stop_gradient(config.gan_weight * active * balance)
-    drawn = _surrogate(nll_value + weight * gan_value, reconstruction, nll_gradient + weight * gan_gradient)
+    autoencoder = _surrogate(nll_value + weight * gan_value, reconstruction, nll_gradient + weight * gan_gradient)
     real, fake = (judge(critic, y) for y in (batch_x, here))
     discrimination = hinge_discriminator(real, fake)
-    return drawn + active * discrimination, metrics | {
+    return autoencoder + active * discrimination, metrics | {
         "gan": gan_value, "gan_weight": weight, "discriminator": discrimination,
         "logits_real": real.mean(), "logits_fake": fake.mean(),
     }  # fmt: skip
@@ -186,7 +191,7 @@ def tiny_loss(
     the decoder draws the images themselves from samples of it. The two share no parameter. `params` as those of
     `autoencoder_loss`, "vae" the tiny one.
     """
-    mean, logvar = jax.lax.stop_gradient(_apply(teacher, teacher_params, batch_x, method="encode"))
+    mean, logvar = stop_gradient(_apply(teacher, teacher_params, batch_x, method="encode"))
     own, _ = _apply(tiny, params["vae"], batch_x, method="encode")
     latent = jnp.square(own - scale(mean, teacher.config)).mean()
     sample = scale(sample_latent(mean, logvar, key), teacher.config)

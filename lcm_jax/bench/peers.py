@@ -13,9 +13,11 @@ import numpy as np
 
 from lcm_jax.bench.measure import Row
 from lcm_jax.extras import require
+from lcm_jax.lora import Adapters
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import Component, save_component
+from lcm_jax.weights.lora import save_lora
 
 PEERS = ("diffusers", "diffusers-compiled")  # eager, and by torch.compile
 
@@ -48,8 +50,8 @@ def channels_first(array: Any, dtype: str) -> Any:
     return tensor(np.moveaxis(np.asarray(array, np.float32), -1, 1), dtype)
 
 
-def network(part: Component, dtype: str, peer: str) -> Any:
-    """A network of ours in diffusers or transformers."""
+def network(part: Component, dtype: str, peer: str, adapters: Adapters | None = None) -> Any:
+    """A network of ours in diffusers or transformers. adapters: on a UNet, not merged."""
     import diffusers
     import transformers
 
@@ -57,7 +59,11 @@ def network(part: Component, dtype: str, peer: str) -> Any:
     cls = getattr(diffusers, kind, None) or getattr(transformers, kind)
     with tempfile.TemporaryDirectory() as folder:
         save_component(Path(folder), "part", part)
-        own = cls.from_pretrained(f"{folder}/part", torch_dtype=getattr(torch, dtype)).to(place()).eval()
+        own = cls.from_pretrained(f"{folder}/part", torch_dtype=getattr(torch, dtype))
+        if adapters is not None:
+            save_lora(f"{folder}/adapters.safetensors", adapters)
+            own.load_lora_adapter(folder, prefix="unet", weight_name="adapters.safetensors")
+        own = own.to(place()).eval()
     return _compiled(own) if peer == "diffusers-compiled" else own
 
 

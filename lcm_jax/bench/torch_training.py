@@ -13,16 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.bench import peers
+from lcm_jax.lora import Adapters
 from lcm_jax.objectives import LatentConsistencyDistillation
 from lcm_jax.typing import Cond
 from lcm_jax.weights.folders import Component
 
 DECAY = 0.95
-# `lcm_jax.lora.DEFAULT_TARGETS` in PyTorch's names.
-ADAPTED = (
-    r".*\.(to_q|to_k|to_v|to_out\.0|proj_in|proj_out|ff\.net\.0\.proj|ff\.net\.2|conv1|conv2|conv_shortcut"
-    r"|(down|up)samplers\.0\.conv|time_emb_proj)"
-)
 
 
 class Draw(NamedTuple):
@@ -36,7 +32,7 @@ class Draw(NamedTuple):
 
 
 class Distillation:
-    """A student of a teacher that predicts noise, whole (`student`) or as adapters of some rank on the teacher.
+    """A student of a teacher that predicts noise: a network, or adapters on the teacher.
 
     cond, null: "context" of the batch (b, l, d) and of the empty prompt (1, l, d). The loss is the objective's l2; the
     target is the average, of adapters the student itself.
@@ -45,12 +41,11 @@ class Distillation:
     def __init__(
         self,
         teacher: Component,
-        student: Component | None,
+        student: Component | Adapters,
         objective: LatentConsistencyDistillation,
         cond: Cond,
         null: Cond,
         *,
-        rank: int = 64,
         dtype: str = "float32",
         peer: str = "diffusers",
     ) -> None:
@@ -61,18 +56,19 @@ class Distillation:
         self._alpha, self._sigma = (peers.tensor(level(times), "float32") for level in (schedule.alpha, schedule.sigma))
         self._context = peers.tensor(cond["context"], "float32")
         self._both = torch.cat([peers.tensor(null["context"], "float32").expand_as(self._context), self._context])
-        self.teacher = peers.network(teacher, dtype, peer).requires_grad_(False)
-        self._told = student is not None
-        if student is None:
-            from peft import LoraConfig
-
-            self.student = self.target = self.teacher
-            self.teacher.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=ADAPTED))
-        else:
+        self._told = isinstance(student, Component)
+        if isinstance(student, Component):
+            self.teacher = peers.network(teacher, dtype, peer).requires_grad_(False)
             self.student, self.target = (peers.network(student, "float32", peer) for _ in range(2))
             self.target.requires_grad_(False)
-        self._trained = [own for own in self.student.parameters() if own.requires_grad]
-        self._tx = torch.optim.AdamW(self._trained, lr=1e-5)
+        else:
+            self.student = self.target = self.teacher = peers.network(teacher, dtype, peer, student)
+            for name, own in self.student.named_parameters():
+                own.requires_grad_("lora_" in name)
+        self.trained = {name: own for name, own in self.student.named_parameters() if own.requires_grad}
+        for own in self.trained.values():
+            own.data = own.data.float()
+        self._tx = torch.optim.AdamW(self.trained.values(), lr=1e-5)
         half = dtype != "float32"
         self._precision = (lambda: torch.autocast(peers.place(), getattr(torch, dtype))) if half else nullcontext
 
@@ -82,7 +78,7 @@ class Distillation:
         with torch.enable_grad(), self._precision():
             loss = self.loss(self.draw(mean, std))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         self._tx.step()
         self._tx.zero_grad(set_to_none=True)
         if self._told:
@@ -112,10 +108,9 @@ class Distillation:
 
     def _earlier(self, z: Any, draw: Draw) -> Any:
         """z_s by one DDIM step of the guided teacher."""
-        torch = self._torch
+        twice = self._torch.cat([z, z]), self._torch.cat([draw.t, draw.t])
         if not self._told:
             self.teacher.disable_adapters()
-        twice = torch.cat([z, z]), torch.cat([draw.t, draw.t])
         null, eps = self.teacher(*twice, encoder_hidden_states=self._both).sample.float().chunk(2)
         if not self._told:
             self.teacher.enable_adapters()

@@ -163,11 +163,10 @@ def torch_distillation(own: Distilled, dtype: str, peer: str) -> Distillation:
     teacher = Component(FAMILIES[_KIND].build(own.teacher), frozen["teacher"])
     return Distillation(
         teacher,
-        Component(learner.net, params) if own.lora is None else None,
+        Component(learner.net, params) if own.lora is None else params,
         own.objective,
         {"context": jnp.asarray(own.batch["context"])},
         own.null,
-        rank=own.lora.rank if own.lora is not None else 0,
         dtype=dtype,
         peer=peer,
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.data import Source
 from lcm_jax.generate import to_float, to_uint8
 from lcm_jax.metrics import psnr
 from lcm_jax.train.loop import Task
@@ -40,6 +41,7 @@ from vae16 import (
 Vae = AutoencoderKL | AutoencoderTiny
 # (critic, perceptual, params, frozen, pictures in [-1, 1], key, step) -> loss and metrics
 PictureLoss = Callable[..., tuple[Array, Metrics]]
+Export = Callable[[Params, Path, Source], None]  # of the average, given the pictures that were trained on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class PictureTask:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
 
-    def task(self, vae: Vae, loss: PictureLoss, frozen: Params, export: Callable[[Params, Path], None]) -> Task:
+    def task(self, vae: Vae, loss: PictureLoss, frozen: Params, export: Export) -> Task:
         """The training of `vae`."""
         factor = vae.config.downsample_factor
         if self.data.size % factor:
@@ -100,7 +102,7 @@ class PictureTask:
             frozen=frozen,
             batches=loader(source, transform=lambda record: {"image": record["image"]}),
             preview=preview,
-            export=export,
+            export=lambda ema, folder: export(ema, folder, source),
             separable=critic is None,  # the critic is weighed by gradients of the whole batch
         )
 
@@ -120,9 +122,9 @@ class AutoencoderTask(PictureTask):
         ) -> tuple[Array, Metrics]:
             return autoencoder_loss(vae, critic, distance, params, x, key, step, self.loss)
 
-        def export(ema: Params, folder: Path) -> None:
+        def export(ema: Params, folder: Path, source: Source) -> None:
             encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
-            source, size = self.data.open(), self.data.size
+            size = self.data.size
             pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
             some = at_once((size, size))
             means = np.concatenate(
@@ -158,7 +160,7 @@ class TinyAutoencoderTask(PictureTask):
             around = critic, distance, params, frozen["teacher"]
             return tiny_loss(tiny, teacher.module, *around, x, key, step, self.loss)
 
-        def export(ema: Params, folder: Path) -> None:
+        def export(ema: Params, folder: Path, source: Source) -> None:
             save_component(folder, "", Component(tiny, jax.device_get(ema["vae"])))
 
         return self.task(tiny, loss, {"teacher": teacher.params}, export)
