@@ -29,6 +29,7 @@ from flax import traverse_util
 
 from lcm_jax.messages import few
 from lcm_jax.typing import Array, Key, Params
+from mmdit.blocks import flat_dot
 
 Adapters = dict[str, dict[str, Array]]
 
@@ -192,8 +193,8 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
         rank, outputs = adapter["up"].shape[-2:]
         narrow = module.clone(parent=None, name=None, features=rank, use_bias=False)
         z: Any = narrow.apply({"params": {"kernel": adapter["down"]}}, x)
-        factor = jax.lax.stop_gradient(adapter["alpha"]) / rank
-        return y + (factor * (z @ adapter["up"].reshape(rank, outputs).astype(z.dtype))).astype(y.dtype)
+        up = jax.lax.stop_gradient(adapter["alpha"]) / rank * adapter["up"].reshape(rank, outputs)
+        return y + flat_dot(z, up.astype(z.dtype)).astype(y.dtype)
 
     return nn.intercept_methods(call)
 

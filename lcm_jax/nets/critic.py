@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float
 
 from lcm_jax.nets.blocks import DownBlock, MidBlock
-from mmdit.blocks import JointBlock
+from mmdit.blocks import JointBlock, flat_dot
 
 _BLOCKS = (DownBlock, MidBlock, JointBlock)
 
@@ -27,8 +27,8 @@ class Heads(nn.Module):
         logits = []
         for i, feature in enumerate(features):
             x = nn.LayerNorm(use_bias=False, use_scale=False)(feature.astype(jnp.float32))
-            x = nn.silu(nn.Dense(self.width, name=f"hidden_{i}")(x))
-            logits.append(nn.Dense(1, name=f"logit_{i}")(x).reshape(len(feature), -1))
+            x = nn.silu(nn.Dense(self.width, dot_general=flat_dot, name=f"hidden_{i}")(x))
+            logits.append(nn.Dense(1, dot_general=flat_dot, name=f"logit_{i}")(x).reshape(len(feature), -1))
         return jnp.concatenate(logits, axis=1)
 
 

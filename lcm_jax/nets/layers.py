@@ -9,21 +9,16 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from mmdit.blocks import flat_dot
 from vae16.convolution import convolve
 
 # PyTorch's default (uniform within 1/sqrt(fan_in)): a third of the variance of LeCun's keeps the residual stream small.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def _flat_dot(x: Array, kernel: Array, *_: Any, precision: Any = None, **options: Any) -> Array:
-    """x @ kernel with the leading axes of x as one, which spares XLA:CPU a fifth of the time of a transformer block."""
-    y = jnp.dot(x.reshape(-1, x.shape[-1]), kernel.reshape(kernel.shape[-2:]), precision=precision, **options)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 def _pointwise(x: Array, kernel: Array, *_: Any, precision: Any = None, **__: Any) -> Array:
     """A 1 x 1 convolution as the matrix product that it is."""
-    return _flat_dot(x, kernel, precision=precision)
+    return flat_dot(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
 
 
 def dense(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any) -> nn.Dense:
@@ -33,7 +28,7 @@ def dense(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any
         name=name,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=_flat_dot,
+        dot_general=flat_dot,
         **({"kernel_init": kernel_init} | options),
     )
 

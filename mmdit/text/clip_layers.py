@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mmdit.attention import attention
+from mmdit.blocks import flat_dot
 from mmdit.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
 
@@ -43,6 +44,7 @@ class SelfAttention(nn.Module):
                 kernel_init=nn.initializers.normal(std),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                dot_general=flat_dot,
                 name=name,
             )
 
@@ -70,6 +72,7 @@ class MLP(nn.Module):
                 kernel_init=nn.initializers.normal(std),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                dot_general=flat_dot,
                 name=name,
             )
 

@@ -18,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdit.attention import attention
+from mmdit.blocks import flat_dot
 from mmdit.text.t5_config import T5Config
 
 
@@ -58,6 +59,7 @@ class SelfAttention(nn.Module):
                 kernel_init=nn.initializers.normal(std),
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
+                dot_general=flat_dot,
                 name=name,
             )
 
@@ -85,7 +87,7 @@ class DenseReluDense(nn.Module):
 
         def linear(name: str) -> nn.Dense:
             init = nn.initializers.normal(c.d_model**-0.5)
-            return nn.Dense(c.d_ff, use_bias=False, kernel_init=init, name=name, **types)
+            return nn.Dense(c.d_ff, use_bias=False, kernel_init=init, dot_general=flat_dot, name=name, **types)
 
         if c.feed_forward_proj == "relu":
             h = jax.nn.relu(linear("wi")(x))
@@ -93,7 +95,7 @@ class DenseReluDense(nn.Module):
             h = jax.nn.gelu(linear("wi_0")(x), approximate=True) * linear("wi_1")(x)
         # Its sums overflow float16. transformers keeps this kernel in float32 there, which makes product and residual
         # stream float32; the sums are what matters, and this way the product still takes the fast units.
-        sum_wide = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        sum_wide = partial(flat_dot, preferred_element_type=jnp.float32)
         init = nn.initializers.normal(c.d_ff**-0.5)
         return nn.Dense(c.d_model, use_bias=False, kernel_init=init, dot_general=sum_wide, name="wo", **types)(h)
 
