@@ -27,8 +27,9 @@ WIDTH, SIZE, TURNED, ROWS = 64, 2**15, 2**16, 2**10
 WIDE, LARGE = 128, 2**20
 # XLA:CPU's convolution is slow where its products are of short rows: few channels out, or few in and not many out.
 FEW_OUT, FEW_IN, NOT_MANY = 8, 4, 64
-# Kernels of so many channels in times out are turned, for the gradient, in more time than fewer than ROWS pixels take.
-HEAVY = 2**19
+# Gradients: with more PRODUCTS for each place of the kernel Winograd's own outweighs its many small operations; a kernel
+# of HEAVY, channels in times out, is turned about in more time than the products of fewer than ROWS pixels take.
+PRODUCTS, HEAVY = 2**26, 2**19
 
 
 def convolve(
@@ -36,8 +37,8 @@ def convolve(
 ) -> Float[Array, "b h w o"]:
     """3 x 3 of stride 1, padded by 1: on a CPU by `winograd` or `blocks` where those pay (float32, even sides, large).
 
-    A picture of fewer pixels than the kernel on a side is one of `columns` there. Its gradient goes by what is fast for
-    that: `winograd` too, `places` where the kernel is much larger than the pictures, else by XLA's own.
+    A picture of fewer pixels than the kernel on a side is one of `columns` there. Gradients, too, go by `winograd` where
+    that pays, by `places` where the kernel is much larger than the pictures, else by XLA's own.
     """
     h, w = x.shape[1:3]
     if min(h, w) < 3:
@@ -45,7 +46,8 @@ def convolve(
     if h % 2 or w % 2 or not x.dtype == kernel.dtype == jnp.float32:
         return direct(x, kernel)
     if _winograd_pays(x, kernel):
-        return _on_cpu(winograd, winograd, x, kernel)
+        pays = x.size * kernel.shape[3] > PRODUCTS
+        return _on_cpu(winograd, winograd if pays else direct, x, kernel)
     if shape := _block(x, kernel):
         return _on_cpu(partial(blocks, shape=shape), direct, x, kernel)
     if math.prod(x.shape[:3]) < ROWS and math.prod(kernel.shape[2:]) >= HEAVY:
@@ -78,8 +80,9 @@ def _on_cpu(own: Convolution, back: Convolution, x: Array, kernel: Array) -> Arr
 
 @partial(_on_cpu.defjvp, symbolic_zeros=True)
 def _(own: Convolution, back: Convolution, primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> Any:
-    # Of `back` nothing is kept for its gradient, which has tiles four times as large as the pictures.
-    return _on_cpu(own, back, *primals), _derivative(primals, tangents, on_cpu=jax.checkpoint(back))
+    # Nothing but x and the kernel is kept for the gradient: Winograd's tiles are four times as large as the pictures.
+    back = back if back is direct else jax.checkpoint(back)
+    return _on_cpu(own, back, *primals), _derivative(primals, tangents, on_cpu=back)
 
 
 def _derivative(primals: tuple[Array, Array], tangents: tuple[Any, Any], *, on_cpu: Convolution) -> Array:
