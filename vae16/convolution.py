@@ -27,8 +27,8 @@ WIDTH, SIZE, TURNED, ROWS = 64, 2**15, 2**16, 2**10
 WIDE, LARGE = 128, 2**20
 # XLA:CPU's convolution is slow where its products are of short rows: few channels out, or few in and not many out.
 FEW_OUT, FEW_IN, NOT_MANY = 8, 4, 64
-# Gradients: with more PRODUCTS for each place of the kernel Winograd's own outweighs its many small operations; a kernel
-# of HEAVY, channels in times out, is turned about in more time than the products of fewer than ROWS pixels take.
+# Gradients: with more PRODUCTS for each place of the kernel Winograd's own outweighs its many small operations, and a
+# kernel of HEAVY, channels in times out, is turned about in more time than the products of fewer than ROWS pixels take.
 PRODUCTS, HEAVY = 2**26, 2**19
 
 
@@ -37,8 +37,8 @@ def convolve(
 ) -> Float[Array, "b h w o"]:
     """3 x 3 of stride 1, padded by 1: on a CPU by `winograd` or `blocks` where those pay (float32, even sides, large).
 
-    A picture of fewer pixels than the kernel on a side is one of `columns` there. Gradients, too, go by `winograd` where
-    that pays, by `places` where the kernel is much larger than the pictures, else by XLA's own.
+    A picture of fewer pixels than the kernel on a side is one of `columns` there. Gradients go by `winograd` where that
+    pays, too, by `places` where the kernel is much larger than the pictures, else by XLA's own.
     """
     h, w = x.shape[1:3]
     if min(h, w) < 3:

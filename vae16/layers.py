@@ -212,9 +212,10 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         b, h, w, c = x.shape
-        y = GroupNorm(self.num_groups, **types, name="group_norm")(x).reshape(b, h * w, c)
-        q, k, v = (nn.Dense(c, **types, name=name)(y) for name in ("to_q", "to_k", "to_v"))
-        y = nn.Dense(c, **types, name="to_out_0")(attend(q, k, v))
+        # Dense layers of rows alone: of (b, n, c) XLA:CPU copies what it contracts for the kernel's gradient.
+        y = GroupNorm(self.num_groups, **types, name="group_norm")(x).reshape(-1, c)
+        q, k, v = (nn.Dense(c, **types, name=name)(y).reshape(b, h * w, c) for name in ("to_q", "to_k", "to_v"))
+        y = nn.Dense(c, **types, name="to_out_0")(attend(q, k, v).reshape(-1, c))
         return x + y.reshape(b, h, w, c)
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax import Array, export
 
 from vae16 import convolution
-from vae16.convolution import blocks, columns, convolve, corners, direct, winograd
+from vae16.convolution import blocks, columns, convolve, corners, direct, places, winograd
 
 
 def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]:
@@ -38,6 +38,11 @@ def test_neighbours_side_by_side_are_the_convolution(size: tuple[int, int]) -> N
     np.testing.assert_allclose(columns(x, kernel), direct(x, kernel), atol=1e-5)
 
 
+def test_products_for_each_place_are_the_convolution() -> None:
+    x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
+    np.testing.assert_allclose(places(x, kernel), direct(x, kernel), atol=1e-5)
+
+
 def test_its_error_is_about_the_direct_ones() -> None:
     """In the square: 0.8 to 1.6 times, by the order in which a machine's direct convolution adds."""
     x, kernel = arrays((1, 32, 32, 256), (3, 3, 256, 64))
@@ -51,6 +56,8 @@ def test_its_error_is_about_the_direct_ones() -> None:
     ("own", "height", "side", "bounds"),
     [
         (convolve, 6, 3, {"WIDTH": 1, "SIZE": 1}),
+        (convolve, 6, 3, {"WIDTH": 1, "SIZE": 1, "PRODUCTS": 1}),
+        (convolve, 6, 3, {"HEAVY": 1}),
         (convolve, 6, 3, {"ROWS": 1}),
         (convolve, 2, 3, {}),
         (corners, 6, 2, {}),
@@ -62,10 +69,12 @@ def test_gradients_and_derivatives_along_a_direction(
     for name, bound in bounds.items():
         monkeypatch.setattr(convolution, name, bound)
     x, kernel, dx, dk = arrays(*((2, height, 4, 3), (side, side, 3, 5)) * 2)
+    pairs = jnp.stack([x, dx]), jnp.stack([kernel, dk])
 
     def everything(way: Callable[..., Array]) -> object:
         slopes = jax.grad(lambda *args: jnp.sin(way(*args)).sum(), (0, 1))
-        return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (dx, dk))
+        along = [jax.jvp(partial(way, x), (kernel,), (dk,)), jax.jvp(lambda x: way(x, kernel), (x,), (dx,))]
+        return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (dx, dk)), along, jax.vmap(slopes)(*pairs)
 
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), everything(own), everything(direct))
 
@@ -80,6 +89,25 @@ def test_no_window_of_a_gradient_is_larger_than_its_picture_on_a_cpu() -> None:
         return "stablehlo.pad" in text
 
     assert [padded(platform) for platform in ("cpu", "tpu", "cuda")] == [True, False, False]
+
+
+def test_gradients_go_by_what_is_fast_for_them() -> None:
+    def convolutions(platform: str, pixels: int, *widths: int) -> int:
+        """Of the gradient alone."""
+        x, kernel = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, pixels, pixels, widths[0]), (3, 3, *widths)))
+        slopes = jax.jit(jax.grad(lambda *args: convolve(*args).sum(), (0, 1)))
+        return export.export(slopes, platforms=(platform,))(x, kernel).mlir_module().count("stablehlo.convolution")
+
+    for wide in ((64, 320, 320), (16, 1280, 1280)):
+        assert [convolutions(platform, *wide) for platform in ("cpu", "tpu", "cuda")] == [0, 2, 2]
+    assert [convolutions("cpu", *small) for small in ((64, 64, 64), (16, 256, 256))] == [2, 2]
+
+
+def test_no_zeros_are_convolved() -> None:
+    """Along a direction of the picture alone."""
+    x, kernel = arrays((1, 4, 4, 3), (2, 2, 3, 5))
+    program = export.export(jax.jit(lambda x, kernel: jax.jvp(lambda x: corners(x, kernel), (x,), (x,))[1]))(x, kernel)
+    assert program.mlir_module().count("stablehlo.convolution") == 1
 
 
 def test_it_is_taken_where_it_pays() -> None:
