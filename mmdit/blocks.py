@@ -56,11 +56,16 @@ def flat_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+def linear(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any) -> nn.Dense:
+    """A dense layer of tokens under PyTorch's name."""
+    types = {"dtype": dtype, "param_dtype": param_dtype}
+    return nn.Dense(features, name=name, **types, **({"dot_general": flat_dot} | options))
+
+
 def dense(features: int, name: str, dtype: Any, param_dtype: Any, *, zero: bool = False) -> nn.Dense:
     """A dense layer under PyTorch's name, begun as in DiT (arXiv:2212.09748): Xavier uniform, or zero; bias zero."""
     kernel = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform()
-    types = {"dtype": dtype, "param_dtype": param_dtype}
-    return nn.Dense(features, kernel_init=kernel, dot_general=flat_dot, name=name, **types)
+    return linear(features, name, dtype, param_dtype, kernel_init=kernel)
 
 
 def standardize(x: Array, axes: int | tuple[int, ...]) -> Array:

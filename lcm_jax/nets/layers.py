@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from mmdit.blocks import flat_dot
+from mmdit.blocks import flat_dot, linear
 from vae16.convolution import convolve
 
 # PyTorch's default (uniform within 1/sqrt(fan_in)): a third of the variance of LeCun's keeps the residual stream small.
@@ -23,14 +23,7 @@ def _pointwise(x: Array, kernel: Array, *_: Any, precision: Any = None, **__: An
 
 def dense(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any) -> nn.Dense:
     """A dense layer under PyTorch's name and initial distribution."""
-    return nn.Dense(
-        features,
-        name=name,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        dot_general=flat_dot,
-        **({"kernel_init": kernel_init} | options),
-    )
+    return linear(features, name, dtype, param_dtype, **({"kernel_init": kernel_init} | options))
 
 
 def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int = 3, stride: int = 1) -> nn.Conv:

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mmdit.attention import attention
-from mmdit.blocks import flat_dot
+from mmdit.blocks import linear
 from mmdit.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
 
@@ -28,6 +28,10 @@ def _gelu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"quick_gelu": quick_gelu, "gelu": _gelu}
 
 
+def _linear(block: SelfAttention | MLP, width: int, name: str, std: float) -> nn.Dense:
+    return linear(width, name, block.dtype, block.param_dtype, kernel_init=nn.initializers.normal(std))
+
+
 class SelfAttention(nn.Module):
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
@@ -37,24 +41,13 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-
-        def linear(name: str, std: float) -> nn.Dense:
-            return nn.Dense(
-                c.hidden_size,
-                kernel_init=nn.initializers.normal(std),
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                dot_general=flat_dot,
-                name=name,
-            )
-
         std_in = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5
         q, k, v = (
-            rearrange(linear(name, std_in)(x), "b l (h d) -> b l h d", h=c.num_attention_heads)
+            rearrange(_linear(self, c.hidden_size, name, std_in)(x), "b l (h d) -> b l h d", h=c.num_attention_heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         out = rearrange(attention(q, k, v, causal=self.causal), "b l h d -> b l (h d)")
-        return linear("out_proj", c.hidden_size**-0.5)(out)
+        return _linear(self, c.hidden_size, "out_proj", c.hidden_size**-0.5)(out)
 
 
 class MLP(nn.Module):
@@ -65,19 +58,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-
-        def linear(width: int, name: str, std: float) -> nn.Dense:
-            return nn.Dense(
-                width,
-                kernel_init=nn.initializers.normal(std),
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                dot_general=flat_dot,
-                name=name,
-            )
-
-        x = ACTIVATIONS[c.hidden_act](linear(c.intermediate_size, "fc1", (2 * c.hidden_size) ** -0.5)(x))
-        return linear(c.hidden_size, "fc2", (2 * c.num_hidden_layers * c.hidden_size) ** -0.5)(x)
+        x = ACTIVATIONS[c.hidden_act](_linear(self, c.intermediate_size, "fc1", (2 * c.hidden_size) ** -0.5)(x))
+        return _linear(self, c.hidden_size, "fc2", (2 * c.num_hidden_layers * c.hidden_size) ** -0.5)(x)
 
 
 class EncoderLayer(nn.Module):

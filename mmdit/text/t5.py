@@ -18,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from mmdit.attention import attention
-from mmdit.blocks import flat_dot
+from mmdit.blocks import flat_dot, linear
 from mmdit.text.t5_config import T5Config
 
 
@@ -38,6 +38,11 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
     return np.where(distance < exact, distance, far) + half * (offset > 0)
 
 
+def _linear(block: SelfAttention | DenseReluDense, width: int, name: str, std: float, **options: Any) -> nn.Dense:
+    own = {"kernel_init": nn.initializers.normal(std), "use_bias": False}
+    return linear(width, name, block.dtype, block.param_dtype, **own, **options)
+
+
 class SelfAttention(nn.Module):
     """softmax(q k^T + bias) v per head: the scale 1 / sqrt(d_kv) is in the initial q, and learnt from there."""
 
@@ -51,26 +56,14 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "b l d"]:
         c = self.config
         inner = c.num_heads * c.d_kv
-
-        def linear(width: int, name: str, std: float) -> nn.Dense:
-            return nn.Dense(
-                width,
-                use_bias=False,
-                kernel_init=nn.initializers.normal(std),
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                dot_general=flat_dot,
-                name=name,
-            )
-
         std = c.d_model**-0.5
         q, k, v = (
-            rearrange(linear(inner, name, s)(x), "b l (h d) -> b l h d", h=c.num_heads)
+            rearrange(_linear(self, inner, name, s)(x), "b l (h d) -> b l h d", h=c.num_heads)
             for name, s in (("q", std * c.d_kv**-0.5), ("k", std), ("v", std))
         )
         # Not cuDNN's kernel: it would take the bias in half precision.
         out = attention(q, k, v, bias=bias, mask=mask, scale=1.0, implementation="xla")
-        return linear(c.d_model, "o", inner**-0.5)(rearrange(out, "b l h d -> b l (h d)"))
+        return _linear(self, c.d_model, "o", inner**-0.5)(rearrange(out, "b l h d -> b l (h d)"))
 
 
 class DenseReluDense(nn.Module):
@@ -83,21 +76,15 @@ class DenseReluDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         c = self.config
-        types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-
-        def linear(name: str) -> nn.Dense:
-            init = nn.initializers.normal(c.d_model**-0.5)
-            return nn.Dense(c.d_ff, use_bias=False, kernel_init=init, dot_general=flat_dot, name=name, **types)
-
+        wi = partial(_linear, self, c.d_ff, std=c.d_model**-0.5)
         if c.feed_forward_proj == "relu":
-            h = jax.nn.relu(linear("wi")(x))
+            h = jax.nn.relu(wi("wi")(x))
         else:
-            h = jax.nn.gelu(linear("wi_0")(x), approximate=True) * linear("wi_1")(x)
+            h = jax.nn.gelu(wi("wi_0")(x), approximate=True) * wi("wi_1")(x)
         # Its sums overflow float16. transformers keeps this kernel in float32 there, which makes product and residual
         # stream float32; the sums are what matters, and this way the product still takes the fast units.
         sum_wide = partial(flat_dot, preferred_element_type=jnp.float32)
-        init = nn.initializers.normal(c.d_ff**-0.5)
-        return nn.Dense(c.d_model, use_bias=False, kernel_init=init, dot_general=sum_wide, name="wo", **types)(h)
+        return _linear(self, c.d_model, "wo", c.d_ff**-0.5, dot_general=sum_wide)(h)
 
 
 class Residual(nn.Module):
