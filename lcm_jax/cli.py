@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
 from lcm_jax import bench, demo, quantization
 from lcm_jax.arguments import parser
@@ -24,6 +23,7 @@ from lcm_jax.convert import LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
 from lcm_jax.exported import Exported, write_program
 from lcm_jax.extras import require
+from lcm_jax.images import read_picture
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
 from lcm_jax.pipeline import DTYPES, Pipeline, load
@@ -169,16 +169,10 @@ def _names(out: Path, prompts: Sequence[str], each: int) -> list[Path]:
 
 
 def read_image(path: Path, option: str = "--image") -> np.ndarray:
-    """A picture file as uint8 (h, w, 3), transparency on white. option: named in errors."""
-    try:
-        with PILImage.open(path) as picture:
-            rgba = picture.convert("RGBA")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{option} {path}: no such file") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{option} {path}: not a picture that can be read ({error})") from None
-    white = PILImage.new("RGBA", rgba.size, "white")
-    return np.asarray(PILImage.alpha_composite(white, rgba).convert("RGB"))
+    """A picture file as uint8 (h, w, 3), as it is shown. option: named in errors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{option} {path}: no such file")
+    return read_picture(path, source=f"{option} {path}")
 
 
 def _encode(arguments: argparse.Namespace, _: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
 # Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
 RANKS = [
-    {"typing", "extras", "overrides", "messages", "places", "compiling", "flops", "chips", "products"},
+    {"typing", "extras", "overrides", "messages", "images", "places", "compiling", "flops", "chips", "products"},
     {"schedules", "nets", "lora", "quantization", "halves", "reading"},
     {"parameterization"},
     {"guidance", "solvers", "consistency"},

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from lcm_jax.data import openmoji
 from lcm_jax.data.buckets import nearest_bucket
 from lcm_jax.data.cache import MANIFEST, Cache, open_cache
-from lcm_jax.data.images import SUFFIXES, Size, check_picture, read_picture
 from lcm_jax.data.tars import find_tars, read_samples
+from lcm_jax.images import SUFFIXES, Size, check_picture, read_picture
 from lcm_jax.places import cache_dir
 
 OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
@@ -187,7 +187,7 @@ def open_folder(folder: Path, split: str, sizes: Sequence[Size], *, check: bool 
     table = folder / "metadata.jsonl"
     texts = _texts_from_table(table, pictures) if table.is_file() else _texts_beside(folder, pictures)
     if not pictures:
-        raise ValueError(f"{folder}: empty dataset; put .png, .jpg or .webp pictures with captions in it")
+        raise ValueError(f"{folder}: empty dataset; put pictures ({', '.join(sorted(SUFFIXES))}) with captions in it")
     buckets = _by_bucket(sizes, len(pictures), lambda i: check_picture(pictures[i]), f"checking {folder}", check=check)
     return {
         size: _on_demand([pictures[i] for i in indices], [texts[i] for i in indices], size)

@@ -10,6 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
+from lcm_jax.images import lies, shown
 from lcm_jax.stream.stream import fit
 
 Form = Literal["auto", "jpeg", "png"]
@@ -21,7 +22,7 @@ SMALL = 65_536  # pixels of a picture that is cheap to send without a loss
 def decode(
     data: bytes, size: tuple[int, int] | None = None, *, most_pixels: int = MOST_PIXELS
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A JPEG or PNG, transparency on white; ValueError for anything else, and for more than `most_pixels`.
+    """A JPEG or PNG as it is shown, on white; ValueError for anything else, and for more than `most_pixels`.
 
     size: (height, width) that the middle of the picture is scaled to; a large JPEG is then decoded at a fraction.
     """
@@ -39,8 +40,8 @@ def decode(
             raise ValueError(f"a picture may have {most_pixels} pixels, and this one has {width} x {height}")
         try:
             if size is not None:
-                picture.draft("RGB", (size[1], size[0]))
-            pixels = np.asarray(_opaque(picture))
+                picture.draft("RGB", size if lies(picture) else size[::-1])
+            pixels = np.asarray(shown(picture))
         except Exception as error:
             raise ValueError(f"a picture cannot be read: {error!s:.100}") from None
     return pixels if size is None or pixels.shape[:2] == size else fit(pixels, size)
@@ -54,10 +55,3 @@ def encode(picture: UInt8[np.ndarray, "h w 3"], form: Form = "png") -> bytes:
     else:
         PILImage.fromarray(picture).save(out, "PNG", compress_level=1)
     return out.getvalue()
-
-
-def _opaque(picture: PILImage.Image) -> PILImage.Image:
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
-    return PILImage.alpha_composite(PILImage.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

@@ -15,16 +15,16 @@ import numpy as np
 from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
+from lcm_jax.images import SUFFIXES, check_picture, read_picture
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.stream.queues import Behind, Latest, ahead
 from lcm_jax.stream.stream import Stream
 from lcm_jax.stream.video import Video, Writer, restyle, working_size
+from lcm_jax.weights.files import written_aside
 
 Frame = UInt8[np.ndarray, "h w 3"]
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 VIDEOS = (".mp4", ".mkv", ".mov", ".m4v", ".webm", ".avi", ".nut")
 LIVE = {  # of each platform: the device, and what reads it
     "camera": {"linux": ("/dev/video0", "v4l2"), "darwin": ("0", "avfoundation"), "win32": ("video=0", "dshow")},
@@ -62,11 +62,9 @@ def run(
         return _travelling(stream, prompts, count, target, rate)
     path = Path(source)
     if path.is_dir():
-        names = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not names:
-            raise ValueError(f"{path}: no pictures in it ({', '.join(PICTURES)})")
+        names = _listed(path, target)
         stream = _stream(pipe, prompts, size, controls, sampler)
-        return _pictures(stream, map(_read, names), [file.stem for file in names], target, rate)
+        return _pictures(stream, map(read_picture, names), [file.stem for file in names], target, rate)
     if target.suffix == "":
         raise ValueError(f"--out {target}: a video becomes a video; name a file such as {target.name}.mp4")
     video = Video.open(path)
@@ -112,12 +110,20 @@ def _stream(
     return Stream(pipe, prompts[0], size=size, image=image, sampler=sampler, **controls)
 
 
-def _read(path: Path) -> Frame:
-    try:
-        with PILImage.open(path) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: not a picture that can be read ({error})") from None
+def _listed(folder: Path, target: Path) -> list[Path]:
+    """A folder's pictures, in the order of their names, which those made of them will have in `target`."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
+    if target.resolve() == folder.resolve():
+        raise ValueError(f"--out {target}: holds the pictures to be redrawn; name another folder")
+    by_stem: dict[str, Path] = {}
+    for file in files:
+        check_picture(file)
+        other = by_stem.setdefault(file.stem, file)
+        if other is not file and target.suffix == "":
+            raise ValueError(f"{file}: would become {file.stem}.png, as {other.name} would; rename one")
+    return files
 
 
 def _live(kind: str, place: str, seconds: float | None, rate: float) -> Iterator[Frame]:
@@ -181,7 +187,8 @@ def _write(pictures: Iterable[Frame], names: Sequence[str], target: Path, rate: 
         target.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures, 1):
             name = names[number - 1] if names else f"{number:06d}"
-            PILImage.fromarray(picture).save(target / f"{name}.png")
+            with written_aside(target / f"{name}.png") as (aside,):
+                PILImage.fromarray(picture).save(aside, "PNG")
         return number
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.stem}.tmp{target.suffix}")

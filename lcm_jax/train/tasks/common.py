@@ -20,8 +20,8 @@ from lcm_jax.data import (
     load_buckets,
     load_source,
 )
-from lcm_jax.data.images import Size
 from lcm_jax.data.loader import Augment, Transform
+from lcm_jax.images import Size
 
 
 @dataclass(frozen=True, kw_only=True)

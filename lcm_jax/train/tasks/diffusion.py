@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.data.images import Size
 from lcm_jax.generate import Generator, as_apply
+from lcm_jax.images import Size
 from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion, validation_losses
 from lcm_jax.pictures import check_size

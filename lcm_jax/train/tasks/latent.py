@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from lcm_jax.compiling import compiler_options
 from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
-from lcm_jax.data.images import Size
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.generate import Generator, to_float
+from lcm_jax.images import Size
 from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid

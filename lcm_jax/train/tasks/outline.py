@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcm_jax.data.images import Size
+from lcm_jax.images import Size
 from lcm_jax.nets import SD15, SDXL
 from lcm_jax.prompts import Prompts
 from lcm_jax.schedules import DDPM, RectifiedFlow

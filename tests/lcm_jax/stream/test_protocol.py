@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lcm_jax.stream import protocol
 from lcm_jax.stream.codec import MOST_PIXELS, decode, encode
@@ -148,6 +148,25 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_and_cropped_alike() -> None:
     smooth = np.asarray(Image.fromarray(picture(5, 8)).resize((1600, 1000), Image.Resampling.BICUBIC))
     data = encode(smooth, "jpeg")
     assert np.abs(decode(data, (64, 64)).astype(int) - fit(decode(data), (64, 64))).mean() < 2
+
+
+@pytest.mark.parametrize("size", [None, (32, 48)])
+def test_a_turned_jpeg_is_upright(size: tuple[int, int] | None) -> None:
+    upright = Image.fromarray(picture(5, 8)).resize((960, 640), Image.Resampling.BICUBIC)
+    exif, out = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned to the right, and so saved as turned to the left
+    upright.transpose(Image.Transpose.ROTATE_90).save(out, "JPEG", quality=95, exif=exif)
+    shown = decode(out.getvalue(), size)
+    asked = np.asarray(upright) if size is None else fit(np.asarray(upright), size)
+    assert shown.shape == asked.shape
+    assert np.abs(shown.astype(int) - asked).mean() < 2
+
+
+def test_more_than_8_bits_are_refused() -> None:
+    out = io.BytesIO()
+    Image.new("I;16", (4, 4)).save(out, "PNG")
+    with pytest.raises(ValueError, match="mode I;16 is not RGB"):
+        decode(out.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,24 @@ def test_folders_and_noise(light_pipe: Pipe, pictures: Path, tmp_path: Path) -> 
     assert "5 pictures" in said
     assert Video.open(tmp_path / "noise.mp4").frames == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "folder", "noise.mp4"]
+
+
+def test_a_folder_is_looked_through_beforehand(light_pipe: Pipe, pictures: Path, tmp_path: Path) -> None:
+    """What cannot be read, and what would be written over another, is told before anything is drawn."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(pictures, folder)
+    first, last = (sorted(folder.glob("*.png"))[i] for i in (0, -1))
+    with pytest.raises(ValueError, match="holds the pictures to be redrawn"):
+        call(light_pipe, str(folder), folder)
+    again = first.with_suffix(".jpg")
+    again.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=f"{first.name}: would become {first.stem}.png, as {again.name} would"):
+        call(light_pipe, str(folder), out)
+    again.unlink()
+    last.write_bytes(last.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{last.name}: not a readable picture"):
+        call(light_pipe, str(folder), out)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Pictures of any kind -> uint8 (height, width, 3), or one clear refusal."""
+"""Picture files of any kind -> uint8 (height, width, 3) as they are shown, or one clear refusal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Size = tuple[int, int]  # height, width in pixels
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 # 8-bit modes that PIL turns to RGB without losing range; 16-bit and float modes would be clipped without a word
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+_TOO_DEEP = "picture mode {} is not RGB; convert it to 8 bits a channel first"
 # What Pillow and the decoders beneath it raise for files that are not what they say, bombs among them
 _UNREADABLE = (
     *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError),
@@ -31,25 +32,37 @@ def check_picture(data: Path | bytes, source: str = "") -> Size:
     if isinstance(data, Path) and data.stat().st_size == 0:
         raise ValueError(f"{data}: picture of zero bytes; remove it or write it again")
     with _opened(data, source) as picture:
-        exif = Image.Image.getexif(picture)  # a PNG's own would decode it, where no orientation comes first
-        lying = exif.get(ExifTags.Base.Orientation, 1) >= 5
+        lying = lies(picture)
         picture.verify()
         return picture.size if lying else (picture.height, picture.width)
 
 
-def read_picture(data: Path | bytes, size: Size, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
-    """Decodes, turns to RGB on white, scales it to cover `size` and crops the centre. ValueError names the file.
+def read_picture(data: Path | bytes, size: Size | None = None, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
+    """As it is `shown`, scaled to cover `size` and its centre kept, if there is one. ValueError names the file.
 
     An OSError says that the file could not be read at all, which is no fault of the picture.
     """
     source = source or str(data if isinstance(data, Path) else "picture")
     with _opened(data if isinstance(data, bytes) else data.read_bytes(), source) as picture:
         picture.load()
-        return np.asarray(fit(to_rgb(ImageOps.exif_transpose(picture)), size))
+        whole = shown(picture)
+        return np.asarray(whole if size is None else fit(whole, size))
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Palettes, greyscale, CMYK and the rest to RGB; what is transparent shows white."""
+def lies(picture: Image.Image) -> bool:
+    """Whether it is shown with its sides exchanged."""
+    exif = Image.Image.getexif(picture)  # a PNG's own would decode it, where no orientation comes first
+    return exif.get(ExifTags.Base.Orientation, 1) >= 5
+
+
+def shown(picture: Image.Image) -> Image.Image:
+    """Upright, and in RGB: palettes, greyscale, CMYK and the rest; what is transparent is white.
+
+    ValueError for more than 8 bits a channel.
+    """
+    if picture.mode not in _MODES:
+        raise ValueError(_TOO_DEEP.format(picture.mode))
+    ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
@@ -75,7 +88,7 @@ def _opened(data: Path | bytes, source: str) -> Iterator[Image.Image]:
     except _UNREADABLE as error:
         raise ValueError(f"{name}: not a readable picture ({_reason(error)}); remove it or write it again") from error
     if mode not in _MODES:
-        raise ValueError(f"{name}: picture mode {mode} is not RGB; convert it to 8 bits a channel first")
+        raise ValueError(f"{name}: {_TOO_DEEP.format(mode)}")
 
 
 def _reason(error: Exception) -> str:
