@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 
 from lcm_jax import configs
-from lcm_jax.plan.planning import DUMP, Traced, compile_step, elapsed
+from lcm_jax.plan.planning import DUMP, Traced, compile_step, compilers, elapsed
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.train.sharding import make_mesh
 from lcm_jax.weights.files import read_json, write_json
@@ -82,7 +82,7 @@ def main() -> None:
         if len(runs) == 2:
             ratio = runs["unrolled"]["compiling"] / runs["scan"]["compiling"]
             lines.append(f"\n{topology}: scanned blocks compile {ratio:.1f} times faster.")
-    about = f"\njax {jax.__version__}, {os.cpu_count()} cores; `python experiments/plan/compiling.py`"
+    about = f"\n{compilers()}, {os.cpu_count()} cores; `python experiments/plan/compiling.py`"
     (RESULTS / "plan_compiling.md").write_text("\n".join([*lines, about]) + "\n")
     print("\n".join(lines))
 

@@ -20,6 +20,7 @@ from lcm_jax.chips import GIB
 from lcm_jax.compiling import memory_of
 from lcm_jax.generate import Generator
 from lcm_jax.nets import example_inputs
+from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.train.sharding import batch_sharding, make_mesh, replicated, rows_stay
 from lcm_jax.weights.families import FAMILIES
@@ -86,7 +87,7 @@ def main() -> None:
     for title, of in found.items():
         numbers = (f"{of[key]:.2f}" for key in ("peak_gib", "temporaries_gib", "traffic_gb"))
         lines.append(f"| {' | '.join([title, of['topology'], *numbers])} |")
-    about = f"\njax {jax.__version__}; `python experiments/plan/drawing.py`"
+    about = f"\n{compilers()}; `python experiments/plan/drawing.py`"
     (RESULTS / "plan_drawing.md").write_text("\n".join([*lines, about]) + "\n")
     print("\n".join(lines))
 

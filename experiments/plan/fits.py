@@ -10,10 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from lcm_jax import configs
-from lcm_jax.plan.planning import Plan, plan
+from lcm_jax.plan.planning import Plan, compilers, plan
 from lcm_jax.plan.report import table
 from lcm_jax.weights.files import read_json, write_json
 
@@ -61,7 +59,7 @@ def main() -> None:
             found["/".join(run)] = asdict(plan(config, run.topology, run.config))
             write_json(kept, found)
     plans = [Plan(**found["/".join(run)]) for run in RUNS if "/".join(run) in found]
-    (RESULTS / "plan.md").write_text(f"{table(plans)}\n{ABOUT}\njax {jax.__version__}\n")
+    (RESULTS / "plan.md").write_text(f"{table(plans)}\n{ABOUT}\n{compilers()}\n")
     print(table(plans))
 
 

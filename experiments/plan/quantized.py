@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.bench.models import GEOMETRIES
 from lcm_jax.nets import example_inputs
+from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.quantization import quantize
 from lcm_jax.reading import reading
@@ -104,7 +105,7 @@ def main() -> None:
         numbers = (f"{of[key]:.2f}" for key in ("traffic_gb", "arguments_gb", "temporaries_gb"))
         line = (title, of["topology"], f"{own['s32']}, {own.total() - own['s32']}", *numbers)
         lines.append(f"| {' | '.join(line)} |")
-    about = f"\njax {jax.__version__}; `python experiments/plan/quantized.py`"
+    about = f"\n{compilers()}; `python experiments/plan/quantized.py`"
     (RESULTS / "plan_quantized.md").write_text("\n".join([*lines, about]) + "\n")
     print("\n".join(lines))
 

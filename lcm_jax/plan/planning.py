@@ -36,6 +36,7 @@ from mmdit.attention import lowering_for
 from vae16 import portable
 
 _VERSION = 4  # of what is kept
+_COMPILERS = ("jax", "jaxlib", "libtpu")
 _TENSOR = (1, 2, 4)  # that a search tries
 
 
@@ -336,11 +337,16 @@ def _bytes_here(tree: Any, places: Any) -> int:
 
 def _digest(traced: Traced, topology: Topology) -> str:
     """Of all that a plan depends on: program, topology, mesh and its arguments, versions."""
-    names = ("jax", "jaxlib", "libtpu")
-    about = [_VERSION, topology.name, topology.chip, said(traced.mesh.shape), traced.arguments, *map(_version, names)]
+    about = [_VERSION, topology.name, topology.chip, said(traced.mesh.shape), traced.arguments]
+    about += [_version(name) for name in _COMPILERS]
     digest = hashlib.sha256("\n".join(map(str, about)).encode())
     digest.update(traced.lowered.as_text().encode())
     return digest.hexdigest()[:32]
+
+
+def compilers() -> str:
+    """Names and versions of what compiles, as far as it is installed: another may send more, or hold less."""
+    return ", ".join(f"{name} {found}" for name in _COMPILERS if (found := _version(name)))
 
 
 def _version(name: str) -> str:
