@@ -100,7 +100,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub = command("plan", text, add_help=False)
     sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
     sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
-    sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, v6e:4x4")
+    sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, h100:8")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
     sub.add_argument("--whole", action="store_true", help="run the compiler to its end, machine code too")
     sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")

@@ -38,13 +38,11 @@ _NARROW: dict[str, Options] = {
 
 @cache
 def compiler_options(*, narrow: bool = False, platform: str | None = None) -> Options:
-    """`jax.jit`'s compiler_options for the default device. narrow: for a program most of whose products are of bfloat16
-    or int8. What an XLA does not know any more is left out, and all of it for another platform than the device's.
+    """`jax.jit`'s compiler_options for a platform, by default that of the default device. narrow: for a program most of
+    whose products are of bfloat16 or int8. What an XLA does not know any more is left out.
     """
-    here = jax.default_backend()
-    if platform not in (None, here):
-        return {}
-    options = (_NARROW if narrow else _OPTIONS).get(here) or _OPTIONS.get(here, {})
+    target = platform or jax.default_backend()
+    options = (_NARROW if narrow else _OPTIONS).get(target) or _OPTIONS.get(target, {})
     return {name: value for name, value in options.items() if _known(name, value)}
 
 

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from lcm_jax.chips import GPUS
 from lcm_jax.compiling import memory_of
 from lcm_jax.flops import flops
 from lcm_jax.places import cache_dir
-from lcm_jax.plan.hlo import Program
+from lcm_jax.plan.program import Program
 from lcm_jax.plan.topologies import Topology, check_compiler, open_topology, parse
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
@@ -35,8 +36,8 @@ from lcm_jax.weights.files import read_json, write_json
 from mmdit.attention import lowering_for
 from vae16 import portable
 
-_VERSION = 4  # of what is kept
-_COMPILERS = ("jax", "jaxlib", "libtpu")
+_VERSION = 5  # of what is kept
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _TENSOR = (1, 2, 4)  # that a search tries
 
 
@@ -160,7 +161,7 @@ def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) 
     kind, sides = parse(topology)
     mesh_shape(config.loop.mesh, math.prod(sides), config.loop.batch_size)  # raises ValueError
     check_compiler(topology)
-    if whole or kind == "cpu":
+    if whole or kind in ("cpu", *GPUS):  # whose compilers write nothing before the end
         return _plan(config, topology, name, dump=None)
     with tempfile.TemporaryDirectory() as folder:  # a compiler is stopped with its process
         process = multiprocessing.get_context("spawn").Process(target=_alone, args=(config, topology, name, folder))

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from lcm_jax.chips import CHIPS, GPUS, Chip
+from lcm_jax.plan.gpus import described
 
 HOP = 1e-6  # seconds from a chip to its neighbour
 
@@ -72,7 +73,8 @@ def check_compiler(name: str) -> None:
 
 
 def open_topology(name: str) -> Topology:
-    """A topology to compile for. "v5e:8x8", "v5p:4x4x4": TPUs, by libtpu; "cpu:8": as many of this machine's.
+    """A topology to compile for. "v5e:8x8", "v5p:4x4x4": TPUs, by libtpu; "h100:8": GPUs, in nodes of eight, by JAX's
+    CUDA plugin; "cpu:8": as many of this machine's.
 
     Raises ModuleNotFoundError without the compiler of that platform, ValueError for what it does not know.
     """
@@ -80,7 +82,14 @@ def open_topology(name: str) -> Topology:
     chip = CHIPS[kind]
     check_compiler(name)
     if kind in GPUS:
-        devices = _described(name, "cuda", "x".join(map(str, (*shape, 1, 1)[:3])))
+        number = math.prod(shape)
+        if number > chip.node and number % chip.node:
+            raise ValueError(
+                f"--topology {name}: {number} GPUs are no whole nodes of {chip.node}; give a multiple of it"
+            )
+        each = min(number, chip.node)
+        target = {"target_config": described(kind), "topology": f"1x{number // each}x{each}"}
+        devices = _described(name, "cuda", name, **target)
     elif kind == "cpu":
         devices = jax.devices("cpu")
         if len(devices) != math.prod(shape):

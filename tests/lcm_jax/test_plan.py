@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
@@ -22,8 +23,8 @@ from lcm_jax.chips import CHIPS, chip_of
 from lcm_jax.flops import flops
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
-from lcm_jax.plan.hlo import Program
 from lcm_jax.plan.planning import bytes_needed, candidates
+from lcm_jax.plan.program import Program
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.tasks.common import DataConfig
@@ -220,6 +221,52 @@ def test_products_inside_a_tpus_attention() -> None:
     assert Program(text, 1).flops == (2 + 3 + 4) * 2 * 8 * 512 * 256 * 64
 
 
+LIBRARIES = """
+HloModule jit_step, frontend_attributes={a = "b"}
+
+ENTRY %main (x: bf16[2,8,8,16], k: bf16[32,3,3,16]) -> bf16[] {
+  %x = bf16[2,8,8,16]{3,2,1,0} parameter(0)
+  %k = bf16[32,3,3,16]{3,2,1,0} parameter(1)
+  %w = bf16[32,64]{1,0} parameter(2)
+  %q = bf16[2,128,4,64]{3,2,1,0} parameter(3)
+  %v = bf16[2,256,4,64]{3,2,1,0} parameter(4)
+  OPERATION
+}
+"""
+WINDOW = "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f"
+TAPS = 2 * (4 * 3 - 1) ** 2 * 2 * 16 * 32  # 8 x 8 pixels to 4 x 4: one row of taps lies outside
+CONVOLVED = 2 * (2 * 8 * 8 * 16 + 32 * 9 * 16 + 2 * 4 * 4 * 32)  # bytes
+ATTENDED = 2 * (2 * 4) * 128 * 256 * 64
+READ = 2 * 2 * (128 + 256) * 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("operation", "flops", "traffic"),
+    [
+        ('%y = (bf16[2,4,4,32]{3,2,1,0}, u8[4096]{0}) custom-call(%x, %k), WINDOW, '
+         'custom_call_target="__cudnn$convForward"', TAPS, CONVOLVED),
+        ('%y = (bf16[32,3,3,16]{3,2,1,0}, u8[4096]{0}) custom-call(%x, %g), WINDOW, '
+         'custom_call_target="__cudnn$convBackwardFilter"', TAPS, CONVOLVED),
+        ('%y = (bf16[2,8,8,16]{3,2,1,0}, u8[0]{0}) custom-call(%g, %k), WINDOW, '
+         'custom_call_target="__cudnn$convBackwardInput"', TAPS, CONVOLVED),
+        ('%y = (f32[32,32]{1,0}, s8[4194304]{0}) custom-call(%w, %w), custom_call_target="__cublas$lt$matmul", '
+         'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
+         '"rhs_contracting_dimensions":["1"]}}}', 2 * 32 * 32 * 64, 32 * 64 * 2 + 32 * 32 * 4),
+        ('%y = (bf16[2,4,128,64]{3,1,2,0}, f32[2,4,128]{2,1,0}, u8[64]{0}) custom-call(%q, %v, %v), '
+         'custom_call_target="__cudnn$fmhaSoftmax"', 2 * ATTENDED, READ + 2 * 2 * 4 * 128 * 64 + 4 * 2 * 4 * 128),
+        ('%y = (bf16[2,4,128,64]{3,1,2,0}, bf16[2,4,256,64]{3,1,2,0}, u8[64]{0}) custom-call(%q, %v, %v), '
+         'custom_call_target="__cudnn$fmhaSoftmaxBackward"', 5 * ATTENDED, 2 * READ),
+        ('%y = f32[32]{0} custom-call(%w), custom_call_target="__gpu$TopK"', 0, 32 * 64 * 2 + 32 * 4),
+    ],
+)  # fmt: skip
+def test_what_gpus_leave_to_libraries(operation: str, flops: int, traffic: int) -> None:
+    """cuBLAS and cuDNN count as the product, convolution or attention that they are; workspaces are no traffic."""
+    gradient = "%g = bf16[2,4,4,32]{3,2,1,0} bitcast(%q)\n  ROOT "
+    program = Program(LIBRARIES.replace("OPERATION", gradient + operation.replace("WINDOW", WINDOW)), 1)
+    assert program.flops == flops
+    assert program.bytes == traffic
+
+
 def test_flops_of_what_is_mapped_over_devices() -> None:
     mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, kernel = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.float32)
@@ -332,6 +379,21 @@ def test_without_the_compiler_it_says_what_to_install(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_gpus_come_in_whole_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def described(name: str, platform: str, said: str, **options: Any) -> list[Any]:
+        asked.append(options["topology"])
+        return [None] * int(np.prod(list(map(int, options["topology"].split("x")))))
+
+    monkeypatch.setattr(topologies, "find_spec", lambda name: True)
+    monkeypatch.setattr(topologies, "_described", described)
+    assert [len(open_topology(f"h100:{sides}").devices) for sides in ("1", "8", "2x8")] == [1, 8, 16]
+    assert asked == ["1x1x1", "1x1x8", "1x2x8"]
+    with pytest.raises(ValueError, match="12 GPUs are no whole nodes of 8"):
+        open_topology("a100:12")
+
+
 def test_a_topology_has_as_many_devices_as_this_process() -> None:
     with pytest.raises(ValueError, match=r"this process has 1 CPU devices"):
         open_topology("cpu:8")
@@ -394,6 +456,19 @@ def test_a_step_planned_for_eight_devices(tmp_path: Path) -> None:
     assert steps == sorted(steps)
     whole = next(each for each in found if each["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1})
     assert 0 <= whole["arguments"] - (5 * square // 8 + ROWS // 8 * WIDTH * 4) <= 32
+
+
+@pytest.mark.skipif(find_spec("jax_cuda13_plugin") is None, reason="JAX's CUDA plugin compiles for GPUs")
+def test_a_step_planned_for_gpus_that_are_not_there(tmp_path: Path) -> None:
+    script = SCRIPT.replace("cpu:8", "h100:8").replace('search(config, "h100:8", "linear")', "()")
+    environment = os.environ | {"LCM_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (split,) = json.loads(done.stdout)
+    assert split["model_flops"] == split["flops"] == 3 * 2 * (ROWS // 8) * WIDTH * WIDTH
+    assert sum(each["bytes"] for each in split["collectives"].values()) >= 2 * WIDTH * WIDTH * 4 * 7 / 8
 
 
 SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
