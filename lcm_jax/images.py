@@ -32,9 +32,9 @@ def check_picture(data: Path | bytes, source: str = "") -> Size:
     if isinstance(data, Path) and data.stat().st_size == 0:
         raise ValueError(f"{data}: picture of zero bytes; remove it or write it again")
     with _opened(data, source) as picture:
-        lying = lies(picture)
+        turned = sideways(picture)
         picture.verify()
-        return picture.size if lying else (picture.height, picture.width)
+        return picture.size if turned else (picture.height, picture.width)
 
 
 def read_picture(data: Path | bytes, size: Size | None = None, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
@@ -49,7 +49,7 @@ def read_picture(data: Path | bytes, size: Size | None = None, source: str = "")
         return np.asarray(whole if size is None else fit(whole, size))
 
 
-def lies(picture: Image.Image) -> bool:
+def sideways(picture: Image.Image) -> bool:
     """Whether it is shown with its sides exchanged."""
     exif = Image.Image.getexif(picture)  # a PNG's own would decode it, where no orientation comes first
     return exif.get(ExifTags.Base.Orientation, 1) >= 5

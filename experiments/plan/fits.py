@@ -29,6 +29,10 @@ RUNS = (
     Run("sd3_medium_lcm", "v5e:8x8", "fsdp=64"),
     Run("sd35_large_lcm", "v5p:4x4x4", "fsdp=64"),
     Run("mmdit_d24", "v5e:8x8", "fsdp=64"),
+    Run("sd15_lcm", "h100:8", "data=8"),
+    Run("sdxl_lcm", "h100:8", "fsdp=8"),
+    Run("sd3_medium_lcm", "h100:8", "fsdp=8"),
+    Run("mmdit_d24", "h100:8", "fsdp=8"),
 )
 
 
@@ -48,12 +52,12 @@ of traffic in a step of 1520 ms and more (18% MFU), sd35_large_lcm 13.07, 3185 a
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[run.config for run in RUNS], help="configs to plan now")
+    parser.add_argument("--only", nargs="*", default=[], help="configs or topologies to plan now (default: all)")
     arguments = parser.parse_args()
     kept = RESULTS / "plan.json"
     found = read_json(kept) if kept.is_file() else {}
     for run in RUNS:
-        if run.config in arguments.only:
+        if not arguments.only or {run.config, run.topology} & set(arguments.only):
             config = configs.get(run.config)
             config = replace(config, loop=replace(config.loop, mesh=run.mesh))
             found["/".join(run)] = asdict(plan(config, run.topology, run.config))

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from lcm_jax.images import lies, shown
+from lcm_jax.images import shown, sideways
 from lcm_jax.stream.stream import fit
 
 Form = Literal["auto", "jpeg", "png"]
@@ -40,7 +40,7 @@ def decode(
             raise ValueError(f"a picture may have {most_pixels} pixels, and this one has {width} x {height}")
         try:
             if size is not None:
-                picture.draft("RGB", size if lies(picture) else size[::-1])
+                picture.draft("RGB", size if sideways(picture) else size[::-1])
             pixels = np.asarray(shown(picture))
         except Exception as error:
             raise ValueError(f"a picture cannot be read: {error!s:.100}") from None
