@@ -1,6 +1,7 @@
-"""Large runs planned for TPU slices: `python experiments/plan/fits.py [--only NAME ...]` writes results/plan.{json,md}.
+"""Large runs planned for TPUs and GPUs: `python experiments/plan/fits.py [--only NAME ...]` writes results/plan.*.
 
-Each is compiled once and kept (lcm_jax.plan), so the table can grow from call to call. libtpu is needed, a TPU is not.
+Each is compiled once and kept (lcm_jax.plan), so the table can grow from call to call. libtpu and JAX's CUDA plugin are
+needed, a TPU and a GPU are not.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ ABOUT = """
 Of one chip and one step, `python experiments/plan/fits.py`. Each row is the training step of a registered config
 (distillation: teacher, student, moving average and AdamW; bfloat16 computation on float32 weights, recomputed blocks),
 compiled for the slice on a machine without a TPU as far as the scheduled program and its memory; no machine code.
+Those for H100s are compiled to the end, but without the choice of algorithms, for which a card is needed; what they
+leave to cuBLAS and cuDNN counts as the product, convolution or attention that it is.
 compute is a roofline: of every operation the longer of its FLOPs' and its memory traffic's time. communication is that
 of all collectives on links of the published rate. step and MFU: if all of it overlaps with compute, and if none does.
 

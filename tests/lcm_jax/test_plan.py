@@ -23,7 +23,7 @@ from lcm_jax.chips import CHIPS, chip_of
 from lcm_jax.flops import flops
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
-from lcm_jax.plan.planning import bytes_needed, candidates
+from lcm_jax.plan.planning import _digest, bytes_needed, candidates
 from lcm_jax.plan.program import Program
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.schedules import DDPM
@@ -392,6 +392,19 @@ def test_gpus_come_in_whole_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["1x1x1", "1x1x8", "1x2x8"]
     with pytest.raises(ValueError, match="12 GPUs are no whole nodes of 8"):
         open_topology("a100:12")
+
+
+def test_a_plan_is_known_again_by_its_program() -> None:
+    """In which a call to cuDNN names where this process keeps the rules of its partitioning."""
+
+    def digest(text: str) -> str:
+        lowered, mesh = SimpleNamespace(as_text=lambda: text), SimpleNamespace(shape={"data": 2})
+        traced: Any = SimpleNamespace(mesh=mesh, arguments=1, lowered=lowered)
+        return _digest(traced, torus("v5e", 2, 2))
+
+    call = '%1 = stablehlo.custom_call @CustomSPMDPartitioning(%0) {{backend_config = "{}"}} : tensor<{}xf32>'
+    assert digest(call.format(140122359132880, 4)) == digest(call.format(140339688824336, 4))
+    assert digest(call.format(140122359132880, 4)) != digest(call.format(140122359132880, 5))
 
 
 def test_a_topology_has_as_many_devices_as_this_process() -> None:
