@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 _EXTRAS = {
@@ -17,3 +18,11 @@ def require(extra: str) -> None:
     missing = [name for name in _EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"{', '.join(missing)} not installed; pip install 'lcm-jax[{extra}]'")
+
+
+def version_of(package: str) -> str | None:
+    """Of what is installed; None for what is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

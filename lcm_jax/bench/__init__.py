@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lcm_jax.bench.measure import Cost, Result, Row, ceilings, measure, table
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, SCALES
 from lcm_jax.bench.networks import MEASURED, Options, Titled
 from lcm_jax.bench.peers import PEERS
+from lcm_jax.extras import version_of
 from lcm_jax.quantization import PARTS
 from lcm_jax.weights.files import write_json
 
@@ -126,7 +126,7 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
 
 def provenance() -> dict[str, Any]:
     """Of a measurement: device (a CPU's model), date, Python and the versions of what is installed."""
-    versions = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+    versions = {name: found for name in _PACKAGES if (found := version_of(name)) is not None}
     return {"device": _device(), "date": str(date.today()), "python": sys.version.split()[0], "versions": versions}
 
 
@@ -135,10 +135,3 @@ def _device() -> str:
     kind, told = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", told.read_text()) if kind == "cpu" and told.exists() else None
     return kind if model is None else f"{model.group(1)}, {len(os.sched_getaffinity(0))} processors"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

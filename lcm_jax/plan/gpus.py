@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 from lcm_jax.chips import CHIPS
+from lcm_jax.extras import version_of
 
 KIB, MIB = 2**10, 2**20
 
@@ -65,7 +64,4 @@ def described(kind: str) -> str:
 
 def _cudnn() -> str:
     """The version beside JAX's CUDA plugin; the oldest that JAX takes where it comes from elsewhere."""
-    for cuda in (13, 12):
-        with suppress(PackageNotFoundError):
-            return version(f"nvidia-cudnn-cu{cuda}")
-    return "9.8"
+    return version_of("nvidia-cudnn-cu13") or version_of("nvidia-cudnn-cu12") or "9.8"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,6 +47,12 @@ class Instruction:
     literal: str  # what stands in the parentheses
     root: bool
 
+    @property
+    def target(self) -> str:
+        """Of a custom-call: what is called."""
+        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
     def called(self, *keys: str) -> list[str]:
         """The computations that an attribute names."""
         found = []
@@ -56,13 +62,13 @@ class Instruction:
         return found
 
 
-Computation = dict[str, Instruction]
+Computation = Mapping[str, Instruction]
 
 
-def read_module(text: str) -> tuple[dict[str, Computation], str]:
+def read_module(text: str) -> tuple[Mapping[str, Computation], str]:
     """Its computations by their names, the instructions of each by theirs, and which of them is executed."""
-    computations: dict[str, Computation] = {}
-    entry, current = None, Computation()
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = None, dict[str, Instruction]()
     for line in text.splitlines():
         header = _COMPUTATION_LINE.match(line)
         if header:

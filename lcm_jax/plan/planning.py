@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from jax.sharding import Mesh
 
 from lcm_jax.chips import GPUS
 from lcm_jax.compiling import memory_of
+from lcm_jax.extras import version_of
 from lcm_jax.flops import flops
 from lcm_jax.places import cache_dir
 from lcm_jax.plan.program import Program
@@ -340,7 +340,7 @@ def _bytes_here(tree: Any, places: Any) -> int:
 def _digest(traced: Traced, topology: Topology) -> str:
     """Of all that a plan depends on: program, topology, mesh and its arguments, versions."""
     about = [_VERSION, topology.name, topology.chip, said(traced.mesh.shape), traced.arguments]
-    about += [_version(name) for name in _COMPILERS]
+    about += [version_of(name) or "" for name in _COMPILERS]
     digest = hashlib.sha256("\n".join(map(str, about)).encode())
     digest.update(_POINTER.sub("", traced.lowered.as_text()).encode())
     return digest.hexdigest()[:32]
@@ -348,14 +348,7 @@ def _digest(traced: Traced, topology: Topology) -> str:
 
 def compilers() -> str:
     """Names and versions of what compiles, as far as it is installed: another may send more, or hold less."""
-    return ", ".join(f"{name} {found}" for name in _COMPILERS if (found := _version(name)))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    return ", ".join(f"{name} {found}" for name in _COMPILERS if (found := version_of(name)))
 
 
 def bytes_needed(error: str) -> int | None:

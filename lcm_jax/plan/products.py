@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lcm_jax.plan.hlo import Instruction
+from lcm_jax.plan.hlo import Computation, Instruction
 
 _FLASH = {"flash_attention": 2, "flash_mha_bwd_dq": 3, "flash_mha_bwd_dkv": 4}  # products of jax's kernels for TPUs
 _FLASH_NAME = re.compile("|".join(_FLASH))
@@ -19,18 +19,19 @@ _FLASH_NAME = re.compile("|".join(_FLASH))
 _FUSED = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 
 Dims = tuple[int, ...]
-Computation = Mapping[str, Instruction]
 
 
 def flops_of(op: Instruction, computation: Computation) -> float:
     """One multiplication and addition are two. None but of products: sums and functions of single numbers are free."""
+    if op.opcode not in ("dot", "convolution", "custom-call"):
+        return 0.0
     given = [computation[name].shapes[0].dims for name in op.operands[:2] if computation[name].shapes]
     if op.opcode == "dot":
         summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.attributes)
         return _product(op.shapes[0].dims, given[0], summed[1].split(",") if summed else [])
     if op.opcode == "convolution":
         return _convolution(op, given[0], given[1], op.shapes[0].dims)
-    return _library(op, given) if op.opcode == "custom-call" else 0.0
+    return _library(op, given)
 
 
 def _library(op: Instruction, given: list[Dims]) -> float:
@@ -38,8 +39,7 @@ def _library(op: Instruction, given: list[Dims]) -> float:
     if kernel := _FLASH_NAME.match(op.name):
         (*many, length, width), (*_, others, _) = given
         return 2.0 * _FLASH[kernel[0]] * math.prod(many) * length * others * width
-    called = re.search(r'custom_call_target="([^"]*)"', op.attributes)
-    name, result = called[1] if called else "", op.shapes[0].dims
+    name, result = op.target, op.shapes[0].dims
     if name.startswith("__cublas$"):
         summed = re.search(r'"lhs_contracting_dimensions":(\[[^\]]*\])', op.attributes)
         return _product(result, given[0], json.loads(summed[1]) if summed else [])

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from lcm_jax.plan.hlo import Instruction, read_module
+from lcm_jax.plan.hlo import Computation, Instruction, read_module
 from lcm_jax.plan.products import flops_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -22,7 +22,6 @@ _FREE = (  # of memory traffic: they name or arrange what others made
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"),
 )
-_LIBRARY = 'custom_call_target="__cu'
 _CARRIERS = (*COLLECTIVES, "custom-call", "parameter", "tuple", "get-tuple-element")
 
 
@@ -109,16 +108,14 @@ class Program:
             else:
                 yield from self._one(op, computation, times)
 
-    def _one(self, op: Instruction, computation: Mapping[str, Instruction], times: int) -> Iterator[Work]:
+    def _one(self, op: Instruction, computation: Computation, times: int) -> Iterator[Work]:
         moved = self._collective(op, computation)
         if moved is not None:
             yield Work(times=times, collective=moved)
         elif op.opcode not in _FREE and not op.opcode.endswith("-done"):
             yield Work(times=times, flops=flops_of(op, computation), bytes=_traffic(op, computation))
 
-    def _fused(
-        self, op: Instruction, computation: Mapping[str, Instruction], inside: str, times: int
-    ) -> Iterator[Work]:
+    def _fused(self, op: Instruction, computation: Computation, inside: str, times: int) -> Iterator[Work]:
         """A fusion: what it reads and writes, and the FLOPs and the collectives inside."""
         body = self.computations[inside]
         flops, collectives = 0.0, []
@@ -138,7 +135,7 @@ class Program:
         yield from (Work(times=times, collective=moved) for moved in collectives)
         yield Work(times=times, flops=flops, bytes=_fusion_traffic(op, computation, body))
 
-    def _collective(self, op: Instruction, computation: Mapping[str, Instruction]) -> Collective | None:
+    def _collective(self, op: Instruction, computation: Computation) -> Collective | None:
         kind = op.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return None
@@ -166,7 +163,7 @@ class Program:
         listed = re.search(r"replica_groups=\{\{([\d,]*)\}", op.attributes)
         return tuple(map(int, listed[1].split(","))) if listed else tuple(range(self.devices))
 
-    def _trips(self, op: Instruction, computation: Mapping[str, Instruction]) -> int:
+    def _trips(self, op: Instruction, computation: Computation) -> int:
         """How often a loop runs: as XLA says, or as a counter does that is compared with a constant."""
         known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', op.attributes)
         if known:
@@ -186,14 +183,14 @@ class Program:
         return 1
 
 
-def _origin(computation: Mapping[str, Instruction], name: str) -> Instruction:
+def _origin(computation: Computation, name: str) -> Instruction:
     """What was copied, or is known under another shape."""
     while computation[name].opcode in ("copy", "bitcast"):
         (name,) = computation[name].operands
     return computation[name]
 
 
-def _traffic(op: Instruction, computation: Mapping[str, Instruction]) -> float:
+def _traffic(op: Instruction, computation: Computation) -> float:
     """Bytes read and written by an operation by itself."""
     if op.opcode in ("dynamic-slice", "gather", "slice"):
         return 2.0 * sum(shape.traffic for shape in op.shapes)
@@ -203,12 +200,12 @@ def _traffic(op: Instruction, computation: Mapping[str, Instruction]) -> float:
         return float(op.shapes[0].traffic + sum(shape.traffic for shape in computation[op.operands[0]].shapes))
     read = sum(shape.traffic for name in dict.fromkeys(op.operands) for shape in computation[name].shapes)
     made = op.shapes
-    if _LIBRARY in op.attributes:  # cuBLAS and cuDNN name the workspace that they may use among their results
+    if op.target.startswith(("__cublas$", "__cudnn$")):  # whose workspaces are among their results
         made = (made[0], *(shape for shape in made[1:] if len(shape.dims) > 1))
     return float(read + sum(shape.traffic for shape in made))
 
 
-def _fusion_traffic(op: Instruction, computation: Mapping[str, Instruction], body: Mapping[str, Instruction]) -> float:
+def _fusion_traffic(op: Instruction, computation: Computation, body: Computation) -> float:
     """Of an operand that is only sliced inside, the slices are read; of one that is updated in place, the update; what
     a collective carries through is not."""
     total = 0.0
