@@ -10,8 +10,8 @@ from typing import Any
 from lcm_jax import bench, demo, quantization
 from lcm_jax.convert import FORMATS
 from lcm_jax.exported import PLATFORMS
-from lcm_jax.messages import HelpFormatter
 from lcm_jax.pipeline import DTYPES
+from lcm_jax.runtime.messages import HelpFormatter
 from lcm_jax.sampling import SAMPLERS
 
 Run = Callable[[argparse.Namespace, Sequence[str]], None]

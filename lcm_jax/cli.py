@@ -22,12 +22,12 @@ from lcm_jax.arguments import parser
 from lcm_jax.convert import LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
 from lcm_jax.exported import Exported, write_program
-from lcm_jax.extras import require
-from lcm_jax.images import read_picture
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
 from lcm_jax.pipeline import DTYPES, Pipeline, load
-from lcm_jax.places import use_compilation_cache
+from lcm_jax.runtime.cache import use_compilation_cache
+from lcm_jax.runtime.image_io import read_picture
+from lcm_jax.runtime.optional_deps import require
 from lcm_jax.train import distributed
 from lcm_jax.train.sharding import make_mesh
 

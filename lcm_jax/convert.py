@@ -15,10 +15,11 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax.lora import CLIP_TARGETS, DEFAULT_TARGETS, MMDIT_TARGETS, extract
-from lcm_jax.messages import few
+from lcm_jax.runtime.atomic_files import replacing, write_json
+from lcm_jax.runtime.messages import few
 from lcm_jax.weights import orbax
 from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_safetensors, replacing, write_json
+from lcm_jax.weights.files import read_safetensors
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora import FILE_NAMES, load_lora, load_loras, lora_components, save_loras
 from lcm_jax.weights.lora_names import Format

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFont
 from safetensors.numpy import load_file
 
 from lcm_jax.evaluate import ClipMetric, generate
 from lcm_jax.pipeline import Pipeline, load
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.image_grid import labelled_grid
+from lcm_jax.weights.files import read_json
 from lcm_jax.weights.hub import locate
 
 GUIDANCE = 4.0
@@ -104,24 +104,3 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['precision']:>11.2f}{row['recall']:>8.2f}"
         )
     return "\n".join(lines)
-
-
-def labelled_grid(
-    titles: Sequence[str], labels: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
-) -> PILImage.Image:
-    """One row for each label, one column for each strip; pictures enlarged by `zoom`."""
-    side = strips[0].shape[1] * zoom
-    font = ImageFont.load_default(size=15)
-    gap, left, top = 6, 290, 48
-    canvas = PILImage.new("RGB", (left + len(strips) * (side + gap), top + len(labels) * (side + gap)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for j, (title, strip) in enumerate(zip(titles, strips, strict=True)):
-        x = left + j * (side + gap)
-        draw.multiline_text((x + side / 2, top / 2), title, fill="black", font=font, anchor="mm", align="center")
-        for i, picture in enumerate(strip):
-            tile = PILImage.fromarray(picture).resize((side, side), PILImage.Resampling.LANCZOS)
-            canvas.paste(tile, (x, top + i * (side + gap)))
-    for i, prompt in enumerate(labels):
-        y = top + i * (side + gap) + side / 2
-        draw.multiline_text((left - 12, y), prompt, fill="black", font=font, anchor="rm", align="right")
-    return canvas

@@ -1,8 +1,8 @@
 """A pipeline's program in a file: traced ahead of time, and run without tracing a network again.
 
 The file is a zip archive of header.json and program.bin, StableHLO as `jax.export` writes it: versioned, without
-weights, and no pickle. The machine code that XLA makes of it is in the compilation cache (`lcm_jax.places`), so that
-where the file was made it starts at once, and on another machine after XLA's own time.
+weights, and no pickle. The machine code that XLA makes of it is in the compilation cache (`lcm_jax.runtime.cache`), so
+that where the file was made it starts at once, and on another machine after XLA's own time.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import numpy as np
 from jax import export
 from jaxtyping import UInt8
 
-from lcm_jax.compiling import compiler_options
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.prompts import Ids, pair_texts
 from lcm_jax.reading import narrow
+from lcm_jax.runtime.atomic_files import written_aside
+from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.sampling import SAMPLERS, Grid, pad
 from lcm_jax.typing import Array, Params
-from lcm_jax.weights.files import written_aside
 from mmdit.attention import lowering_for
 from mmdit.text import zero_prompt
 from vae16 import portable

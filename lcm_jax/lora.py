@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lcm_jax.messages import few
+from lcm_jax.runtime.messages import few
 from lcm_jax.typing import Array, Key, Params
 from mmdit.blocks import flat_dot
 

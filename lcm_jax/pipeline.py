@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 
-from lcm_jax.compiling import compiler_options
 from lcm_jax.generate import Generator, SkipLayers
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.parameterization import add_noise
@@ -25,6 +24,7 @@ from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.prompts import Prompts, pair_texts
 from lcm_jax.quantization import Quantized, check_part, rounder
 from lcm_jax.reading import narrow
+from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept

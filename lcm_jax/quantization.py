@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Float
 
-from lcm_jax.extras import require
 from lcm_jax.products import Products
+from lcm_jax.runtime.optional_deps import require
 from lcm_jax.typing import Array, Params
 from mmdit.cpu_attention import largest
 from vae16.layers import folded

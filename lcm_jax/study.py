@@ -21,12 +21,13 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lcm_jax.messages import HelpFormatter
 from lcm_jax.metrics import ranks, spearman
 from lcm_jax.overrides import override
-from lcm_jax.places import use_compilation_cache
+from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.cache import use_compilation_cache
+from lcm_jax.runtime.messages import HelpFormatter
 from lcm_jax.train.config import TrainConfig
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.files import read_json
 
 SCALES = ("tiny", "gpu", "paper")
 Scores = Mapping[str, float]

@@ -22,7 +22,7 @@ from playwright.sync_api import sync_playwright
 
 from lcm_jax.bench import provenance
 from lcm_jax.bench.serving import serving
-from lcm_jax.weights.files import write_json
+from lcm_jax.runtime.atomic_files import write_json
 
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]

@@ -22,9 +22,10 @@ import numpy as np
 
 import lcm_jax
 from lcm_jax import configs
-from lcm_jax.demo import GUIDANCE, labelled_grid
+from lcm_jax.demo import GUIDANCE
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.objectives import METHODS, GrowingPairs, ShrinkingPairs
+from lcm_jax.runtime.image_grid import labelled_grid
 from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.cost import step_cost

@@ -24,8 +24,8 @@ from safetensors.numpy import save_file
 import lcm_jax
 from lcm_jax.data import load_source
 from lcm_jax.evaluate import ClipMetric
+from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.typing import Params
-from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import Component, load_component, save_component, without_shift
 
 BUNDLED = Path(lcm_jax.__file__).parent / "bundled"

@@ -16,15 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.bench.models import GEOMETRIES
-from lcm_jax.chips import GIB
-from lcm_jax.compiling import memory_of
 from lcm_jax.generate import Generator
 from lcm_jax.nets import example_inputs
 from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
+from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.compiler_options import memory_of
+from lcm_jax.runtime.hardware import GIB
 from lcm_jax.train.sharding import batch_sharding, make_mesh, replicated, rows_stay
 from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.files import read_json
 from lcm_jax.weights.scheduler import read_scheduler
 from lcm_jax.weights.shapes import abstract_params
 from mmdit import example_inputs as mmdit_inputs

@@ -24,8 +24,9 @@ from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.quantization import quantize
 from lcm_jax.reading import reading
+from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.files import read_json
 from lcm_jax.weights.shapes import abstract_params
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.attention import cut_over, lowering_for

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import halves
-from lcm_jax.compiling import compiler_options, memory_of
-from lcm_jax.flops import flops
 from lcm_jax.reading import narrow
+from lcm_jax.runtime.compiler_options import compiler_options, memory_of
+from lcm_jax.runtime.flops import flops
 from mmdit.attention import lowering_for
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lcm_jax.images import Size
+from lcm_jax.runtime.image_io import Size
 
 
 def bucket_sizes(side: int, multiple: int = 16, aspect: float = 2.0) -> tuple[Size, ...]:

@@ -30,7 +30,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from lcm_jax.weights.files import write_json
+from lcm_jax.runtime.atomic_files import write_json
 
 MANIFEST = "manifest.json"
 _FORMAT = 2

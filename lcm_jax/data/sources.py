@@ -32,8 +32,8 @@ from lcm_jax.data import openmoji
 from lcm_jax.data.buckets import nearest_bucket
 from lcm_jax.data.cache import MANIFEST, Cache, open_cache
 from lcm_jax.data.tars import find_tars, read_samples
-from lcm_jax.images import SUFFIXES, Size, check_picture, read_picture
-from lcm_jax.places import cache_dir
+from lcm_jax.runtime.cache import cache_dir
+from lcm_jax.runtime.image_io import SUFFIXES, Size, check_picture, read_picture
 
 OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading

@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
-from lcm_jax.images import SUFFIXES
+from lcm_jax.runtime.image_io import SUFFIXES
 
 _BLOCK = 512
 _TEXT = ".txt"

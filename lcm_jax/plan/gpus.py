@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lcm_jax.chips import CHIPS
-from lcm_jax.extras import version_of
+from lcm_jax.runtime.hardware import CHIPS
+from lcm_jax.runtime.optional_deps import version_of
 
 KIB, MIB = 2**10, 2**20
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lcm_jax.chips import GIB
 from lcm_jax.plan.planning import Plan, said
+from lcm_jax.runtime.hardware import GIB
 
 
 def describe(plan: Plan) -> str:

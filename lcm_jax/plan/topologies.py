@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from lcm_jax.chips import CHIPS, GPUS, Chip
 from lcm_jax.plan.gpus import described
+from lcm_jax.runtime.hardware import CHIPS, GPUS, Chip
 
 HOP = 1e-6  # seconds from a chip to its neighbour
 

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
-from lcm_jax.images import shown, sideways
+from lcm_jax.runtime.image_io import shown, sideways
 from lcm_jax.stream.stream import fit
 
 Form = Literal["auto", "jpeg", "png"]

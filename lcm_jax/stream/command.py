@@ -17,12 +17,12 @@ from jaxtyping import UInt8
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from lcm_jax.images import SUFFIXES, check_picture, read_picture
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.runtime.atomic_files import written_aside
+from lcm_jax.runtime.image_io import SUFFIXES, check_picture, read_picture
 from lcm_jax.stream.queues import Behind, Latest, ahead
 from lcm_jax.stream.stream import Stream
 from lcm_jax.stream.video import Video, Writer, restyle, working_size
-from lcm_jax.weights.files import written_aside
 
 Frame = UInt8[np.ndarray, "h w 3"]
 VIDEOS = (".mp4", ".mkv", ".mov", ".m4v", ".webm", ".avi", ".nut")

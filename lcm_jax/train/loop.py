@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lcm_jax.flops import flops
+from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.flops import flops
 from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, explain, is_main
 from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -40,7 +41,7 @@ from lcm_jax.train.sharding import (
 )
 from lcm_jax.train.step import Loss, Metrics, Parallel, Step, TrainState, make_train_step
 from lcm_jax.typing import Key, Params
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.files import read_json
 
 
 class Batches(Protocol):

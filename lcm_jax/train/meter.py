@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lcm_jax.chips import GIB, chip_of
+from lcm_jax.runtime.hardware import GIB, chip_of
 
 WARM = 10  # steps before those that are traced: compilation, and what fills caches
 

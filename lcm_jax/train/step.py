@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcm_jax.compiling import compiler_options
+from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.train.pmap import AXIS, OverDevices, own_rows
 from lcm_jax.train.sharding import Placement, replicated, rows_stay
 from lcm_jax.typing import Array, Key, Params

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lcm_jax.messages import few, other_depths
+from lcm_jax.runtime.messages import few, other_depths
 from lcm_jax.typing import Array
 from lcm_jax.weights.device import place
 from lcm_jax.weights.files import is_finite, let_go

@@ -7,23 +7,21 @@ for. Everything is written aside in the same folder and then renamed: a reader s
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import re
-import shutil
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from lcm_jax.messages import few
+from lcm_jax.runtime.atomic_files import _dump, written_aside
+from lcm_jax.runtime.messages import few
 
 _DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which writes the last ones first
     "BOOL": np.bool_,
@@ -269,20 +267,6 @@ def _index(path: Path) -> Path:
     return path.with_name(f"{stem}.safetensors.index.json")
 
 
-@contextlib.contextmanager
-def written_aside(*paths: Path) -> Iterator[list[Path]]:
-    """Names beside `paths` (of one folder) to write to, renamed to them in order at the end and removed on failure."""
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    asides = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
-    try:
-        yield asides
-        for aside, path in zip(asides, paths, strict=True):
-            os.replace(aside, path)
-    finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
-
-
 def _describe(name: str, tensor: Any) -> _Entry:
     """dtype, shape and size of what is to be written, without fetching it."""
     tensor = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
@@ -376,29 +360,3 @@ def read_json(path: str | os.PathLike[str], *, limit: int = _JSON_LIMIT) -> dict
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, not an object")
     return value
-
-
-def _dump(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Writes a JSON object at once or not at all."""
-    with written_aside(Path(path)) as (aside,):
-        _dump(aside, value)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place at the end, or is removed on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
-    try:
-        aside.mkdir()
-        yield aside
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-    finally:
-        for rest in (aside, old):
-            shutil.rmtree(rest, ignore_errors=True)

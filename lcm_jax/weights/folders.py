@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from lcm_jax.prompts import Prompts
+from lcm_jax.runtime.atomic_files import replacing, write_json
 from lcm_jax.weights.engine import Shardings
 from lcm_jax.weights.families import DENOISERS
-from lcm_jax.weights.files import replacing, write_json
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.model import Model, dispensable, read_folder
 from lcm_jax.weights.parts import Component, read_part, to_component, to_part, write_part

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lcm_jax.messages import few, other_depths
 from lcm_jax.nets import UNetConfig
+from lcm_jax.runtime.messages import few, other_depths
 from lcm_jax.weights.parts import Lazy
 from mmdit import MMDiTConfig
 from vae16 import AutoencoderConfig

@@ -24,8 +24,8 @@ import numpy as np
 from flax import traverse_util
 
 from lcm_jax.lora import Adapters, shapes
-from lcm_jax.messages import few
 from lcm_jax.nets import RULES_UNET
+from lcm_jax.runtime.messages import few
 from lcm_jax.weights.engine import Rules
 from lcm_jax.weights.families import DENOISERS
 from lcm_jax.weights.files import read_safetensors, save_tensors

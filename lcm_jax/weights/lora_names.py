@@ -15,7 +15,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.messages import few
+from lcm_jax.runtime.messages import few
 from lcm_jax.weights.files import is_finite
 
 Format = Literal["peft", "diffusers", "kohya"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcm_jax.messages import few
+from lcm_jax.runtime.messages import few
 from lcm_jax.weights.files import read_metadata, read_safetensors, save_tensors
 from lcm_jax.weights.layouts import (
     Layout,

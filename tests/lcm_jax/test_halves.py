@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from lcm_jax import halves
-from lcm_jax.compiling import compiler_options
 from lcm_jax.products import Products
 from lcm_jax.quantization import quantize
 from lcm_jax.reading import narrow, reading
+from lcm_jax.runtime.compiler_options import compiler_options
 from mmdit.attention import lowering_for
 from mmdit.text import T5Config, T5Encoder
 from vae16.convolution import convolve

@@ -9,7 +9,7 @@ import pytest
 from PIL import ExifTags, Image, ImageOps
 
 from lcm_jax.cli import read_image
-from lcm_jax.images import check_picture, read_picture
+from lcm_jax.runtime.image_io import check_picture, read_picture
 
 
 def turned(path: Path, orientation: int) -> np.ndarray:

@@ -16,13 +16,13 @@ from flax import traverse_util
 import lcm_jax
 from lcm_jax import quantization
 from lcm_jax.cli import main
-from lcm_jax.compiling import compiler_options
 from lcm_jax.generate import as_apply
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
 from lcm_jax.quantization import quantize
 from lcm_jax.reading import reading
+from lcm_jax.runtime.compiler_options import compiler_options
 from mmdit import MMDiT, MMDiTConfig
 from mmdit import example_inputs as mmdit_inputs
 from vae16.layers import NearestConv
@@ -242,7 +242,7 @@ def test_what_cannot_be_is_refused(
         own.quantized("int8w", "clip")
     with pytest.raises(ValueError, match="in int8, which save does not take"):
         own.save(tiny_model.with_name("other"))
-    monkeypatch.setattr("lcm_jax.extras.find_spec", lambda name: None)
+    monkeypatch.setattr("lcm_jax.runtime.optional_deps.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"qwix not installed; pip install 'lcm-jax\[quant\]'"):
         quantization.check("int8")
 

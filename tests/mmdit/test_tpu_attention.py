@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, AxisType
 
-from lcm_jax.flops import flops
+from lcm_jax.runtime.flops import flops
 from mmdit import attention as module
 from mmdit import tpu_attention
 from mmdit.attention import attention

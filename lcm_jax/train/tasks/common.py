@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-from einops import rearrange
-from jaxtyping import UInt8
-
 from lcm_jax.data import (
     BucketLoader,
     CaptionMix,
@@ -21,7 +17,7 @@ from lcm_jax.data import (
     load_source,
 )
 from lcm_jax.data.loader import Augment, Transform
-from lcm_jax.images import Size
+from lcm_jax.runtime.image_io import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +97,3 @@ def loader(*sources: Any, transform: Transform | None = None, augment: Augment |
         return iter(BucketLoader.of(sources, batch_size, seed, **options))
 
     return start
-
-
-def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:
-    """Rows of at most `columns` pictures as one picture, white where the last row ends early."""
-    columns = min(columns, len(images))
-    missing = -len(images) % columns
-    filled = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], constant_values=255)
-    return rearrange(filled, "(r q) h w c -> (r h) (q w) c", q=columns)

@@ -18,7 +18,7 @@ from lcm_jax import lora
 from lcm_jax.data import Cache, Source, cached
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.objectives import Diffusion
-from lcm_jax.places import cache_dir
+from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task

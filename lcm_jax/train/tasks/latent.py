@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lcm_jax.compiling import compiler_options
 from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.generate import Generator, to_float
-from lcm_jax.images import Size
-from lcm_jax.places import cache_dir
 from lcm_jax.prompts import Prompts
+from lcm_jax.runtime.cache import cache_dir
+from lcm_jax.runtime.compiler_options import compiler_options
+from lcm_jax.runtime.image_grid import grid
+from lcm_jax.runtime.image_io import Size
 from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.train.sharding import Rowwise, by_path, make_mesh, parts_of
-from lcm_jax.train.tasks.common import DataConfig, grid, loader
+from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import class_name, denoiser_of
 from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder

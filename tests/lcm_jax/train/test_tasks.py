@@ -25,6 +25,7 @@ from lcm_jax.objectives import (
     method,
 )
 from lcm_jax.overrides import flatten
+from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig, fit
@@ -39,7 +40,6 @@ from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig, graft
 from lcm_jax.train.tasks.latent import ENCODE_BATCH, Conditioner
 from lcm_jax.train.tasks.locked import LockedImageTask
 from lcm_jax.train.tasks.masked import MaskedTask
-from lcm_jax.weights.files import write_json
 from lcm_jax.weights.folders import Component, load_component
 from mmdit import MMDiTConfig
 from mmdit.text import Tokenizer

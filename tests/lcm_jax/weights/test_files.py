@@ -20,6 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights import hub
 from lcm_jax.weights.files import (
     check_finite,
@@ -29,7 +30,6 @@ from lcm_jax.weights.files import (
     read_metadata,
     read_safetensors,
     save_tensors,
-    write_json,
 )
 from lcm_jax.weights.hub import locate, wanted
 

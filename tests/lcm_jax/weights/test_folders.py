@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Kind, Schedule
 from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json, write_json
+from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.scheduler import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config

@@ -1,0 +1,1 @@
+"""What everything stands on: compiler options, caches, hardware figures, FLOPs, atomic files, image files."""

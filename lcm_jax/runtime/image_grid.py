@@ -1,0 +1,40 @@
+"""Many pictures as one: a plain grid, and a grid with a title over each column and a label beside each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import UInt8
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+
+
+def labelled_grid(
+    titles: Sequence[str], labels: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
+) -> PILImage.Image:
+    """One row for each label, one column for each strip; pictures enlarged by `zoom`."""
+    side = strips[0].shape[1] * zoom
+    font = ImageFont.load_default(size=15)
+    gap, left, top = 6, 290, 48
+    canvas = PILImage.new("RGB", (left + len(strips) * (side + gap), top + len(labels) * (side + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for j, (title, strip) in enumerate(zip(titles, strips, strict=True)):
+        x = left + j * (side + gap)
+        draw.multiline_text((x + side / 2, top / 2), title, fill="black", font=font, anchor="mm", align="center")
+        for i, picture in enumerate(strip):
+            tile = PILImage.fromarray(picture).resize((side, side), PILImage.Resampling.LANCZOS)
+            canvas.paste(tile, (x, top + i * (side + gap)))
+    for i, prompt in enumerate(labels):
+        y = top + i * (side + gap) + side / 2
+        draw.multiline_text((left - 12, y), prompt, fill="black", font=font, anchor="rm", align="right")
+    return canvas
+
+
+def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:
+    """Rows of at most `columns` pictures as one picture, white where the last row ends early."""
+    columns = min(columns, len(images))
+    missing = -len(images) % columns
+    filled = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], constant_values=255)
+    return rearrange(filled, "(r q) h w c -> (r h) (q w) c", q=columns)
