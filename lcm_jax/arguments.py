@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_jax import bench, demo, quantization
+from lcm_jax import bench, demo
 from lcm_jax.convert import FORMATS
 from lcm_jax.exported import PLATFORMS
 from lcm_jax.pipeline import DTYPES
+from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter
 from lcm_jax.sampling import SAMPLERS
 

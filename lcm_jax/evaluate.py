@@ -27,9 +27,9 @@ from lcm_jax.metrics import (
     report,
     ssim,
 )
+from lcm_jax.parallel.sharding import Rowwise, batch_sharding, make_mesh, parts_of, place, replicated
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.reading import reading
-from lcm_jax.train.sharding import Rowwise, batch_sharding, make_mesh, parts_of, place, replicated
+from lcm_jax.precision.context import reading
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component
 from lcm_jax.weights.hub import locate

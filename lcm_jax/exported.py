@@ -24,8 +24,8 @@ from jax import export
 from jaxtyping import UInt8
 
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.precision.context import narrow
 from lcm_jax.prompts import Ids, pair_texts
-from lcm_jax.reading import narrow
 from lcm_jax.runtime.atomic_files import written_aside
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.sampling import SAMPLERS, Grid, pad

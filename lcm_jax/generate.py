@@ -18,8 +18,8 @@ from lcm_jax.guidance import cfg, skip_layer_guidance
 from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attending import Memory, given, keys_values, remembering
 from lcm_jax.parameterization import bind
-from lcm_jax.quantization import Quantized
-from lcm_jax.reading import reading
+from lcm_jax.precision.context import reading
+from lcm_jax.precision.quantization import Quantized
 from lcm_jax.sampling import Grid, Sampler, sample
 from lcm_jax.solvers import Inpaint, Kept
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time

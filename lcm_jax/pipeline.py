@@ -19,16 +19,16 @@ from jaxtyping import Bool, Float, UInt8
 
 from lcm_jax.generate import Generator, SkipLayers
 from lcm_jax.lora import Adapters, merge
+from lcm_jax.parallel.sharding import cut_rows, place, rows_stay, tree_shardings, whole
 from lcm_jax.parameterization import add_noise
 from lcm_jax.pictures import check_pictures, check_size, latent_mask
+from lcm_jax.precision.context import narrow
+from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.prompts import Prompts, pair_texts
-from lcm_jax.quantization import Quantized, check_part, rounder
-from lcm_jax.reading import narrow
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.sampling import SAMPLERS, Grid, Sampler, Spacing, pad, time_grid, truncate
 from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.solvers import TCD, Kept
-from lcm_jax.train.sharding import cut_rows, place, rows_stay, tree_shardings, whole
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
@@ -95,7 +95,7 @@ class Pipeline:
         )
 
     def spread(self, mesh: Mesh) -> None:
-        """From now on draw on all devices of a mesh (`lcm_jax.train.sharding.make_mesh`): the parameters lie as in
+        """From now on draw on all devices of a mesh (`lcm_jax.parallel.sharding.make_mesh`): the parameters lie as in
         training, the pictures of a call are cut along the batch and are the same for any number of devices.
 
         Of several processes all must make the same calls; each encodes the texts by itself.

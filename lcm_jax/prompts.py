@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.reading import narrow, reading
+from lcm_jax.precision.context import narrow, reading
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion

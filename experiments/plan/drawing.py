@@ -2,7 +2,7 @@
 
 `python experiments/plan/drawing.py` writes results/plan_drawing.{json,md}: what a chip holds and moves that has one
 picture, as `Pipeline.spread` and the previews of a training have it, and if attention were not told how the rows lie
-(`lcm_jax.train.sharding.rows_stay`). Parameters are bfloat16 and on every chip. Minutes for each.
+(`lcm_jax.parallel.sharding.rows_stay`). Parameters are bfloat16 and on every chip. Minutes for each.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from lcm_jax.bench.models import GEOMETRIES
 from lcm_jax.generate import Generator
 from lcm_jax.nets import example_inputs
+from lcm_jax.parallel.sharding import batch_sharding, make_mesh, replicated, rows_stay
 from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.compiler_options import memory_of
 from lcm_jax.runtime.hardware import GIB
-from lcm_jax.train.sharding import batch_sharding, make_mesh, replicated, rows_stay
 from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.scheduler import read_scheduler

@@ -22,8 +22,8 @@ from lcm_jax.bench.models import GEOMETRIES
 from lcm_jax.nets import example_inputs
 from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
-from lcm_jax.quantization import quantize
-from lcm_jax.reading import reading
+from lcm_jax.precision.context import reading
+from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.files import read_json

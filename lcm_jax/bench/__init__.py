@@ -18,7 +18,7 @@ from lcm_jax.bench.measure import Cost, Result, Row, ceilings, measure, table
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, SCALES
 from lcm_jax.bench.networks import MEASURED, Options, Titled
 from lcm_jax.bench.peers import PEERS
-from lcm_jax.quantization import PARTS
+from lcm_jax.precision.quantization import PARTS
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.optional_deps import version_of
 

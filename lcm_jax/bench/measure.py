@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import halves
-from lcm_jax.reading import narrow
+from lcm_jax.precision import bfloat16_cpu
+from lcm_jax.precision.context import narrow
 from lcm_jax.runtime.compiler_options import compiler_options, memory_of
 from lcm_jax.runtime.flops import flops
 from mmdit.attention import lowering_for
@@ -82,7 +82,7 @@ def ceilings(dtype: str) -> Ceilings:
     flat = jax.random.normal(jax.random.key(1), (length // a.dtype.itemsize,), dtype)
 
     in_halves = jax.default_backend() == "cpu" and dtype == "bfloat16"
-    multiply = halves.PRODUCTS.multiply if in_halves else jnp.matmul
+    multiply = bfloat16_cpu.PRODUCTS.multiply if in_halves else jnp.matmul
 
     def again(body: Callable[[Any], Any]) -> Callable[..., Any]:
         loop = partial(jax.lax.fori_loop, 0, _AGAIN, lambda _, x: body(x))

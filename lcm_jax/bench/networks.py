@@ -15,8 +15,8 @@ from lcm_jax.bench import peers
 from lcm_jax.bench.measure import Row, program
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.nets import example_inputs
-from lcm_jax.quantization import quantize
-from lcm_jax.reading import reading
+from lcm_jax.precision.context import reading
+from lcm_jax.precision.quantization import quantize
 from lcm_jax.typing import Params
 from lcm_jax.weights.folders import Component
 from mmdit import example_inputs as mmdit_inputs

@@ -17,7 +17,7 @@ from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.metrics import psnr
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.quantization import PARTS
+from lcm_jax.precision.quantization import PARTS
 from lcm_jax.stream import Stream
 
 PROMPT = "red heart"

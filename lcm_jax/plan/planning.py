@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from lcm_jax.parallel.sharding import make_mesh, mesh_shape
 from lcm_jax.plan.program import Program
 from lcm_jax.plan.topologies import Topology, check_compiler, open_topology, parse
 from lcm_jax.runtime.atomic_files import write_json
@@ -32,7 +33,6 @@ from lcm_jax.runtime.hardware import GPUS
 from lcm_jax.runtime.optional_deps import version_of
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
-from lcm_jax.train.sharding import make_mesh, mesh_shape
 from lcm_jax.weights.files import read_json
 from mmdit.attention import lowering_for
 from vae16 import portable

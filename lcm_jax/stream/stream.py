@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 from lcm_jax.lora import Adapters, merge_all
 from lcm_jax.pictures import latent_mask
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.reading import narrow
+from lcm_jax.precision.context import narrow
 from lcm_jax.sampling import SAMPLERS
 from lcm_jax.stream.controls import Controls, blended_noise
 from lcm_jax.stream.prompts import PromptCache

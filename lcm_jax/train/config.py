@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import tyro
 
 from lcm_jax.overrides import flatten
+from lcm_jax.parallel.distributed import is_main
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.train.distributed import is_main
 from lcm_jax.train.loop import LoopConfig, check_writable, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.step import TrainState

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
+from lcm_jax.parallel.sharding import make_mesh
 from lcm_jax.runtime.compiler_options import memory_of
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
-from lcm_jax.train.sharding import make_mesh
 
 
 @dataclass(frozen=True, kw_only=True)

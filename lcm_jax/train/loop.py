@@ -17,13 +17,9 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.runtime.flops import flops
-from lcm_jax.train.distributed import Preempted, Preemption, Watchdog, explain, is_main
-from lcm_jax.train.meter import Meter, Profile
-from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.pmap import in_line
-from lcm_jax.train.sharding import (
+from lcm_jax.parallel.distributed import Preempted, Preemption, Watchdog, explain, is_main
+from lcm_jax.parallel.pmap import in_line
+from lcm_jax.parallel.sharding import (
     RULES,
     MeshConfig,
     Placement,
@@ -39,6 +35,10 @@ from lcm_jax.train.sharding import (
     tree_shardings,
     whole,
 )
+from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.flops import flops
+from lcm_jax.train.meter import Meter, Profile
+from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.step import Loss, Metrics, Parallel, Step, TrainState, make_train_step
 from lcm_jax.typing import Key, Params
 from lcm_jax.weights.files import read_json

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lcm_jax.parallel.pmap import AXIS, OverDevices, own_rows
+from lcm_jax.parallel.sharding import Placement, replicated, rows_stay
 from lcm_jax.runtime.compiler_options import compiler_options
-from lcm_jax.train.pmap import AXIS, OverDevices, own_rows
-from lcm_jax.train.sharding import Placement, replicated, rows_stay
 from lcm_jax.typing import Array, Key, Params
 
 Metrics = dict[str, Array]

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax import halves
-from lcm_jax.products import Products
-from lcm_jax.quantization import quantize
-from lcm_jax.reading import narrow, reading
+from lcm_jax.precision import bfloat16_cpu
+from lcm_jax.precision.context import narrow, reading
+from lcm_jax.precision.layer_overrides import Products
+from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.compiler_options import compiler_options
 from mmdit.attention import lowering_for
 from mmdit.text import T5Config, T5Encoder
@@ -139,5 +139,7 @@ def test_no_kernel_is_whole_in_float32_before_its_turn(kind: str) -> None:
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of XLA:CPU")
 def test_a_cpu_takes_products_made_for_halves() -> None:
     x = jnp.ones((64, 64), jnp.bfloat16)
-    taken = jax.jit(halves.PRODUCTS.multiply, compiler_options=compiler_options(narrow=True)).lower(x, x).compile()
+    taken = (
+        jax.jit(bfloat16_cpu.PRODUCTS.multiply, compiler_options=compiler_options(narrow=True)).lower(x, x).compile()
+    )
     assert "__ynn_fusion" in taken.as_text()

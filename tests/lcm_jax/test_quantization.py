@@ -14,14 +14,14 @@ import pytest
 from flax import traverse_util
 
 import lcm_jax
-from lcm_jax import quantization
 from lcm_jax.cli import main
 from lcm_jax.generate import as_apply
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
-from lcm_jax.quantization import quantize
-from lcm_jax.reading import reading
+from lcm_jax.precision import quantization
+from lcm_jax.precision.context import reading
+from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.compiler_options import compiler_options
 from mmdit import MMDiT, MMDiTConfig
 from mmdit import example_inputs as mmdit_inputs

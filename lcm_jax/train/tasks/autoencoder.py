@@ -15,9 +15,9 @@ import numpy as np
 from lcm_jax.data import Source
 from lcm_jax.generate import to_float, to_uint8
 from lcm_jax.metrics import psnr
+from lcm_jax.parallel.sharding import Rowwise, by_path
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.train.loop import Task
-from lcm_jax.train.sharding import Rowwise, by_path
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.train.tasks.latent import at_once, own_devices

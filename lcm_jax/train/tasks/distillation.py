@@ -16,9 +16,9 @@ from lcm_jax import lora
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets.critic import Heads, features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
+from lcm_jax.parallel.sharding import by_path
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
-from lcm_jax.train.sharding import by_path
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial

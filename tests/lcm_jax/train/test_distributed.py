@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from lcm_jax.train import distributed
+from lcm_jax.parallel import distributed
 
 JOB = Path(__file__).with_name("job.py")
 LOOP = {"steps": 10, "batch_size": 8, "log_every": 1, "save_every": 100, "preview_every": 100, "ema": 0.9}

@@ -16,10 +16,10 @@ import pytest
 import lcm_jax
 from lcm_jax import lora
 from lcm_jax.objectives import Diffusion
+from lcm_jax.parallel.sharding import Rowwise, make_mesh
 from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import LoopConfig, Task, fit
 from lcm_jax.train.optimizer import OptimizerConfig
-from lcm_jax.train.sharding import Rowwise, make_mesh
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.distillation import LoraConfig
 from lcm_jax.train.tasks.finetune import Beside, FinetuneTask

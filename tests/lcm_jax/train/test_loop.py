@@ -16,9 +16,9 @@ import pytest
 from tensorboardX import SummaryWriter
 
 from lcm_jax.data import Loader
+from lcm_jax.parallel.pmap import AXIS, own_rows
 from lcm_jax.train.loop import LoopConfig, Task, checkpoints, fit
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.pmap import AXIS, own_rows
 from lcm_jax.train.step import TrainState, ema_decay, make_train_step
 
 POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]

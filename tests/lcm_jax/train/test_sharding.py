@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from lcm_jax.parallel.sharding import MeshConfig, create, cut_rows, make_mesh, rows_here, tree_shardings, whole
 from lcm_jax.train.loop import LoopConfig
-from lcm_jax.train.sharding import MeshConfig, create, cut_rows, make_mesh, rows_here, tree_shardings, whole
 
 JOB = Path(__file__).with_name("job.py")
 LAYOUTS: dict[str, dict[str, Any]] = {

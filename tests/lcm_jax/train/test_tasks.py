@@ -25,12 +25,12 @@ from lcm_jax.objectives import (
     method,
 )
 from lcm_jax.overrides import flatten
+from lcm_jax.parallel.sharding import Rowwise, make_mesh
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
-from lcm_jax.train.sharding import Rowwise, make_mesh
 from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask, TinyAutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig

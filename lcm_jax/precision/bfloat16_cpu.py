@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import BFloat16, Float
 
-from lcm_jax.products import Products
+from lcm_jax.precision.layer_overrides import Products
 from lcm_jax.typing import Array, Params
 from vae16.convolution import halves
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Float
 
-from lcm_jax.products import Products
+from lcm_jax.precision.layer_overrides import Products
 from lcm_jax.runtime.optional_deps import require
 from lcm_jax.typing import Array, Params
 from mmdit.cpu_attention import largest

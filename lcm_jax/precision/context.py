@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from lcm_jax import halves, quantization
+from lcm_jax.precision import bfloat16_cpu, quantization
 from lcm_jax.typing import Params
 from mmdit.attention import halved, platform
 
@@ -18,7 +18,7 @@ def reading(params: Params) -> Iterator[Params]:
     """
     with contextlib.ExitStack() as stack:
         if platform() == "cpu":
-            stack.enter_context(halves.PRODUCTS.around())
+            stack.enter_context(bfloat16_cpu.PRODUCTS.around())
         if quantization.in_8_bits(params):
             stack.enter_context(quantization.PRODUCTS.around())
             stack.enter_context(halved())
@@ -27,4 +27,4 @@ def reading(params: Params) -> Iterator[Params]:
 
 def narrow(*params: Params) -> bool:
     """Whether the products of some networks are of fewer bits than float32's: see `compiling.compiler_options`."""
-    return any(quantization.in_8_bits(tree) or halves.is_half(tree) for tree in params)
+    return any(quantization.in_8_bits(tree) or bfloat16_cpu.is_half(tree) for tree in params)

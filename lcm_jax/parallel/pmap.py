@@ -16,7 +16,7 @@ import jax.extend.random
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcm_jax.train.sharding import Placement
+from lcm_jax.parallel.sharding import Placement
 from lcm_jax.typing import Array, Key
 
 AXIS = "devices"

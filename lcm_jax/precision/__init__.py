@@ -1,0 +1,1 @@
+"""The precision in which a network multiplies: bfloat16 on CPUs, int8, fp8."""
