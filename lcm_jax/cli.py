@@ -250,8 +250,8 @@ def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     require("serve")
-    from lcm_jax.stream.server import serve
-    from lcm_jax.stream.service import Config, beginning
+    from lcm_jax.serve.server import serve
+    from lcm_jax.serve.service import Config, beginning
 
     pipe, options = _load(arguments)
     names = ("host", "port", "max_sessions", "max_waiting", "idle_timeout", "token")

@@ -27,7 +27,7 @@ from lcm_jax.bench import provenance
 from lcm_jax.bench.serving import serving
 from lcm_jax.bench.stream import moving_scene
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.stream import protocol
+from lcm_jax.serve import protocol
 
 PROMPTS = ("cat face", "red heart", "dog face", "tree")
 ON_THE_WAY, CHANGES = 2, 250  # frames; frames from one change of the controls to the next

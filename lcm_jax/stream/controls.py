@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from lcm_jax.sampling import Sampler, Spacing, time_grid
 from lcm_jax.schedules import Schedule
-from lcm_jax.stream.prompts import CAPACITY, Blend, Weighted
+from lcm_jax.stream.prompt_cache import CAPACITY, Blend, Weighted
 
 Guidance = Literal["none", "self", "onetime", "full"]
 GRID = 50  # times that t_index counts, LCM's own

@@ -19,7 +19,7 @@ from lcm_jax.pipeline import Pipeline
 from lcm_jax.precision.context import narrow
 from lcm_jax.sampling import SAMPLERS
 from lcm_jax.stream.controls import Controls, blended_noise
-from lcm_jax.stream.prompts import PromptCache
+from lcm_jax.stream.prompt_cache import PromptCache
 from lcm_jax.stream.similarity import SimilarityFilter
 from lcm_jax.stream.step import Program, Settings, State, Weights, compiled, probing
 from lcm_jax.typing import Array, Cond, Params

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lcm_jax.serve.engine import WORTH, Busy, Engine
+from lcm_jax.serve.session import Answer, Compiling, Ended, Event, Frame, Now, Session
 from lcm_jax.stream import Controls, Stream
-from lcm_jax.stream.engine import WORTH, Busy, Engine
-from lcm_jax.stream.session import Answer, Compiling, Ended, Event, Frame, Now, Session
 
 SECONDS = 300.0  # that anything may take on a machine that has other things to do
 
@@ -154,7 +154,7 @@ def test_sessions_are_isolated(
 def test_sessions_share_a_call_when_they_meet_often(
     begin: Callable[..., Engine], moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcm_jax.stream import engine as module
+    from lcm_jax.serve import engine as module
 
     sizes: list[int] = []
     original = module.run
@@ -181,7 +181,7 @@ def test_a_new_program_stops_nobody(
     engine: Engine, make: Callable[[Controls], Stream], moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is compiled others stream, and so does who asked, with the controls of before."""
-    from lcm_jax.stream import engine as module
+    from lcm_jax.serve import engine as module
 
     allowed = threading.Event()
     original = module.rehearse
@@ -201,7 +201,7 @@ def test_a_new_program_stops_nobody(
 
 
 def test_a_program_that_is_not_wanted_any_more_is_not_compiled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lcm_jax.stream import engine as module
+    from lcm_jax.serve import engine as module
 
     begun, allowed, made = threading.Event(), threading.Event(), list[int]()
 
@@ -253,7 +253,7 @@ def test_a_failure_ends_its_session_only(engine: Engine, moving: list[np.ndarray
 def test_a_call_of_a_group_that_fails_ends_its_members_only(
     engine: Engine, moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lcm_jax.stream import engine as module
+    from lcm_jax.serve import engine as module
 
     original = module.run
 

@@ -11,7 +11,7 @@ import pytest
 
 import lcm_jax
 from lcm_jax.stream.controls import blended_noise
-from lcm_jax.stream.prompts import PromptCache, lerp, slerp
+from lcm_jax.stream.prompt_cache import PromptCache, lerp, slerp
 
 
 def test_lerp_is_the_mean() -> None:

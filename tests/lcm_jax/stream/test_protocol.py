@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from lcm_jax.stream import protocol
-from lcm_jax.stream.codec import MOST_PIXELS, decode, encode
+from lcm_jax.serve import protocol
+from lcm_jax.serve.codec import MOST_PIXELS, decode, encode
+from lcm_jax.serve.protocol import Bye
 from lcm_jax.stream.controls import Controls
-from lcm_jax.stream.protocol import Bye
 from lcm_jax.stream.stream import fit
 
 

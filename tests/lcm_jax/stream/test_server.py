@@ -27,13 +27,13 @@ from websockets.sync.client import ClientConnection, connect
 
 import lcm_jax
 from lcm_jax.bench.serving import serving
+from lcm_jax.serve.codec import decode, encode
+from lcm_jax.serve.connection import MOST_MESSAGES, out, push
+from lcm_jax.serve.protocol import FRAME, MOST_BYTES, PICTURE, SAME, pack, unpack
+from lcm_jax.serve.server import FILES, PAGE, Server, listen
+from lcm_jax.serve.service import Config, Service
+from lcm_jax.serve.session import Answer, Frame
 from lcm_jax.stream import Controls, Stream
-from lcm_jax.stream.codec import decode, encode
-from lcm_jax.stream.connection import MOST_MESSAGES, out, push
-from lcm_jax.stream.protocol import FRAME, MOST_BYTES, PICTURE, SAME, pack, unpack
-from lcm_jax.stream.server import FILES, PAGE, Server, listen
-from lcm_jax.stream.service import Config, Service
-from lcm_jax.stream.session import Answer, Frame
 
 SECONDS = 120.0
 START = Controls(prompt="a", similarity=None)
@@ -399,7 +399,7 @@ def test_a_connection_begins_with_a_good_hello(house: House, hello: str | bytes,
 
 
 def test_who_says_no_hello_is_sent_away(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcm_jax.stream.connection.HELLO_SECONDS", 0.2)
+    monkeypatch.setattr("lcm_jax.serve.connection.HELLO_SECONDS", 0.2)
     with connect(f"ws://127.0.0.1:{house.port}/ws") as socket:
         assert "no hello" in json.loads(socket.recv(SECONDS))["reason"]
 
@@ -448,9 +448,9 @@ def test_a_line_of_those_who_wait(open_house: Callable[..., House], moving: list
 def test_a_client_that_never_reads_costs_nothing_and_is_let_go(
     pipe: Any, open_house: Callable[..., House], moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcm_jax.stream.connection.SEND_SECONDS", 2.0)
+    monkeypatch.setattr("lcm_jax.serve.connection.SEND_SECONDS", 2.0)
     # With what follows its end a picture is large enough to fill what lies between server and client.
-    monkeypatch.setattr("lcm_jax.stream.connection.encode", lambda *args: encode(*args) + bytes(50_000))
+    monkeypatch.setattr("lcm_jax.serve.connection.encode", lambda *args: encode(*args) + bytes(50_000))
     house = open_house()
     house.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     alone = solo(pipe)
@@ -779,8 +779,8 @@ def test_only_so_many_pictures_wait_and_streams_go_on(
 
 
 def test_only_so_many_requests_are_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lcm_jax.stream.images.MOST_READ", 2)
-    monkeypatch.setattr("lcm_jax.stream.images.BODY_SECONDS", 1.0)
+    monkeypatch.setattr("lcm_jax.serve.http_images.MOST_READ", 2)
+    monkeypatch.setattr("lcm_jax.serve.http_images.BODY_SECONDS", 1.0)
     slow = [socket.create_connection(("127.0.0.1", house.port)) for _ in range(2)]
     for own in slow:  # the head of a request, whose body never comes
         own.sendall(b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")

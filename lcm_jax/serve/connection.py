@@ -12,14 +12,14 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from lcm_jax.stream import protocol
-from lcm_jax.stream.codec import MOST_PIXELS, decode, encode
+from lcm_jax.serve import protocol
+from lcm_jax.serve.codec import MOST_PIXELS, decode, encode
+from lcm_jax.serve.protocol import PICTURE, SAME, Binary, Bye, message
+from lcm_jax.serve.service import Service
+from lcm_jax.serve.session import Answer, Compiling, Ended, Event, Frame, Now, Session
+from lcm_jax.serve.telemetry import Telemetry
+from lcm_jax.serve.waiting_line import Full
 from lcm_jax.stream.controls import MOST_STEPS, MOST_TEXT
-from lcm_jax.stream.line import Full
-from lcm_jax.stream.protocol import PICTURE, SAME, Binary, Bye, message
-from lcm_jax.stream.service import Service
-from lcm_jax.stream.session import Answer, Compiling, Ended, Event, Frame, Now, Session
-from lcm_jax.stream.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 HELLO_SECONDS = 10.0  # that a client has to say hello

@@ -28,10 +28,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.stream.connection import Connection
-from lcm_jax.stream.images import Images, error
-from lcm_jax.stream.protocol import MOST_BYTES
-from lcm_jax.stream.service import Config, Service
+from lcm_jax.serve.connection import Connection
+from lcm_jax.serve.http_images import Images, error
+from lcm_jax.serve.protocol import MOST_BYTES
+from lcm_jax.serve.service import Config, Service
 
 PAGE = Path(__file__).parent / "page"
 FILES = sorted(path.name for path in PAGE.iterdir())

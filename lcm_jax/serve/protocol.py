@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
-from lcm_jax.stream.codec import Form
+from lcm_jax.serve.codec import Form
 from lcm_jax.stream.controls import Controls
 
 VERSION = 1

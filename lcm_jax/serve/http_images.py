@@ -16,10 +16,10 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from lcm_jax.stream.codec import decode, encode
+from lcm_jax.serve.codec import decode, encode
+from lcm_jax.serve.engine import Busy
+from lcm_jax.serve.service import Service
 from lcm_jax.stream.controls import MOST_TEXT
-from lcm_jax.stream.engine import Busy
-from lcm_jax.stream.service import Service
 
 MOST_BODY = 16_000_000  # bytes of a request
 MOST_READ = 16  # requests that are read and drawn at once

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from lcm_jax.stream.session import Answer
+from lcm_jax.serve.session import Answer
 
 QUANTILES = (0.5, 0.95, 0.99)
 WINDOW = 1000  # latencies that quantiles are of: the last ones

@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from lcm_jax.serve.compiled_programs import Programs, call_of, kind_of, rehearse, together
+from lcm_jax.serve.session import Compiling, Ended, Frame, Session
 from lcm_jax.stream.controls import Controls
-from lcm_jax.stream.programs import Programs, call_of, kind_of, rehearse, together
-from lcm_jax.stream.session import Compiling, Ended, Frame, Session
 from lcm_jax.stream.stream import Job, Stream, run
 
 log = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import jax
 
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.serve.engine import Engine
+from lcm_jax.serve.protocol import GOING_AWAY, Bye
+from lcm_jax.serve.telemetry import Telemetry
+from lcm_jax.serve.waiting_line import Line
 from lcm_jax.stream.controls import Controls
-from lcm_jax.stream.engine import Engine
-from lcm_jax.stream.line import Line
-from lcm_jax.stream.protocol import GOING_AWAY, Bye
 from lcm_jax.stream.stream import Stream
-from lcm_jax.stream.telemetry import Telemetry
 
 SPARE_SOCKETS = 256  # connections beyond those that stream and wait: they are told that there is no room
 FAREWELL = 2.0  # seconds
