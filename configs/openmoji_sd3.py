@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lcm_jax.configs.openmoji import TOKENS
 from lcm_jax.configs.registry import register
+from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.lora import MMDIT_TARGETS
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation, LogitNormal, TextEncoders
-from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig

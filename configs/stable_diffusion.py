@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from lcm_jax.configs.registry import register
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import LatentConsistencyDistillation
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig

@@ -9,11 +9,11 @@ from typing import Any
 
 from lcm_jax import bench, demo
 from lcm_jax.convert import FORMATS
+from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.exported import PLATFORMS
 from lcm_jax.pipeline import DTYPES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter
-from lcm_jax.sampling import SAMPLERS
 
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
 

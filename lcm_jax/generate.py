@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lcm_jax.consistency import consistency
-from lcm_jax.guidance import cfg, skip_layer_guidance
+from lcm_jax.diffusion.consistency_function import consistency
+from lcm_jax.diffusion.guidance import cfg, skip_layer_guidance
+from lcm_jax.diffusion.parameterization import bind
+from lcm_jax.diffusion.samplers import Sampler
+from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.solvers import Inpaint, Kept
+from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attending import Memory, given, keys_values, remembering
-from lcm_jax.parameterization import bind
 from lcm_jax.precision.context import reading
 from lcm_jax.precision.quantization import Quantized
-from lcm_jax.sampling import Grid, Sampler, sample
-from lcm_jax.solvers import Inpaint, Kept
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
 from vae16 import AutoencoderKL, AutoencoderTiny, scale, unscale
 

@@ -15,8 +15,8 @@ import pytest
 from flax import traverse_util
 
 import mmdit
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
-from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.weights.folders import Component, Folder, save_component, save_folder
 from lcm_jax.weights.scheduler import scheduler_config
 from mmdit import MMDiT, MMDiTConfig

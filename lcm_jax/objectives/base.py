@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lcm_jax.guidance import cfg
+from lcm_jax.diffusion.guidance import cfg
+from lcm_jax.diffusion.parameterization import bind, noise_further
 from lcm_jax.objectives.terms import check, drop_captions, frozen, hinge, without_caption
-from lcm_jax.parameterization import bind, noise_further
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Kind, Nets, Params, Schedule
 
 

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lcm_jax.consistency import consistency
+from lcm_jax.diffusion.consistency_function import consistency
+from lcm_jax.diffusion.parameterization import add_noise, bind, expand
+from lcm_jax.diffusion.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
 from lcm_jax.objectives.base import FewStep
 from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, without_caption
-from lcm_jax.parameterization import add_noise, bind, expand
-from lcm_jax.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
 
 Target = Literal["ema", "online"]

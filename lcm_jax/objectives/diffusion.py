@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from lcm_jax.diffusion.parameterization import add_noise, output, rows, target
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.objectives.terms import Distance, TextEncoders, by_quarter, check, distance, drop_captions, drop_encoders
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, even_times, uniform_times
-from lcm_jax.parameterization import add_noise, output, rows, target
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Schedule
 
 # Named one by one, so that their numbers can be set from the command line.

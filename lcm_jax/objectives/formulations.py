@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, log_snr
+from lcm_jax.diffusion.solvers import Euler
+from lcm_jax.diffusion.time_grids import even_grid, karras_grid, pad
 from lcm_jax.objectives.diffusion import Density, Diffusion
 from lcm_jax.objectives.times import CosMap, LogitNormal, Mode
-from lcm_jax.sampling import even_grid, karras_grid, pad, sample
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, log_snr
-from lcm_jax.solvers import Euler
 from lcm_jax.typing import Denoiser, Image, Kind, Schedule
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.schedules import log_snr
+from lcm_jax.diffusion.schedules import log_snr
 from lcm_jax.typing import Key, Schedule, Time
 
 Pair = tuple[Float[Array, " n"], Float[Array, " n"]]

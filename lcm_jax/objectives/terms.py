@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lcm_jax.parameterization import expand
+from lcm_jax.diffusion.parameterization import expand
 from lcm_jax.typing import Array, Cond, Key
 
 Distance = Literal["l2", "huber", "huber_whole"]

@@ -21,7 +21,7 @@ from jax.scipy.special import logit, ndtri
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
-from lcm_jax.schedules import DDPM
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.typing import Key, Schedule
 
 Times = Callable[[Key, int], Float[Array, " n"]]  # (key, n) -> times of the schedule

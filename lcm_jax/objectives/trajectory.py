@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from lcm_jax.diffusion.parameterization import add_noise, jump
+from lcm_jax.diffusion.schedules import whole
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, Target
 from lcm_jax.objectives.terms import Distance, distance, frozen
-from lcm_jax.parameterization import add_noise, jump
-from lcm_jax.schedules import whole
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lcm_jax.sampling import Sampler, Spacing, time_grid
-from lcm_jax.schedules import Schedule
+from lcm_jax.diffusion.samplers import Sampler, time_grid
+from lcm_jax.diffusion.schedules import Schedule
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.stream.prompt_cache import CAPACITY, Blend, Weighted
 
 Guidance = Literal["none", "self", "onetime", "full"]

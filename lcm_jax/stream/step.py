@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from lcm_jax.consistency import consistency
+from lcm_jax.diffusion.consistency_function import consistency
+from lcm_jax.diffusion.guidance import cfg, residual
+from lcm_jax.diffusion.parameterization import add_noise, bind, expand
+from lcm_jax.diffusion.samplers import Sampler
+from lcm_jax.diffusion.schedules import whole
 from lcm_jax.generate import Generator, Memory, as_apply
-from lcm_jax.guidance import cfg, residual
-from lcm_jax.parameterization import add_noise, bind, expand
 from lcm_jax.runtime.compiler_options import compiler_options
-from lcm_jax.sampling import Sampler
-from lcm_jax.schedules import whole
 from lcm_jax.typing import Carry, Cond, Denoiser, Image, Key, Params, Prediction, Time
 
 Frames = UInt8[Array, "f h w 3"]

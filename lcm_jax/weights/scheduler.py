@@ -9,8 +9,9 @@ from dataclasses import asdict, fields
 from numbers import Real
 from typing import Any, get_args
 
-from lcm_jax.sampling import SAMPLERS, Spacing
-from lcm_jax.schedules import CONTINUOUS_SCHEDULES, DDPM, Cosine, RectifiedFlow, from_config
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.schedules import CONTINUOUS_SCHEDULES, DDPM, Cosine, RectifiedFlow, from_config
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.typing import Kind, Schedule
 
 CONTINUOUS = "ContinuousScheduler"

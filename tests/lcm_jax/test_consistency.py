@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.consistency import boundary_scalings, consistency
-from lcm_jax.schedules import DDPM, RectifiedFlow
+from lcm_jax.diffusion.consistency_function import boundary_scalings, consistency
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Prediction, Schedule
 
 X = jax.random.normal(jax.random.key(0), (2, 2, 2, 3))

@@ -30,10 +30,10 @@ import lcm_jax.encode
 from lcm_jax import cli
 from lcm_jax.data import load_source, open_cache
 from lcm_jax.data.cache import read_manifest
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.encode import encode
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import make_mesh
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.guidance import cfg, skip_layer_guidance
-from lcm_jax.parameterization import to_prediction
-from lcm_jax.schedules import DDPM
+from lcm_jax.diffusion.guidance import cfg, skip_layer_guidance
+from lcm_jax.diffusion.parameterization import to_prediction
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.typing import Prediction
 
 SCHEDULE = DDPM()

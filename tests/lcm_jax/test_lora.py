@@ -12,12 +12,12 @@ import pytest
 from flax import traverse_util
 
 from lcm_jax import lora
+from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.generate import as_apply
 from lcm_jax.nets import UNetConfig
 from lcm_jax.nets.presets import SD15, SDXL
 from lcm_jax.nets.unet import UNet, abstract_params, example_inputs
 from lcm_jax.objectives import LatentConsistencyDistillation
-from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.typing import Nets
 from mmdit import model as mmdit

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.parameterization import KINDS, SIGMA_DATA, add_noise, bind, expand, rows, target, to_prediction
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
+from lcm_jax.diffusion.parameterization import KINDS, SIGMA_DATA, add_noise, bind, expand, rows, target, to_prediction
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Kind, Schedule
 
 X0 = jax.random.normal(jax.random.key(0), (3, 2, 2, 4))

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from lcm_jax import cli, configs
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
 from lcm_jax.plan.planning import _digest, bytes_needed, candidates
@@ -26,7 +27,6 @@ from lcm_jax.plan.program import Program
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.runtime.flops import flops
 from lcm_jax.runtime.hardware import CHIPS, chip_of
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig

@@ -5,23 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.sampling import (
+from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.sampling import sample, trajectory
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
+from lcm_jax.diffusion.solvers import DDIM, LCM
+from lcm_jax.diffusion.time_grids import (
     CAPACITY,
-    SAMPLERS,
     Spacing,
     even_grid,
     flow_grid,
     karras_grid,
     lcm_grid,
     pad,
-    sample,
     spaced_times,
-    time_grid,
-    trajectory,
     truncate,
 )
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
-from lcm_jax.solvers import DDIM, LCM
 from lcm_jax.typing import Prediction
 
 SCHEDULE = DDPM(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)

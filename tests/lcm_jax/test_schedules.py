@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, at_resolution, from_config, log_snr
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, at_resolution, from_config, log_snr
 from lcm_jax.typing import Schedule
 
 LATENT = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

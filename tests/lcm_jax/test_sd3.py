@@ -14,11 +14,13 @@ import pytest
 
 import lcm_jax
 from lcm_jax import Pipeline
+from lcm_jax.diffusion.parameterization import bind
+from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.schedules import RectifiedFlow
+from lcm_jax.diffusion.time_grids import flow_grid, pad
 from lcm_jax.generate import as_apply
-from lcm_jax.parameterization import bind
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.sampling import SAMPLERS, flow_grid, pad, sample
-from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component
 from mmdit import SD3_MEDIUM, MMDiT, MMDiTConfig, abstract_params, example_inputs

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.parameterization import expand
-from lcm_jax.sampling import pad, sample
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
-from lcm_jax.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, Kept
+from lcm_jax.diffusion.parameterization import expand
+from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
+from lcm_jax.diffusion.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, Kept
+from lcm_jax.diffusion.time_grids import pad
 from lcm_jax.typing import Denoiser, Prediction, Schedule, Solver
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

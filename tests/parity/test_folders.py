@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax.consistency import consistency
-from lcm_jax.parameterization import bind
-from lcm_jax.sampling import SAMPLERS, Sampler, Spacing, time_grid
-from lcm_jax.schedules import DDPM
+from lcm_jax.diffusion.consistency_function import consistency
+from lcm_jax.diffusion.parameterization import bind
+from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
+from lcm_jax.diffusion.schedules import DDPM
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.typing import Kind, Schedule
 from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.folders import Component, Folder, load_component, save_folder

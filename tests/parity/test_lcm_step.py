@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import LatentConsistencyDistillation
-from lcm_jax.schedules import DDPM
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
 torch = pytest.importorskip("torch")

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.consistency import consistency
-from lcm_jax.guidance import cfg
-from lcm_jax.parameterization import add_noise, bind, to_prediction
-from lcm_jax.sampling import SAMPLERS, Sampler, Spacing, flow_grid, lcm_grid, time_grid
-from lcm_jax.schedules import DDPM, RectifiedFlow, from_config
-from lcm_jax.solvers import DDIM, TCD, Heun
+from lcm_jax.diffusion.consistency_function import consistency
+from lcm_jax.diffusion.guidance import cfg
+from lcm_jax.diffusion.parameterization import add_noise, bind, to_prediction
+from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow, from_config
+from lcm_jax.diffusion.solvers import DDIM, TCD, Heun
+from lcm_jax.diffusion.time_grids import Spacing, flow_grid, lcm_grid
 from lcm_jax.typing import Kind, Prediction, Schedule, Solver
 
 torch = pytest.importorskip("torch")

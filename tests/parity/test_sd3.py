@@ -14,8 +14,8 @@ import pytest
 
 import lcm_jax
 from lcm_jax.convert import convert
-from lcm_jax.sampling import Spacing, flow_grid
-from lcm_jax.schedules import RectifiedFlow
+from lcm_jax.diffusion.schedules import RectifiedFlow
+from lcm_jax.diffusion.time_grids import Spacing, flow_grid
 from mmdit.text import train_tokenizer, train_unigram
 
 torch = pytest.importorskip("torch")

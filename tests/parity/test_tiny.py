@@ -12,8 +12,8 @@ from diffusers import AutoencoderTiny as Oracle
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.generate import Generator
-from lcm_jax.schedules import DDPM
 from lcm_jax.weights.engine import to_torch
 from lcm_jax.weights.files import load_tensors
 from lcm_jax.weights.folders import Component, load_component, save_component

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from lcm_jax import lora
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.nets.critic import Heads, features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import by_path
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import captions

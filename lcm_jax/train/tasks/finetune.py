@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from lcm_jax import lora
 from lcm_jax.data import Cache, Source, cached
+from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.schedules import DDPM
+from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.generate import Generator, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import Rowwise, by_path, parts_of
 from lcm_jax.runtime.cache import cache_dir
-from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, captions, loader

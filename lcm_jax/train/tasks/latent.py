@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 
 from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
 from lcm_jax.data.mixing import SYNTHETIC
+from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.generate import Generator, to_float
 from lcm_jax.parallel.sharding import Rowwise, by_path, make_mesh, parts_of
 from lcm_jax.prompts import Prompts
@@ -23,7 +25,6 @@ from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.runtime.image_io import Size
-from lcm_jax.sampling import SAMPLERS, Spacing, pad, time_grid
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
 from lcm_jax.weights.families import class_name, denoiser_of

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lcm_jax.parameterization import SIGMA_DATA, expand, target
-from lcm_jax.schedules import DDPM
+from lcm_jax.diffusion.parameterization import SIGMA_DATA, expand, target
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.typing import Apply, Array, Cond, Image, Kind, Nets, Params, Schedule
 
 V = 0.7

@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
+from lcm_jax.diffusion.parameterization import KINDS
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.objectives.consistency import (
     TEACHER_SOLVERS,
     LatentConsistencyDistillation,
     LatentConsistencyFinetuning,
     augmented_step,
 )
-from lcm_jax.parameterization import KINDS
-from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.typing import Nets
 
 # most of the time here is compilation

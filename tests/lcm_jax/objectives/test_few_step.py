@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.diffusion.parameterization import bind, jump, on_schedule
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, TrigFlow, log_snr
+from lcm_jax.diffusion.solvers import DDIM, LCM, TCD
 from lcm_jax.objectives import METHODS, method
 from lcm_jax.objectives.continuous import FLOW
 from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
 from lcm_jax.objectives.trajectory import PhasedConsistency
-from lcm_jax.parameterization import bind, jump, on_schedule
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow, TrigFlow, log_snr
-from lcm_jax.solvers import DDIM, LCM, TCD
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

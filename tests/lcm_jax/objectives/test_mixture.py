@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from lcm_jax.consistency import consistency
+from lcm_jax.diffusion.consistency_function import consistency
+from lcm_jax.diffusion.parameterization import bind
+from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.schedules import RectifiedFlow
+from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.objectives.methods import method
 from lcm_jax.objectives.pairs import GrowingPairs, ShrinkingPairs
-from lcm_jax.parameterization import bind
-from lcm_jax.sampling import SAMPLERS, Spacing, pad, sample, time_grid
-from lcm_jax.schedules import RectifiedFlow
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
 pytestmark = pytest.mark.slow

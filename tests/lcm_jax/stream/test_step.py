@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.sampling import SAMPLERS
+from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.stream import Program, Settings, State, Weights
 from lcm_jax.stream.step import compiled, probing
 

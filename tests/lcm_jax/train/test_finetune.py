@@ -15,9 +15,9 @@ import pytest
 
 import lcm_jax
 from lcm_jax import lora
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import Rowwise, make_mesh
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.loop import LoopConfig, Task, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.common import DataConfig

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import lcm_jax
+from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.nets import UNet, example_inputs
 from lcm_jax.objectives import LatentConsistencyDistillation
-from lcm_jax.schedules import DDPM
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig

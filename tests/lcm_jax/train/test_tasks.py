@@ -16,6 +16,7 @@ from PIL import Image
 
 import lcm_jax
 from lcm_jax import cli, configs, lora
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.objectives import (
     METHODS,
     Diffusion,
@@ -27,7 +28,6 @@ from lcm_jax.objectives import (
 from lcm_jax.overrides import flatten
 from lcm_jax.parallel.sharding import Rowwise, make_mesh
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.schedules import DDPM, RectifiedFlow
 from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Kind, Schedule
 from lcm_jax.weights.families import FAMILIES
 from lcm_jax.weights.files import read_json

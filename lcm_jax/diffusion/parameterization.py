@@ -22,7 +22,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.schedules import log_snr
+from lcm_jax.diffusion.schedules import log_snr
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Kind, Params, Prediction, Schedule, Time
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

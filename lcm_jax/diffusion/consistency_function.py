@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.parameterization import expand
+from lcm_jax.diffusion.parameterization import expand
 from lcm_jax.typing import Denoiser, Image, Prediction, Schedule, Time
 
 

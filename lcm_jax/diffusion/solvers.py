@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.parameterization import add_noise, expand, jump, noise_further
-from lcm_jax.schedules import log_snr, whole
+from lcm_jax.diffusion.parameterization import add_noise, expand, jump, noise_further
+from lcm_jax.diffusion.schedules import log_snr, whole
 from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Solver, Time
 
 

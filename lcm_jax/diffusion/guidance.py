@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lcm_jax.parameterization import expand, target, to_prediction
+from lcm_jax.diffusion.parameterization import expand, target, to_prediction
 from lcm_jax.typing import Denoiser, Image, Kind, Prediction, Schedule, Time
 
 

@@ -1,26 +1,21 @@
-"""Sampling: time grids, made on the host with numpy, and the loop that walks a solver along one.
-
-A grid is the list of times t_0 > t_1 > ... > t_N of N steps. Its last entry is where the sample is delivered: the clean
-time, or the first trained timestep if the scheduler config says so (set_alpha_to_one, final_sigmas_type).
-"""
+"""TODO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.schedules import DDPM, RectifiedFlow
-from lcm_jax.solvers import DDIM, LCM, TCD, DPMpp2M, DPMSolver2, Euler, Heun
-from lcm_jax.typing import Denoiser, Image, Key, Schedule, Solver
+from lcm_jax.diffusion.schedules import RectifiedFlow
+from lcm_jax.typing import Schedule
 
 CAPACITY = 1000
 """Steps the padded grid holds: as many as the longest table has entries."""
+
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -38,56 +33,6 @@ def pad(grid: Float[np.ndarray, " n_plus_1"], capacity: int = CAPACITY) -> Grid:
     _check_steps(steps, capacity)
     times = np.concatenate([grid, np.full(capacity - steps, grid[-1])]).astype(np.float32)
     return Grid(jnp.asarray(times), jnp.asarray(steps, jnp.int32))
-
-
-def sample(
-    denoise: Denoiser,
-    schedule: Schedule,
-    solver: Solver,
-    grid: Grid,
-    x: Image,
-    key: Key,
-    *,
-    noise: Float[Array, "n b h w c"] | None = None,
-) -> Image:
-    """Walk x from grid.times[0] to grid.times[grid.steps]. Under jit, grids of any length share one compilation.
-
-    Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given (for parity with others).
-    """
-
-    def body(i: Array, state: tuple[Image, Any]) -> tuple[Image, Any]:
-        x, carry = state
-        source = jax.random.fold_in(key, i) if noise is None else noise[i]
-        return solver.step(denoise, schedule, x, grid.times[i], grid.times[i + 1], carry, source)
-
-    x = jnp.asarray(x, jnp.float32)
-    return jax.lax.fori_loop(0, grid.steps, body, (x, solver.init(x)))[0]
-
-
-def trajectory(
-    denoise: Denoiser,
-    schedule: Schedule,
-    solver: Solver,
-    grid: Float[np.ndarray, " n_plus_1"],
-    x: Image,
-    key: Key,
-    *,
-    noise: Float[Array, "n b h w c"] | None = None,
-) -> Float[Array, "n_plus_1 b h w c"]:
-    """All states of `sample`, the first being x; a scan over the unpadded grid, so each length compiles anew."""
-    times = jnp.asarray(grid, jnp.float32)
-    steps = jnp.arange(len(times) - 1)
-    sources = jax.vmap(lambda i: jax.random.fold_in(key, i))(steps) if noise is None else noise
-
-    def body(state: tuple[Image, Any], inputs: tuple[Array, Array, Array]) -> tuple[tuple[Image, Any], Image]:
-        x, carry = state
-        t, s, source = inputs
-        x, carry = solver.step(denoise, schedule, x, t, s, carry, source)
-        return (x, carry), x
-
-    x = jnp.asarray(x, jnp.float32)
-    states = jax.lax.scan(body, (x, solver.init(x)), (times[:-1], times[1:], sources))[1]
-    return jnp.concatenate([x[None], states])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,48 +181,6 @@ def truncate(
     return grid[steps - kept :]
 
 
-def _ddim_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    return _table_grid(steps, spacing, strength, default="leading", clean=spacing.set_alpha_to_one)
-
-
-def _euler_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    return _table_grid(steps, spacing, strength, clean=spacing.final_sigmas_type == "zero", fractional=True)
-
-
-def _heun_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    return _table_grid(steps, spacing, strength, clean=True, fractional=True)
-
-
-def _dpm_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    return _table_grid(steps, spacing, strength, clean=spacing.final_sigmas_type == "zero", skip_first=True)
-
-
-def _consistency_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    original, total = spacing.original_inference_steps, spacing.num_train_timesteps
-    return lcm_grid(steps, original_steps=original, num_train_timesteps=total, strength=strength)
-
-
-def _tcd_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    return np.maximum(_consistency_grid(steps, spacing, strength), 0.0)  # diffusers' ends at timestep 0
-
-
-def _trailing_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
-    return _ddim_grid(steps, replace(spacing, timestep_spacing="trailing"), strength)
-
-
-def _table_grid(
-    steps: int, spacing: Spacing, strength: float, *, clean: bool, default: str = "linspace", **rule: bool
-) -> np.ndarray:
-    times = spaced_times(
-        steps,
-        spacing=spacing.timestep_spacing or default,
-        steps_offset=spacing.steps_offset,
-        num_train_timesteps=spacing.num_train_timesteps,
-        **rule,
-    )
-    return truncate(np.append(times, -1.0 if clean else 0.0), strength)
-
-
 def _check_steps(steps: int, most: int) -> None:
     if not 1 <= steps <= most:
         raise ValueError(f"steps is {steps}: it must be between 1 and {most}")
@@ -286,61 +189,3 @@ def _check_steps(steps: int, most: int) -> None:
 def _check_strength(strength: float) -> None:
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength is {strength}: it must be above 0 and at most 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampler:
-    """A solver with the grid and the starting noise that go with it.
-
-    grid(steps, spacing, strength) is for table schedules; `time_grid` serves all. spread_start: the noise starts at
-    sigma(t_0), not at 1, unless spacing is leading (diffusers' Euler and Heun). consistency: the denoiser must be one.
-    even: in continuous time its steps are equally long, and all lie below the strength.
-    """
-
-    solver: Solver
-    grid: Callable[[int, Spacing, float], np.ndarray]
-    spread_start: bool = False
-    consistency: bool = False
-    even: bool = False
-
-    def at(self, steps: int, spacing: Spacing) -> Sampler:
-        """The sampler of a grid of so many steps: to a final sigma above 0 a short DPM++(2M) ends in first order."""
-        lower = spacing.euler_at_final or (spacing.lower_order_final and steps < 15)
-        if isinstance(self.solver, DPMpp2M) and spacing.final_sigmas_type == "sigma_min" and lower:
-            return replace(self, solver=replace(self.solver, lower_final=True))
-        return self
-
-    def init_scale(self, schedule: Schedule, grid: np.ndarray, spacing: Spacing) -> float:
-        """What unit noise is multiplied by to be x at grid[0]."""
-        return float(schedule.sigma(grid[0])) if self.spread_start and spacing.timestep_spacing != "leading" else 1.0
-
-
-SAMPLERS: Mapping[str, Sampler] = {
-    "lcm": Sampler(solver=LCM(), grid=_consistency_grid, consistency=True, even=True),
-    "tcd": Sampler(solver=TCD(), grid=_tcd_grid, even=True),
-    "jump": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True),
-    "ddim": Sampler(solver=DDIM(), grid=_ddim_grid),
-    "euler": Sampler(solver=Euler(), grid=_euler_grid, spread_start=True),
-    "euler_a": Sampler(solver=DDIM(eta=1.0), grid=_heun_grid, spread_start=True),  # ancestral: DDPM's noise
-    "heun": Sampler(solver=Heun(), grid=_heun_grid, spread_start=True),
-    "dpm++2m": Sampler(solver=DPMpp2M(), grid=_dpm_grid),
-    "dpm2": Sampler(solver=DPMSolver2(), grid=_dpm_grid),
-}
-
-
-def time_grid(
-    sampler: Sampler, schedule: Schedule, steps: int, *, spacing: Spacing = Spacing(), strength: float = 1.0
-) -> Float[np.ndarray, " n_plus_1"]:
-    """The grid of a sampler on a schedule; strength below 1 is image-to-image.
-
-    LCM spends all its steps below the strength, on the times it was distilled on; the others drop their first steps.
-    In continuous time those are evenly spaced down from the strength: none is wasted on an almost clean latent.
-    """
-    if isinstance(schedule, DDPM):
-        return sampler.grid(steps, spacing, strength)
-    if sampler.even:
-        _check_strength(strength)
-        return strength * even_grid(steps, schedule)
-    if isinstance(schedule, RectifiedFlow):
-        return truncate(flow_grid(steps, schedule, spacing), strength, up=True)
-    return truncate(even_grid(steps, schedule), strength)

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, parameterizations, guidance, solvers, the consistency function, samplers."""
