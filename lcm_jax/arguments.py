@@ -10,8 +10,8 @@ from typing import Any
 from lcm_jax import bench, demo
 from lcm_jax.convert import FORMATS
 from lcm_jax.diffusion.samplers import SAMPLERS
-from lcm_jax.exported import PLATFORMS
-from lcm_jax.pipeline import DTYPES
+from lcm_jax.inference.ahead_of_time import PLATFORMS
+from lcm_jax.inference.pipeline import DTYPES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter
 

@@ -21,12 +21,12 @@ from lcm_jax import bench, demo
 from lcm_jax.arguments import parser
 from lcm_jax.convert import LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
-from lcm_jax.exported import Exported, write_program
+from lcm_jax.inference.ahead_of_time import Exported, write_program
+from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.overrides import override
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh
-from lcm_jax.pipeline import DTYPES, Pipeline, load
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.image_io import read_picture

@@ -29,8 +29,8 @@ from tqdm import tqdm
 from lcm_jax.data import Cache, Record, Source, load_source
 from lcm_jax.data.cache import MANIFEST, check_same, join, read_manifest, write_shard
 from lcm_jax.data.mixing import SYNTHETIC
+from lcm_jax.models.image_inputs import check_size
 from lcm_jax.parallel.sharding import make_mesh, parts_of
-from lcm_jax.pictures import check_size
 from lcm_jax.train.tasks.latent import Conditioner, encode_batch
 
 SHARD = 4096  # pictures, about, where the number of shards is not given

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from lcm_jax.generate import to_float, to_uint8
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.metrics import (
     FeatureExtractor,
     Moments,
@@ -27,8 +27,8 @@ from lcm_jax.metrics import (
     report,
     ssim,
 )
+from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import Rowwise, batch_sharding, make_mesh, parts_of, place, replicated
-from lcm_jax.pipeline import Pipeline
 from lcm_jax.precision.context import reading
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.folders import Component, load_component

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.bench.models import GEOMETRIES
-from lcm_jax.generate import Generator
+from lcm_jax.models.latent_diffusion import Generator
 from lcm_jax.nets import example_inputs
 from lcm_jax.parallel.sharding import batch_sharding, make_mesh, replicated, rows_stay
 from lcm_jax.plan.planning import compilers

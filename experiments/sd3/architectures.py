@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from training import TRAININGS, score
 
-from lcm_jax.objectives.formulations import FORMULATIONS
+from lcm_jax.configs.sd3_formulations import FORMULATIONS
 from lcm_jax.study import Cells, Column, Scores, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.weights.files import read_json

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from lcm_jax.inference.pipeline import DTYPES, Pipeline
 from lcm_jax.nets.presets import SD15, SD_TURBO, SDXL
-from lcm_jax.pipeline import DTYPES, Pipeline
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.device import place
 from lcm_jax.weights.families import FAMILIES

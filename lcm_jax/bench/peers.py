@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.bench.measure import Row
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.lora import Adapters
-from lcm_jax.pipeline import Pipeline
 from lcm_jax.runtime.optional_deps import require
 from lcm_jax.weights.families import class_name
 from lcm_jax.weights.folders import Component, save_component

@@ -14,9 +14,9 @@ import numpy as np
 from lcm_jax.bench import models, peers
 from lcm_jax.bench.measure import Cost, Row, flops_of
 from lcm_jax.bench.networks import Options, Titled
-from lcm_jax.generate import Generator, as_apply
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.metrics import psnr
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.models.latent_diffusion import Generator, as_apply
 from lcm_jax.precision.quantization import PARTS
 from lcm_jax.stream import Stream
 

@@ -1,7 +1,7 @@
 """Sizes for pictures of different shapes, all of about the same number of pixels (SD3, arXiv:2403.03206, section 5.3.2:
 every batch is of one size H x W with H W ~ S^2; the idea is NovelAI's, and SDXL's, 2307.01952, section 2.3).
 
-The areas being nearly equal, one schedule serves all buckets: lcm_jax.diffusion.schedules.at_resolution of side^2 pixels.
+The areas are nearly equal, so one schedule serves all buckets: `diffusion.schedules.at_resolution` of side^2 pixels.
 """
 
 from __future__ import annotations

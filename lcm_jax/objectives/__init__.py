@@ -1,6 +1,5 @@
 """Training objectives, `(nets, batch, key) -> (loss, metrics)`: one file a family."""
 
-from lcm_jax.objectives.base import FewStep
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.objectives.continuous import ContinuousConsistency, MeanFlow, Shortcut
 from lcm_jax.objectives.contrastive import contrastive_loss
@@ -10,11 +9,12 @@ from lcm_jax.objectives.distribution import (
     DistributionMatching,
     LatentAdversarialDistillation,
 )
-from lcm_jax.objectives.methods import METHODS, method
-from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
+from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistillation
+from lcm_jax.objectives.registry import METHODS, method
 from lcm_jax.objectives.terms import TextEncoders
-from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, Uniform
+from lcm_jax.objectives.time_densities import CosMap, LogitNormal, Mode, Uniform
+from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
 from lcm_jax.objectives.trajectory import (
     ConsistencyTrajectory,
     PhasedConsistency,

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
-from lcm_jax.objectives.base import FewStep
-from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
+from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, without_caption
+from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
 
 Target = Literal["ema", "online"]

@@ -14,9 +14,9 @@ from jaxtyping import Float
 
 from lcm_jax.diffusion.parameterization import add_noise, expand, on_schedule
 from lcm_jax.diffusion.schedules import RectifiedFlow, TrigFlow
-from lcm_jax.objectives.base import Draw, FewStep
+from lcm_jax.objectives.few_step import Draw, FewStep
 from lcm_jax.objectives.terms import check, frozen
-from lcm_jax.objectives.times import LogitNormal
+from lcm_jax.objectives.time_densities import LogitNormal
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets, Params, Schedule, Time
 
 Velocity = Literal["teacher", "data"]

@@ -12,7 +12,16 @@ from jaxtyping import Float
 from lcm_jax.diffusion.parameterization import add_noise, output, rows, target
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.objectives.terms import Distance, TextEncoders, by_quarter, check, distance, drop_captions, drop_encoders
-from lcm_jax.objectives.times import CosMap, LogitNormal, Mode, TimeDensity, Times, Uniform, even_times, uniform_times
+from lcm_jax.objectives.time_densities import (
+    CosMap,
+    LogitNormal,
+    Mode,
+    TimeDensity,
+    Times,
+    Uniform,
+    even_times,
+    uniform_times,
+)
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Schedule
 
 # Named one by one, so that their numbers can be set from the command line.

@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand, output, target
-from lcm_jax.objectives.base import FewStep
+from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.terms import frozen
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 

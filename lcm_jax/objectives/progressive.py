@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from lcm_jax.diffusion.parameterization import add_noise, expand, jump
-from lcm_jax.objectives.base import FewStep
+from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.terms import frozen
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets
 

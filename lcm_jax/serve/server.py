@@ -27,7 +27,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.serve.connection import Connection
 from lcm_jax.serve.http_images import Images, error
 from lcm_jax.serve.protocol import MOST_BYTES

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.serve.engine import Engine
 from lcm_jax.serve.protocol import GOING_AWAY, Bye
 from lcm_jax.serve.telemetry import Telemetry

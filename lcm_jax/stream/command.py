@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.atomic_files import written_aside
 from lcm_jax.runtime.image_io import SUFFIXES, check_picture, read_picture
 from lcm_jax.stream.queues import Behind, Latest, ahead

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lcm_jax.generate import Generator
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.models.latent_diffusion import Generator
 from lcm_jax.typing import Array, Cond, Params
 
 Blend = Literal["lerp", "slerp"]

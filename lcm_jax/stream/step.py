@@ -27,7 +27,7 @@ from lcm_jax.diffusion.guidance import cfg, residual
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.samplers import Sampler
 from lcm_jax.diffusion.schedules import whole
-from lcm_jax.generate import Generator, Memory, as_apply
+from lcm_jax.models.latent_diffusion import Generator, Memory, as_apply
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Carry, Cond, Denoiser, Image, Key, Params, Prediction, Time
 

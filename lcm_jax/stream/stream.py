@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image as PILImage
 
 from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.lora import Adapters, merge_all
-from lcm_jax.pictures import latent_mask
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.models.image_inputs import latent_mask
 from lcm_jax.precision.context import narrow
 from lcm_jax.stream.controls import Controls, blended_noise
 from lcm_jax.stream.prompt_cache import PromptCache

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lcm_jax.prompts import Prompts
+from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.runtime.atomic_files import replacing, write_json
 from lcm_jax.weights.engine import Shardings
 from lcm_jax.weights.families import DENOISERS

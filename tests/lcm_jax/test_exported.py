@@ -14,7 +14,7 @@ import pytest
 
 from lcm_jax import Pipeline, load
 from lcm_jax.cli import main
-from lcm_jax.exported import Exported, write_program
+from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.nets import UNet
 
 PROMPTS = ["red heart", "cat face"]

@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import RectifiedFlow
-from lcm_jax.generate import as_apply
+from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.nets import UNetConfig
 from lcm_jax.nets.presets import SD15, SDXL
 from lcm_jax.nets.unet import UNet, abstract_params, example_inputs

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lcm_jax.pictures import check_pictures, check_size, latent_mask
+from lcm_jax.models.image_inputs import check_pictures, check_size, latent_mask
 
 
 def test_the_first_pixel_decides_for_a_latent() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax.prompts import Prompts
+from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.typing import Params
 
 LONG = "woman farmer, medium skin tone"

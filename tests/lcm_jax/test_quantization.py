@@ -15,9 +15,9 @@ from flax import traverse_util
 
 import lcm_jax
 from lcm_jax.cli import main
-from lcm_jax.generate import as_apply
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
+from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
 from lcm_jax.precision import quantization
 from lcm_jax.precision.context import reading

@@ -19,7 +19,7 @@ from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.time_grids import flow_grid, pad
-from lcm_jax.generate import as_apply
+from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.files import read_json
 from lcm_jax.weights.folders import Component

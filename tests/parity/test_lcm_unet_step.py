@@ -14,7 +14,7 @@ import pytest
 import lcm_jax
 from lcm_jax.bench import Options, peers, training
 from lcm_jax.bench.torch_training import Draw
-from lcm_jax.generate import as_apply
+from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.train.tasks.distillation import LoraConfig
 from lcm_jax.typing import Nets
 from lcm_jax.weights.engine import from_torch

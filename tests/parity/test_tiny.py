@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.generate import Generator
+from lcm_jax.models.latent_diffusion import Generator
 from lcm_jax.weights.engine import to_torch
 from lcm_jax.weights.files import load_tensors
 from lcm_jax.weights.folders import Component, load_component, save_component

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import Source
-from lcm_jax.generate import to_float, to_uint8
 from lcm_jax.metrics import psnr
+from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import Rowwise, by_path
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.train.loop import Task

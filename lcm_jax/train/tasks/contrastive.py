@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lcm_jax.data import Record
-from lcm_jax.generate import to_float
+from lcm_jax.models.latent_diffusion import to_float
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.parallel.sharding import Rowwise
 from lcm_jax.train.loop import Task

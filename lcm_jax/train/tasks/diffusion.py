@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.generate import Generator, as_apply
+from lcm_jax.models.image_inputs import check_size
+from lcm_jax.models.latent_diffusion import Generator, as_apply
 from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion, validation_losses
 from lcm_jax.parallel.sharding import Rowwise
-from lcm_jax.pictures import check_size
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Loss, Metrics

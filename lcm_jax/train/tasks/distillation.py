@@ -14,8 +14,8 @@ import optax
 
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.generate import Generator, as_apply
-from lcm_jax.nets.critic import Heads, features
+from lcm_jax.models.latent_diffusion import Generator, as_apply
+from lcm_jax.nets.discriminator_heads import Heads, features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import by_path
 from lcm_jax.train.loop import Task

@@ -19,7 +19,7 @@ from lcm_jax.data import Cache, Source, cached
 from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing, pad
-from lcm_jax.generate import Generator, as_apply
+from lcm_jax.models.latent_diffusion import Generator, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import Rowwise, by_path, parts_of
 from lcm_jax.runtime.cache import cache_dir

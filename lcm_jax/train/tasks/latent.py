@@ -18,9 +18,9 @@ from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.time_grids import Spacing, pad
-from lcm_jax.generate import Generator, to_float
+from lcm_jax.models.latent_diffusion import Generator, to_float
+from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.parallel.sharding import Rowwise, by_path, make_mesh, parts_of
-from lcm_jax.prompts import Prompts
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.runtime.image_grid import grid

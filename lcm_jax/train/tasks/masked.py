@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import Record
-from lcm_jax.objectives.masked import hide, masked_loss
+from lcm_jax.objectives.masked_language_model import hide, masked_loss
 from lcm_jax.parallel.sharding import Rowwise
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics

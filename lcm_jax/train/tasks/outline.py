@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
+from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.nets import SD15, SDXL
-from lcm_jax.prompts import Prompts
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Loss

@@ -12,7 +12,7 @@ from lcm_jax.diffusion.parameterization import KINDS
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow, at_resolution
 from lcm_jax.objectives.diffusion import Diffusion, min_snr_weight, validation_losses
 from lcm_jax.objectives.terms import TextEncoders
-from lcm_jax.objectives.times import CosMap, LogitNormal
+from lcm_jax.objectives.time_densities import CosMap, LogitNormal
 from lcm_jax.typing import Nets
 
 # most of the time here is compilation

@@ -20,7 +20,7 @@ from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, TrigFlow, l
 from lcm_jax.diffusion.solvers import DDIM, LCM, TCD
 from lcm_jax.objectives import METHODS, method
 from lcm_jax.objectives.continuous import FLOW
-from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
+from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
 from lcm_jax.objectives.trajectory import PhasedConsistency
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, norm
 
+from lcm_jax.configs.sd3_formulations import FORMULATIONS, Formulation
 from lcm_jax.diffusion.parameterization import bind, rows
 from lcm_jax.diffusion.schedules import Cosine, log_snr
-from lcm_jax.objectives.formulations import FORMULATIONS, Formulation
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 M, V = 0.3, 0.7  # of the data

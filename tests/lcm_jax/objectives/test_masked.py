@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.objectives.masked import hide, masked_loss
+from lcm_jax.objectives.masked_language_model import hide, masked_loss
 
 IDS = jnp.tile(jnp.asarray([[5, 6, 7, 8, 1, 0, 0, 0]]), (4000, 1))
 

@@ -16,8 +16,8 @@ from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.time_grids import Spacing, pad
-from lcm_jax.objectives.methods import method
-from lcm_jax.objectives.pairs import GrowingPairs, ShrinkingPairs
+from lcm_jax.objectives.registry import method
+from lcm_jax.objectives.time_pairs import GrowingPairs, ShrinkingPairs
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
 pytestmark = pytest.mark.slow

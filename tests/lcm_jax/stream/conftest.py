@@ -18,8 +18,8 @@ import pytest
 import lcm_jax
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing
-from lcm_jax.generate import Generator
-from lcm_jax.pictures import check_size
+from lcm_jax.models.image_inputs import check_size
+from lcm_jax.models.latent_diffusion import Generator
 from lcm_jax.stream import Weights
 from vae16 import AutoencoderConfig
 

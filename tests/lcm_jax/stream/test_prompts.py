@@ -50,7 +50,7 @@ def test_keys_and_values_given_are_those_computed(tiny_model: Path) -> None:
     cond = PromptCache(pipe, pipe.size)(pipe.net_params, [("red heart", 1.0)])
     assert cond["cross"]
     net, x = pipe.generator, jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
-    from lcm_jax.generate import as_apply
+    from lcm_jax.models.latent_diffusion import as_apply
 
     apply = as_apply(net.net)
     rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (2, *leaf.shape[1:])), cond)

@@ -28,12 +28,12 @@ import numpy as np
 from lcm_jax.data import Loader
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.evaluate import generate
+from lcm_jax.inference.pipeline import load
 from lcm_jax.lora import DEFAULT_TARGETS, MMDIT_TARGETS
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh, whole
-from lcm_jax.pipeline import load
 from lcm_jax.train import loop
 from lcm_jax.train.loop import LoopConfig, Task
 from lcm_jax.train.optimizer import OptimizerConfig

@@ -8,12 +8,12 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from lcm_jax.objectives.base import FewStep
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
 from lcm_jax.objectives.continuous import ContinuousConsistency, MeanFlow, Shortcut
 from lcm_jax.objectives.distribution import AdversarialDistillation, DistributionMatching, LatentAdversarialDistillation
-from lcm_jax.objectives.pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
+from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistillation
+from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
 from lcm_jax.objectives.trajectory import (
     ConsistencyTrajectory,
     PhasedConsistency,

@@ -25,9 +25,9 @@ from jaxtyping import UInt8
 
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.time_grids import Grid, pad
-from lcm_jax.pipeline import Pipeline
+from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.models.text_conditioning import Ids, pair_texts
 from lcm_jax.precision.context import narrow
-from lcm_jax.prompts import Ids, pair_texts
 from lcm_jax.runtime.atomic_files import written_aside
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Params

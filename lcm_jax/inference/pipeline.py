@@ -22,13 +22,13 @@ from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, Kept
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
-from lcm_jax.generate import Generator, SkipLayers
 from lcm_jax.lora import Adapters, merge
+from lcm_jax.models.image_inputs import check_pictures, check_size, latent_mask
+from lcm_jax.models.latent_diffusion import Generator, SkipLayers
+from lcm_jax.models.text_conditioning import Prompts, pair_texts
 from lcm_jax.parallel.sharding import cut_rows, place, rows_stay, tree_shardings, whole
-from lcm_jax.pictures import check_pictures, check_size, latent_mask
 from lcm_jax.precision.context import narrow
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
-from lcm_jax.prompts import Prompts, pair_texts
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
 from lcm_jax.weights.families import class_name

@@ -21,7 +21,7 @@ from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.solvers import Inpaint, Kept
 from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.lora import Adapted, branches
-from lcm_jax.nets.attending import Memory, given, keys_values, remembering
+from lcm_jax.nets.attention_hooks import Memory, given, keys_values, remembering
 from lcm_jax.precision.context import reading
 from lcm_jax.precision.quantization import Quantized
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time

@@ -24,7 +24,7 @@ from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, log_snr
 from lcm_jax.diffusion.solvers import Euler
 from lcm_jax.diffusion.time_grids import even_grid, karras_grid, pad
 from lcm_jax.objectives.diffusion import Density, Diffusion
-from lcm_jax.objectives.times import CosMap, LogitNormal, Mode
+from lcm_jax.objectives.time_densities import CosMap, LogitNormal, Mode
 from lcm_jax.typing import Denoiser, Image, Kind, Schedule
 
 

@@ -1,0 +1,1 @@
+"""From a prompt to pictures: `Pipeline`, and programs compiled ahead of time."""
