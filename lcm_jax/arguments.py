@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax import bench, demo
-from lcm_jax.convert import FORMATS
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.pipeline import DTYPES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter
+from lcm_jax.weights.convert import FORMATS
 
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
 

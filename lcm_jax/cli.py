@@ -19,7 +19,6 @@ from PIL import Image as PILImage
 
 from lcm_jax import bench, demo
 from lcm_jax.arguments import parser
-from lcm_jax.convert import LORAS, convert, convert_lora
 from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
@@ -31,6 +30,7 @@ from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.image_io import read_picture
 from lcm_jax.runtime.optional_deps import require
+from lcm_jax.weights.convert import LORAS, convert, convert_lora
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from lcm_jax.evaluate import ClipMetric, generate
 from lcm_jax.inference.pipeline import Pipeline, load
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.image_grid import labelled_grid
-from lcm_jax.weights.files import read_json
 from lcm_jax.weights.hub import locate
+from lcm_jax.weights.safetensors_files import read_json
 
 GUIDANCE = 4.0
 # Of the compositional hold-out: role and skin tone both occur in training, never together.

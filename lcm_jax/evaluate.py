@@ -31,7 +31,7 @@ from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import Rowwise, batch_sharding, make_mesh, parts_of, place, replicated
 from lcm_jax.precision.context import reading
 from lcm_jax.typing import Array, Params
-from lcm_jax.weights.folders import Component, load_component
+from lcm_jax.weights.diffusers_folder import Component, load_component
 from lcm_jax.weights.hub import locate
 from mmdit.text import Tokenizer, normalize_images
 

@@ -27,7 +27,7 @@ from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.messages import HelpFormatter
 from lcm_jax.train.config import TrainConfig
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 SCALES = ("tiny", "gpu", "paper")
 Scores = Mapping[str, float]

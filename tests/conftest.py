@@ -17,8 +17,8 @@ from flax import traverse_util
 import mmdit
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
-from lcm_jax.weights.folders import Component, Folder, save_component, save_folder
-from lcm_jax.weights.scheduler import scheduler_config
+from lcm_jax.weights.diffusers_folder import Component, Folder, save_component, save_folder
+from lcm_jax.weights.scheduler_config import scheduler_config
 from mmdit import MMDiT, MMDiTConfig
 from mmdit.text import (
     CLIPTextConfig,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.study import SCALES
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 mpl.use("agg")
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

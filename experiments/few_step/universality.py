@@ -24,7 +24,7 @@ from lcm_jax.evaluate import ClipMetric, captioned, evaluate, generate
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.image_grid import labelled_grid
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("red heart", "cat face", "woman astronaut", "rocket", "victory hand", "grinning face")

@@ -26,7 +26,7 @@ from lcm_jax.data import load_source
 from lcm_jax.evaluate import ClipMetric
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.typing import Params
-from lcm_jax.weights.folders import Component, load_component, save_component, without_shift
+from lcm_jax.weights.diffusers_folder import Component, load_component, save_component, without_shift
 
 BUNDLED = Path(lcm_jax.__file__).parent / "bundled"
 # bundle -> config -> networks of its export -> where they go

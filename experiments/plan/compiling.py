@@ -25,7 +25,7 @@ from lcm_jax.parallel.sharding import make_mesh
 from lcm_jax.plan.planning import DUMP, Traced, compile_step, compilers, elapsed
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 

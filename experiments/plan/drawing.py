@@ -24,10 +24,10 @@ from lcm_jax.plan.topologies import open_topology
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.compiler_options import memory_of
 from lcm_jax.runtime.hardware import GIB
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.scheduler import read_scheduler
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.scheduler_config import read_scheduler
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.attention import lowering_for
 

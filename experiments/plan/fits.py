@@ -15,7 +15,7 @@ from lcm_jax import configs
 from lcm_jax.plan.planning import Plan, compilers, plan
 from lcm_jax.plan.report import table
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -25,9 +25,9 @@ from lcm_jax.plan.topologies import open_topology
 from lcm_jax.precision.context import reading
 from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.safetensors_files import read_json
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.attention import cut_over, lowering_for
 from mmdit.text import T5_XXL

@@ -16,7 +16,7 @@ from lcm_jax import configs
 from lcm_jax.plan.planning import Plan, plan
 from lcm_jax.plan.report import table
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8", 128: "v5e:8x16", 256: "v5e:16x16"}

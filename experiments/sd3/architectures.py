@@ -15,7 +15,7 @@ from training import TRAININGS, score
 from lcm_jax.configs.sd3_formulations import FORMULATIONS
 from lcm_jax.study import Cells, Column, Scores, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 from mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 
 RECTIFIED_FLOW = FORMULATIONS["rf/lognorm(0,1)"]

@@ -21,7 +21,7 @@ from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
-from lcm_jax.weights.folders import load_component
+from lcm_jax.weights.diffusers_folder import load_component
 from vae16 import AutoencoderConfig, DiscriminatorConfig, LossConfig
 
 CHANNELS = (4, 8, 16)

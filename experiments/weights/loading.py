@@ -56,9 +56,9 @@ MAKE = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.parts import Part, names_of, write_part
-from lcm_jax.weights.files import write_json
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.component import Part, names_of, write_part
+from lcm_jax.weights.safetensors_files import write_json
 from lcm_jax.nets import SD15
 from mmdit.text import CLIP_L, train_tokenizer
 from vae16 import AutoencoderConfig

@@ -16,11 +16,11 @@ from flax import traverse_util
 from lcm_jax.inference.pipeline import DTYPES, Pipeline
 from lcm_jax.nets.presets import SD15, SD_TURBO, SDXL
 from lcm_jax.typing import Array, Params
+from lcm_jax.weights.abstract_params import abstract_params
 from lcm_jax.weights.device import place
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.folders import Component, Folder
+from lcm_jax.weights.diffusers_folder import Component, Folder
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.registry import FAMILIES
 from mmdit.presets import SD3_MEDIUM
 from mmdit.text import Tokenizer
 from mmdit.text.clip_config import CLIP_BIGG, CLIP_H, CLIP_L

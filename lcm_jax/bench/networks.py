@@ -18,7 +18,7 @@ from lcm_jax.nets import example_inputs
 from lcm_jax.precision.context import reading
 from lcm_jax.precision.quantization import quantize
 from lcm_jax.typing import Params
-from lcm_jax.weights.folders import Component
+from lcm_jax.weights.diffusers_folder import Component
 from mmdit import example_inputs as mmdit_inputs
 from mmdit.presets import SD3_MEDIUM, family
 from mmdit.text.t5_config import T5_XXL

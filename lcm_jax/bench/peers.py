@@ -15,9 +15,9 @@ from lcm_jax.bench.measure import Row
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.lora import Adapters
 from lcm_jax.runtime.optional_deps import require
-from lcm_jax.weights.families import class_name
-from lcm_jax.weights.folders import Component, save_component
-from lcm_jax.weights.lora import save_lora
+from lcm_jax.weights.diffusers_folder import Component, save_component
+from lcm_jax.weights.lora.files import save_lora
+from lcm_jax.weights.registry import class_name
 
 PEERS = ("diffusers", "diffusers-compiled")  # eager, and by torch.compile
 

@@ -16,7 +16,7 @@ from lcm_jax.bench import peers
 from lcm_jax.lora import Adapters
 from lcm_jax.objectives import LatentConsistencyDistillation
 from lcm_jax.typing import Cond
-from lcm_jax.weights.folders import Component
+from lcm_jax.weights.diffusers_folder import Component
 
 DECAY = 0.95
 

@@ -28,8 +28,8 @@ from lcm_jax.runtime.flops import flops
 from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.train.tasks.distillation import Learner, LoraConfig
 from lcm_jax.typing import Array, Params
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.folders import Component
+from lcm_jax.weights.diffusers_folder import Component
+from lcm_jax.weights.registry import FAMILIES
 
 _KIND = "UNet2DConditionModel"
 MEMORY = Path("/proc/meminfo")  # of Linux

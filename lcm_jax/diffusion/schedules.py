@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -214,47 +213,6 @@ def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
 def whole(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     """Times of a table rounded down to its entries; others as they are."""
     return jnp.floor(t) if isinstance(schedule, DDPM) else jnp.asarray(t)
-
-
-CONTINUOUS_SCHEDULES: Mapping[str, Any] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
-
-# The defaults of the diffusers classes, for configs that leave a key out.
-_LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "LCMScheduler": _LATENT,
-    "TCDScheduler": _LATENT,
-    "HeunDiscreteScheduler": _LATENT | {"beta_schedule": "linear"},
-}
-_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
-
-
-def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
-    """The schedule a diffusers scheduler_config.json describes (betas or flow; spacing and prediction are elsewhere).
-
-    A key of ours, `schedule`, names one of CONTINUOUS_SCHEDULES, for what diffusers has no scheduler.
-
-    Raises ValueError for betas given as a list, for resolution-dependent shifting and for an unknown beta_schedule.
-    """
-    name = str(config.get("_class_name", ""))
-    if config.get("trained_betas") is not None:
-        raise ValueError(f"{source}: trained_betas is set: give beta_start, beta_end and beta_schedule instead")
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(f"{source}: use_dynamic_shifting is unsupported: set it to false and give a fixed shift")
-    if "schedule" in config:
-        made = CONTINUOUS_SCHEDULES.get(config["schedule"])
-        if made is None:
-            known = ", ".join(CONTINUOUS_SCHEDULES)
-            raise ValueError(f"{source}: schedule {config['schedule']!r} is unknown: use one of {known}")
-        return made(**{k: v for k, v in config.items() if k in made.__dataclass_fields__})
-    if name.startswith("FlowMatch"):
-        return RectifiedFlow(shift=float(config.get("shift", 1.0)))
-    if config.get("use_flow_sigmas"):
-        return RectifiedFlow(shift=float(config.get("flow_shift", 1.0)))
-    fields = {k: v for k, v in (*_CLASS_DEFAULTS.get(name, {}).items(), *config.items()) if k in _FIELDS}
-    try:
-        return DDPM(**fields)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
 
 
 class _Tables(NamedTuple):

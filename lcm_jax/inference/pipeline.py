@@ -31,14 +31,14 @@ from lcm_jax.precision.context import narrow
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
-from lcm_jax.weights.families import class_name
-from lcm_jax.weights.folders import LCM, SD, Component, Folder, save_folder, to_folder
+from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_folder, to_folder
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora import load_loras
-from lcm_jax.weights.lora_places import Network
+from lcm_jax.weights.lora.files import load_loras
+from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.model import lora_networks, read_model
-from lcm_jax.weights.scheduler import read_scheduler, sampler_of
-from lcm_jax.weights.tiny import load_tiny
+from lcm_jax.weights.registry import class_name
+from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of
+from lcm_jax.weights.taesd import load_tiny
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
 

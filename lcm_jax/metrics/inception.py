@@ -16,8 +16,8 @@ from jaxtyping import Array, Float
 
 from lcm_jax.metrics.features import NetworkFeatures
 from lcm_jax.typing import Params
-from lcm_jax.weights.engine import from_torch
-from lcm_jax.weights.files import read_safetensors
+from lcm_jax.weights.safetensors_files import read_safetensors
+from lcm_jax.weights.torch_params import from_torch
 
 SIZE = 299  # pixels
 RULES_INCEPTION: tuple[tuple[str, str], ...] = ((r"/bn/(mean|var)$", r"/bn/running_\1"),)

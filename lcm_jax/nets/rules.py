@@ -1,4 +1,4 @@
-"""Parameter paths to PyTorch names (data only); `lcm_jax.weights.engine` walks the tables in both directions."""
+"""Parameter paths to PyTorch names (data only); `lcm_jax.weights.torch_params` walks the tables in both directions."""
 
 from __future__ import annotations
 

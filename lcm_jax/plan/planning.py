@@ -33,7 +33,7 @@ from lcm_jax.runtime.hardware import GPUS
 from lcm_jax.runtime.optional_deps import version_of
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import initial_shapes, optimizer_and_step
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 from mmdit.attention import lowering_for
 from vae16 import portable
 

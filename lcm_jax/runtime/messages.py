@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 
 def few(what: str, items: Sequence[str], shown: int = 10) -> str:
@@ -13,24 +12,6 @@ def few(what: str, items: Sequence[str], shown: int = 10) -> str:
     # Names come from files: one line, and not a long one, whatever they hold.
     names = ", ".join(item if item.isprintable() and len(item) <= 160 else f"{item!r:.160}" for item in items[:shown])
     return f"{len(items)} {what} ({names}{more})"
-
-
-def other_depths(want: Iterable[str], have: Iterable[str]) -> list[str]:
-    """Stacks of numbered layers of which a file has another number than the network that its config describes."""
-
-    def count(names: Iterable[str]) -> dict[str, int]:
-        found: dict[str, set[str]] = {}
-        for name in names:
-            if match := re.match(r"(.*?)\.(\d+)\.", name):
-                found.setdefault(match[1], set()).add(match[2])
-        return {stack: len(numbers) for stack, numbers in found.items()}
-
-    counts = count(have)
-    return [
-        f"depth: {counts[stack]} {stack} in the file, {n} by its config (num_layers, num_hidden_layers)"
-        for stack, n in count(want).items()
-        if counts.get(stack, n) != n
-    ]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

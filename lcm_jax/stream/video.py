@@ -27,7 +27,7 @@ from tqdm import tqdm
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.stream.queues import Behind, ahead
 from lcm_jax.stream.stream import Stream
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 SEGMENT = 240  # frames
 RUN_IN = 8  # frames before a segment that a stream with a memory sees first

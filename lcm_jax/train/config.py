@@ -14,7 +14,7 @@ from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.train.loop import LoopConfig, check_writable, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.step import TrainState
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 # What may change between a run and its continuation: none of it touches the parameters, but for the rounding of sums.
 WATCHING = ("log_every", "save_every", "preview_every", "keep", "mesh", "parallel", "profile", "hang_timeout")

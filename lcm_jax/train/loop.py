@@ -41,7 +41,7 @@ from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.step import Loss, Metrics, Parallel, Step, TrainState, make_train_step
 from lcm_jax.typing import Key, Params
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 
 class Batches(Protocol):

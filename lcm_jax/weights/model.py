@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax.weights import orbax
-from lcm_jax.weights.families import DENOISERS, FAMILIES
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.component import Part, config_of, read_part, to_part
 from lcm_jax.weights.hub import Location, locate
-from lcm_jax.weights.lora_names import COMPONENTS
-from lcm_jax.weights.lora_places import Network
-from lcm_jax.weights.parts import Part, config_of, read_part, to_part
-from lcm_jax.weights.single import layout_of, read_single
+from lcm_jax.weights.lora.modules import Network
+from lcm_jax.weights.lora.names import COMPONENTS
+from lcm_jax.weights.registry import DENOISERS, FAMILIES
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.single_file.reader import layout_of, read_single
 
 # The published folder whose configs, tokenizers and scheduler go with a single file of a family.
 PUBLISHED: Mapping[str, str] = {

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.parts import Component, config_of
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.component import Component, config_of
+from lcm_jax.weights.registry import FAMILIES
 
 NAME = "params"
 

@@ -17,7 +17,7 @@ from lcm_jax import bench
 from lcm_jax.bench import Cost, Options, Row, measure, models, profile, table, training
 from lcm_jax.bench.measure import Ceilings, flops_of, program
 from lcm_jax.bench.stream import moving_scene
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 
 def test_rows_run_in_turns() -> None:

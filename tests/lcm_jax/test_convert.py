@@ -10,9 +10,9 @@ import pytest
 
 from lcm_jax import load, lora, save_lora
 from lcm_jax.cli import main
-from lcm_jax.convert import convert, convert_lora, is_lora
-from lcm_jax.weights.files import load_tensors, read_json, read_safetensors, save_tensors
+from lcm_jax.weights.convert import convert, convert_lora, is_lora
 from lcm_jax.weights.model import read_model
+from lcm_jax.weights.safetensors_files import load_tensors, read_json, read_safetensors, save_tensors
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -101,7 +101,7 @@ def test_the_lora_of_a_merged_model_is_found_again(tiny_model: Path, tmp_path: P
 
 
 def load_of(path: Path, like: object) -> dict:
-    from lcm_jax.weights.lora import load_lora
+    from lcm_jax.weights.lora.files import load_lora
 
     return load_lora(path, like)
 

@@ -40,7 +40,7 @@ from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.latent import Conditioner
-from lcm_jax.weights.folders import Component
+from lcm_jax.weights.diffusers_folder import Component
 
 SHARDS = [f"0000{i}-of-00003.{kind}" for i in range(3) for kind in ("array_record", "json")]
 

@@ -16,9 +16,9 @@ from lcm_jax import Pipeline, lora
 from lcm_jax.cli import main
 from lcm_jax.nets import RULES_UNET, UNet
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.weights.files import load_tensors, read_json, save_tensors
-from lcm_jax.weights.folders import Component, Folder
-from lcm_jax.weights.lora import save_lora
+from lcm_jax.weights.diffusers_folder import Component, Folder
+from lcm_jax.weights.lora.files import save_lora
+from lcm_jax.weights.safetensors_files import load_tensors, read_json, save_tensors
 from mmdit.text import CLIPTextModel
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, at_resolution, from_config, log_snr
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, at_resolution, log_snr
 from lcm_jax.typing import Schedule
+from lcm_jax.weights.scheduler_config import from_config
 
 LATENT = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ZERO_SNR = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True)

@@ -21,8 +21,8 @@ from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.time_grids import flow_grid, pad
 from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import Component
+from lcm_jax.weights.diffusers_folder import Component
+from lcm_jax.weights.safetensors_files import read_json
 from mmdit import SD3_MEDIUM, MMDiT, MMDiTConfig, abstract_params, example_inputs
 
 OPTIONS: dict[str, Any] = {"sampler": "euler", "steps": 3, "guidance": 3.0}

@@ -17,7 +17,7 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.cost import step_cost
 from lcm_jax.train.loop import LoopConfig, Task
 from lcm_jax.train.optimizer import OptimizerConfig
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.safetensors_files import read_json
 
 mpl.use("agg")
 WIDTH = 32

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.weights.engine import from_torch, to_torch
+from lcm_jax.weights.torch_params import from_torch, to_torch
 from mmdit import presets
 from mmdit.blocks import Policy, Remat
 from mmdit.config import MMDiTConfig

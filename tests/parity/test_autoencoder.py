@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL as Oracle
 
-from lcm_jax.weights.engine import from_torch, to_torch
+from lcm_jax.weights.torch_params import from_torch, to_torch
 from vae16 import RULES, AutoencoderConfig, AutoencoderKL
 
 GEOMETRIES = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax.convert import convert, convert_lora
+from lcm_jax.weights.convert import convert, convert_lora
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

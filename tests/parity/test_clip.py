@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.numpy import save_file  # noqa: E402
 
 from lcm_jax.objectives.contrastive import contrastive_loss  # noqa: E402
-from lcm_jax.weights.engine import from_torch, to_torch  # noqa: E402
+from lcm_jax.weights.torch_params import from_torch, to_torch  # noqa: E402
 from mmdit.rules import OPTIONAL_CLIP, RULES_CLIP_TEXT, RULES_CLIP_VISION  # noqa: E402
 from mmdit.text.clip import CLIPModel, CLIPTextModel, CLIPVisionModel  # noqa: E402
 from mmdit.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig  # noqa: E402

@@ -21,10 +21,10 @@ from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.typing import Kind, Schedule
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
-from lcm_jax.weights.scheduler import read_scheduler, scheduler_config
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.diffusers_folder import Component, Folder, load_component, save_folder
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.scheduler_config import read_scheduler, scheduler_config
 from mmdit.text import Tokenizer
 
 torch = pytest.importorskip("torch")

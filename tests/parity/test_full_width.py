@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.nets import SD15, SDXL
-from lcm_jax.weights.parts import read_part, to_component, to_part
+from lcm_jax.weights.component import read_part, to_component, to_part
 from mmdit.text import CLIP_BIGG, CLIP_L
 from vae16 import AutoencoderConfig
 

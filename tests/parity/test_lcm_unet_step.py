@@ -17,9 +17,9 @@ from lcm_jax.bench.torch_training import Draw
 from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.train.tasks.distillation import LoraConfig
 from lcm_jax.typing import Nets
-from lcm_jax.weights.engine import from_torch
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import save_tensors
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.safetensors_files import save_tensors
+from lcm_jax.weights.torch_params import from_torch
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

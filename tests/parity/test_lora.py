@@ -14,10 +14,10 @@ from flax import traverse_util
 
 from lcm_jax import lora
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, abstract_params
-from lcm_jax.weights.engine import from_torch, to_torch
-from lcm_jax.weights.layouts import mmdit_layout, unet_layout
-from lcm_jax.weights.lora import load_lora, load_loras, save_lora, save_loras
-from lcm_jax.weights.lora_places import Network
+from lcm_jax.weights.lora.files import load_lora, load_loras, save_lora, save_loras
+from lcm_jax.weights.lora.modules import Network
+from lcm_jax.weights.single_file.layouts import mmdit_layout, unet_layout
+from lcm_jax.weights.torch_params import from_torch, to_torch
 from mmdit import RULES_MMDIT, MMDiT, MMDiTConfig
 from mmdit import abstract_params as mmdit_params
 from mmdit.rules import RULES_CLIP_TEXT

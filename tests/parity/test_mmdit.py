@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.weights.engine import from_torch, to_torch, torch_shapes
-from lcm_jax.weights.folders import Component, load_component, save_component
+from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
+from lcm_jax.weights.torch_params import from_torch, to_torch, torch_shapes
 from mmdit.config import MMDiTConfig
 from mmdit.embed import position_grid
 from mmdit.model import MMDiT, abstract_params

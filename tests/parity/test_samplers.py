@@ -16,10 +16,11 @@ from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.guidance import cfg
 from lcm_jax.diffusion.parameterization import add_noise, bind, to_prediction
 from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
-from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow, from_config
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.diffusion.solvers import DDIM, TCD, Heun
 from lcm_jax.diffusion.time_grids import Spacing, flow_grid, lcm_grid
 from lcm_jax.typing import Kind, Prediction, Schedule, Solver
+from lcm_jax.weights.scheduler_config import from_config
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

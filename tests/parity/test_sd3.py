@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import lcm_jax
-from lcm_jax.convert import convert
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.time_grids import Spacing, flow_grid
+from lcm_jax.weights.convert import convert
 from mmdit.text import train_tokenizer, train_unigram
 
 torch = pytest.importorskip("torch")

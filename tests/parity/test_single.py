@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lcm_jax.convert import convert
 from lcm_jax.nets import SD15, SD21, SDXL, SDXL_REFINER, SSD1B, UNetConfig
-from lcm_jax.weights.layouts import from_original, original_shapes, to_original
-from lcm_jax.weights.parts import names_of
-from lcm_jax.weights.recognise import clip_config, mmdit_config, t5_config, unet_config, vae_config
-from lcm_jax.weights.single import layout_of
+from lcm_jax.weights.component import names_of
+from lcm_jax.weights.convert import convert
+from lcm_jax.weights.single_file.infer_config import clip_config, mmdit_config, t5_config, unet_config, vae_config
+from lcm_jax.weights.single_file.layouts import from_original, original_shapes, to_original
+from lcm_jax.weights.single_file.reader import layout_of
 from mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM, MMDiTConfig
 from mmdit.text import CLIP_BIGG, CLIP_H, CLIP_L, T5_XXL, CLIPTextConfig
 from vae16 import AutoencoderConfig

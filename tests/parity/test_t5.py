@@ -13,9 +13,9 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.t5.modeling_t5 import T5Attention  # noqa: E402
 
 from lcm_jax.runtime.atomic_files import write_json  # noqa: E402
-from lcm_jax.weights.engine import torch_shapes  # noqa: E402
-from lcm_jax.weights.files import load_tensors, save_tensors  # noqa: E402
-from lcm_jax.weights.folders import load_component, save_component  # noqa: E402
+from lcm_jax.weights.diffusers_folder import load_component, save_component  # noqa: E402
+from lcm_jax.weights.safetensors_files import load_tensors, save_tensors  # noqa: E402
+from lcm_jax.weights.torch_params import torch_shapes  # noqa: E402
 from mmdit.rules import RULES_T5  # noqa: E402
 from mmdit.text.t5 import T5Encoder, relative_buckets  # noqa: E402
 from mmdit.text.t5_config import T5_XXL, T5Config  # noqa: E402

@@ -14,10 +14,10 @@ from torch import nn
 
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.models.latent_diffusion import Generator
-from lcm_jax.weights.engine import to_torch
-from lcm_jax.weights.files import load_tensors
-from lcm_jax.weights.folders import Component, load_component, save_component
-from lcm_jax.weights.tiny import load_tiny, save_tiny_original
+from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
+from lcm_jax.weights.safetensors_files import load_tensors
+from lcm_jax.weights.taesd import load_tiny, save_tiny_original
+from lcm_jax.weights.torch_params import to_torch
 from vae16 import TINY_ORIGINAL_RULES, AutoencoderTiny, TinyConfig
 
 torch.set_num_threads(1)

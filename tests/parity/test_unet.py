@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 from lcm_jax.nets import RULES_UNET, SD15, SD21, SDXL, SDXL_REFINER, SSD1B, UNet, UNetConfig, abstract_params
-from lcm_jax.weights.engine import from_torch, to_torch, torch_name
+from lcm_jax.weights.torch_params import from_torch, to_torch, torch_name
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

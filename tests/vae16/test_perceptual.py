@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.weights.engine import from_torch, to_torch
+from lcm_jax.weights.torch_params import from_torch, to_torch
 from vae16 import LPIPS, LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES, LPIPSConfig
 
 torch = pytest.importorskip("torch")

@@ -22,9 +22,9 @@ from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.train.tasks.latent import at_once, own_devices
 from lcm_jax.typing import Array, Key, Params
-from lcm_jax.weights.folders import Component, load_component, save_component
+from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.perceptual import load_lpips
+from lcm_jax.weights.lpips import load_lpips
 from vae16 import (
     LPIPS,
     AutoencoderConfig,

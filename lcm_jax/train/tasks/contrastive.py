@@ -20,7 +20,7 @@ from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.typing import Array, Key, Params
-from lcm_jax.weights.folders import Component, save_component
+from lcm_jax.weights.diffusers_folder import Component, save_component
 from mmdit.text import (
     CLIPConfig,
     CLIPModel,

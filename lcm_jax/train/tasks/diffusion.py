@@ -25,8 +25,8 @@ from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, preview
 from lcm_jax.train.tasks.outline import outlined, surroundings
 from lcm_jax.typing import Array, Key, Nets, Params
-from lcm_jax.weights.families import denoiser_of
-from lcm_jax.weights.folders import Component
+from lcm_jax.weights.diffusers_folder import Component
+from lcm_jax.weights.registry import denoiser_of
 from mmdit import MMDiTConfig
 from mmdit.attention import Implementation
 from mmdit.blocks import Remat

@@ -25,12 +25,12 @@ from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, own_devices, preview
 from lcm_jax.train.tasks.outline import cast, needs, outline_of, outlined, surroundings
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
-from lcm_jax.weights.families import DENOISERS, denoiser_of
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import Component, load_component
+from lcm_jax.weights.diffusers_folder import Component, load_component
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora import save_lora
-from lcm_jax.weights.scheduler import read_scheduler
+from lcm_jax.weights.lora.files import save_lora
+from lcm_jax.weights.registry import DENOISERS, denoiser_of
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.scheduler_config import read_scheduler
 from mmdit.attention import Implementation
 from mmdit.blocks import Remat
 from mmdit.text import normalize_images

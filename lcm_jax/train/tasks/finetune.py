@@ -30,13 +30,13 @@ from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.distillation import LoraConfig
 from lcm_jax.train.tasks.latent import Conditioner, at_once, draw_latents, own_devices, preview
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
-from lcm_jax.weights.families import DENOISERS, class_name
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import Component, Folder, load_component, save_folder
+from lcm_jax.weights.diffusers_folder import Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora import save_loras
+from lcm_jax.weights.lora.files import save_loras
 from lcm_jax.weights.model import lora_networks
-from lcm_jax.weights.scheduler import read_scheduler, sampler_of
+from lcm_jax.weights.registry import DENOISERS, class_name
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of
 from mmdit.blocks import Remat
 from mmdit.text import T5Encoder
 

@@ -27,11 +27,11 @@ from lcm_jax.runtime.image_grid import grid
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
-from lcm_jax.weights.families import class_name, denoiser_of
-from lcm_jax.weights.folders import TOKENIZERS, Component, Folder, load_component, save_folder
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.diffusers_folder import TOKENIZERS, Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.scheduler import scheduler_config
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.registry import class_name, denoiser_of
+from lcm_jax.weights.scheduler_config import scheduler_config
 from mmdit.text import Tokenizer, size_ids, zero_prompt
 from vae16 import scale
 

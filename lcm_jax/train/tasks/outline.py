@@ -20,12 +20,12 @@ from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Loss
 from lcm_jax.train.tasks.latent import FAMILY_OF
 from lcm_jax.typing import Key, Kind, Params, Schedule
-from lcm_jax.weights.families import DENOISERS, FAMILIES, denoiser_of
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import TOKENIZERS
+from lcm_jax.weights.component import config_of
+from lcm_jax.weights.diffusers_folder import TOKENIZERS
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.parts import config_of
-from lcm_jax.weights.scheduler import read_scheduler
+from lcm_jax.weights.registry import DENOISERS, FAMILIES, denoiser_of
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.scheduler_config import read_scheduler
 from mmdit import SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from mmdit.text import Tokenizer
 from vae16 import AutoencoderConfig

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lcm_jax.metrics.inception import RULES_INCEPTION, InceptionV3, inception_features, load_inception
-from lcm_jax.weights.engine import to_torch
+from lcm_jax.weights.torch_params import to_torch
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

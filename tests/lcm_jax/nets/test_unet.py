@@ -26,7 +26,7 @@ from lcm_jax.nets import (
     guidance_embedding,
 )
 from lcm_jax.nets.embed import TimestepEmbedding
-from lcm_jax.weights.engine import from_torch, to_torch
+from lcm_jax.weights.torch_params import from_torch, to_torch
 from vae16.layers import GroupNorm
 
 TINY = UNetConfig(

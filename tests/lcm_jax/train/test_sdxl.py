@@ -19,8 +19,8 @@ from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
 from lcm_jax.train.tasks.latent import Conditioner
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import Component, Folder, save_folder
+from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
+from lcm_jax.weights.safetensors_files import read_json
 from mmdit.text import CLIPTextModel, Tokenizer
 
 pytestmark = pytest.mark.slow

@@ -40,7 +40,7 @@ from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig, graft
 from lcm_jax.train.tasks.latent import ENCODE_BATCH, Conditioner
 from lcm_jax.train.tasks.locked import LockedImageTask
 from lcm_jax.train.tasks.masked import MaskedTask
-from lcm_jax.weights.folders import Component, load_component
+from lcm_jax.weights.diffusers_folder import Component, load_component
 from mmdit import MMDiTConfig
 from mmdit.text import Tokenizer
 from vae16 import DiscriminatorConfig, LossConfig, PictureLossConfig, TinyConfig

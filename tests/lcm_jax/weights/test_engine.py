@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.weights.engine import _leaves, from_torch, to_torch, torch_name
+from lcm_jax.weights.torch_params import _leaves, from_torch, to_torch, torch_name
 
 RULES = ((r"layers/", "layers/*/"), (r"_(\d+)(?=/)", r".\1"))
 

@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save
 
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights import hub
-from lcm_jax.weights.files import (
+from lcm_jax.weights.hub import locate, wanted
+from lcm_jax.weights.safetensors_files import (
     check_finite,
     is_finite,
     load_tensors,
@@ -31,7 +32,6 @@ from lcm_jax.weights.files import (
     read_safetensors,
     save_tensors,
 )
-from lcm_jax.weights.hub import locate, wanted
 
 TENSORS = {
     "odd": np.arange(3, dtype=np.uint8),  # leaves what follows unaligned

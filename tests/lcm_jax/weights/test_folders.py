@@ -19,12 +19,12 @@ import pytest
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.typing import Kind, Schedule
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json
-from lcm_jax.weights.folders import Component, Folder, load_folder, save_folder
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.diffusers_folder import Component, Folder, load_folder, save_folder
 from lcm_jax.weights.hub import Location
-from lcm_jax.weights.scheduler import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.scheduler_config import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config
 from mmdit.text import Tokenizer
 from vae16 import AutoencoderTiny, TinyConfig, unscale
 

@@ -24,9 +24,9 @@ from safetensors import SafetensorError, deserialize
 
 from lcm_jax import lora
 from lcm_jax.nets import RULES_UNET
-from lcm_jax.weights.engine import from_torch, to_torch
-from lcm_jax.weights.files import load_tensors, save_tensors
-from lcm_jax.weights.lora import load_lora, save_lora
+from lcm_jax.weights.lora.files import load_lora, save_lora
+from lcm_jax.weights.safetensors_files import load_tensors, save_tensors
+from lcm_jax.weights.torch_params import from_torch, to_torch
 
 RULES = ((r"layers/", "layers/*/"), (r"_(\d+)(?=/)", r".\1"))
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

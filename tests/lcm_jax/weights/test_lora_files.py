@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from lcm_jax import lora
 from lcm_jax.nets import RULES_UNET, UNetConfig
-from lcm_jax.weights.layouts import unet_layout
-from lcm_jax.weights.lora import load_lora, lora_components, save_lora
+from lcm_jax.weights.lora.files import load_lora, lora_components, save_lora
+from lcm_jax.weights.single_file.layouts import unet_layout
 
 RNG = np.random.default_rng(0)
 FORMATS = ["peft", "diffusers", "kohya"]

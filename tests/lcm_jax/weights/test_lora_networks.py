@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from lcm_jax import lora
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, abstract_params
-from lcm_jax.weights.layouts import mmdit_layout, unet_layout
-from lcm_jax.weights.lora import load_lora, load_loras, lora_components, save_lora, save_loras
-from lcm_jax.weights.lora_places import Network
+from lcm_jax.weights.lora.files import load_lora, load_loras, lora_components, save_lora, save_loras
+from lcm_jax.weights.lora.modules import Network
+from lcm_jax.weights.single_file.layouts import mmdit_layout, unet_layout
 from mmdit import model as mmdit
 from mmdit.config import MMDiTConfig
 from mmdit.rules import RULES_CLIP_TEXT, RULES_MMDIT, RULES_T5

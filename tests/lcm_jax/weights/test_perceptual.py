@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.weights.engine import to_torch
-from lcm_jax.weights.files import save_tensors
-from lcm_jax.weights.perceptual import load_lpips
+from lcm_jax.weights.lpips import load_lpips
+from lcm_jax.weights.safetensors_files import save_tensors
+from lcm_jax.weights.torch_params import to_torch
 from vae16 import LPIPS, LPIPS_PACKAGE_RULES, LPIPS_RULES, LPIPSConfig
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from lcm_jax.weights import shapes
+from lcm_jax.weights import abstract_params
 from mmdit import MMDiTConfig
 
 TINY = MMDiTConfig(
@@ -26,21 +26,21 @@ KIND = "SD3Transformer2DModel"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(shapes, "_WORTH_KEEPING", 0.0)
-    shapes.abstract_params.cache_clear()
+    monkeypatch.setattr(abstract_params, "_WORTH_KEEPING", 0.0)
+    abstract_params.abstract_params.cache_clear()
     yield tmp_path / "shapes"
-    shapes.abstract_params.cache_clear()
+    abstract_params.abstract_params.cache_clear()
 
 
 def again(**changes: int) -> dict:
-    shapes.abstract_params.cache_clear()
-    return shapes.abstract_params(KIND, MMDiTConfig(**{**vars(TINY), **changes}))
+    abstract_params.abstract_params.cache_clear()
+    return abstract_params.abstract_params(KIND, MMDiTConfig(**{**vars(TINY), **changes}))
 
 
 def test_kept_shapes_are_the_traced_ones(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = again()
     (file,) = place.iterdir()
-    monkeypatch.setattr(shapes, "_trace", lambda *_: pytest.fail("traced although it was kept"))
+    monkeypatch.setattr(abstract_params, "_trace", lambda *_: pytest.fail("traced although it was kept"))
     kept = again()
     assert jax.tree.structure(kept) == jax.tree.structure(traced)
     assert jax.tree.leaves(kept) == jax.tree.leaves(traced)
@@ -60,7 +60,7 @@ def test_a_damaged_file_is_made_anew(place: Path, damage: str) -> None:
 def test_another_config_or_code_has_its_own_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert jax.tree.leaves(again(num_layers=1)) != jax.tree.leaves(again())
     assert len(list(place.iterdir())) == 2
-    monkeypatch.setattr(shapes, "_code", lambda: "changed")
+    monkeypatch.setattr(abstract_params, "_code", lambda: "changed")
     again()
     assert len(list(place.iterdir())) == 3
 

@@ -26,26 +26,7 @@ from flax import traverse_util
 from lcm_jax.lora import Adapters, shapes
 from lcm_jax.nets import RULES_UNET
 from lcm_jax.runtime.messages import few
-from lcm_jax.weights.engine import Rules
-from lcm_jax.weights.families import DENOISERS
-from lcm_jax.weights.files import read_safetensors, save_tensors
-from lcm_jax.weights.layouts import Layout, Slot
-from lcm_jax.weights.lora_config import FOLDER_NAME, HEADER_KEY, alpha_of, read_config, write_config
-from lcm_jax.weights.lora_names import (
-    COMPONENTS,
-    ORIGINAL,
-    SUFFIXES,
-    Format,
-    Group,
-    base_of,
-    component_of,
-    listed,
-    split,
-    start_of,
-    suffixes,
-    text_width,
-)
-from lcm_jax.weights.lora_places import (
+from lcm_jax.weights.lora.modules import (
     Factors,
     Network,
     Place,
@@ -59,6 +40,25 @@ from lcm_jax.weights.lora_places import (
     to_kernel,
     to_weight,
 )
+from lcm_jax.weights.lora.names import (
+    COMPONENTS,
+    ORIGINAL,
+    SUFFIXES,
+    Format,
+    Group,
+    base_of,
+    component_of,
+    listed,
+    split,
+    start_of,
+    suffixes,
+    text_width,
+)
+from lcm_jax.weights.lora.peft_config import FOLDER_NAME, HEADER_KEY, alpha_of, read_config, write_config
+from lcm_jax.weights.registry import DENOISERS
+from lcm_jax.weights.safetensors_files import read_safetensors, save_tensors
+from lcm_jax.weights.single_file.layouts import Layout, Slot
+from lcm_jax.weights.torch_params import Rules
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", FOLDER_NAME)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.runtime.messages import few
-from lcm_jax.weights.files import is_finite
+from lcm_jax.weights.safetensors_files import is_finite
 
 Format = Literal["peft", "diffusers", "kohya"]
 Group = dict[str, np.ndarray]  # what a file has for one module: "down", "up", "alpha"

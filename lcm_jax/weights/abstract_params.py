@@ -20,8 +20,8 @@ from lcm_jax import nets
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.typing import Params
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_json
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.safetensors_files import read_json
 
 _WORTH_KEEPING = 0.1  # seconds
 

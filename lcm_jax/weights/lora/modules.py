@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from lcm_jax.weights.engine import Rules, torch_name, unstack
-from lcm_jax.weights.layouts import Layout, Slot
+from lcm_jax.weights.single_file.layouts import Layout, Slot
+from lcm_jax.weights.torch_params import Rules, torch_name, unstack
 
 
 class Network(NamedTuple):

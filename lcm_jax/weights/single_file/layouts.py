@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from lcm_jax.nets import UNetConfig
-from lcm_jax.runtime.messages import few, other_depths
-from lcm_jax.weights.parts import Lazy
+from lcm_jax.runtime.messages import few
+from lcm_jax.weights.component import Lazy
+from lcm_jax.weights.torch_params import other_depths
 from mmdit import MMDiTConfig
 from vae16 import AutoencoderConfig
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
-from lcm_jax.weights.engine import Rules
+from lcm_jax.weights.torch_params import Rules
 from mmdit import (
     RULES_MMDIT,
     CrossDiT,

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcm_jax.runtime.messages import few
-from lcm_jax.weights.files import read_metadata, read_safetensors, save_tensors
-from lcm_jax.weights.layouts import (
+from lcm_jax.weights.component import Lazy, Part, cast, check_part, names_of
+from lcm_jax.weights.safetensors_files import read_metadata, read_safetensors, save_tensors
+from lcm_jax.weights.single_file.infer_config import clip_config, mmdit_config, t5_config, unet_config, vae_config
+from lcm_jax.weights.single_file.layouts import (
     Layout,
     from_original,
     mmdit_layout,
@@ -27,8 +29,6 @@ from lcm_jax.weights.layouts import (
     unet_layout,
     vae_layout,
 )
-from lcm_jax.weights.parts import Lazy, Part, cast, check_part, names_of
-from lcm_jax.weights.recognise import clip_config, mmdit_config, t5_config, unet_config, vae_config
 
 
 class Place(NamedTuple):

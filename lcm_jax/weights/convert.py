@@ -18,25 +18,16 @@ from lcm_jax.lora import CLIP_TARGETS, DEFAULT_TARGETS, MMDIT_TARGETS, extract
 from lcm_jax.runtime.atomic_files import replacing, write_json
 from lcm_jax.runtime.messages import few
 from lcm_jax.weights import orbax
-from lcm_jax.weights.families import FAMILIES
-from lcm_jax.weights.files import read_safetensors
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.component import Lazy, Part, cast, check_part, names_of, to_component, write_config, write_part
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora import FILE_NAMES, load_lora, load_loras, lora_components, save_loras
-from lcm_jax.weights.lora_names import Format
-from lcm_jax.weights.lora_places import Network
+from lcm_jax.weights.lora.files import FILE_NAMES, load_lora, load_loras, lora_components, save_loras
+from lcm_jax.weights.lora.modules import Network
+from lcm_jax.weights.lora.names import Format
 from lcm_jax.weights.model import SMALL, UNUSED, Model, lora_networks, read_model
-from lcm_jax.weights.parts import (
-    Lazy,
-    Part,
-    cast,
-    check_part,
-    names_of,
-    to_component,
-    write_config,
-    write_part,
-)
-from lcm_jax.weights.shapes import abstract_params
-from lcm_jax.weights.single import write_single
+from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.safetensors_files import read_safetensors
+from lcm_jax.weights.single_file.reader import write_single
 
 MODELS = ("diffusers", "single", "orbax")
 LORAS: Mapping[str, Format] = {"lora-peft": "peft", "lora-diffusers": "diffusers", "lora-kohya": "kohya"}

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.weights.engine import from_torch, to_torch
-from lcm_jax.weights.files import load_tensors, read_json, save_tensors
-from lcm_jax.weights.folders import Component, load_component
-from lcm_jax.weights.shapes import abstract_params
+from lcm_jax.weights.abstract_params import abstract_params
+from lcm_jax.weights.diffusers_folder import Component, load_component
+from lcm_jax.weights.safetensors_files import load_tensors, read_json, save_tensors
+from lcm_jax.weights.torch_params import from_torch, to_torch
 from vae16 import TINY_ORIGINAL_RULES, AutoencoderTiny, TinyConfig
 
 _KIND = "AutoencoderTiny"

@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, get_args
 
 from lcm_jax.diffusion.samplers import SAMPLERS
-from lcm_jax.diffusion.schedules import CONTINUOUS_SCHEDULES, DDPM, Cosine, RectifiedFlow, from_config
+from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.typing import Kind, Schedule
 
@@ -146,3 +146,49 @@ def _scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str,
         name = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}[sampler]
         return {"_class_name": name, **shared, "original_inference_steps": 50, "timestep_scaling": 10.0}
     return {"_class_name": "DDIMScheduler", **shared, "timestep_spacing": "trailing", "steps_offset": 0}
+
+
+CONTINUOUS_SCHEDULES: Mapping[str, Any] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
+
+
+# The defaults of the diffusers classes, for configs that leave a key out.
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LCMScheduler": _LATENT,
+    "TCDScheduler": _LATENT,
+    "HeunDiscreteScheduler": _LATENT | {"beta_schedule": "linear"},
+}
+
+
+_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+
+
+def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
+    """The schedule a diffusers scheduler_config.json describes (betas or flow; spacing and prediction are elsewhere).
+
+    A key of ours, `schedule`, names one of CONTINUOUS_SCHEDULES, for what diffusers has no scheduler.
+
+    Raises ValueError for betas given as a list, for resolution-dependent shifting and for an unknown beta_schedule.
+    """
+    name = str(config.get("_class_name", ""))
+    if config.get("trained_betas") is not None:
+        raise ValueError(f"{source}: trained_betas is set: give beta_start, beta_end and beta_schedule instead")
+    if config.get("use_dynamic_shifting"):
+        raise ValueError(f"{source}: use_dynamic_shifting is unsupported: set it to false and give a fixed shift")
+    if "schedule" in config:
+        made = CONTINUOUS_SCHEDULES.get(config["schedule"])
+        if made is None:
+            known = ", ".join(CONTINUOUS_SCHEDULES)
+            raise ValueError(f"{source}: schedule {config['schedule']!r} is unknown: use one of {known}")
+        return made(**{k: v for k, v in config.items() if k in made.__dataclass_fields__})
+    if name.startswith("FlowMatch"):
+        return RectifiedFlow(shift=float(config.get("shift", 1.0)))
+    if config.get("use_flow_sigmas"):
+        return RectifiedFlow(shift=float(config.get("flow_shift", 1.0)))
+    fields = {k: v for k, v in (*_CLASS_DEFAULTS.get(name, {}).items(), *config.items()) if k in _FIELDS}
+    try:
+        return DDPM(**fields)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lcm_jax.weights.files import read_json, read_metadata
-from lcm_jax.weights.lora_places import Factors
+from lcm_jax.weights.lora.modules import Factors
+from lcm_jax.weights.safetensors_files import read_json, read_metadata
 
 HEADER_KEY = "lora_adapter_metadata"
 FOLDER_NAME = "adapter_model.safetensors"  # of PEFT, with adapter_config.json beside it

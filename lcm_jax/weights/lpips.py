@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.typing import Params
-from lcm_jax.weights.engine import from_torch
-from lcm_jax.weights.files import load_tensors
+from lcm_jax.weights.safetensors_files import load_tensors
+from lcm_jax.weights.torch_params import from_torch
 from vae16 import LPIPS, LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES
 
 

@@ -14,10 +14,10 @@ from flax import traverse_util
 
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.typing import Params
-from lcm_jax.weights.engine import Shardings, check, from_torch, to_torch, torch_shapes
-from lcm_jax.weights.families import FAMILIES, TOWER, class_name
-from lcm_jax.weights.files import load_tensors, read_json, save_tensors
-from lcm_jax.weights.shapes import abstract_params, stacking
+from lcm_jax.weights.abstract_params import abstract_params, stacking
+from lcm_jax.weights.registry import FAMILIES, TOWER, class_name
+from lcm_jax.weights.safetensors_files import load_tensors, read_json, save_tensors
+from lcm_jax.weights.torch_params import Shardings, check, from_torch, to_torch, torch_shapes
 
 
 class Part(NamedTuple):

@@ -8,7 +8,7 @@ counts from 13.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lcm_jax.runtime.messages import few, other_depths
+from lcm_jax.runtime.messages import few
 from lcm_jax.typing import Array
 from lcm_jax.weights.device import place
-from lcm_jax.weights.files import is_finite, let_go
+from lcm_jax.weights.safetensors_files import is_finite, let_go
 
 Rules = Sequence[tuple[str, str]]
 # (path, shape) -> where the parameter lies; each device is then given its slice alone.
@@ -219,3 +219,21 @@ def to_torch(params: Any, rules: Rules, *, dtype: Any = None) -> dict[str, np.nd
             part = _to_torch(part, _is_kernel(path))
             tensors[key] = np.ascontiguousarray(part) if part.ndim else part
     return tensors
+
+
+def other_depths(want: Iterable[str], have: Iterable[str]) -> list[str]:
+    """Stacks of numbered layers of which a file has another number than the network that its config describes."""
+
+    def count(names: Iterable[str]) -> dict[str, int]:
+        found: dict[str, set[str]] = {}
+        for name in names:
+            if match := re.match(r"(.*?)\.(\d+)\.", name):
+                found.setdefault(match[1], set()).add(match[2])
+        return {stack: len(numbers) for stack, numbers in found.items()}
+
+    counts = count(have)
+    return [
+        f"depth: {counts[stack]} {stack} in the file, {n} by its config (num_layers, num_hidden_layers)"
+        for stack, n in count(want).items()
+        if counts.get(stack, n) != n
+    ]

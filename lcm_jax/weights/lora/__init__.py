@@ -1,0 +1,1 @@
+"""LoRA files in PEFT, diffusers and kohya form."""

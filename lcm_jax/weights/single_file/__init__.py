@@ -1,0 +1,1 @@
+"""Single-file checkpoints (LDM, SGM, SD3)."""
