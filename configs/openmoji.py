@@ -13,8 +13,9 @@ from lcm_jax.train.tasks.autoencoder import AutoencoderTask, TinyAutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.contrastive import ContrastiveTask
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
+from lcm_jax.train.tasks.distillation import DistillationTask
 from lcm_jax.train.tasks.finetune import FinetuneTask
+from lcm_jax.train.tasks.lora_config import LoraConfig
 from mmdit.text import CLIPTextConfig, CLIPVisionConfig
 from vae16 import AutoencoderConfig, LossConfig, PictureLossConfig, TinyConfig
 

@@ -11,9 +11,10 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
-from lcm_jax.train.tasks.locked import LockedImageTask
-from lcm_jax.train.tasks.masked import MaskedTask
+from lcm_jax.train.tasks.distillation import DistillationTask
+from lcm_jax.train.tasks.locked_image_tuning import LockedImageTask
+from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.tasks.masked_language_model import MaskedTask
 from mmdit import MMDiTConfig
 from mmdit.text import CLIPTextConfig, T5Config
 

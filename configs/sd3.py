@@ -15,7 +15,7 @@ from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import LoraConfig
+from lcm_jax.train.tasks.lora_config import LoraConfig
 from mmdit import family
 
 SD3_MEDIUM = "stabilityai/stable-diffusion-3-medium-diffusers"

@@ -16,7 +16,8 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.common import DataConfig
-from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
+from lcm_jax.train.tasks.distillation import DistillationTask
+from lcm_jax.train.tasks.lora_config import LoraConfig
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"

@@ -23,13 +23,13 @@ from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, recon
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
 from lcm_jax.metrics.inception import inception_features
-from lcm_jax.overrides import override
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.image_io import read_picture
 from lcm_jax.runtime.optional_deps import require
+from lcm_jax.train.overrides import override
 from lcm_jax.weights.convert import LORAS, convert, convert_lora
 
 
@@ -178,7 +178,7 @@ def read_image(path: Path, option: str = "--image") -> np.ndarray:
 
 def _encode(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     require("train")
-    from lcm_jax.encode import encode
+    from lcm_jax.train.precompute_latents import encode
 
     part = None
     if arguments.part is not None:

@@ -22,11 +22,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lcm_jax.metrics import ranks, spearman
-from lcm_jax.overrides import override
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.messages import HelpFormatter
 from lcm_jax.train.config import TrainConfig
+from lcm_jax.train.overrides import override
 from lcm_jax.weights.safetensors_files import read_json
 
 SCALES = ("tiny", "gpu", "paper")

@@ -104,7 +104,7 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
         "lcm_jax.data.load_source",
         "lcm_jax.plan.command.run",
         "lcm_jax.configs",
-        "lcm_jax.encode.encode",
+        "lcm_jax.train.precompute_latents.encode",
     }
 
 

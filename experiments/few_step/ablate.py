@@ -28,7 +28,7 @@ from lcm_jax.objectives import METHODS, GrowingPairs, ShrinkingPairs
 from lcm_jax.runtime.image_grid import labelled_grid
 from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
-from lcm_jax.train.cost import step_cost
+from lcm_jax.train.step_cost import step_cost
 from lcm_jax.train.tasks.common import DataConfig
 
 STEPS = (1, 2, 4, 8)

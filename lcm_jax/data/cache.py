@@ -5,7 +5,7 @@ bytes of its arrays, one after another in the manifest's order, then its texts a
 parses nothing but the texts. Files are written under another name and renamed when complete, the manifest last, so a
 cache that exists is whole; the sizes and SHA-256 of its shards are checked when it is opened.
 
-`cached` keeps what one process makes on the way. What many hosts make, shard by shard, is `lcm_jax.encode`'s.
+`cached` keeps what one process makes on the way; many hosts write shards with `lcm_jax.train.precompute_latents`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Cache:
 
     @property
     def _remedy(self) -> str:
-        if "shards" in self.produced_by:  # by lcm_jax.encode
+        if "shards" in self.produced_by:  # by lcm_jax.train.precompute_latents
             return "run its lcm-jax encode again, which writes this file alone"
         return f"remove {self.folder}, and it is made again"
 

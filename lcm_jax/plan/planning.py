@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from lcm_jax.parallel.sharding import make_mesh, mesh_shape
-from lcm_jax.plan.program import Program
+from lcm_jax.plan.compiled_program import Program
 from lcm_jax.plan.topologies import Topology, check_compiler, open_topology, parse
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import cache_dir

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from lcm_jax.plan.gpus import described
+from lcm_jax.plan.gpu_targets import described
 from lcm_jax.runtime.hardware import CHIPS, GPUS, Chip
 
 HOP = 1e-6  # seconds from a chip to its neighbour

@@ -26,14 +26,14 @@ def written_aside(*paths: Path) -> Iterator[list[Path]]:
             aside.unlink(missing_ok=True)
 
 
-def _dump(path: Path, value: Mapping[str, Any]) -> None:
+def dump_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes a JSON object at once or not at all."""
     with written_aside(Path(path)) as (aside,):
-        _dump(aside, value)
+        dump_json(aside, value)
 
 
 @contextlib.contextmanager

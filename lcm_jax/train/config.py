@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from lcm_jax.overrides import flatten
 from lcm_jax.parallel.distributed import is_main
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.train.loop import LoopConfig, check_writable, fit
+from lcm_jax.train.checkpointing import check_writable
+from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.overrides import flatten
 from lcm_jax.train.step import TrainState
 from lcm_jax.weights.safetensors_files import read_json
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import get_args
 
 import jax
 import numpy as np
@@ -17,14 +15,12 @@ from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lcm_jax.parallel.distributed import Preempted, Preemption, Watchdog, explain, is_main
+from lcm_jax.parallel.distributed import Preempted, Preemption, Watchdog, is_main
 from lcm_jax.parallel.pmap import in_line
 from lcm_jax.parallel.sharding import (
-    RULES,
     MeshConfig,
     Placement,
     Rowwise,
-    Rules,
     batch_sharding,
     create,
     make_mesh,
@@ -37,36 +33,18 @@ from lcm_jax.parallel.sharding import (
 )
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.flops import flops
+from lcm_jax.train.checkpointing import (
+    check_writable,
+    checkpoint_manager,
+    reporting_write_errors,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.step import Loss, Metrics, Parallel, Step, TrainState, make_train_step
-from lcm_jax.typing import Key, Params
+from lcm_jax.train.step import Metrics, Parallel, Step, TrainState, make_train_step
+from lcm_jax.train.task import Batches, Task
 from lcm_jax.weights.safetensors_files import read_json
-
-
-class Batches(Protocol):
-    """An endless iterator whose position can be saved (lcm_jax.data.Loader)."""
-
-    def __next__(self) -> Any: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is trained: the trees, the loss, the data, and what to make of the result."""
-
-    init: Callable[[Key], Params]
-    loss: Loss
-    frozen: Params
-    batches: Callable[..., Batches]  # (batch size, seed, which rows of a batch are read here; None: all) -> iterator
-    # (ema, frozen, rowwise) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
-    preview: Callable[[Params, Params, Rowwise], dict[str, float | np.ndarray]]
-    export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
-    # what becomes of the run's optimizer, for tasks that train several trees
-    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
-    rules: Rules = RULES  # which axis of which parameter the mesh's axis `tensor` cuts
-    separable: bool = True  # the loss is a mean over examples, so that it can be taken part by part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,62 +87,6 @@ class LoopConfig:
             )
 
 
-def checkpoints(workdir: Path, config: LoopConfig) -> ocp.CheckpointManager:
-    """Checkpoints of state and data position under `workdir`/checkpoints, written aside and renamed by orbax."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, save_interval_steps=1, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
-
-
-def _save(manager: ocp.CheckpointManager, state: TrainState, batches: Batches) -> None:
-    tree = ocp.args.PyTreeSave(state._asdict())
-    args = ocp.args.Composite(state=tree, data=ocp.args.JsonSave(batches.get_state()))
-    with _writing(manager):
-        manager.save(int(state.step), args=args)
-
-
-@contextlib.contextmanager
-def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Says in one line that a checkpoint could not be written: this one, or the last, which is written meanwhile."""
-    try:
-        yield
-    except Exception as error:
-        if explain(error):  # no fault of the disk
-            raise
-        saved = max(manager.all_steps(read=True), default=None)
-        last = "nothing was saved" if saved is None else f"the last whole one is of step {saved}"
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[-150:]  # the cause is at the end
-        raise OSError(
-            f"a checkpoint could not be written to {manager.directory} ({reason}); {last}: make room or give it back "
-            "its rights, and start again"
-        ) from error
-
-
-def _restore(manager: ocp.CheckpointManager, like: Any, placement: Placement, batches: Batches) -> TrainState:
-    """The last checkpoint, placed for this mesh and these processes whatever it was written on. like: shapes."""
-    target = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, placement.state
-    )._asdict()
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    args = ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(target, restore_args=restore_args), data=ocp.args.JsonRestore()
-    )
-    saved = manager.restore(manager.latest_step(), args=args)
-    batches.set_state(saved["data"])
-    return TrainState(**saved["state"])
-
-
-def check_writable(workdir: Path) -> None:
-    """OSError unless files can be made there; nothing is left behind."""
-    place = workdir.absolute()
-    try:
-        with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{workdir} cannot be written to ({error.strerror}): give another --workdir, or its rights"
-        ) from None
-
-
 def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path) -> TrainState:
     """Train `task` for `loop.steps` steps, continuing where an earlier run in `workdir` stopped.
 
@@ -182,13 +104,13 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     rows = rows_here(placement.batch, loop.batch_size)
     batches = task.batches(loop.batch_size, loop.seed, rows if jax.process_count() > 1 else None)
     # What closes the manager waits for the checkpoint under way, however the run ends.
-    with Watchdog(loop.hang_timeout) as watchdog, checkpoints(workdir, loop) as manager:
+    with Watchdog(loop.hang_timeout) as watchdog, checkpoint_manager(workdir, keep=loop.keep) as manager:
         if manager.latest_step() is None:
             state = create(
                 lambda key: TrainState.create(task.init(key), tx), jax.random.key(loop.seed), placement.state
             )
         else:
-            state = _restore(manager, initial_shapes(task, tx), placement, batches)
+            state = restore_checkpoint(manager, initial_shapes(task, tx), placement, batches)
         start = int(state.step)
         if start > loop.steps:
             raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
@@ -211,7 +133,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
             state = _Run(loop, rate, manager, batches, log, watchdog, meter).until_the_end(state, advance, look)
         watchdog.moved("the last checkpoint")
-        with _writing(manager):
+        with reporting_write_errors(manager):
             manager.wait_until_finished()
         ema = whole(state.ema) if jax.process_count() > 1 else state.ema
     if is_main():
@@ -314,7 +236,7 @@ class _Run:
                     self.meter.restart(step)
                 if last or ending or step % loop.save_every == 0:  # after the preview, which a run killed in between
                     self.check(step)  # sees again; every checkpoint is of a run that was sound until then
-                    _save(self.manager, state, self.batches)
+                    save_checkpoint(self.manager, state, self.batches)
                 if ending and not last:
                     self.stop(step)
         return state
@@ -342,7 +264,7 @@ class _Run:
             self.log.add_scalar(key, value, step)
         bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {speed:.0f} samples/s", refresh=False)
         self.check(step)
-        with _writing(self.manager):
+        with reporting_write_errors(self.manager):
             self.manager.check_for_errors()  # of the checkpoint that is written meanwhile
 
     def show(self, step: int, seen: dict[str, float | np.ndarray]) -> None:
@@ -358,7 +280,7 @@ class _Run:
 
     def stop(self, step: int) -> None:
         """Wait for the checkpoint, and end."""
-        with _writing(self.manager):
+        with reporting_write_errors(self.manager):
             self.manager.wait_until_finished()
         if is_main():
             print(f"{self.workdir}: told to end (SIGTERM); step {step} is saved, the same command goes on from it")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lcm_jax.runtime.atomic_files import _dump, written_aside
+from lcm_jax.runtime.atomic_files import dump_json, written_aside
 from lcm_jax.runtime.messages import few
 
 _DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which writes the last ones first
@@ -337,7 +337,7 @@ def save_tensors(
         if len(groups) > 1:
             weight_map = {name: file for file, group in zip(names, groups, strict=True) for name in group}
             total = sum(entry.end for entry in entries.values())
-            _dump(asides[-1], {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+            dump_json(asides[-1], {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
             if any(file.exists() for file in new[:-1]):
                 index.unlink(missing_ok=True)  # else the old index would name old and new shards for a moment
     shard = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors")

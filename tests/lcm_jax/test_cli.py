@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax import cli, configs
-from lcm_jax.overrides import flatten, override
+from lcm_jax.train.overrides import flatten, override
 
 
 def test_sample_writes_pictures(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

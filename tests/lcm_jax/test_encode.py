@@ -26,20 +26,20 @@ import tensorflow_datasets as tfds
 from jax.sharding import Mesh
 from PIL import Image
 
-import lcm_jax.encode
+import lcm_jax.train.precompute_latents
 from lcm_jax import cli
 from lcm_jax.data import load_source, open_cache
 from lcm_jax.data.cache import read_manifest
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.encode import encode
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import make_mesh
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.precompute_latents import encode
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
+from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.latent import Conditioner
 from lcm_jax.weights.diffusers_folder import Component
 
 SHARDS = [f"0000{i}-of-00003.{kind}" for i in range(3) for kind in ("array_record", "json")]
@@ -189,14 +189,14 @@ def test_a_stopped_run_goes_on(
     tiny_model: Path, pictures: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the second shard, with files left behind as a kill leaves them."""
-    data, other, read = f"folder:{pictures}", tmp_path / "other", lcm_jax.encode._read
+    data, other, read = f"folder:{pictures}", tmp_path / "other", lcm_jax.train.precompute_latents._read
 
     def stopping(source: Any, index: int) -> Any:
         if index == 3:
             raise KeyboardInterrupt
         return read(source, index)
 
-    monkeypatch.setattr(lcm_jax.encode, "_read", stopping)
+    monkeypatch.setattr(lcm_jax.train.precompute_latents, "_read", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, data, other)
     assert list(files(other)) == SHARDS[:2]

@@ -22,14 +22,15 @@ from lcm_jax import cli, configs
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
+from lcm_jax.plan.compiled_program import Program
 from lcm_jax.plan.planning import _digest, bytes_needed, candidates
-from lcm_jax.plan.program import Program
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.runtime.flops import flops
 from lcm_jax.runtime.hardware import CHIPS, chip_of
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
+from lcm_jax.train.tasks.distillation import DistillationTask
+from lcm_jax.train.tasks.lora_config import LoraConfig
 
 LOOP = """
 HloModule step, is_scheduled=true, num_partitions=8
@@ -422,7 +423,7 @@ from lcm_jax.plan import planning
 from lcm_jax.plan.planning import plan, search
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
-from lcm_jax.train.tasks.outline import outlined
+from lcm_jax.train.tasks.abstract_step import outlined
 
 def loss(params, ema, frozen, batch, key, step):
     error = jnp.mean((batch["x"] @ params["kernel"] - batch["x"] @ frozen) ** 2)

@@ -14,9 +14,10 @@ import pytest
 from lcm_jax.data import Loader
 from lcm_jax.study import Column, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
-from lcm_jax.train.cost import step_cost
-from lcm_jax.train.loop import LoopConfig, Task
+from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.step_cost import step_cost
+from lcm_jax.train.task import Task
 from lcm_jax.weights.safetensors_files import read_json
 
 mpl.use("agg")

@@ -15,7 +15,7 @@ import lcm_jax
 from lcm_jax.bench import Options, peers, training
 from lcm_jax.bench.torch_training import Draw
 from lcm_jax.models.latent_diffusion import as_apply
-from lcm_jax.train.tasks.distillation import LoraConfig
+from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.typing import Nets
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import save_tensors

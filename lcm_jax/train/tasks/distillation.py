@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,15 +15,18 @@ import optax
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.models.latent_diffusion import Generator, as_apply
-from lcm_jax.nets.discriminator_heads import Heads, features
+from lcm_jax.nets.discriminator_heads import features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import by_path
-from lcm_jax.train.loop import Task
 from lcm_jax.train.step import Metrics
+from lcm_jax.train.task import Task
+from lcm_jax.train.tasks.abstract_step import cast, needs, outline_of, outlined, surroundings
 from lcm_jax.train.tasks.common import captions
+from lcm_jax.train.tasks.conditioner import Conditioner, own_devices
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
-from lcm_jax.train.tasks.latent import Conditioner, LatentTask, draw_latents, export_folder, own_devices, preview
-from lcm_jax.train.tasks.outline import cast, needs, outline_of, outlined, surroundings
+from lcm_jax.train.tasks.discriminator import Discriminator
+from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
+from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
 from lcm_jax.weights.diffusers_folder import Component, load_component
 from lcm_jax.weights.hub import locate
@@ -35,20 +38,6 @@ from mmdit.attention import Implementation
 from mmdit.blocks import Remat
 from mmdit.text import normalize_images
 from vae16 import AutoencoderKL, unscale
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Train low-rank adapters instead of all weights."""
-
-    rank: int = 64
-    alpha: float | None = None  # None: the rank
-    targets: str = lora.DEFAULT_TARGETS  # regex on parameter paths
-    dropout: float = 0.0  # of what enters the adapters, in training
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora.dropout is {self.dropout}: the share of zeroed inputs, at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,37 +199,6 @@ class DistillationTask(LatentTask):
 
         frozen = {"vae": around.params, "tower": tower.params}
         return Discriminator(features=look, net=net, frozen={"eyes": frozen})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Discriminator:
-    """Heads on features; `frozen` has the parameters these are computed with, if they are not the objective's base."""
-
-    features: Callable[[Params, Image, Array, Cond], list[Array]]
-    net: Any
-    frozen: dict[str, Params]
-
-    def bind(self, frozen: Params) -> Callable[..., Array]:
-        """The `Critic` that objectives ask."""
-        eyes = frozen["eyes"] if self.frozen else None
-
-        def judge(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
-            seen = self.features(base if eyes is None else eyes, x, t, cond)
-            logits: Array = Heads().apply({"params": heads}, seen)  # type: ignore[assignment]
-            return logits
-
-        return judge
-
-    def init(self, key: Key, teacher: Params, null: Cond) -> Params:
-        """Random heads."""
-        side, channels = self.net.config.sample_size, self.net.config.in_channels
-        base = self.frozen["eyes"] if self.frozen else teacher
-
-        def seen(base: Params, null: Cond) -> list[Array]:
-            return self.features(base, jnp.zeros((1, side, side, channels)), jnp.zeros(1), null)
-
-        shapes = jax.eval_shape(seen, base, null)
-        return Heads().init(key, [jnp.zeros(leaf.shape) for leaf in shapes])["params"]
 
 
 def split(params: Params) -> tuple[Params, Any]:

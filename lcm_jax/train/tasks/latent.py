@@ -2,196 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from lcm_jax.data import Cache, Columns, LoaderIterator, Record, Source, cached
-from lcm_jax.data.mixing import SYNTHETIC
+from lcm_jax.data import LoaderIterator, Source
 from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.time_grids import Spacing, pad
-from lcm_jax.models.latent_diffusion import Generator, to_float
-from lcm_jax.models.text_conditioning import Prompts
-from lcm_jax.parallel.sharding import Rowwise, by_path, make_mesh, parts_of
-from lcm_jax.runtime.cache import cache_dir
-from lcm_jax.runtime.compiler_options import compiler_options
+from lcm_jax.models.latent_diffusion import Generator
+from lcm_jax.parallel.sharding import Rowwise
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.tasks.common import DataConfig, loader
+from lcm_jax.train.tasks.conditioner import Conditioner, Learned, at_once
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
-from lcm_jax.weights.abstract_params import abstract_params
-from lcm_jax.weights.diffusers_folder import TOKENIZERS, Component, Folder, load_component, save_folder
-from lcm_jax.weights.hub import locate
-from lcm_jax.weights.registry import class_name, denoiser_of
+from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
+from lcm_jax.weights.registry import denoiser_of
 from lcm_jax.weights.scheduler_config import scheduler_config
-from mmdit.text import Tokenizer, size_ids, zero_prompt
-from vae16 import scale
-
-ENCODE_BATCH = 32
-MEGAPIXEL = 2**20
-Learned = tuple[Mapping[str, Params], Rowwise]  # text encoders, and the devices that they lie on
-FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditioner:
-    """The frozen networks around the one that learns, and how captions become its conditioning.
-
-    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, with two as SDXL, with three as SD3. The
-    networks are cut over the devices of `rowwise`, and so are the rows of what goes through them.
-    """
-
-    vae: Component
-    texts: Mapping[str, Component]
-    prompts: Prompts
-    digest: str  # of the weights, to name what was encoded with them
-    rowwise: Rowwise
-
-    @classmethod
-    def load(cls, vae: str, text: str, mesh: Mesh | None = None) -> Conditioner:
-        """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers.
-
-        mesh: of devices of this process; all of them by default.
-        """
-        mesh = own_devices() if mesh is None else mesh
-        vae_at, text_at = locate(vae), locate(text)
-        names = tuple(name for name in TOKENIZERS if text_at.at(name).is_dir()) or ("text_encoder",)
-        family = FAMILY_OF[names[-1]]
-        texts = {name: load_component(text_at.path, text_at.place(name), shardings=by_path(mesh)) for name in names}
-        prompts = Prompts(
-            modules={name: part.module for name, part in texts.items()},
-            tokenizers={name: Tokenizer.load(text_at.at(TOKENIZERS[name])) for name in names},
-            family=family,
-            width=texts["text_encoder_3"].module.config.d_model if family == "sd3" else 0,
-        )
-        digest = hashlib.sha256()
-        for path in (vae_at.at("vae"), *map(text_at.at, names)):
-            for file in sorted(path.glob("*.safetensors")):
-                with file.open("rb") as stream:
-                    while block := stream.read(1 << 24):
-                        digest.update(block)
-        component = load_component(vae_at.path, vae_at.place("vae"), shardings=by_path(mesh))
-        rowwise = Rowwise(mesh=mesh, most=ENCODE_BATCH)
-        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), rowwise=rowwise)
-
-    @property
-    def params(self) -> dict[str, Params]:
-        """Of the text encoders."""
-        return {name: text.params for name, text in self.texts.items()}
-
-    def let_go(self) -> None:
-        """Free the text encoders, which are read again when they are asked for."""
-        for text in self.texts.values():
-            text.let_go()
-
-    @cached_property
-    def widths(self) -> dict[str, int]:
-        """Channels of each leaf of the conditioning."""
-        shapes = {name: abstract_params(class_name(own.module), own.module.config) for name, own in self.texts.items()}
-        return {name: shape[-1] for name, shape in self.prompts.shapes(shapes).items()}
-
-    def encode_text(self, captions: list[str], size: Size | None = None, learned: Learned | None = None) -> Cond:
-        """Captions to conditioning: {"context": (n, l, d)}, of several encoders "pooled" (n, p) too, and of SDXL
-        "time_ids" (n, 6), of a picture of `size` (None: the autoencoder's) of which nothing was cut off.
-
-        learned: text encoders that learn, in the place of its own.
-        """
-        side = self.vae.module.config.sample_size
-        sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
-        params, rowwise = (self.params, self.rowwise) if learned is None else learned
-        given: Cond = rowwise(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
-        return given
-
-    @cached_property
-    def _encode_text(self) -> Any:
-        return jax.jit(lambda params, rows: self.prompts.encode(params, *rows), compiler_options=compiler_options())
-
-    def empty(self, n: int = 1, learned: Learned | None = None) -> Cond:
-        """The conditioning of n empty prompts; SDXL's are zeros."""
-        cond = self.encode_text([""], learned=learned)
-        cond = zero_prompt(cond) if self.prompts.family == "sdxl" else cond
-        return {name: jnp.repeat(leaf, n, axis=0) for name, leaf in cond.items()}
-
-    @cached_property
-    def null(self) -> Cond:
-        """What stands in a caption's place: `empty` less SDXL's time_ids, which tell of the picture."""
-        return {name: leaf for name, leaf in self.empty().items() if name != "time_ids"}
-
-    def encode(
-        self, records: Sequence[Record], batch: int, *, synthetic: bool = False
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, float16.
-
-        records: at most `batch`, of pictures of one size. synthetic: the conditioning of the synthetic caption too, as
-        synthetic_context and so on.
-        """
-        fill = batch - len(records)  # one shape, one compilation
-        images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
-        most = batch // parts_of(self.rowwise.mesh)
-        mean, std = self.rowwise(partial(self._posterior, self.vae.params), images, most=most)
-        columns = {"mean": mean, "std": std}
-        for prefix in ("", SYNTHETIC) if synthetic else ("",):
-            captions: list[Any] = [r.get(f"{prefix}caption") for r in records] + [""] * fill
-            cond = self.encode_text(captions, (images.shape[1], images.shape[2]))
-            columns |= {f"{prefix}{name}": leaf for name, leaf in cond.items()}
-        arrays = {name: np.asarray(column, np.float16) for name, column in columns.items()}
-        for i in range(len(records)):
-            yield {name: array[i] for name, array in arrays.items()}
-
-    @cached_property
-    def _posterior(self) -> Any:
-        vae = self.vae.module
-
-        @partial(jax.jit, compiler_options=compiler_options())
-        def posterior(params: Params, images: Array) -> tuple[Array, Array]:
-            mean, logvar = vae.apply({"params": params}, to_float(images), method="encode")
-            return scale(mean, vae.config), jnp.exp(0.5 * logvar) * vae.config.scaling_factor
-
-        return posterior
-
-    @property
-    def produced_by(self) -> dict[str, Any]:
-        """Of what is encoded, all that comes from the networks and this code."""
-        return {"kind": "latents", "version": 1, "weights": self.digest}
-
-    def encode_source(
-        self, source: Source, described: dict[str, Any], *, synthetic: bool = False, first: int | None = None
-    ) -> Source:
-        """The records that `encode` makes of each picture, or of the first ones, made once; all have one size.
-
-        A source that `lcm-jax encode` has made is taken as it is.
-        """
-        count = len(source) if first is None else min(first, len(source))
-        if isinstance(source, Cache):
-            if source.produced_by["weights"] != self.digest:
-                raise ValueError(
-                    f"{source.folder}: encoded with other weights, those of {source.produced_by.get('model')}, than "
-                    "task.vae and task.text have; give its model there, or encode the data again"
-                )
-            names = tuple(name for name in source.fields if synthetic or not name.startswith(SYNTHETIC))
-            return Columns(source=source, names=names, count=count)
-
-        def produce() -> Iterator[dict[str, Any]]:
-            height, width = source[0]["image"].shape[:2]
-            batch = encode_batch((height, width), parts_of(self.rowwise.mesh))
-            for start in range(0, count, batch):
-                records = [source[i] for i in range(start, min(start + batch, count))]
-                yield from self.encode(records, batch, synthetic=synthetic)
-
-        produced_by = {**self.produced_by, **described}
-        if first is not None:
-            produced_by["first"] = first
-        if synthetic:
-            produced_by["synthetic"] = True
-        return cached(cache_dir() / "latents", produced_by, produce, total=count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,21 +46,6 @@ class LatentTask:
             return conditioner.encode_source(source, described | bucket, synthetic=mix is not None)
 
         return loader(*(encoded(size, source) for size, source in sources.items()), augment=mix)
-
-
-def at_once(size: Size) -> int:
-    """Pictures of (height, width) that a device takes at a time through an autoencoder: a megapixel together."""
-    return max(1, MEGAPIXEL // (size[0] * size[1]))
-
-
-def encode_batch(size: Size, parts: int = 1) -> int:
-    """Pictures that so many devices encode at a time."""
-    return parts * max(1, min(at_once(size), ENCODE_BATCH // parts))
-
-
-def own_devices() -> Mesh:
-    """Of this process, over which large networks are cut: a T5-XXL is larger than a small chip."""
-    return make_mesh(f"fsdp={jax.local_device_count()}", devices=jax.local_devices())
 
 
 def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from scipy.stats import kstest, norm
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.objectives import CosMap, Diffusion, LogitNormal, Mode, Uniform
 from lcm_jax.objectives.time_densities import TimeDensity, even_times, uniform_times
-from lcm_jax.overrides import flatten, override
+from lcm_jax.train.overrides import flatten, override
 from lcm_jax.typing import Nets
 
 DENSITIES = [

@@ -35,13 +35,15 @@ from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh, whole
 from lcm_jax.train import loop
-from lcm_jax.train.loop import LoopConfig, Task
+from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.diffusion import DiffusionTask, initial
-from lcm_jax.train.tasks.distillation import DistillationTask, Learner, LoraConfig
+from lcm_jax.train.tasks.distillation import DistillationTask, Learner
 from lcm_jax.train.tasks.finetune import FinetuneTask
+from lcm_jax.train.tasks.lora_config import LoraConfig
 from mmdit import MMDiT, MMDiTConfig
 from vae16 import LossConfig
 

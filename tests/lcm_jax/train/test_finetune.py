@@ -18,12 +18,13 @@ from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import Rowwise, make_mesh
-from lcm_jax.train.loop import LoopConfig, Task, fit
+from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
+from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig
-from lcm_jax.train.tasks.distillation import LoraConfig
+from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.finetune import Beside, FinetuneTask
-from lcm_jax.train.tasks.latent import Conditioner
+from lcm_jax.train.tasks.lora_config import LoraConfig
 
 LOOP = LoopConfig(steps=2, batch_size=4, log_every=1, save_every=1, preview_every=2, ema=0.5)
 # A high rate, so that two steps are seen in a picture of bytes.

@@ -17,9 +17,11 @@ from tensorboardX import SummaryWriter
 
 from lcm_jax.data import Loader
 from lcm_jax.parallel.pmap import AXIS, own_rows
-from lcm_jax.train.loop import LoopConfig, Task, checkpoints, fit
+from lcm_jax.train.checkpointing import checkpoint_manager
+from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.step import TrainState, ema_decay, make_train_step
+from lcm_jax.train.task import Task
 
 POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]
 
@@ -89,7 +91,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
         fit(line_task(told_at=17), LOOP, OPTIMIZER, tmp_path / "told")
     assert ending.value.code == 0
     assert "step 17 is saved, the same command goes on from it" in capsys.readouterr().out
-    assert checkpoints(tmp_path / "told", LOOP).latest_step() == 17
+    assert checkpoint_manager(tmp_path / "told", keep=LOOP.keep).latest_step() == 17
     assert not (tmp_path / "told" / "export").exists()
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "told")
@@ -219,7 +221,7 @@ def test_no_checkpoint_is_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7 .*the last good checkpoint is of step 6"):
         fit(replace(task, loss=broken), loop, OPTIMIZER, tmp_path)
-    assert checkpoints(tmp_path, loop).latest_step() == 6
+    assert checkpoint_manager(tmp_path, keep=loop.keep).latest_step() == 6
 
 
 def test_fewer_steps_than_done_is_refused(tmp_path: Path) -> None:

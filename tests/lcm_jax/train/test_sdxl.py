@@ -17,8 +17,9 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.common import DataConfig
-from lcm_jax.train.tasks.distillation import DistillationTask, LoraConfig
-from lcm_jax.train.tasks.latent import Conditioner
+from lcm_jax.train.tasks.conditioner import Conditioner
+from lcm_jax.train.tasks.distillation import DistillationTask
+from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
 from lcm_jax.weights.safetensors_files import read_json
 from mmdit.text import CLIPTextModel, Tokenizer

@@ -31,7 +31,7 @@ from lcm_jax.data.cache import MANIFEST, check_same, join, read_manifest, write_
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.models.image_inputs import check_size
 from lcm_jax.parallel.sharding import make_mesh, parts_of
-from lcm_jax.train.tasks.latent import Conditioner, encode_batch
+from lcm_jax.train.tasks.conditioner import Conditioner, encode_batch
 
 SHARD = 4096  # pictures, about, where the number of shards is not given
 READERS = min(64, os.cpu_count() or 1)  # threads that decode pictures

@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from lcm_jax.plan.hlo import Computation, Instruction, read_module
-from lcm_jax.plan.products import flops_of
+from lcm_jax.plan.matmul_flops import flops_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _FREE = (  # of memory traffic: they name or arrange what others made
