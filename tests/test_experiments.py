@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from lcm_jax.study import SCALES
+from lcm_jax.evaluation.study import SCALES
 from lcm_jax.weights.safetensors_files import read_json
 
 mpl.use("agg")

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lcm_jax import cli, configs
+from lcm_jax import configs
+from lcm_jax.cli import main as cli
 
 pytestmark = pytest.mark.slow
 

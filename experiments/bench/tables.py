@@ -24,8 +24,8 @@ from typing import Any
 from lcm_jax.bench import PEERS, SCALES, Options, Row, peers, report
 from lcm_jax.bench.models import PREFIX
 from lcm_jax.bench.networks import Titled
-from lcm_jax.bench.pictures import PROMPT, pictures
 from lcm_jax.bench.stream import moving_scene, open_model, peer_rows, with_tiny_vae
+from lcm_jax.bench.text_to_image import PROMPT, pictures
 from lcm_jax.bench.training import steps as training_steps
 from lcm_jax.inference.pipeline import Pipeline, load
 from lcm_jax.runtime.cache import use_compilation_cache

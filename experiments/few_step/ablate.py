@@ -22,11 +22,11 @@ import numpy as np
 
 import lcm_jax
 from lcm_jax import configs
-from lcm_jax.demo import GUIDANCE
-from lcm_jax.evaluate import ClipMetric, captioned, evaluate
+from lcm_jax.cli.demo import GUIDANCE
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.objectives import METHODS, GrowingPairs, ShrinkingPairs
 from lcm_jax.runtime.image_grid import labelled_grid
-from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.step_cost import step_cost
 from lcm_jax.train.tasks.common import DataConfig

@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from ablate import PAIRS, drawn_by, variant
 
-from lcm_jax.evaluate import ClipMetric, captioned, evaluate
-from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 
 SKIPS = (1, 5, 10, 20, 50, 125)

@@ -20,7 +20,7 @@ import numpy as np
 import lcm_jax
 from lcm_jax import configs
 from lcm_jax.data import load_source
-from lcm_jax.evaluate import ClipMetric, captioned, evaluate, generate
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, generate
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.image_grid import labelled_grid

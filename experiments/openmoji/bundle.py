@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 import lcm_jax
 from lcm_jax.data import load_source
-from lcm_jax.evaluate import ClipMetric
+from lcm_jax.evaluation.evaluate import ClipMetric
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.typing import Params
 from lcm_jax.weights.diffusers_folder import Component, load_component, save_component, without_shift

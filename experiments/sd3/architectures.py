@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from training import TRAININGS, score
 
 from lcm_jax.configs.sd3_formulations import FORMULATIONS
-from lcm_jax.study import Cells, Column, Scores, Study, curves, main, points
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.weights.safetensors_files import read_json
 from mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig

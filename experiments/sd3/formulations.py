@@ -19,8 +19,8 @@ import numpy as np
 from training import TRAININGS, score
 
 from lcm_jax.configs.sd3_formulations import FORMULATIONS, Formulation
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.metrics import pareto_ranks
-from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from mmdit import MMDiTConfig
 

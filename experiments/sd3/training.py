@@ -21,7 +21,7 @@ import lcm_jax
 from lcm_jax.configs.sd3_formulations import Formulation
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.time_grids import Grid, pad
-from lcm_jax.evaluate import ClipMetric, captioned, evaluate
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.objectives import Diffusion, TextEncoders
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig

@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lcm_jax import configs
-from lcm_jax.evaluate import ClipMetric, captioned, reconstruct, reconstruction
-from lcm_jax.study import Cells, Column, Scores, Study, main, statistics
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, reconstruct, reconstruction
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig

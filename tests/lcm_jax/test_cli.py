@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax import cli, configs
+from lcm_jax import configs
+from lcm_jax.cli import main as cli
 from lcm_jax.train.overrides import flatten, override
 
 

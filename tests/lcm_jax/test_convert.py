@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lcm_jax import load, lora, save_lora
-from lcm_jax.cli import main
+from lcm_jax.cli.main import main
 from lcm_jax.weights.convert import convert, convert_lora, is_lora
 from lcm_jax.weights.model import read_model
 from lcm_jax.weights.safetensors_files import load_tensors, read_json, read_safetensors, save_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lcm_jax import demo
+from lcm_jax.cli import demo
 from lcm_jax.data import openmoji
 
 

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 import lcm_jax.train.precompute_latents
-from lcm_jax import cli
+from lcm_jax.cli import main as cli
 from lcm_jax.data import load_source, open_cache
 from lcm_jax.data.cache import read_manifest
 from lcm_jax.diffusion.schedules import DDPM

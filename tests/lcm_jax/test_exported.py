@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lcm_jax import Pipeline, load
-from lcm_jax.cli import main
+from lcm_jax.cli.main import main
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.nets import UNet
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from lcm_jax.cli import read_image
+from lcm_jax.cli.main import read_image
 from lcm_jax.runtime.image_io import check_picture, read_picture
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import lcm_jax
 from lcm_jax import Pipeline, lora
-from lcm_jax.cli import main
+from lcm_jax.cli.main import main
 from lcm_jax.nets import RULES_UNET, UNet
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.diffusers_folder import Component, Folder

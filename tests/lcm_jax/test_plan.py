@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax import cli, configs
+from lcm_jax import configs
+from lcm_jax.cli import main as cli
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies

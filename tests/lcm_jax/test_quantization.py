@@ -14,7 +14,7 @@ import pytest
 from flax import traverse_util
 
 import lcm_jax
-from lcm_jax.cli import main
+from lcm_jax.cli.main import main
 from lcm_jax.lora import Adapted, init
 from lcm_jax.metrics import psnr
 from lcm_jax.models.latent_diffusion import as_apply

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.data import Loader
-from lcm_jax.study import Column, Study, curves, main, points
+from lcm_jax.evaluation.study import Column, Study, curves, main, points
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig

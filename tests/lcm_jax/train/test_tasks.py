@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import lcm_jax
-from lcm_jax import cli, configs, lora
+from lcm_jax import configs, lora
+from lcm_jax.cli import main as cli
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.objectives import (
     METHODS,

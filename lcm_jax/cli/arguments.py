@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcm_jax import bench, demo
+from lcm_jax import bench
+from lcm_jax.cli import demo
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.pipeline import DTYPES

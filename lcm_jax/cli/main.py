@@ -17,9 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image as PILImage
 
-from lcm_jax import bench, demo
-from lcm_jax.arguments import parser
-from lcm_jax.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
+from lcm_jax import bench
+from lcm_jax.cli import demo
+from lcm_jax.cli.arguments import parser
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
 from lcm_jax.metrics.inception import inception_features
@@ -319,7 +320,3 @@ RUNS = {
     "serve": _serve,
     "convert": _convert,
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

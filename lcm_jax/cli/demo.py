@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from safetensors.numpy import load_file
 
-from lcm_jax.evaluate import ClipMetric, generate
+from lcm_jax.evaluation.evaluate import ClipMetric, generate
 from lcm_jax.inference.pipeline import Pipeline, load
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.image_grid import labelled_grid

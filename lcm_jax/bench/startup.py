@@ -32,7 +32,16 @@ def starts(options: Options) -> Iterator[Titled]:
     folder = own.name
 
     def sample(cache: str) -> None:
-        command = [sys.executable, "-m", "lcm_jax.cli", "sample", "--model", options.model, "--prompt", "red heart"]
+        command = [
+            sys.executable,
+            "-m",
+            "lcm_jax.cli",
+            "sample",
+            "--model",
+            options.model,
+            "--prompt",
+            "red heart",
+        ]
         command += ["--dtype", options.dtype, "--out", str(Path(folder) / "pictures")]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"LCM_JAX_CACHE": cache})
 

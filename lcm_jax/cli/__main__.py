@@ -1,0 +1,7 @@
+"""`python -m lcm_jax.cli`."""
+
+import sys
+
+from lcm_jax.cli.main import main
+
+sys.exit(main())

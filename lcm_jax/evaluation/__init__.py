@@ -1,0 +1,1 @@
+"""How good a model is: scores on held-out pictures, and studies that are grids of trainings."""
