@@ -12,35 +12,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("vae16", "mmdit", "lcm_jax")
 
-# Within lcm_jax a module imports only from its own rank's members listed beside it, or from lower ranks.
+# The parts of lcm_jax in order: a module imports from its own part, or from parts of the lines above its own.
 RANKS = [
-    {"typing", "extras", "overrides", "messages", "images", "places", "compiling", "flops", "chips", "products"},
-    {"schedules", "nets", "lora", "quantization", "halves", "reading"},
-    {"parameterization"},
-    {"guidance", "solvers", "consistency"},
-    {"sampling"},
-    {"objectives", "metrics", "data", "weights", "generate", "prompts", "pictures"},
-    {"train"},
-    {"configs", "plan"},
-    {"pipeline"},
-    {"evaluate", "convert", "encode", "stream", "exported"},
-    {"demo", "study", "bench"},
-    {"arguments"},
+    {"typing", "runtime"},
+    {"nets", "diffusion", "precision", "parallel", "lora", "data"},
+    {"models", "objectives"},
+    {"weights"},
+    {"inference", "metrics"},
+    {"train", "stream"},
+    {"configs", "plan", "bench", "evaluation"},
+    {"serve"},
     {"cli"},
 ]
-# Networks are known only here.
-KNOWS_NETWORKS = {
-    "nets",
-    "weights",
-    "pipeline",
-    "configs",
-    "train",
-    "generate",
-    "evaluate",
-    "metrics",
-    "convert",
-    "bench",
-}
+# Networks are built and named only here; the mathematics sees `apply(params, ...)`.
+KNOWS_NETWORKS = {"nets", "models", "weights", "inference", "configs", "train", "bench"}
+SHARED_NAMES: set[str] = set()
+LOOSE = {"typing", "lora"}  # modules beside the folders
 
 
 def sources() -> Iterator[tuple[Path, str]]:
@@ -63,9 +50,12 @@ def imports(path: Path, *, top: bool) -> set[str]:
     return found
 
 
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
 def rank(module: str) -> int | None:
-    part = module.split(".")[1] if "." in module else ""
-    return next((i for i, group in enumerate(RANKS) if part in group), None)
+    return next((i for i, group in enumerate(RANKS) if part_of(module) in group), None)
 
 
 @pytest.mark.parametrize(("path", "module"), list(sources()), ids=lambda value: value if isinstance(value, str) else "")
@@ -79,8 +69,8 @@ def test_imports_run_one_way(path: Path, module: str) -> None:
             assert other == package, f"{module} imports {name}: {package} is a leaf"
             continue
         mine, its = rank(module), rank(name)
-        if other == "lcm_jax" and mine is not None and its is not None:
-            assert its <= mine, f"{module} imports {name}, which comes after it"
+        if other == "lcm_jax" and mine is not None and its is not None and part_of(module) != part_of(name):
+            assert its < mine, f"{module} imports {name}, which is not below it"
 
 
 @pytest.mark.parametrize(("path", "module"), list(sources()), ids=lambda value: value if isinstance(value, str) else "")
@@ -100,7 +90,7 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
         if name.split(".")[0] in PACKAGES
     }
     assert {module for module, _ in hidden} <= {"lcm_jax.cli.main"}
-    assert {name for _, name in hidden if not name.startswith("lcm_jax.stream.")} <= {
+    assert {name for _, name in hidden if not name.startswith(("lcm_jax.stream.", "lcm_jax.serve."))} <= {
         "lcm_jax.data.load_source",
         "lcm_jax.plan.command.run",
         "lcm_jax.configs",
@@ -111,6 +101,16 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
 def test_every_module_is_ranked() -> None:
     parts = {module.split(".")[1] for _, module in sources() if module.startswith("lcm_jax.") and module.count(".")}
     assert parts - set().union(*RANKS) <= {"__init__", "bundled"}
+
+
+def test_few_modules_stand_beside_the_folders() -> None:
+    assert {path.stem for path in (ROOT / "lcm_jax").glob("*.py")} == LOOSE | {"__init__"}
+
+
+def test_no_two_modules_share_a_name_but_the_ones_of_one_sense() -> None:
+    """A file's name says one thing: two modules share one only where they are of one thing in two parts."""
+    names = [path.stem for path, _ in sources() if not path.stem.startswith("__")]
+    assert {name for name in names if names.count(name) > 1} <= SHARED_NAMES
 
 
 def test_every_package_is_in_the_wheel() -> None:

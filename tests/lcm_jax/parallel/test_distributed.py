@@ -21,6 +21,8 @@ import pytest
 
 from lcm_jax.parallel import distributed
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 JOB = Path(__file__).with_name("job.py")
 LOOP = {"steps": 10, "batch_size": 8, "log_every": 1, "save_every": 100, "preview_every": 100, "ema": 0.9}
 

@@ -1,8 +1,9 @@
-"""Networks for the tests of streams that compile in no time, tiny real ones, and frames."""
+"""Shared by the tests of streams, servers, training and many devices: light networks, frames, processes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,3 +134,28 @@ def unet(tiny_model: Path) -> Model:
 @pytest.fixture(scope="session")
 def frames() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (8, 1, 16, 16, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """LCM_JAX_CACHE is a folder of this module's own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LCM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[[int], dict[str, str]]:
+    """Of a process with so many devices, that compiles as the tests do."""
+
+    def of(devices: int) -> dict[str, str]:
+        return os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"]),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        }
+
+    return of

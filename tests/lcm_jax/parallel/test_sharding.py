@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec
 from lcm_jax.parallel.sharding import MeshConfig, create, cut_rows, make_mesh, rows_here, tree_shardings, whole
 from lcm_jax.train.loop import LoopConfig
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 JOB = Path(__file__).with_name("job.py")
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data=8": {"mesh": "data=8"},

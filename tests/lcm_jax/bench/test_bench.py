@@ -164,7 +164,7 @@ def test_peers_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lcm-lora", "stream", "training"])
 def test_published_tables_run_on_tiny_networks(name: str, tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "experiments" / "bench" / "tables.py"
+    script = Path(__file__).parents[3] / "experiments" / "bench" / "tables.py"
     options = ["--model", "random-sd15", "--scale", "tiny", "--batch", "2", "--repeats", "1"]
     command = [sys.executable, str(script), name, *options, "--json", str(tmp_path / "times.json")]
     subprocess.run(command, check=True, capture_output=True)
