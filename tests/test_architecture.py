@@ -26,7 +26,9 @@ RANKS = [
 ]
 # Networks are built and named only here; the mathematics sees `apply(params, ...)`.
 KNOWS_NETWORKS = {"nets", "models", "weights", "inference", "configs", "train", "bench"}
-SHARED_NAMES: set[str] = set()
+# One idea in two parts: a network and its task, an objective and its task, the configs and presets of two networks.
+SHARED_NAMES = {"autoencoder", "blocks", "command", "config", "contrastive", "diffusion", "discriminator", "embed"}
+SHARED_NAMES |= {"layers", "masked_language_model", "openmoji", "presets", "registry", "report", "rules", "stream"}
 LOOSE = {"typing", "lora"}  # modules beside the folders
 
 

@@ -25,9 +25,9 @@ from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import LatentConsistencyDistillation
 from lcm_jax.runtime.compiler_options import memory_of
 from lcm_jax.runtime.flops import flops
-from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.train.tasks.distillation import Learner
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.train_step import TrainState, make_train_step
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.registry import FAMILIES

@@ -1,7 +1,7 @@
 """Captioned pictures in, batches out: sources of records, the loader that orders them, and arrays computed once."""
 
+from lcm_jax.data.array_cache import Cache, Columns, cached, open_cache, write_cache
 from lcm_jax.data.buckets import bucket_sizes
-from lcm_jax.data.cache import Cache, Columns, cached, open_cache, write_cache
 from lcm_jax.data.loader import Batch, BucketLoader, Loader, LoaderIterator
 from lcm_jax.data.mixing import CaptionMix
 from lcm_jax.data.sources import Record, Source, load_buckets, load_source

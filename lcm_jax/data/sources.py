@@ -29,8 +29,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from lcm_jax.data import openmoji
+from lcm_jax.data.array_cache import MANIFEST, Cache, open_cache
 from lcm_jax.data.buckets import nearest_bucket
-from lcm_jax.data.cache import MANIFEST, Cache, open_cache
 from lcm_jax.data.tars import find_tars, read_samples
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.image_io import SUFFIXES, Size, check_picture, read_picture

@@ -35,7 +35,7 @@ from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_fo
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import load_loras
 from lcm_jax.weights.lora.modules import Network
-from lcm_jax.weights.model import lora_networks, read_model
+from lcm_jax.weights.model_files import lora_networks, read_model
 from lcm_jax.weights.registry import class_name
 from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of
 from lcm_jax.weights.taesd import load_tiny

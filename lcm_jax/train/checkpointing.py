@@ -15,8 +15,8 @@ from lcm_jax.parallel.distributed import explain
 from lcm_jax.parallel.sharding import (
     Placement,
 )
-from lcm_jax.train.step import TrainState
 from lcm_jax.train.task import Batches
+from lcm_jax.train.train_step import TrainState
 
 
 def checkpoint_manager(workdir: Path, *, keep: int) -> ocp.CheckpointManager:

@@ -14,7 +14,7 @@ from lcm_jax.train.checkpointing import check_writable
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.overrides import flatten
-from lcm_jax.train.step import TrainState
+from lcm_jax.train.train_step import TrainState
 from lcm_jax.weights.safetensors_files import read_json
 
 # What may change between a run and its continuation: none of it touches the parameters, but for the rounding of sums.

@@ -42,8 +42,8 @@ from lcm_jax.train.checkpointing import (
 )
 from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.step import Metrics, Parallel, Step, TrainState, make_train_step
 from lcm_jax.train.task import Batches, Task
+from lcm_jax.train.train_step import Metrics, Parallel, Step, TrainState, make_train_step
 from lcm_jax.weights.safetensors_files import read_json
 
 

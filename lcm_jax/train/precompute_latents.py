@@ -27,7 +27,7 @@ import jax
 from tqdm import tqdm
 
 from lcm_jax.data import Cache, Record, Source, load_source
-from lcm_jax.data.cache import MANIFEST, check_same, join, read_manifest, write_shard
+from lcm_jax.data.array_cache import MANIFEST, check_same, join, read_manifest, write_shard
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.models.image_inputs import check_size
 from lcm_jax.parallel.sharding import make_mesh, parts_of

@@ -15,7 +15,7 @@ from lcm_jax.parallel.sharding import (
     Rowwise,
     Rules,
 )
-from lcm_jax.train.step import Loss
+from lcm_jax.train.train_step import Loss
 from lcm_jax.typing import Key, Params
 
 

@@ -24,7 +24,7 @@ from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import FILE_NAMES, load_lora, load_loras, lora_components, save_loras
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.lora.names import Format
-from lcm_jax.weights.model import SMALL, UNUSED, Model, lora_networks, read_model
+from lcm_jax.weights.model_files import SMALL, UNUSED, Model, lora_networks, read_model
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_safetensors
 from lcm_jax.weights.single_file.reader import write_single

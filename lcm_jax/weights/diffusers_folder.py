@@ -14,7 +14,7 @@ from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.runtime.atomic_files import replacing, write_json
 from lcm_jax.weights.component import Component, read_part, to_component, to_part, write_part
 from lcm_jax.weights.hub import Location
-from lcm_jax.weights.model import Model, dispensable, read_folder
+from lcm_jax.weights.model_files import Model, dispensable, read_folder
 from lcm_jax.weights.registry import DENOISERS
 from lcm_jax.weights.torch_params import Shardings
 from mmdit.text import Tokenizer

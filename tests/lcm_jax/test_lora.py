@@ -18,7 +18,7 @@ from lcm_jax.nets import UNetConfig
 from lcm_jax.nets.presets import SD15, SDXL
 from lcm_jax.nets.unet import UNet, abstract_params, example_inputs
 from lcm_jax.objectives import LatentConsistencyDistillation
-from lcm_jax.train.step import TrainState, make_train_step
+from lcm_jax.train.train_step import TrainState, make_train_step
 from lcm_jax.typing import Nets
 from mmdit import model as mmdit
 from mmdit.config import MMDiTConfig

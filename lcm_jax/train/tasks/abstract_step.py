@@ -16,9 +16,9 @@ from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.nets import SD15, SDXL
 from lcm_jax.runtime.image_io import Size
-from lcm_jax.train.step import Loss
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.conditioner import FAMILY_OF
+from lcm_jax.train.train_step import Loss
 from lcm_jax.typing import Key, Kind, Params, Schedule
 from lcm_jax.weights.component import config_of
 from lcm_jax.weights.diffusers_folder import TOKENIZERS

@@ -17,10 +17,10 @@ from lcm_jax.metrics import psnr
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import Rowwise, by_path
 from lcm_jax.runtime.image_grid import grid
-from lcm_jax.train.step import Metrics
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.train.tasks.conditioner import at_once, own_devices
+from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
 from lcm_jax.weights.hub import locate

@@ -19,12 +19,12 @@ from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion, validation_losses
 from lcm_jax.parallel.sharding import Rowwise
 from lcm_jax.runtime.image_io import Size
-from lcm_jax.train.step import Loss, Metrics
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.abstract_step import outlined, surroundings
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
+from lcm_jax.train.train_step import Loss, Metrics
 from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.registry import denoiser_of

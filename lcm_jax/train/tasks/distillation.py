@@ -18,7 +18,6 @@ from lcm_jax.models.latent_diffusion import Generator, as_apply
 from lcm_jax.nets.discriminator_heads import features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import by_path
-from lcm_jax.train.step import Metrics
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.abstract_step import cast, needs, outline_of, outlined, surroundings
 from lcm_jax.train.tasks.common import captions
@@ -27,6 +26,7 @@ from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.discriminator import Discriminator
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
 from lcm_jax.weights.diffusers_folder import Component, load_component
 from lcm_jax.weights.hub import locate

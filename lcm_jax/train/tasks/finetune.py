@@ -23,18 +23,18 @@ from lcm_jax.models.latent_diffusion import Generator, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import Rowwise, by_path, parts_of
 from lcm_jax.runtime.cache import cache_dir
-from lcm_jax.train.step import Metrics
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.tasks.conditioner import Conditioner, at_once, own_devices
 from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.latent import draw_latents, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 from lcm_jax.weights.diffusers_folder import Component, Folder, load_component, save_folder
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import save_loras
-from lcm_jax.weights.model import lora_networks
+from lcm_jax.weights.model_files import lora_networks
 from lcm_jax.weights.registry import DENOISERS, class_name
 from lcm_jax.weights.safetensors_files import read_json
 from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of

@@ -14,9 +14,9 @@ import numpy as np
 from lcm_jax.data import Record
 from lcm_jax.objectives.masked_language_model import hide, masked_loss
 from lcm_jax.parallel.sharding import Rowwise
-from lcm_jax.train.step import Metrics
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
+from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, save_component
 from mmdit.text import T5Config, T5Encoder, train_unigram

@@ -20,8 +20,8 @@ from lcm_jax.parallel.pmap import AXIS, own_rows
 from lcm_jax.train.checkpointing import checkpoint_manager
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from lcm_jax.train.step import TrainState, ema_decay, make_train_step
 from lcm_jax.train.task import Task
+from lcm_jax.train.train_step import TrainState, ema_decay, make_train_step
 
 POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]
 

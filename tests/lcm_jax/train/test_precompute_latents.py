@@ -29,7 +29,7 @@ from PIL import Image
 import lcm_jax.train.precompute_latents
 from lcm_jax.cli import main as cli
 from lcm_jax.data import load_source, open_cache
-from lcm_jax.data.cache import read_manifest
+from lcm_jax.data.array_cache import read_manifest
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import make_mesh

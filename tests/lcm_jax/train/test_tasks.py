@@ -32,7 +32,6 @@ from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.overrides import flatten
-from lcm_jax.train.step import TrainState, make_train_step
 from lcm_jax.train.tasks.autoencoder import AutoencoderTask, TinyAutoencoderTask
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import ENCODE_BATCH, Conditioner
@@ -42,6 +41,7 @@ from lcm_jax.train.tasks.distillation import DistillationTask, graft
 from lcm_jax.train.tasks.locked_image_tuning import LockedImageTask
 from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.train.tasks.masked_language_model import MaskedTask
+from lcm_jax.train.train_step import TrainState, make_train_step
 from lcm_jax.weights.diffusers_folder import Component, load_component
 from mmdit import MMDiTConfig
 from mmdit.text import Tokenizer

@@ -11,7 +11,7 @@ import pytest
 from lcm_jax import load, lora, save_lora
 from lcm_jax.cli.main import main
 from lcm_jax.weights.convert import convert, convert_lora, is_lora
-from lcm_jax.weights.model import read_model
+from lcm_jax.weights.model_files import read_model
 from lcm_jax.weights.safetensors_files import load_tensors, read_json, read_safetensors, save_tensors
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}

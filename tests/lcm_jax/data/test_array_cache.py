@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.data import Loader, cached, open_cache, write_cache
-from lcm_jax.data.cache import join, write_shard
+from lcm_jax.data.array_cache import join, write_shard
 
 RNG = np.random.default_rng(0)
 RECORDS = [
