@@ -191,8 +191,8 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
             return y
         x = args[0] if dropout is None else dropout(args[0], path)
         rank, outputs = adapter["up"].shape[-2:]
-        narrow = module.clone(parent=None, name=None, features=rank, use_bias=False)
-        z: Any = narrow.apply({"params": {"kernel": adapter["down"]}}, x)
+        down_layer = module.clone(parent=None, name=None, features=rank, use_bias=False)
+        z: Any = down_layer.apply({"params": {"kernel": adapter["down"]}}, x)
         up = jax.lax.stop_gradient(adapter["alpha"]) / rank * adapter["up"].reshape(rank, outputs)
         return y + flat_dot(z, up.astype(z.dtype)).astype(y.dtype)
 

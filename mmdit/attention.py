@@ -48,7 +48,7 @@ def halved() -> Iterator[None]:
 
 
 @contextmanager
-def cut_over(mesh: Mesh, rows: tuple[str, ...], heads: str) -> Iterator[None]:
+def attention_mesh(mesh: Mesh, rows: tuple[str, ...], heads: str) -> Iterator[None]:
     """What is traced inside has batches that are cut along the axes `rows` of a mesh, and heads along `heads`.
 
     XLA cannot cut a TPU's kernel: it has to be told.
@@ -77,7 +77,7 @@ def attention(
 
     Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
     or heads wide under a mask or bias; a CPU takes `cpu_attention` and a TPU that is alone or in a mesh that is told
-    (`cut_over`), of long ones, `tpu_attention`, unless there is a mask or bias; all else is XLA's.
+    (`attention_mesh`), of long ones, `tpu_attention`, unless there is a mask or bias; all else is XLA's.
     """
     target, dtype = platform(), query.dtype
     if _halved.get():

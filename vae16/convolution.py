@@ -118,7 +118,7 @@ def _corners_of_padded(x: Array, kernel: Array) -> Array:
     return direct(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), kernel, padding=((0, 0), (0, 0)))
 
 
-def halves(
+def convolve_bfloat16(
     x: BFloat16[Array, "b h w i"], kernel: BFloat16[Array, "k l i o"], strides: Pair, padding: Padding
 ) -> BFloat16[Array, "b h2 w2 o"]:
     """A convolution of bfloat16 on a CPU, where XLA has none: by matrix products, for which processors have

@@ -119,7 +119,7 @@ def picture_loss(
     if discriminator is None or not config.gan_weight:
         return nll(reconstruction)
 
-    def judge(weights: Any, y: Images) -> Array:
+    def discriminator_logits(weights: Any, y: Images) -> Array:
         return _apply(discriminator, weights, y)
 
     # Both gradients at the reconstruction are needed for the adaptive weight, and are then all the autoencoder needs
@@ -127,13 +127,13 @@ def picture_loss(
     frozen = stop_gradient(critic)
     here = stop_gradient(reconstruction)
     (nll_value, metrics), nll_gradient = jax.value_and_grad(nll, has_aux=True)(here)
-    gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(judge(frozen, y)))(here)
+    gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(discriminator_logits(frozen, y)))(here)
     _, at_kernel = jax.vjp(drawn, stop_gradient(kernel))
     balance = adaptive_weight(at_kernel(nll_gradient)[0], at_kernel(gan_gradient)[0], config.gan_weight_max)
     active = jnp.where(jnp.asarray(step) >= config.gan_start, 1.0, 0.0)
     weight = stop_gradient(config.gan_weight * active * balance)
     autoencoder = _surrogate(nll_value + weight * gan_value, reconstruction, nll_gradient + weight * gan_gradient)
-    real, fake = (judge(critic, y) for y in (batch_x, here))
+    real, fake = (discriminator_logits(critic, y) for y in (batch_x, here))
     discrimination = hinge_discriminator(real, fake)
     return autoencoder + active * discrimination, metrics | {
         "gan": gan_value, "gan_weight": weight, "discriminator": discrimination,

@@ -25,7 +25,7 @@ from lcm_jax import configs
 from lcm_jax.cli.demo import GUIDANCE
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
-from lcm_jax.objectives import METHODS, GrowingPairs, ShrinkingPairs
+from lcm_jax.objectives import METHODS, ECTPairs, ICTPairs
 from lcm_jax.runtime.image_grid import labelled_grid
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.step_cost import step_cost
@@ -42,8 +42,8 @@ PAIRS: dict[str, Any] = {"skip": 125.0, "loss": "huber", "huber_c": 0.05}
 OPTIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "lcm": lambda steps: PAIRS,
     "lcf": lambda steps: PAIRS,
-    "ict": lambda steps: {"pairs": GrowingPairs(steps=steps)},
-    "ect": lambda steps: {"pairs": ShrinkingPairs(stage_steps=max(steps // 8, 1))},
+    "ict": lambda steps: {"pairs": ICTPairs(steps=steps)},
+    "ect": lambda steps: {"pairs": ECTPairs(stage_steps=max(steps // 8, 1))},
     "ctm": lambda steps: PAIRS,
     "tcd": lambda steps: PAIRS,
     "pcm": lambda steps: PAIRS,
@@ -87,7 +87,7 @@ def drawn_by(config: TrainConfig, workdir: Path) -> tuple[lcm_jax.Pipeline, floa
     """What was trained, and the guidance scale to draw with."""
     export = workdir / "export"
     pipe = lcm_jax.load(config.task.teacher, lora=export) if config.task.lora else lcm_jax.load(export)
-    return pipe, GUIDANCE if pipe.generator.embeds_guidance else 1.0
+    return pipe, GUIDANCE if pipe.model.embeds_guidance else 1.0
 
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:

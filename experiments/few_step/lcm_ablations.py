@@ -58,7 +58,7 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     pipe, guidance = drawn_by(config, workdir)
     images, captions = captioned(config.task.prompts.open())
     clip, seed = ClipMetric.load("openmoji"), config.loop.seed
-    asked = [(4, g) for g in GUIDANCES] if pipe.generator.embeds_guidance else []
+    asked = [(4, g) for g in GUIDANCES] if pipe.model.embeds_guidance else []
     asked = [*dict.fromkeys([*asked, *((n, guidance) for n in (1, 2, 4, 8))])] if name == BASE else [(4, guidance)]
     found = {}
     for steps, scale in asked:

@@ -2,7 +2,7 @@
 
 `python experiments/plan/drawing.py` writes results/plan_drawing.{json,md}: what a chip holds and moves that has one
 picture, as `Pipeline.spread` and the previews of a training have it, and if attention were not told how the rows lie
-(`lcm_jax.parallel.sharding.rows_stay`). Parameters are bfloat16 and on every chip. Minutes for each.
+(`lcm_jax.parallel.sharding.constrain_batch_sharding`). Parameters are bfloat16 and on every chip. Minutes for each.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.bench.models import GEOMETRIES
-from lcm_jax.models.latent_diffusion import Generator
+from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.nets import example_inputs
-from lcm_jax.parallel.sharding import batch_sharding, make_mesh, replicated, rows_stay
+from lcm_jax.parallel.sharding import batch_sharding, constrain_batch_sharding, make_mesh, replicated
 from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
 from lcm_jax.runtime.atomic_files import write_json
@@ -42,7 +42,7 @@ def measure(name: str, mesh: Any, *, told: bool) -> dict[str, Any]:
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     net, vae = (FAMILIES[parts[part][0]].build(parts[part][1], **types) for part in (denoiser, "vae"))
     schedule, kind = read_scheduler(dict(GEOMETRIES[name].scheduler), source=name)
-    generator = Generator(net=net, vae=vae, schedule=schedule, kind=kind)
+    model = LatentDiffusion(net=net, vae=vae, schedule=schedule, kind=kind)
     size = (net.config.sample_size,) * 2
     x, _, cond = (
         mmdit_inputs(net.config, size=size, tokens=333) if name == "sd3" else example_inputs(net.config, size=size)
@@ -52,9 +52,9 @@ def measure(name: str, mesh: Any, *, told: bool) -> dict[str, Any]:
         return jax.ShapeDtypeStruct((mesh.size, *leaf.shape[1:]), jnp.float32, sharding=batch_sharding(mesh))
 
     def believe(params: Any, cond: Any, null: Any, x: Any) -> Any:
-        with rows_stay(mesh) if told else contextlib.nullcontext():
+        with constrain_batch_sharding(mesh) if told else contextlib.nullcontext():
             t = jnp.full(x.shape[0], 0.5 * schedule.t_max)
-            return generator.denoiser(params, cond, null, 7.5, guided=True)(x, t).x0
+            return model.denoiser(params, cond, null, 7.5, guided=True)(x, t).x0
 
     everywhere = {"dtype": jnp.bfloat16, "sharding": replicated(mesh)}
     shapes = abstract_params(*parts[denoiser])

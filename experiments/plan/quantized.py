@@ -22,14 +22,14 @@ from lcm_jax.bench.models import GEOMETRIES
 from lcm_jax.nets import example_inputs
 from lcm_jax.plan.planning import compilers
 from lcm_jax.plan.topologies import open_topology
-from lcm_jax.precision.context import reading
+from lcm_jax.precision.context import precision_context
 from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.abstract_params import abstract_params
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_json
 from mmdit import example_inputs as mmdit_inputs
-from mmdit.attention import cut_over, lowering_for
+from mmdit.attention import attention_mesh, lowering_for
 from mmdit.text import T5_XXL
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -67,12 +67,12 @@ def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
         params = jax.eval_shape(lambda tree: quantize(tree, kind), params)
 
     def call(params: Any, *inputs: Any) -> Any:
-        with reading(params) as own:
+        with precision_context(params) as own:
             return net.apply({"params": own}, *inputs)
 
     mesh = Mesh(np.array([[device]]), ("rows", "heads"))
     where = NamedSharding(mesh, PartitionSpec())
-    with lowering_for("tpu"), cut_over(mesh, ("rows",), "heads"):  # attention goes as on a chip that is alone
+    with lowering_for("tpu"), attention_mesh(mesh, ("rows",), "heads"):  # attention goes as on a chip that is alone
         traced = jax.jit(call, in_shardings=where, out_shardings=where).trace(params, *inputs)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = compiled.memory_analysis()

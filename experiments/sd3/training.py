@@ -95,7 +95,7 @@ class Drawer:
         self, captions: Sequence[str], *, steps: int, guidance: float, seed: int
     ) -> UInt8[np.ndarray, "n h w 3"]:
         pipe, schedule = self.pipe, self.formulation.objective.schedule
-        times, vae = self.formulation.grid(steps, schedule), pipe.generator.vae.config
+        times, vae = self.formulation.grid(steps, schedule), pipe.model.vae.config
         sides = [side // vae.downsample_factor for side in pipe.size]
         noise = jax.random.normal(jax.random.key(seed), (len(captions), *sides, vae.latent_channels))
         cond = pipe.encode_prompt(captions)
@@ -107,15 +107,15 @@ class Drawer:
 
     @cached_property
     def _draw(self) -> Any:
-        generator, euler = self.pipe.generator, SAMPLERS["euler"]
+        model, euler = self.pipe.model, SAMPLERS["euler"]
 
         @partial(jax.jit, static_argnames="guided")
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, *, guided: bool
         ) -> Array:
             key = jax.random.key(0)  # Euler's rule draws nothing
-            z = generator.latents(net, cond, null, x, grid, guidance, key, sampler=euler, guided=guided)
-            return generator.decode(vae, z)
+            z = model.latents(net, cond, null, x, grid, guidance, key, sampler=euler, guided=guided)
+            return model.decode(vae, z)
 
         return draw
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.precision import bfloat16_cpu
-from lcm_jax.precision.context import narrow
+from lcm_jax.precision.context import is_low_precision
 from lcm_jax.runtime.compiler_options import compiler_options, memory_of
 from lcm_jax.runtime.flops import flops
 from mmdit.attention import lowering_for
@@ -50,7 +50,7 @@ def program(name: str, function: Callable[..., Any], *arguments: Any, **options:
     held: list[Any] = []
 
     def prepare() -> Cost:
-        how = compiler_options(narrow=narrow(*arguments))
+        how = compiler_options(low_precision=is_low_precision(*arguments))
         held.append(jax.jit(function, compiler_options=how).lower(*arguments).compile())
         return Cost(flops_of(function, *arguments), memory_of(held[0]))
 
@@ -82,11 +82,11 @@ def ceilings(dtype: str) -> Ceilings:
     flat = jax.random.normal(jax.random.key(1), (length // a.dtype.itemsize,), dtype)
 
     in_halves = jax.default_backend() == "cpu" and dtype == "bfloat16"
-    multiply = bfloat16_cpu.PRODUCTS.multiply if in_halves else jnp.matmul
+    multiply = bfloat16_cpu.OVERRIDES.multiply if in_halves else jnp.matmul
 
     def again(body: Callable[[Any], Any]) -> Callable[..., Any]:
         loop = partial(jax.lax.fori_loop, 0, _AGAIN, lambda _, x: body(x))
-        return jax.jit(loop, compiler_options=compiler_options(narrow=in_halves))
+        return jax.jit(loop, compiler_options=compiler_options(low_precision=in_halves))
 
     product = _best(again(lambda x: multiply(x, a).astype(dtype) * jnp.asarray(side**-0.5, dtype)), a)
     copied = _best(again(jnp.negative), flat)

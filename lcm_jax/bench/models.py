@@ -17,7 +17,7 @@ from lcm_jax.inference.pipeline import DTYPES, Pipeline
 from lcm_jax.nets.presets import SD15, SD_TURBO, SDXL
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.abstract_params import abstract_params
-from lcm_jax.weights.device import place
+from lcm_jax.weights.device import put_on_device
 from lcm_jax.weights.diffusers_folder import Component, Folder
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.registry import FAMILIES
@@ -155,7 +155,7 @@ def random_params(shapes: Params, dtype: Any, *, each: Callable[[str, Array], An
             return jnp.full(shape, 1.0 if name == "scale" else 0.0, dtype)
         seed = np.uint32(zlib.crc32(path.encode()))
         fan_in = np.prod(shape[-4 if len(shape) >= 4 else -2 : -1])  # without the axis of stacked layers
-        return place(_normal(seed, shape, float(fan_in) ** -0.5 if name == "kernel" else 0.02, dtype))
+        return put_on_device(_normal(seed, shape, float(fan_in) ** -0.5 if name == "kernel" else 0.02, dtype))
 
     leaves = {path: made(path, like.shape) for path, like in traverse_util.flatten_dict(shapes, sep="/").items()}
     return traverse_util.unflatten_dict(leaves, sep="/")

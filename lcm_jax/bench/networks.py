@@ -15,7 +15,7 @@ from lcm_jax.bench import peers
 from lcm_jax.bench.measure import Row, program
 from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.nets import example_inputs
-from lcm_jax.precision.context import reading
+from lcm_jax.precision.context import precision_context
 from lcm_jax.precision.quantization import quantize
 from lcm_jax.typing import Params
 from lcm_jax.weights.diffusers_folder import Component
@@ -62,7 +62,7 @@ def _call(part: Component, *arguments: Any, **how: Any) -> tuple[Callable[..., A
     """Function and arguments of a network's call."""
 
     def call(params: Params, *given: Any) -> Any:
-        with reading(params) as own:
+        with precision_context(params) as own:
             return part.module.apply({"params": own}, *given, **how)
 
     return call, (part.params, *arguments)

@@ -22,7 +22,7 @@ from lcm_jax.weights.registry import class_name
 PEERS = ("diffusers", "diffusers-compiled")  # eager, and by torch.compile
 
 
-def place() -> str:
+def put_on_device() -> str:
     """Where PyTorch runs."""
     torch = pytorch()
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,7 +41,7 @@ def tensor(array: Any, dtype: str | None = None) -> Any:
     """An array as a tensor where PyTorch runs. dtype: by torch's name; None keeps integers as they are."""
     torch = pytorch()
     kind = np.int64 if dtype is None else np.float32
-    own = torch.from_numpy(np.array(jnp.asarray(array), kind)).to(place())
+    own = torch.from_numpy(np.array(jnp.asarray(array), kind)).to(put_on_device())
     return own if dtype is None else own.to(getattr(torch, dtype))
 
 
@@ -63,7 +63,7 @@ def network(part: Component, dtype: str, peer: str, adapters: Adapters | None = 
         if adapters is not None:
             save_lora(f"{folder}/adapters.safetensors", adapters)
             own.load_lora_adapter(folder, prefix="unet", weight_name="adapters.safetensors")
-        own = own.to(place()).eval()
+        own = own.to(put_on_device()).eval()
     return _compiled(own) if peer == "diffusers-compiled" else own
 
 
@@ -71,7 +71,7 @@ def _compiled(module: Any) -> Any:
     """As diffusers' documentation advises: channels last, CUDA graphs."""
     torch = pytorch()
     module = module.to(memory_format=torch.channels_last)
-    return torch.compile(module, mode="reduce-overhead" if place() == "cuda" else "default")
+    return torch.compile(module, mode="reduce-overhead" if put_on_device() == "cuda" else "default")
 
 
 def pipeline(pipe: Pipeline, dtype: str, peer: str, *, auto: str | None = None) -> Any:
@@ -85,7 +85,7 @@ def pipeline(pipe: Pipeline, dtype: str, peer: str, *, auto: str | None = None) 
         options = {"torch_dtype": getattr(torch, dtype)}
         if pipe.folder.family == "sd":
             options |= {"safety_checker": None, "requires_safety_checker": False}
-        own = cls.from_pretrained(folder, **options).to(place())
+        own = cls.from_pretrained(folder, **options).to(put_on_device())
     if pipe.folder.family != "sd3":
         own.scheduler = diffusers.LCMScheduler.from_config(own.scheduler.config)
     own.set_progress_bar_config(disable=True)
@@ -103,7 +103,7 @@ def row(name: str, run: Callable[[], Any], **options: Any) -> Row:
     def whole() -> None:
         with torch.no_grad():
             run()
-        if place() == "cuda":
+        if put_on_device() == "cuda":
             torch.cuda.synchronize()
 
     return Row(name=name, run=whole, **options)

@@ -96,7 +96,7 @@ def peer_rows(pipe: Pipeline, peer: Any, size: tuple[int, int], *, frames: int) 
     A student that is told its guidance is told 4; any other goes without.
     """
     scene = moving_scene(size, frames)
-    guidance = 4.0 if pipe.generator.embeds_guidance else 1.0
+    guidance = 4.0 if pipe.model.embeds_guidance else 1.0
 
     def theirs(steps: int) -> Callable[[], Any]:
         pictures = [PILImage.fromarray(picture) for picture in scene]
@@ -128,7 +128,7 @@ def moving_scene(size: tuple[int, int], frames: int) -> list[np.ndarray]:
 
 def with_tiny_vae(pipe: Pipeline) -> Pipeline:
     """The pipeline with a tiny autoencoder of its geometry and random weights: for its speed alone."""
-    config: Any = pipe.generator.vae.config
+    config: Any = pipe.model.vae.config
     levels = config.downsample_factor.bit_length()
     width = min(config.block_out_channels[0], 64)  # TAESD's, but no wider than the autoencoder is
     tiny = AutoencoderTiny(

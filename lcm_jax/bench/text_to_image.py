@@ -16,7 +16,7 @@ from lcm_jax.bench.measure import Cost, Row, flops_of
 from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.metrics import psnr
-from lcm_jax.models.latent_diffusion import Generator, as_apply
+from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.precision.quantization import PARTS
 from lcm_jax.stream import Stream
 
@@ -54,7 +54,7 @@ def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4)
         return pipe([PROMPT] * n, steps=steps, sampler=sampler)
 
     def prepare() -> Cost:
-        return Cost(flops=steps * step_flops(pipe, n) + decode_flops(pipe.generator, pipe, n))
+        return Cost(flops=steps * step_flops(pipe, n) + decode_flops(pipe.model, pipe, n))
 
     return Row(name=name, run=draw, prepare=prepare, frames=n)
 
@@ -76,22 +76,22 @@ def step_flops(pipe: Pipeline, n: int) -> float:
     """Of one evaluation of the denoiser for n pictures of the pipeline's size."""
     cond = {key: jnp.repeat(leaf, n, axis=0) for key, leaf in pipe.encode_prompt([PROMPT]).items()}
     x, t = jax.ShapeDtypeStruct((n, *_latents(pipe)), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.float32)
-    return flops_of(as_apply(pipe.generator.net), pipe.net_params, x, t, cond)
+    return flops_of(as_apply(pipe.model.net), pipe.net_params, x, t, cond)
 
 
-def decode_flops(generator: Generator, pipe: Pipeline, n: int) -> float:
+def decode_flops(model: LatentDiffusion, pipe: Pipeline, n: int) -> float:
     """Of decoding n pictures."""
     latents = jax.ShapeDtypeStruct((n, *_latents(pipe)), jnp.float32)
-    return flops_of(generator.decode, pipe.params["vae"], latents)
+    return flops_of(model.decode, pipe.params["vae"], latents)
 
 
-def encode_flops(generator: Generator, pipe: Pipeline, n: int) -> float:
+def encode_flops(model: LatentDiffusion, pipe: Pipeline, n: int) -> float:
     """Of encoding n pictures."""
-    return flops_of(generator.encode, pipe.params["vae"], jax.ShapeDtypeStruct((n, *pipe.size, 3), jnp.uint8))
+    return flops_of(model.encode, pipe.params["vae"], jax.ShapeDtypeStruct((n, *pipe.size, 3), jnp.uint8))
 
 
 def _latents(pipe: Pipeline) -> tuple[int, int, int]:
-    config = pipe.generator.vae.config
+    config = pipe.model.vae.config
     height, width = (side // config.downsample_factor for side in pipe.size)
     return height, width, config.latent_channels
 
@@ -112,8 +112,8 @@ def realtime(options: Options) -> Iterator[Titled]:
         stream = Stream(pipe, PROMPT, steps=1, strength=0.6, frames=frames)
         shape = (frames, *pipe.size, 3) if frames > 1 else (*pipe.size, 3)
         scene = list(np.random.default_rng(0).integers(0, 256, (4, *shape), np.uint8))
-        flops = step_flops(pipe, frames) + decode_flops(pipe.generator, pipe, frames)
-        flops += encode_flops(pipe.generator, pipe, frames)
+        flops = step_flops(pipe, frames) + decode_flops(pipe.model, pipe, frames)
+        flops += encode_flops(pipe.model, pipe, frames)
         calls = 32 if options.scale == "full" and jax.default_backend() != "cpu" else 2
         for name, go in (("one after another", _awaited), ("pipelined", _pipelined)):
             rows.append(

@@ -70,7 +70,9 @@ class Distillation:
             own.data = own.data.float()
         self._tx = torch.optim.AdamW(self.trained.values(), lr=1e-5)
         half = dtype != "float32"
-        self._precision = (lambda: torch.autocast(peers.place(), getattr(torch, dtype))) if half else nullcontext
+        self._precision = (
+            (lambda: torch.autocast(peers.put_on_device(), getattr(torch, dtype))) if half else nullcontext
+        )
 
     def __call__(self, mean: Any, std: Any) -> float:
         """A step on pictures of these latents: loss, gradient, AdamW, and the moving average."""
@@ -100,8 +102,8 @@ class Distillation:
         z = self._level(self._alpha, draw.t) * draw.x0 + self._level(self._sigma, draw.t) * draw.eps
         with self._torch.no_grad():
             z_s = self._earlier(z, draw)
-            aim = self._solution(self.target, z_s, draw.s, draw.w)
-        return ((self._solution(self.student, z, draw.t, draw.w) - aim) ** 2).mean()
+            target = self._solution(self.target, z_s, draw.s, draw.w)
+        return ((self._solution(self.student, z, draw.t, draw.w) - target) ** 2).mean()
 
     def _level(self, table: Any, t: Any) -> Any:
         return table[t][:, None, None, None]

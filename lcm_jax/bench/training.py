@@ -50,7 +50,7 @@ def teacher_of(options: Options) -> Teacher:
         [name] = options.geometries("training")
         return Teacher(at_scale(GEOMETRIES[name].parts["unet"][1], options.scale))
     pipe = load(options.model)
-    net = pipe.generator.net
+    net = pipe.model.net
     if not isinstance(net, UNet):
         raise ValueError(f"--model {options.model}: bench training distils a UNet, and this has a {type(net).__name__}")
     config = replace(at_scale(net.config, options.scale), time_cond_proj_dim=None)

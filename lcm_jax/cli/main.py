@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from lcm_jax import bench
 from lcm_jax.cli import demo
 from lcm_jax.cli.arguments import parser
-from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, spread
+from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, shard
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
 from lcm_jax.metrics.inception import inception_features
@@ -77,7 +77,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     for part, kind in kinds.items():
         pipe = pipe.quantized(kind, part)
     sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
-    plain = sampler == "lcm" and not pipe.generator.embeds_guidance
+    plain = sampler == "lcm" and not pipe.model.embeds_guidance
     guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)
     return pipe, {"sampler": sampler, "guidance": guidance}
 
@@ -107,7 +107,7 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     mesh = _mesh(arguments)
     pipe, options = _load(arguments)
     if mesh is not None:
-        pipe.spread(mesh)
+        pipe.shard(mesh)
     size = None if arguments.size is None else tuple(arguments.size)
     if arguments.compiled is not None:
         _write_pictures(arguments, _sample_compiled(arguments, pipe, size, options))
@@ -205,8 +205,8 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     clip = ClipMetric.load(arguments.clip)
     features = None if arguments.inception is None else inception_features(arguments.inception)
     if mesh is not None:
-        pipe.spread(mesh)
-        clip, features = clip.spread(mesh), None if features is None else spread(features, mesh)
+        pipe.shard(mesh)
+        clip, features = clip.shard(mesh), None if features is None else shard(features, mesh)
     rows = evaluate(
         pipe, clip, images, captions, steps=arguments.steps, features=features,
         batch_size=arguments.batch_size, seed=arguments.seed, **options,

@@ -128,7 +128,7 @@ class BucketLoader:
         """What the order depends on, JSON-able."""
         return {"seed": self.seed, "examples": list(map(int, self._counts)), "batch_size": self.batch_size}
 
-    def place(self, index: int) -> tuple[int, int]:
+    def position(self, index: int) -> tuple[int, int]:
         """Of batch `index`: its bucket, and which of that bucket's batches it is."""
         examples = int(self._counts.sum())
         latest = (index + 1 + len(self.loaders)) * self.batch_size // examples + 1  # by then it has been given
@@ -159,7 +159,7 @@ class BucketLoader:
     def __getitem__(self, index: int) -> Batch:
         if index < 0:
             raise IndexError(f"batch {index}: an endless sequence has no end to count from")
-        bucket, number = self.place(index)
+        bucket, number = self.position(index)
         return self.loaders[bucket][number]
 
     def __iter__(self) -> LoaderIterator:

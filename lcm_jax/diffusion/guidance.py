@@ -50,7 +50,7 @@ def cfg(
     return denoise
 
 
-def residual(
+def residual_cfg(
     denoise: Denoiser,
     virtual_x0: Image,
     scale: Float[Array, "*n"] | float,

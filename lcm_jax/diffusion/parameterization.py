@@ -35,22 +35,22 @@ def expand(v: Time, like: Array) -> Array:
     return v.reshape(v.shape + (1,) * (like.ndim - 1)) if v.ndim == 1 else v
 
 
-def rows(kind: Kind, alpha: Array, sigma: Array) -> tuple[Array, Array]:
+def prediction_coefficients(kind: Kind, alpha: Array, sigma: Array) -> tuple[Array, Array]:
     """(a, b) of y = a x0 + b eps, each with alpha's shape."""
     if kind not in KINDS:
         raise ValueError(f"prediction type {kind!r} is unknown: use one of {', '.join(KINDS)}")
     zero, one = jnp.zeros_like(alpha), jnp.ones_like(alpha)
-    spread = _spread(alpha, sigma)
+    x_std = _x_std(alpha, sigma)
     return {
         "epsilon": (zero, one),
         "sample": (one, zero),
         "v_prediction": (-sigma, alpha),
         "flow": (-one, one),
-        "edm": (sigma / (SIGMA_DATA * spread), -alpha * SIGMA_DATA / spread),
+        "edm": (sigma / (SIGMA_DATA * x_std), -alpha * SIGMA_DATA / x_std),
     }[kind]
 
 
-def _spread(alpha: Array, sigma: Array) -> Array:
+def _x_std(alpha: Array, sigma: Array) -> Array:
     """S, the standard deviation of x for data of SIGMA_DATA."""
     return jnp.sqrt((SIGMA_DATA * alpha) ** 2 + sigma**2)
 
@@ -58,14 +58,14 @@ def _spread(alpha: Array, sigma: Array) -> Array:
 def to_prediction(kind: Kind, y: Image, x: Image, alpha: Float[Array, "*b"], sigma: Float[Array, "*b"]) -> Prediction:
     """Solve x = alpha x0 + sigma eps, y = a x0 + b eps for (x0, eps)."""
     alpha, sigma = expand(alpha, x), expand(sigma, x)
-    a, b = rows(kind, alpha, sigma)
+    a, b = prediction_coefficients(kind, alpha, sigma)
     det = alpha * b - sigma * a
     return Prediction(x0=(b * x - sigma * y) / det, eps=(alpha * y - a * x) / det)
 
 
 def target(kind: Kind, x0: Image, eps: Image, alpha: Float[Array, "*b"], sigma: Float[Array, "*b"]) -> Image:
     """The output y = a x0 + b eps a perfect network of this kind would give."""
-    a, b = rows(kind, expand(alpha, x0), expand(sigma, x0))
+    a, b = prediction_coefficients(kind, expand(alpha, x0), expand(sigma, x0))
     return a * x0 + b * eps
 
 
@@ -84,7 +84,7 @@ def noise_further(schedule: Schedule, x: Image, eps: Image, s: Time, t: Time) ->
 def output(apply: Apply, params: Params, x: Image, t: Time, cond: Cond, *, schedule: Schedule, kind: Kind) -> Image:
     """The network's raw output at x_t: given x (for edm c_in x = x / S, of unit variance) and the network time."""
     if kind == "edm":
-        x = x / expand(_spread(schedule.alpha(t), schedule.sigma(t)), x)
+        x = x / expand(_x_std(schedule.alpha(t), schedule.sigma(t)), x)
     return apply(params, x, schedule.network_time(t), cond)
 
 
@@ -95,11 +95,11 @@ def bind(apply: Apply, params: Params, cond: Cond, schedule: Schedule, kind: Kin
     """
 
     def denoise(x: Image, t: Time, s: Time | None = None) -> Prediction:
-        told = cond
+        network_cond = cond
         if spans:
             span = schedule.network_time(t) - schedule.network_time(t if s is None else s)
-            told = {**cond, "span": jnp.broadcast_to(span, x.shape[:1])}
-        y = output(apply, params, x, t, told, schedule=schedule, kind=kind)
+            network_cond = {**cond, "span": jnp.broadcast_to(span, x.shape[:1])}
+        y = output(apply, params, x, t, network_cond, schedule=schedule, kind=kind)
         return to_prediction(kind, y.astype(jnp.float32), x, schedule.alpha(t), schedule.sigma(t))
 
     return denoise
@@ -129,7 +129,7 @@ def _length(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     return jnp.hypot(schedule.alpha(t), schedule.sigma(t))
 
 
-def jump(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) -> Image:
+def flow_map(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) -> Image:
     """alpha_s x0 + sigma_s eps of a denoiser that is told where the step ends: DDIM's step, the trajectory function of
     CTM (2310.02279 eq. 9) and TCD (2402.19159 eq. 14), and x - (t - s) u on a flow (MeanFlow, 2505.13447 eq. 12).
     """

@@ -86,7 +86,7 @@ class Sampler:
             return replace(self, solver=replace(self.solver, lower_final=True))
         return self
 
-    def init_scale(self, schedule: Schedule, grid: np.ndarray, spacing: Spacing) -> float:
+    def init_noise_sigma(self, schedule: Schedule, grid: np.ndarray, spacing: Spacing) -> float:
         """What unit noise is multiplied by to be x at grid[0]."""
         return float(schedule.sigma(grid[0])) if self.spread_start and spacing.timestep_spacing != "leading" else 1.0
 
@@ -94,7 +94,7 @@ class Sampler:
 SAMPLERS: Mapping[str, Sampler] = {
     "lcm": Sampler(solver=LCM(), grid=_consistency_grid, consistency=True, even=True),
     "tcd": Sampler(solver=TCD(), grid=_tcd_grid, even=True),
-    "jump": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True),
+    "flow_map": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True),
     "ddim": Sampler(solver=DDIM(), grid=_ddim_grid),
     "euler": Sampler(solver=Euler(), grid=_euler_grid, spread_start=True),
     "euler_a": Sampler(solver=DDIM(eta=1.0), grid=_heun_grid, spread_start=True),  # ancestral: DDPM's noise

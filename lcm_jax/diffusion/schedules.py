@@ -210,7 +210,7 @@ def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
 
 
-def whole(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
+def floor_to_timestep(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     """Times of a table rounded down to its entries; others as they are."""
     return jnp.floor(t) if isinstance(schedule, DDPM) else jnp.asarray(t)
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.parameterization import add_noise, expand, jump, noise_further
-from lcm_jax.diffusion.schedules import log_snr, whole
+from lcm_jax.diffusion.parameterization import add_noise, expand, flow_map, noise_further
+from lcm_jax.diffusion.schedules import floor_to_timestep, log_snr
 from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Solver, Time
 
 
@@ -217,13 +217,13 @@ class TCD:
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
         if self.gamma == 0.0:
-            return jump(denoise, schedule, x, t, s), carry
-        below = whole(schedule, jnp.maximum((1.0 - self.gamma) * s, schedule.t_min))
-        reached = jump(denoise, schedule, x, t, below)
+            return flow_map(denoise, schedule, x, t, s), carry
+        below = floor_to_timestep(schedule, jnp.maximum((1.0 - self.gamma) * s, schedule.t_min))
+        reached = flow_map(denoise, schedule, x, t, below)
         return noise_further(schedule, reached, unit_noise(key, x), below, s), carry
 
 
-class Kept(NamedTuple):
+class InpaintTarget(NamedTuple):
     """What inpainting keeps: clean latents and the noise that takes them to any time; mask is 1 where redrawn."""
 
     mask: Float[Array, "b h w 1"]
@@ -239,7 +239,7 @@ class Inpaint:
     """
 
     solver: Solver
-    kept: Kept
+    target: InpaintTarget
 
     def init(self, x: Image) -> Carry:
         return self.solver.init(x)
@@ -248,7 +248,7 @@ class Inpaint:
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
         x, carry = self.solver.step(denoise, schedule, x, t, s, carry, key)
-        mask, x0, eps = self.kept
+        mask, x0, eps = self.target
         return mask * x + (1.0 - mask) * add_noise(schedule, x0, eps, s), carry
 
 

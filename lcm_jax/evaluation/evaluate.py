@@ -28,10 +28,10 @@ from lcm_jax.metrics import (
     ssim,
 )
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
-from lcm_jax.parallel.sharding import Rowwise, batch_sharding, make_mesh, parts_of, place, replicated
-from lcm_jax.precision.context import reading
+from lcm_jax.parallel.sharding import BatchedMap, batch_sharding, make_mesh, parts_of, put_on_mesh, replicated
+from lcm_jax.precision.context import precision_context
 from lcm_jax.typing import Array, Params
-from lcm_jax.weights.diffusers_folder import Component, load_component
+from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.hub import locate
 from mmdit.text import Tokenizer, normalize_images
 
@@ -51,7 +51,7 @@ class ClipMetric:
     def load(cls, name: str | Path = "openmoji") -> ClipMetric:
         """From a model folder with image_encoder, text_encoder (with projection) and tokenizer."""
         at = locate(name)
-        vision, text = (load_component(at.path, at.place(part)) for part in ("image_encoder", "text_encoder"))
+        vision, text = (at.load(part) for part in ("image_encoder", "text_encoder"))
         side = vision.module.config.image_size
 
         def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b f"]:
@@ -64,9 +64,9 @@ class ClipMetric:
         tokenizer = Tokenizer.load(at.at("tokenizer"))
         return cls(text=text, tokenizer=tokenizer, images=features, width=vision.module.config.hidden_size)
 
-    def spread(self, mesh: Mesh) -> ClipMetric:
+    def shard(self, mesh: Mesh) -> ClipMetric:
         """The same, looking at pictures on all devices of a mesh."""
-        return replace(self, images=spread(self.images, mesh))
+        return replace(self, images=shard(self.images, mesh))
 
     def features(self, images: Pictures) -> Float[np.ndarray, "n d"]:
         return self.images(images)[:, : self.width]
@@ -94,7 +94,7 @@ class ClipMetric:
         return report(real, fake, both[:, self.width :], self.embed_texts(texts))
 
 
-def spread(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
+def shard(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
     """The same features of pictures that are cut over a mesh; its parameters are on every device."""
 
     def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b ..."]:
@@ -103,7 +103,7 @@ def spread(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
 
     everywhere = jax.tree.map(lambda _: replicated(mesh), features.params)
     size = features.batch_size + -features.batch_size % parts_of(mesh)
-    return replace(features, apply=apply, params=place(features.params, everywhere), batch_size=size)
+    return replace(features, apply=apply, params=put_on_mesh(features.params, everywhere), batch_size=size)
 
 
 def captioned(source: Any, most: int | None = None) -> tuple[Pictures, list[str]]:
@@ -156,12 +156,12 @@ def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh:
 
     @jax.jit
     def run(params: Params, batch: Array) -> Array:
-        with reading(params) as own:
+        with precision_context(params) as own:
             mean, _ = vae.module.apply({"params": own}, to_float(batch), method="encode")
             return to_uint8(vae.module.apply({"params": own}, mean, method="decode"))
 
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    made: Pictures = Rowwise(mesh=mesh, most=-(-batch_size // parts_of(mesh)))(partial(run, vae.params), images)
+    made: Pictures = BatchedMap(mesh=mesh, most=-(-batch_size // parts_of(mesh)))(partial(run, vae.params), images)
     return made
 
 

@@ -27,7 +27,7 @@ from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.time_grids import Grid, pad
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.models.text_conditioning import Ids, pair_texts
-from lcm_jax.precision.context import narrow
+from lcm_jax.precision.context import is_low_precision
 from lcm_jax.runtime.atomic_files import written_aside
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Params
@@ -67,7 +67,7 @@ class Call(NamedTuple):
     negative: Ids
     empty: Array  # () bool, whether there is no negative prompt
     grid: tuple[Array, Array]  # a `Grid`
-    spread: Array  # () what unit noise is multiplied by
+    noise_sigma: Array  # () what unit noise is multiplied by
     guidance: Array  # ()
     key: Array  # (2,) words of the noise's key
 
@@ -79,7 +79,7 @@ def digest(pipe: Pipeline) -> str:
         for path, leaf in jax.tree_util.tree_leaves_with_path(_parameters(pipe))
     ]
     modules = {name: repr(pipe.component(name).module) for name in _parameters(pipe)}
-    return hashlib.sha256(repr((leaves, modules, pipe.generator.schedule, pipe.spacing)).encode()).hexdigest()
+    return hashlib.sha256(repr((leaves, modules, pipe.model.schedule, pipe.spacing)).encode()).hexdigest()
 
 
 def write_program(
@@ -114,7 +114,7 @@ def write_program(
         size=pipe.check_size(size),
         batch=batch,
         sampler=sampler,
-        guided=guidance != 1.0 and not pipe.generator.embeds_guidance,
+        guided=guidance != 1.0 and not pipe.model.embeds_guidance,
     )
     call = _call(pipe, header, [""] * batch, None, steps=4, guidance=guidance, seed=0)
     shapes = jax.eval_shape(lambda *trees: trees, _parameters(pipe), _leaves(call))
@@ -170,7 +170,7 @@ class Exported:
         prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
         if len(prompts) != header.batch:
             raise ValueError(f"{self.path} draws {header.batch} pictures in a call, and this asks for {len(prompts)}")
-        if not self.pipe.generator.embeds_guidance and header.guided != (guidance != 1.0):
+        if not self.pipe.model.embeds_guidance and header.guided != (guidance != 1.0):
             made = "with guidance" if header.guided else "without guidance"
             raise ValueError(f"{self.path} was compiled {made}, and this asks for a scale of {guidance:g}")
         empty = None if negative_prompt == "" else negatives
@@ -197,14 +197,14 @@ def _call(
         raise ValueError(
             f"sampler {header.sampler}: {steps} steps need another program than a file holds; sample without"
         )
-    times = pipe.times(pipe.generator, spec, steps, pipe.spacing, 1.0)
+    times = pipe.times(pipe.model, spec, steps, pipe.spacing, 1.0)
     texts = pipe.folder.prompts
     return Call(
         ids=texts.tokenize(prompts),
         negative=texts.tokenize(negatives or [""] * len(prompts)),
         empty=jnp.asarray(negatives is None),
         grid=pad(times),
-        spread=jnp.float32(spec.init_scale(pipe.generator.schedule, times, pipe.spacing)),
+        noise_sigma=jnp.float32(spec.init_noise_sigma(pipe.model.schedule, times, pipe.spacing)),
         guidance=jnp.float32(guidance),
         key=jax.random.key_data(jax.random.key(seed)),
     )
@@ -217,7 +217,7 @@ def _leaves(call: Call) -> tuple[Any, ...]:
 
 def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tuple[Any, ...]], Array]:
     """(parameters, `Call`) -> uint8 (b, h, w, 3), as `Pipeline.__call__` does it."""
-    generator, texts, net = pipe.generator, pipe.folder.prompts, pipe.folder.denoiser
+    model, texts, net = pipe.model, pipe.folder.prompts, pipe.folder.denoiser
     sampler, sizes = SAMPLERS[header.sampler].at(4, pipe.spacing), pipe.size_conditioning(header.size)
 
     def encode(params: dict[str, Params], ids: Ids, size: Any) -> dict[str, Array]:
@@ -227,20 +227,20 @@ def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tup
     def draw(params: dict[str, Params], given: tuple[Any, ...]) -> Array:
         call = Call(*given)
         noise_key, key = jax.random.split(jax.random.wrap_key_data(call.key))
-        x = pipe.noise(noise_key, header.batch, header.size) * call.spread
+        x = pipe.noise(noise_key, header.batch, header.size) * call.noise_sigma
         cond = null = encode(params, call.ids, sizes[0])
         if header.guided:
             null = encode(params, call.negative, sizes[1])
             if pipe.folder.zeros_for_empty_prompt:
                 null = jax.tree.map(lambda zero, own: jnp.where(call.empty, zero, own), zero_prompt(null), null)
         parts = (params[net], cond, null, x, Grid(*call.grid), call.guidance, key)
-        return generator.decode(params["vae"], generator.latents(*parts, sampler=sampler, guided=header.guided))
+        return model.decode(params["vae"], model.latents(*parts, sampler=sampler, guided=header.guided))
 
     return draw
 
 
 def _compilable(exported: export.Exported) -> Any:
-    return jax.jit(exported.call, compiler_options=compiler_options(narrow=narrow(exported.in_avals)))
+    return jax.jit(exported.call, compiler_options=compiler_options(low_precision=is_low_precision(exported.in_avals)))
 
 
 def _read(path: Path) -> tuple[Header, bytes]:

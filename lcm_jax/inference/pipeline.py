@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float, UInt8
 from lcm_jax.diffusion.parameterization import add_noise
 from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
 from lcm_jax.diffusion.schedules import RectifiedFlow
-from lcm_jax.diffusion.solvers import TCD, Kept
+from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.models.image_inputs import check_pictures, check_size, latent_mask
-from lcm_jax.models.latent_diffusion import Generator, SkipLayers
+from lcm_jax.models.latent_diffusion import LatentDiffusion, SkipLayers
 from lcm_jax.models.text_conditioning import Prompts, pair_texts
-from lcm_jax.parallel.sharding import cut_rows, place, rows_stay, tree_shardings, whole
-from lcm_jax.precision.context import narrow
+from lcm_jax.parallel.sharding import constrain_batch_sharding, gather_to_host, put_on_mesh, shard_batch, tree_shardings
+from lcm_jax.precision.context import is_low_precision
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
@@ -91,28 +91,28 @@ class Pipeline:
         net, vae = folder.components[folder.denoiser].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
         spans = getattr(net.config, "span_embedding", False)
-        self.generator = Generator(
+        self.model = LatentDiffusion(
             net=net, vae=vae, schedule=schedule, kind=kind, embeds_guidance=embeds, embeds_span=spans
         )
 
-    def spread(self, mesh: Mesh) -> None:
+    def shard(self, mesh: Mesh) -> None:
         """From now on draw on all devices of a mesh (`lcm_jax.parallel.sharding.make_mesh`): the parameters lie as in
         training, the pictures of a call are cut along the batch and are the same for any number of devices.
 
         Of several processes all must make the same calls; each encodes the texts by itself.
         """
         for name in self.params if jax.process_count() == 1 else (self.folder.denoiser, "vae"):
-            self.params[name] = place(self.params[name], tree_shardings(self.params[name], mesh))
+            self.params[name] = put_on_mesh(self.params[name], tree_shardings(self.params[name], mesh))
         self.mesh = mesh
         self.__dict__.pop("_draw", None)
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was trained at."""
-        side = self.generator.net.config.sample_size
+        side = self.model.net.config.sample_size
         if side is None:
             raise ValueError("the network's config has no sample_size: give size=(height, width) in pixels")
-        factor = self.generator.vae.config.downsample_factor
+        factor = self.model.vae.config.downsample_factor
         return (side * factor, side * factor) if isinstance(side, int) else tuple(s * factor for s in side)
 
     @property
@@ -159,8 +159,8 @@ class Pipeline:
 
         prompt, negative_prompt: one text or a list. steps: network evaluations (twice that for heun and dpm2).
         guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding is told w = guidance - 1.
-        sampler: "lcm", "tcd", "jump", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". gamma: of tcd, 0.3 by
-        default: how much of a step is noise. seed: of the noise. size: (height, width) in pixels, the model's own by
+        sampler: "lcm", "tcd", "flow_map", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". gamma: of tcd, 0.3
+        by default: how much of a step is noise. seed: of the noise. size: (height, width) in pixels, the model's own by
         default. latents: the initial unit noise, for parity with other systems.
         image, strength: image-to-image; the picture is noised up to `strength` (0.6 by default) of the way and redrawn.
         mask: inpainting; only what is white (128 and above) or true is redrawn, from nothing if no strength is given.
@@ -183,7 +183,7 @@ class Pipeline:
             raise ValueError("this is SDXL's refiner, which redraws pictures: give it an image, and a strength")
         if strength is None:
             strength = 0.6 if image is not None and mask is None else 1.0
-        generator, spacing = self._on_shift(shift, double_shift)
+        model, spacing = self._on_shift(shift, double_shift)
         size = self.check_size(image.shape[-3:-1] if image is not None and size is None else size)
         sizes = self.size_conditioning(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
         spec = SAMPLERS[sampler].at(steps, spacing)
@@ -191,29 +191,29 @@ class Pipeline:
             if sampler != "tcd":
                 raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")
             spec = replace(spec, solver=TCD(gamma=gamma))
-        times = self.times(generator, spec, steps, spacing, strength)
-        guided = (guidance != 1.0 or bool(skip_layers)) and not generator.embeds_guidance
+        times = self.times(model, spec, steps, spacing, strength)
+        guided = (guidance != 1.0 or bool(skip_layers)) and not model.embeds_guidance
         skip = None
         if skip_layers:
             skip = SkipLayers.in_steps(times, self._check_skip(skip_layers), skip_scale, skip_interval)
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
         noise = self.noise(noise_key, len(prompts), size, latents)
-        x, kept = noise * spec.init_scale(generator.schedule, times, spacing), None
+        x, inpaint_target = noise * spec.init_noise_sigma(model.schedule, times, spacing), None
         if image is not None:
             pictures = check_pictures(image, size, len(noise))
             x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
             if mask is not None:
-                factor = generator.vae.config.downsample_factor
-                kept = Kept(mask=latent_mask(mask, size, len(noise), factor), x0=x0, eps=noise)
+                factor = model.vae.config.downsample_factor
+                inpaint_target = InpaintTarget(mask=latent_mask(mask, size, len(noise), factor), x0=x0, eps=noise)
             if mask is None or strength < 1.0:
-                x = add_noise(generator.schedule, x0, noise, times[0])
+                x = add_noise(model.schedule, x0, noise, times[0])
         empty = negative_prompt == ""
         cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
         if self.mesh is not None:
-            cond, null, x, kept = cut_rows((cond, null, x, kept), self.mesh)
+            cond, null, x, inpaint_target = shard_batch((cond, null, x, inpaint_target), self.mesh)
         parts = (self.net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
-        made = self._draw(*parts, skip, kept, generator=generator, sampler=spec, guided=guided)
-        return whole(made)[: len(prompts)]
+        made = self._draw(*parts, skip, inpaint_target, model=model, sampler=spec, guided=guided)
+        return gather_to_host(made)[: len(prompts)]
 
     def encode_prompt(
         self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None, t5_tokens: int | None = None
@@ -241,7 +241,7 @@ class Pipeline:
         prompts, negatives = pair_texts(prompt, negative_prompt, 1)
         guided, sizes = guidance != 1.0, self.size_conditioning(self.size) if self.folder.is_sdxl else (None, None)
         cond, null = self.conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
-        return self.generator.denoiser(self.net_params, cond, null, guidance, guided=guided)
+        return self.model.denoiser(self.net_params, cond, null, guidance, guided=guided)
 
     def quantized(self, kind: str, part: str = "denoiser") -> Pipeline:
         """The same model with one part in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.
@@ -292,39 +292,39 @@ class Pipeline:
         for name, own in adapters.items():
             self.params[name] = merge(self.params[name], own, weight)
 
-    def _on_shift(self, shift: float | None, double: bool | None) -> tuple[Generator, Spacing]:
+    def _on_shift(self, shift: float | None, double: bool | None) -> tuple[LatentDiffusion, Spacing]:
         """The generator and spacing with another shift of the noise levels than the folder's."""
-        schedule = self.generator.schedule
+        schedule = self.model.schedule
         if shift is None and double is None:
-            return self.generator, self.spacing
+            return self.model, self.spacing
         if not isinstance(schedule, RectifiedFlow):
             raise ValueError(f"shift and double_shift are options of SD3, and this is a {self.folder.pipeline}")
         schedule = schedule if shift is None else RectifiedFlow(shift=shift)
         spacing = self.spacing if double is None else replace(self.spacing, double_shift=double)
-        return replace(self.generator, schedule=schedule), spacing
+        return replace(self.model, schedule=schedule), spacing
 
     def _check_skip(self, layers: Sequence[int]) -> tuple[int, ...]:
-        if self.folder.family != "sd3" or self.generator.embeds_guidance:
+        if self.folder.family != "sd3" or self.model.embeds_guidance:
             raise ValueError("skip_layers is an option of SD3 without a w-embedding: leave it out")
-        depth = self.generator.net.config.num_layers
+        depth = self.model.net.config.num_layers
         if any(i not in range(depth) for i in layers):
             raise ValueError(f"skip_layers={tuple(layers)}: this model has the layers 0 to {depth - 1}")
         return tuple(layers)
 
     def times(
-        self, generator: Generator, spec: Sampler, steps: int, spacing: Spacing, strength: float
+        self, model: LatentDiffusion, spec: Sampler, steps: int, spacing: Spacing, strength: float
     ) -> Float[np.ndarray, " n_plus_1"]:
         """The grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
-        schedule = generator.schedule
-        whole = isinstance(schedule, RectifiedFlow) or self.folder.pipeline in LCM
-        times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if whole else 1.0)
-        times = times if whole else truncate(times, strength)
-        generator.check_start(float(times[0]))
+        schedule = model.schedule
+        gather_to_host = isinstance(schedule, RectifiedFlow) or self.folder.pipeline in LCM
+        times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if gather_to_host else 1.0)
+        times = times if gather_to_host else truncate(times, strength)
+        model.check_start(float(times[0]))
         return times
 
     def noise(self, key: Key, n: int, size: tuple[int, int], latents: Any = None) -> Image:
         """Unit noise of the latents, or those given if they fit."""
-        config = self.generator.vae.config
+        config = self.model.vae.config
         shape = (n, *(side // config.downsample_factor for side in size), config.latent_channels)
         noise = jax.random.normal(key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
         if noise.shape != shape:
@@ -360,23 +360,23 @@ class Pipeline:
 
     def check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
         """In pixels: of whole patches where the network has them, and within its position grid."""
-        config = self.generator.net.config
-        factor = self.generator.vae.config.downsample_factor * getattr(config, "patch_size", 1)
+        config = self.model.net.config
+        factor = self.model.vae.config.downsample_factor * getattr(config, "patch_size", 1)
         return check_size(self.size if size is None else size, factor, getattr(config, "pos_embed_max_size", None))
 
     @cached_property
     def _draw(self) -> Any:
-        mesh, options = self.mesh, compiler_options(narrow=narrow(self.net_params, self.params["vae"]))
+        mesh, options = self.mesh, compiler_options(low_precision=is_low_precision(self.net_params, self.params["vae"]))
 
         @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=options)
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
-            skip: SkipLayers | None, kept: Kept | None,
-            *, generator: Generator, sampler: Sampler, guided: bool,
+            skip: SkipLayers | None, inpaint_target: InpaintTarget | None,
+            *, model: LatentDiffusion, sampler: Sampler, guided: bool,
         ) -> Array:  # fmt: skip
-            options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip, "kept": kept}
-            with contextlib.nullcontext() if mesh is None else rows_stay(mesh):
-                return generator.decode(vae, generator.latents(net, cond, null, x, grid, guidance, key, **options))
+            options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip, "kept": inpaint_target}
+            with contextlib.nullcontext() if mesh is None else constrain_batch_sharding(mesh):
+                return model.decode(vae, model.latents(net, cond, null, x, grid, guidance, key, **options))
 
         return draw
 
@@ -387,8 +387,8 @@ class Pipeline:
 
     @cached_property
     def _encode_image(self) -> Any:
-        options = compiler_options(narrow=narrow(self.params["vae"]))
-        return jax.jit(self.generator.encode, compiler_options=options)
+        options = compiler_options(low_precision=is_low_precision(self.params["vae"]))
+        return jax.jit(self.model.encode, compiler_options=options)
 
 
 def load(

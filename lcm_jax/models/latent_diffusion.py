@@ -18,16 +18,16 @@ from lcm_jax.diffusion.guidance import cfg, skip_layer_guidance
 from lcm_jax.diffusion.parameterization import bind
 from lcm_jax.diffusion.samplers import Sampler
 from lcm_jax.diffusion.sampling import sample
-from lcm_jax.diffusion.solvers import Inpaint, Kept
+from lcm_jax.diffusion.solvers import Inpaint, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attention_hooks import Memory, given, keys_values, remembering
-from lcm_jax.precision.context import reading
+from lcm_jax.precision.context import precision_context
 from lcm_jax.precision.quantization import Quantized
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
 from vae16 import AutoencoderKL, AutoencoderTiny, scale, unscale
 
-__all__ = ["Generator", "Memory", "SkipLayers", "as_apply", "to_float", "to_uint8"]
+__all__ = ["LatentDiffusion", "Memory", "SkipLayers", "as_apply", "to_float", "to_uint8"]
 
 
 def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply:
@@ -49,7 +49,7 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
             if isinstance(params, Adapted):
                 stack.enter_context(branches(params.adapters, params.dropout))
                 params = params.params
-            own = stack.enter_context(reading(params))
+            own = stack.enter_context(precision_context(params))
             return net.apply({"params": own}, x, t, cond, **options)
 
     return apply
@@ -81,7 +81,7 @@ class SkipLayers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generator:
+class LatentDiffusion:
     """The static half of a text-to-image model; parameters, conditioning and noise are arguments.
 
     embeds_guidance: the network takes w = guidance - 1 as an input (a distilled student), so CFG is not run on top.
@@ -138,16 +138,17 @@ class Generator:
         sampler: Sampler,
         guided: bool,
         skip: SkipLayers | None = None,
-        kept: Kept | None = None,
+        inpaint_target: InpaintTarget | None = None,
     ) -> Image:
         """The clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]. kept: for inpainting."""
         denoise = self.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
         if sampler.consistency:
             denoise = consistency(denoise, self.schedule)
-        if kept is None:
+        if inpaint_target is None:
             return sample(denoise, self.schedule, sampler.solver, grid, x, key)
-        x = sample(denoise, self.schedule, Inpaint(solver=sampler.solver, kept=kept), grid, x, key)
-        return kept.mask * x + (1.0 - kept.mask) * kept.x0  # clean, even where the grid ends before the clean time
+        x = sample(denoise, self.schedule, Inpaint(solver=sampler.solver, target=inpaint_target), grid, x, key)
+        mask, x0, _ = inpaint_target
+        return mask * x + (1.0 - mask) * x0  # clean, even where the grid ends before the clean time
 
     def check_start(self, t: float) -> None:
         """ValueError for a first time at which the network's output says nothing about the picture."""
@@ -166,13 +167,13 @@ class Generator:
     def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
         """Clean latents of pictures (the posterior's mean), in the denoiser's units."""
         vae: Any = self.vae
-        with reading(vae_params) as own:
+        with precision_context(vae_params) as own:
             return scale(vae.apply({"params": own}, to_float(images), method="encode")[0], vae.config)
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
         """Pictures of clean latents."""
         vae: Any = self.vae
-        with reading(vae_params) as own:
+        with precision_context(vae_params) as own:
             return to_uint8(vae.apply({"params": own}, unscale(latents, vae.config), method="decode"))
 
 

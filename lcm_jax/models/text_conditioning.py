@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.precision.context import narrow, reading
+from lcm_jax.precision.context import is_low_precision, precision_context
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
@@ -88,7 +88,7 @@ class Prompts:
     ) -> dict[str, Array]:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
         own = [params[name] for name in self.modules]
-        return self._encode(narrow(*own))(own, self.tokenize(texts), sizes)
+        return self._encode(is_low_precision(*own))(own, self.tokenize(texts), sizes)
 
     def encode(
         self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
@@ -105,12 +105,12 @@ class Prompts:
     @cached_property
     def _encode(self) -> Callable[[bool], Any]:
         """Of parameters that are narrow, or not."""
-        return cache(lambda of: jax.jit(self._joined, compiler_options=compiler_options(narrow=of)))
+        return cache(lambda of: jax.jit(self._joined, compiler_options=compiler_options(low_precision=of)))
 
     def _joined(self, params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
         """Of parameters in the encoders' order, either all `Quantized` or none."""
         with contextlib.ExitStack() as stack:
-            own = [stack.enter_context(reading(tree)) for tree in params]
+            own = [stack.enter_context(precision_context(tree)) for tree in params]
             encodings = [Encoding(*parts) for parts in zip(self.modules.values(), own, ids, strict=True)]
             if self.family == "sd":
                 return stable_diffusion(encodings[0])

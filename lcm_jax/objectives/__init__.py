@@ -14,7 +14,7 @@ from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistil
 from lcm_jax.objectives.registry import METHODS, method
 from lcm_jax.objectives.terms import TextEncoders
 from lcm_jax.objectives.time_densities import CosMap, LogitNormal, Mode, Uniform
-from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
+from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs
 from lcm_jax.objectives.trajectory import (
     ConsistencyTrajectory,
     PhasedConsistency,
@@ -29,9 +29,10 @@ __all__ = [
     "CosMap",
     "Diffusion",
     "DistributionMatching",
+    "ECTPairs",
     "FewStep",
-    "GrowingPairs",
     "GuidedDistillation",
+    "ICTPairs",
     "KarrasPairs",
     "LatentAdversarialDistillation",
     "LatentConsistencyDistillation",
@@ -42,7 +43,6 @@ __all__ = [
     "PhasedConsistency",
     "ProgressiveDistillation",
     "Shortcut",
-    "ShrinkingPairs",
     "TextEncoders",
     "TrajectoryConsistencyDistillation",
     "Uniform",

@@ -20,7 +20,7 @@ from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
 from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, without_caption
-from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
+from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs, level
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
 
 Target = Literal["ema", "online"]
@@ -63,7 +63,7 @@ class LatentConsistency(FewStep):
 
     grid_points: int = 50
     skip: float | None = None
-    pairs: KarrasPairs | GrowingPairs | ShrinkingPairs | None = None
+    pairs: KarrasPairs | ICTPairs | ECTPairs | None = None
     target: Target = "ema"
     loss: Distance = "l2"
     huber_c: float = 1e-3
@@ -104,35 +104,40 @@ class LatentConsistency(FewStep):
         """Where both are mapped to, at s or before: here the clean time."""
         return jnp.full_like(t, self.schedule.t_min)
 
-    def real(self, x0: Image, aim: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
+    def real(self, x0: Image, target: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
         """What a discriminator takes for real, and the time at which that and the student's points lie."""
-        return aim, end
+        return target, end
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         t, s = self.times(jax.random.split(key, 4)[0], len(x0), nets.step)
         end = self.end(jax.random.fold_in(key, 4), t, s)
         z = add_noise(self.schedule, x0, eps, t)
         z_s = self.earlier(nets, x0, eps, z, t, s, cond, w)
         slow = nets.student if self.target == "online" else nets.target
-        aim = jax.lax.stop_gradient(self.solution(nets, slow, told, z_s, s, end))
-        mine = self.solution(nets, nets.student, told, z, t, end)
-        difference = mine - aim
-        each = distance(self.loss, difference, self.huber_c)
+        target = jax.lax.stop_gradient(self.solution(nets, slow, student_cond, z_s, s, end))
+        prediction = self.solution(nets, nets.student, student_cond, z, t, end)
+        difference = prediction - target
+        per_example = distance(self.loss, difference, self.huber_c)
         if self.weight == "gap":
-            each = each / (level(self.schedule, t) - level(self.schedule, s))
-        loss = jnp.mean(each)
-        metrics = {"error": jnp.mean(jnp.abs(difference.astype(jnp.float32))), **by_quarter(each, self.position(t))}
+            per_example = per_example / (level(self.schedule, t) - level(self.schedule, s))
+        loss = jnp.mean(per_example)
+        metrics = {
+            "error": jnp.mean(jnp.abs(difference.astype(jnp.float32))),
+            **by_quarter(per_example, self.position(t)),
+        }
         if self.adversarial:
-            real, there = self.real(x0, aim, end)
-            student, critic = self.contest(nets, real, mine, cond, jax.random.fold_in(key, 7), there)
+            real, there = self.real(x0, target, end)
+            student, critic = self.adversarial_losses(nets, real, prediction, cond, jax.random.fold_in(key, 7), there)
             loss, metrics = loss + self.adversarial * student + critic, {**metrics, "critic": critic}
         return loss, {"loss": loss, **metrics}
 
-    def solution(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array, end: Float[Array, " n"]) -> Image:
+    def solution(
+        self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]
+    ) -> Image:
         """f(z, w, c, t) = c_skip(t) z + c_out(t) x0hat (LCM Eq. 9), the map to the start of the trajectory."""
         scalings = {"sigma_data": self.sigma_data, "timestep_scaling": self.timestep_scaling}
-        return consistency(self.student(nets, params, told), self.schedule, **scalings)(z, t).x0
+        return consistency(self.student(nets, params, student_cond), self.schedule, **scalings)(z, t).x0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +166,7 @@ class LatentConsistencyFinetuning(LatentConsistency):
     """LCF (LCM Sec. 4.4, Alg. 4): no teacher; z_s is the same latent noised to s with the same noise.
 
     w is drawn and embedded as in distillation, so that a distilled student keeps its input; it has no other part here.
-    With `KarrasPairs` this is CT (2303.01469), with `GrowingPairs` iCT (2310.14189), with `ShrinkingPairs` ECT
+    With `KarrasPairs` this is CT (2303.01469), with `ICTPairs` iCT (2310.14189), with `ECTPairs` ECT
     (2406.14548).
     """
 

@@ -39,11 +39,13 @@ class Continuous(FewStep):
         super().__post_init__()
         check("velocity", self.velocity, Velocity)
 
-    def seen(self, nets: Nets, params: Params, draw: Draw, schedule: Schedule) -> Denoiser:
+    def student_on(self, nets: Nets, params: Params, draw: Draw, schedule: Schedule) -> Denoiser:
         """The student on the paper's schedule."""
-        return on_schedule(self.student(nets, params, draw.told), self.schedule, schedule)
+        return on_schedule(self.student(nets, params, draw.student_cond), self.schedule, schedule)
 
-    def belief(self, nets: Nets, draw: Draw, schedule: Schedule, x: Image, t: Array) -> tuple[Image, Image]:
+    def trajectory_prediction(
+        self, nets: Nets, draw: Draw, schedule: Schedule, x: Image, t: Array
+    ) -> tuple[Image, Image]:
         """(x0, eps) whose velocity is followed."""
         if self.velocity == "data":
             return draw.x0, draw.eps
@@ -85,23 +87,23 @@ class ContinuousConsistency(Continuous):
             return cos * scale * eps - sin * x0  # dx/dt
 
         def F(params: Params, x: Image, t: Array) -> Image:
-            belief = self.seen(nets, params, draw, schedule)(x, t)
-            return slope(*belief, expand(jnp.cos(t), x), expand(jnp.sin(t), x)) / scale
+            prediction = self.student_on(nets, params, draw, schedule)(x, t)
+            return slope(*prediction, expand(jnp.cos(t), x), expand(jnp.sin(t), x)) / scale
 
-        v = slope(*self.belief(nets, draw, schedule, x, t), cos, sin)
+        v = slope(*self.trajectory_prediction(nets, draw, schedule, x, t), cos, sin)
         still = frozen(nets.student)
         tangent = (cos * sin * v, jnp.cos(t) * jnp.sin(t))
         before, derivative = jax.jvp(lambda x, t: F(still, x, t), (x, t), tangent)
         r = jnp.minimum(1.0, (nets.step + 1.0) / self.warmup)
         g = -(cos**2) * (scale * before - v) - r * (cos * sin * x + scale * derivative)
         rms = jnp.sqrt(jnp.mean(g**2, axis=(1, 2, 3), keepdims=True))
-        aim = frozen(before + g / (rms + self.c))
-        each = jnp.mean((F(nets.student, x, t) - aim) ** 2, axis=(1, 2, 3))
-        loss = jnp.mean(each)
+        target = frozen(before + g / (rms + self.c))
+        per_example = jnp.mean((F(nets.student, x, t) - target) ** 2, axis=(1, 2, 3))
+        loss = jnp.mean(per_example)
         metrics = {"error": jnp.mean(rms), "squares": loss}
         if self.adaptive:
             w = _waves(t) @ nets.others["weight"]
-            loss = jnp.mean(jnp.exp(w) * each - w)
+            loss = jnp.mean(jnp.exp(w) * per_example - w)
         return loss, {"loss": loss, **metrics}
 
 
@@ -124,7 +126,7 @@ class MeanFlow(Continuous):
 
     spans: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = True
-    sampler: ClassVar[str] = "jump"
+    sampler: ClassVar[str] = "flow_map"
 
     mean: float = -0.4
     std: float = 1.0
@@ -141,17 +143,17 @@ class MeanFlow(Continuous):
         t = jnp.maximum(one, two)
         r = jnp.where(jax.random.bernoulli(third, self.share, (n,)), jnp.minimum(one, two), t)
         x = add_noise(FLOW, draw.x0, draw.eps, t)
-        x0, eps = self.belief(nets, draw, FLOW, x, t)
+        x0, eps = self.trajectory_prediction(nets, draw, FLOW, x, t)
         v = eps - x0
 
         def u(x: Image, t: Array) -> Image:
-            return _velocity(self.seen(nets, nets.student, draw, FLOW), x, t, r)
+            return _velocity(self.student_on(nets, nets.student, draw, FLOW), x, t, r)
 
         mean, derivative = jax.jvp(u, (x, t), (v, jnp.ones_like(t)))
-        aim = frozen(v - expand(t - r, x) * derivative)
-        square = jnp.sum((mean - aim) ** 2, axis=(1, 2, 3))
+        target = frozen(v - expand(t - r, x) * derivative)
+        square = jnp.sum((mean - target) ** 2, axis=(1, 2, 3))
         loss = jnp.mean(square / frozen(square + self.c) ** self.power)
-        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(mean - aim))}
+        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(mean - target))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ class Shortcut(Continuous):
     """
 
     spans: ClassVar[bool] = True
-    sampler: ClassVar[str] = "jump"
+    sampler: ClassVar[str] = "flow_map"
 
     share: float = 0.25
     finest: int = 128
@@ -187,16 +189,20 @@ class Shortcut(Continuous):
         even = 2.0 * d * jnp.floor(1.0 + jax.random.uniform(second, (n,)) * (0.5 / d))  # multiples of 2d, to 1
         t = jnp.where(pairs, even, jax.random.uniform(third, (n,), minval=1e-3))
         x = add_noise(FLOW, draw.x0, draw.eps, t)
-        x0, eps = self.belief(nets, draw, FLOW, x, t)
-        slow = self.seen(nets, nets.target, draw, FLOW)
-        told = jnp.where(d > 1.5 / self.finest, d, 0.0)
+        x0, eps = self.trajectory_prediction(nets, draw, FLOW, x, t)
+        slow = self.student_on(nets, nets.target, draw, FLOW)
+        student_cond = jnp.where(d > 1.5 / self.finest, d, 0.0)
 
         def half(x: Image, t: Array) -> Image:
-            return x - expand(d, x) * _velocity(slow, x, t, t - told)
+            return x - expand(d, x) * _velocity(slow, x, t, t - student_cond)
 
         last = half(half(x, t), t - d)
-        aim = frozen(jnp.where(expand(pairs, x), (x - last) / expand(2.0 * d, x), eps - x0))
-        u = _velocity(self.seen(nets, nets.student, draw, FLOW), x, t, jnp.where(pairs, t - 2.0 * d, t))
-        each = jnp.mean((u - aim) ** 2, axis=(1, 2, 3))
-        loss = jnp.mean(each)
-        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(u - aim)), "pairs": jnp.mean(jnp.where(pairs, each, 0.0))}
+        target = frozen(jnp.where(expand(pairs, x), (x - last) / expand(2.0 * d, x), eps - x0))
+        u = _velocity(self.student_on(nets, nets.student, draw, FLOW), x, t, jnp.where(pairs, t - 2.0 * d, t))
+        per_example = jnp.mean((u - target) ** 2, axis=(1, 2, 3))
+        loss = jnp.mean(per_example)
+        return loss, {
+            "loss": loss,
+            "error": jnp.mean(jnp.abs(u - target)),
+            "pairs": jnp.mean(jnp.where(pairs, per_example, 0.0)),
+        }

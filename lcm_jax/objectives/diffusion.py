@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lcm_jax.diffusion.parameterization import add_noise, output, rows, target
+from lcm_jax.diffusion.parameterization import add_noise, output, prediction_coefficients, target
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.objectives.terms import Distance, TextEncoders, by_quarter, check, distance, drop_captions, drop_encoders
 from lcm_jax.objectives.time_densities import (
@@ -38,7 +38,7 @@ def min_snr_weight(
     epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma). Multiplied out by sigma^2,
     so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit 1.
     """
-    a, b = rows(kind, alpha, sigma)
+    a, b = prediction_coefficients(kind, alpha, sigma)
     tiny = jnp.finfo(jnp.float32).tiny
     return (jnp.minimum(alpha**2, gamma * sigma**2) + tiny) / ((a * sigma - b * alpha) ** 2 + tiny)
 
@@ -87,11 +87,11 @@ class Diffusion:
             cond = drop_encoders(jax.random.fold_in(drop_key, 1), cond, self.encoders, self.encoder_dropout)
         t = uniform_times(self.schedule, time_key, n) if self.times is None else self.times(time_key, n)
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
-        each, difference = self.at(nets, x0, eps, t, cond)
-        loss = jnp.mean(each)
+        per_example, difference = self.at(nets, x0, eps, t, cond)
+        loss = jnp.mean(per_example)
         error = jnp.mean(jnp.abs(difference.astype(jnp.float32)))
         position = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
-        return loss, {"loss": loss, "error": error, **by_quarter(each, position)}
+        return loss, {"loss": loss, "error": error, **by_quarter(per_example, position)}
 
     def at(self, nets: Nets, x0: Image, eps: Image, t: Float[Array, " b"], cond: Cond) -> tuple[Array, Image]:
         """Each example's weighted loss (b,) at its time and noise, and the network's error in its own output."""
@@ -99,12 +99,12 @@ class Diffusion:
         x = add_noise(self.schedule, x0, eps, t)
         y = output(nets.apply, nets.student, x, t, cond, schedule=self.schedule, kind=self.kind)
         difference = y - target(self.kind, x0, eps, alpha, sigma)
-        each = distance(self.loss, difference, self.huber_c)
+        per_example = distance(self.loss, difference, self.huber_c)
         if self.min_snr_gamma is not None:
-            each = each * min_snr_weight(self.kind, alpha, sigma, self.min_snr_gamma)
+            per_example = per_example * min_snr_weight(self.kind, alpha, sigma, self.min_snr_gamma)
         if self.weight is not None:
-            each = each * self.weight.pdf(t)
-        return each, difference
+            per_example = per_example * self.weight.pdf(t)
+        return per_example, difference
 
 
 def validation_losses(

@@ -22,7 +22,7 @@ from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generator(FewStep):
+class AdversarialStudent(FewStep):
     """A student that draws in `steps` steps of equal length, as the solver LCM does."""
 
     steps: int = 4
@@ -36,13 +36,13 @@ class Generator(FewStep):
         """The time of step i: of 4 steps 1, 3/4, 1/2, 1/4 of the way."""
         return self.at(1.0 - jnp.asarray(i, jnp.float32) / self.steps)
 
-    def picture(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array) -> Image:
+    def picture(self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array) -> Image:
         """The clean picture that the student sees in z."""
-        return consistency(self.student(nets, params, told), self.schedule)(z, t).x0
+        return consistency(self.student(nets, params, student_cond), self.schedule)(z, t).x0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributionMatching(Generator):
+class DistributionMatching(AdversarialStudent):
     """DMD2 (Yin et al. 2024, 2405.14867): the student follows the difference of its own pictures' score and real ones'.
 
     The gradient of its picture x, noised to x_t, is (x0_fake(x_t) - x0_real(x_t)) / mean |x - x0_real| (Yin et al.
@@ -65,29 +65,31 @@ class DistributionMatching(Generator):
     def updates(self) -> Mapping[str, int]:
         return {"student": self.every}
 
-    def simulate(self, nets: Nets, told: Cond, noise: Image, number: Array, key: Key) -> Image:
+    def simulate(self, nets: Nets, student_cond: Cond, noise: Image, number: Array, key: Key) -> Image:
         """What lies before the student at step `number`, for each example its own."""
         still, z = frozen(nets.student), noise
         for i in range(self.steps - 1):
             again = jax.random.normal(jax.random.fold_in(key, i), z.shape)
             there = jnp.full(number.shape, self.time(i))
-            following = add_noise(self.schedule, self.picture(nets, still, told, z, there), again, self.time(i + 1))
+            following = add_noise(
+                self.schedule, self.picture(nets, still, student_cond, z, there), again, self.time(i + 1)
+            )
             z = jnp.where(expand(i < number, z), following, z)
         return jax.lax.stop_gradient(z)
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        real, noise, cond, told, w = self.draw(nets, batch, key)
+        real, noise, cond, student_cond, w = self.draw(nets, batch, key)
         keys = jax.random.split(jax.random.fold_in(key, 6), 8)
         number = jax.random.randint(keys[0], real.shape[:1], 0, self.steps)
         start = expand(self.schedule.sigma(self.time(0)), noise) * noise
-        z, t_z = self.simulate(nets, told, start, number, keys[1]), self.time(number)
+        z, t_z = self.simulate(nets, student_cond, start, number, keys[1]), self.time(number)
         fake, learns = nets.others["fake"], jnp.asarray(nets.step) % self.every == 0
 
         def score(params: Params) -> Any:
             return bind(nets.apply, params, cond, self.schedule, self.kind)
 
         def of_student() -> tuple[Array, Array]:
-            x = self.picture(nets, nets.student, told, z, t_z)
+            x = self.picture(nets, nets.student, student_cond, z, t_z)
             t = self.at(jax.random.uniform(keys[2], real.shape[:1], minval=0.02, maxval=0.98))
             x_t = add_noise(self.schedule, frozen(x), jax.random.normal(keys[3], x.shape), t)
             x0_real = self.teacher(nets, cond, w)(x_t, t).x0
@@ -96,12 +98,12 @@ class DistributionMatching(Generator):
             direction = frozen((x0_fake - x0_real) / (size + 1e-6))
             loss = 0.5 * jnp.mean((x - frozen(x - direction)) ** 2)
             if self.adversarial:
-                logits = self.judge(nets, frozen(nets.others["heads"]), frozen(fake), x, cond, keys[4])
+                logits = self.discriminator_logits(nets, frozen(nets.others["heads"]), frozen(fake), x, cond, keys[4])
                 loss = loss + self.adversarial * jnp.mean(jax.nn.softplus(-logits))
             return loss, jnp.mean(jnp.abs(direction))
 
         student, direction = jax.lax.cond(learns, of_student, lambda: (jnp.float32(0.0), jnp.float32(0.0)))
-        made = frozen(self.picture(nets, frozen(nets.student), told, z, t_z))
+        made = frozen(self.picture(nets, frozen(nets.student), student_cond, z, t_z))
         t = self.at(jax.random.uniform(keys[5], real.shape[:1], minval=1e-3))
         eps = jax.random.normal(keys[6], made.shape)
         x_t = add_noise(self.schedule, made, eps, t)
@@ -110,14 +112,17 @@ class DistributionMatching(Generator):
         total = student + guess
         metrics = {"student": student, "fake": guess, "error": direction}
         if self.adversarial:
-            verdict = [self.judge(nets, nets.others["heads"], frozen(fake), x, cond, keys[7]) for x in (real, made)]
+            verdict = [
+                self.discriminator_logits(nets, nets.others["heads"], frozen(fake), x, cond, keys[7])
+                for x in (real, made)
+            ]
             critic = jnp.mean(jax.nn.softplus(-verdict[0])) + jnp.mean(jax.nn.softplus(verdict[1]))
             total, metrics = total + critic, {**metrics, "critic": critic}
         return total, {"loss": total, **metrics}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentAdversarialDistillation(Generator):
+class LatentAdversarialDistillation(AdversarialStudent):
     """LADD (Sauer et al. 2024, 2403.12015): the student cleans a picture noised to one of `steps` times at once.
 
     Heads on the teacher's features of the result, noised anew, judge it (hinge). distillation: weight of
@@ -131,18 +136,21 @@ class LatentAdversarialDistillation(Generator):
     distillation: float = 0.0
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        real, noise, cond, told, w = self.draw(nets, batch, key)
+        real, noise, cond, student_cond, w = self.draw(nets, batch, key)
         keys = jax.random.split(jax.random.fold_in(key, 6), 6)
         t_z = self.time(jax.random.randint(keys[0], real.shape[:1], 0, self.steps))
-        x = self.picture(nets, nets.student, told, add_noise(self.schedule, real, noise, t_z), t_z)
-        student, critic = self.contest(nets, real, x, cond, keys[1])
+        x = self.picture(nets, nets.student, student_cond, add_noise(self.schedule, real, noise, t_z), t_z)
+        student, critic = self.adversarial_losses(nets, real, x, cond, keys[1])
         loss, metrics = self.adversarial * student, {"student": student, "critic": critic}
         if self.distillation:
             t = self.at(jax.random.uniform(keys[3], real.shape[:1], minval=0.02, maxval=0.98))
             x_t = add_noise(self.schedule, frozen(x), jax.random.normal(keys[4], x.shape), t)
-            aim = frozen(self.teacher(nets, cond, w)(x_t, t).x0)
-            each = self.schedule.alpha(t) * jnp.mean((x - aim) ** 2, axis=(1, 2, 3))
-            loss, metrics = loss + self.distillation * jnp.mean(each), {**metrics, "error": jnp.mean(jnp.abs(x - aim))}
+            target = frozen(self.teacher(nets, cond, w)(x_t, t).x0)
+            per_example = self.schedule.alpha(t) * jnp.mean((x - target) ** 2, axis=(1, 2, 3))
+            loss, metrics = (
+                loss + self.distillation * jnp.mean(per_example),
+                {**metrics, "error": jnp.mean(jnp.abs(x - target))},
+            )
         total = loss + critic
         return total, {"loss": total, **metrics}
 

@@ -23,7 +23,7 @@ class Draw(NamedTuple):
     x0: Image
     eps: Image
     cond: Cond
-    told: Cond
+    student_cond: Cond
     w: Float[Array, " b"]
 
 
@@ -85,9 +85,9 @@ class FewStep(ABC):
         eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
         return Draw(x0, eps, cond, {**cond, "guidance": w} if self.embed_w else cond, w)
 
-    def student(self, nets: Nets, params: Params, told: Cond) -> Denoiser:
+    def student(self, nets: Nets, params: Params, student_cond: Cond) -> Denoiser:
         """The student with some of its parameters (trained, averaged, without gradient)."""
-        return bind(nets.apply, params, told, self.schedule, self.kind, spans=self.spans)
+        return bind(nets.apply, params, student_cond, self.schedule, self.kind, spans=self.spans)
 
     def teacher(self, nets: Nets, cond: Cond, w: Float[Array, " b"] | None = None) -> Denoiser:
         """The teacher, guided by eps(null) + (1 + w) (eps(c) - eps(null)); w None: as it is."""
@@ -96,7 +96,7 @@ class FewStep(ABC):
         twice = {k: jnp.concatenate([without, cond[k]]) for k, without in without_caption(nets.null, cond).items()}
         return cfg(bind(nets.apply, nets.teacher, twice, self.schedule, self.kind), 1.0 + w)
 
-    def judge(
+    def discriminator_logits(
         self,
         nets: Nets,
         heads: Params,
@@ -118,7 +118,7 @@ class FewStep(ABC):
         noised = noise_further(self.schedule, x, jax.random.normal(second, x.shape), start, t)
         return nets.critic(heads, base, noised, self.schedule.network_time(t), cond)
 
-    def contest(
+    def adversarial_losses(
         self,
         nets: Nets,
         real: Image,
@@ -130,8 +130,10 @@ class FewStep(ABC):
         """The hinge losses of the student, whose pictures are `fake`, and of the heads on the teacher's features."""
         heads = nets.others["heads"]
         first, second = jax.random.split(key)
-        student = -jnp.mean(self.judge(nets, frozen(heads), nets.teacher, fake, cond, first, since))
-        verdicts = (self.judge(nets, heads, nets.teacher, frozen(x), cond, second, since) for x in (real, fake))
+        student = -jnp.mean(self.discriminator_logits(nets, frozen(heads), nets.teacher, fake, cond, first, since))
+        verdicts = (
+            self.discriminator_logits(nets, heads, nets.teacher, frozen(x), cond, second, since) for x in (real, fake)
+        )
         return student, hinge(*verdicts)
 
     def at(self, share: Float[Array, "*b"] | float) -> Float[Array, "*b"]:

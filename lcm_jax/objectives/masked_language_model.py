@@ -20,6 +20,6 @@ def masked_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Cross-entropy in nats, and the share guessed rightly, over the hidden tokens."""
     logits = logits.astype(jnp.float32)
-    each = -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)[..., 0]
+    per_example = -jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], axis=-1)[..., 0]
     weight = hidden / jnp.maximum(hidden.sum(), 1)
-    return jnp.sum(weight * each), {"accuracy": jnp.sum(weight * (logits.argmax(-1) == ids))}
+    return jnp.sum(weight * per_example), {"accuracy": jnp.sum(weight * (logits.argmax(-1) == ids))}

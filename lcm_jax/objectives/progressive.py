@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lcm_jax.diffusion.parameterization import add_noise, expand, jump
+from lcm_jax.diffusion.parameterization import add_noise, expand, flow_map
 from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.terms import frozen
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets
@@ -31,11 +31,11 @@ class GuidedDistillation(FewStep):
     sampler: ClassVar[str] = "ddim"
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         t = self.at(jax.random.uniform(jax.random.split(key, 4)[0], x0.shape[:1], minval=1e-3))
         z = add_noise(self.schedule, x0, eps, t)
-        aim = frozen(self.teacher(nets, cond, w)(z, t).x0)
-        return self.compare(self.student(nets, nets.student, told)(z, t).x0 - aim, t)
+        target = frozen(self.teacher(nets, cond, w)(z, t).x0)
+        return self.compare(self.student(nets, nets.student, student_cond)(z, t).x0 - target, t)
 
     def compare(self, difference: Image, t: Float[Array, " b"]) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The weighted square of an error of x0."""
@@ -53,7 +53,7 @@ class ProgressiveDistillation(GuidedDistillation):
     with a moving average of decay 0 that is updated every `stage_steps` steps. Drawn on even times, as trained.
     """
 
-    sampler: ClassVar[str] = "jump"
+    sampler: ClassVar[str] = "flow_map"
 
     first_steps: int = 16
     stage_steps: int = 1000
@@ -68,7 +68,7 @@ class ProgressiveDistillation(GuidedDistillation):
         return True
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         stage = jnp.floor(jnp.asarray(nets.step, jnp.float32) / self.stage_steps)
         steps = jnp.maximum(self.first_steps / 2.0**stage, 1.0)
         number = jnp.floor(1.0 + jax.random.uniform(jax.random.split(key, 4)[0], x0.shape[:1]) * steps)
@@ -76,16 +76,16 @@ class ProgressiveDistillation(GuidedDistillation):
         z = add_noise(self.schedule, x0, eps, t)
 
         def two_steps(denoise: Denoiser) -> Image:
-            return jump(denoise, self.schedule, jump(denoise, self.schedule, z, t, middle), middle, end)
+            return flow_map(denoise, self.schedule, flow_map(denoise, self.schedule, z, t, middle), middle, end)
 
         reached = jax.lax.cond(
             stage == 0.0,
             lambda: two_steps(self.teacher(nets, cond, w)),
-            lambda: two_steps(self.student(nets, nets.target, told)),
+            lambda: two_steps(self.student(nets, nets.target, student_cond)),
         )
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (
             (expand(self.schedule.alpha(u), z), expand(self.schedule.sigma(u), z)) for u in (t, end)
         )
         ratio = sigma_s / sigma_t
-        aim = frozen((reached - ratio * z) / (alpha_s - ratio * alpha_t))
-        return self.compare(self.student(nets, nets.student, told)(z, t).x0 - aim, t)
+        target = frozen((reached - ratio * z) / (alpha_s - ratio * alpha_t))
+        return self.compare(self.student(nets, nets.student, student_cond)(z, t).x0 - target, t)

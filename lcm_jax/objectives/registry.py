@@ -13,7 +13,7 @@ from lcm_jax.objectives.continuous import ContinuousConsistency, MeanFlow, Short
 from lcm_jax.objectives.distribution import AdversarialDistillation, DistributionMatching, LatentAdversarialDistillation
 from lcm_jax.objectives.few_step import FewStep
 from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistillation
-from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs
+from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs
 from lcm_jax.objectives.trajectory import (
     ConsistencyTrajectory,
     PhasedConsistency,
@@ -35,8 +35,8 @@ METHODS: Mapping[str, Callable[..., FewStep]] = MappingProxyType(
         "lcf": LatentConsistencyFinetuning,
         "cd": partial(LatentConsistencyDistillation, pairs=KarrasPairs(), solver="heun"),
         "ct": partial(LatentConsistencyFinetuning, pairs=KarrasPairs(points=150), **_FROM_DATA),
-        "ict": partial(LatentConsistencyFinetuning, pairs=GrowingPairs(), **_IMPROVED),
-        "ect": partial(LatentConsistencyFinetuning, pairs=ShrinkingPairs(), **_IMPROVED),
+        "ict": partial(LatentConsistencyFinetuning, pairs=ICTPairs(), **_IMPROVED),
+        "ect": partial(LatentConsistencyFinetuning, pairs=ECTPairs(), **_IMPROVED),
         "ctm": ConsistencyTrajectory,
         "tcd": TrajectoryConsistencyDistillation,
         "pcm": PhasedConsistency,

@@ -67,7 +67,7 @@ class KarrasPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrowingPairs:
+class ICTPairs:
     """Neighbours on a grid that doubles from `first` to `last` points over `steps`, at log-normal levels (iCT).
 
     Song & Dhariwal 2023 (2310.14189) sec. 3.4, 3.5: N(k) = min(first 2^floor(k / K'), last) + 1 with
@@ -104,7 +104,7 @@ class GrowingPairs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkingPairs:
+class ECTPairs:
     """A level from a log-normal and one below it, whose distance shrinks by stages (ECT, 2406.14548 eq. 17):
 
     r = t max(0, 1 - (1 + k sigmoid(-b t)) / q^(1 + stage)), stage = floor(step / stage_steps), from diffusion (r = 0)

@@ -1,7 +1,7 @@
 """Consistency along the trajectory, not only with its end: TCD, PCM and CTM.
 
-Both points of a pair are mapped to a time `end`, at which they must agree, by the function of `jump`: the straight line
-of a prediction, which is DDIM's step. With the clean time as the end all three are LCM, but for its c_skip (at t > 0
+Both points of a pair are mapped to a time `end`, at which they must agree, by `flow_map`: the straight line of a
+prediction, which is DDIM's step. With the clean time as the end all three are LCM, but for its c_skip (at t > 0
 less than 1e-5).
 """
 
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from lcm_jax.diffusion.parameterization import add_noise, jump
-from lcm_jax.diffusion.schedules import whole
+from lcm_jax.diffusion.parameterization import add_noise, flow_map
+from lcm_jax.diffusion.schedules import floor_to_timestep
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, Target
 from lcm_jax.objectives.terms import Distance, distance, frozen
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
@@ -35,11 +35,13 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
         """Uniform."""
         start = self.schedule.t_min
-        return whole(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
+        return floor_to_timestep(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
 
-    def solution(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array, end: Float[Array, " n"]) -> Image:
+    def solution(
+        self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]
+    ) -> Image:
         """alpha_end x0 + sigma_end eps."""
-        return jump(self.student(nets, params, told), self.schedule, z, t, end)
+        return flow_map(self.student(nets, params, student_cond), self.schedule, z, t, end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class PhasedConsistency(TrajectoryConsistencyDistillation):
     discriminator compares the student's points with their targets, both noised on from the edge.
     """
 
-    sampler: ClassVar[str] = "jump"  # noise, as TCD's sampler adds it, needs steps beyond the edge
+    sampler: ClassVar[str] = "flow_map"  # noise, as TCD's sampler adds it, needs steps beyond the edge
 
     phases: int = 4
     target: Target = "online"
@@ -63,7 +65,7 @@ class PhasedConsistency(TrajectoryConsistencyDistillation):
     def edge(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
         """The largest edge below t."""
         number = jnp.maximum(jnp.ceil(self.position(t) * self.phases - 1e-5) - 1.0, 0.0)
-        return whole(self.schedule, self.at(number / self.phases))
+        return floor_to_timestep(self.schedule, self.at(number / self.phases))
 
     def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """A pair does not cross an edge."""
@@ -77,7 +79,7 @@ class PhasedConsistency(TrajectoryConsistencyDistillation):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyTrajectory(LatentConsistencyDistillation):
-    """CTM (Kim et al. 2023, 2310.02279 eq. 12, 14): a network that is told its end, G(x, t, s) = `jump`.
+    """CTM (Kim et al. 2023, 2310.02279 eq. 12, 14): a network that is told its end, G(x, t, s) = `flow_map`.
 
     The teacher goes from t to a u between s and t in `solver_steps` steps; from there to s the student without
     gradient. Both ends are then mapped to the clean time by the student without gradient, where they are compared.
@@ -98,12 +100,12 @@ class ConsistencyTrajectory(LatentConsistencyDistillation):
         first, second = jax.random.split(key)
         t, below = super().times(first, n, step)
         start = self.schedule.t_min
-        return t, whole(self.schedule, start + jax.random.uniform(second, t.shape) * (below - start))
+        return t, floor_to_timestep(self.schedule, start + jax.random.uniform(second, t.shape) * (below - start))
 
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
         """Uniform below u."""
         start = self.schedule.t_min
-        return whole(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
+        return floor_to_timestep(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """The teacher's steps, of equal length in the schedule's time."""
@@ -112,25 +114,27 @@ class ConsistencyTrajectory(LatentConsistencyDistillation):
             z = super().earlier(nets, x0, eps, z, a, b, cond, w)
         return z
 
-    def solution(self, nets: Nets, params: Params, told: Cond, z: Image, t: Array, end: Float[Array, " n"]) -> Image:
+    def solution(
+        self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]
+    ) -> Image:
         """G(G(z, t, end), end, clean)."""
-        point = jump(self.student(nets, params, told), self.schedule, z, t, end)
+        point = flow_map(self.student(nets, params, student_cond), self.schedule, z, t, end)
         clean = jnp.full_like(end, self.schedule.t_min)
-        return jump(self.student(nets, frozen(params), told), self.schedule, point, end, clean)
+        return flow_map(self.student(nets, frozen(params), student_cond), self.schedule, point, end, clean)
 
-    def real(self, x0: Image, aim: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
+    def real(self, x0: Image, target: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
         """Pictures."""
         return x0, jnp.full_like(end, self.schedule.t_min)
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         loss, metrics = super().__call__(nets, batch, key)
-        x0, eps, cond, told, w = self.draw(nets, batch, key)
+        x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         t = self.at(jax.random.uniform(jax.random.fold_in(key, 5), x0.shape[:1], minval=1e-3))
         x = add_noise(self.schedule, x0, eps, t)
-        aim = x0
+        target = x0
         if self.w_max > 0.0:
-            aim = x0 + frozen(self.teacher(nets, cond, w)(x, t).x0 - self.teacher(nets, cond)(x, t).x0)
-        guess = self.student(nets, nets.student, told)(x, t, t).x0
-        denoising = jnp.mean(distance(self.loss, guess - aim, self.huber_c))
+            target = x0 + frozen(self.teacher(nets, cond, w)(x, t).x0 - self.teacher(nets, cond)(x, t).x0)
+        guess = self.student(nets, nets.student, student_cond)(x, t, t).x0
+        denoising = jnp.mean(distance(self.loss, guess - target, self.huber_c))
         total = loss + self.denoising * denoising
         return total, {**metrics, "loss": total, "denoising": denoising}

@@ -63,7 +63,7 @@ def _rows_of(parts: int) -> Hashable:
     )
 
 
-def in_line(state: Any, frozen: Any, mesh: Mesh) -> Placement:
+def pmap_placement(state: Any, frozen: Any, mesh: Mesh) -> Placement:
     """State and frozen trees whole on every device, the batch (b, ...) cut over them."""
     line = Mesh(mesh.devices.reshape(-1), (AXIS,))
     whole, cut = NamedSharding(line, PartitionSpec()), NamedSharding(line, PartitionSpec(AXIS))

@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mmdit.attention import cut_over
+from mmdit.attention import attention_mesh
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes along which a batch is cut
@@ -158,7 +158,7 @@ class Placement(NamedTuple):
 
 
 @contextlib.contextmanager
-def rows_stay(mesh: Mesh) -> Iterator[None]:
+def constrain_batch_sharding(mesh: Mesh) -> Iterator[None]:
     """Within it what flax modules give stays cut along its rows, as the batch is, and attention may rely on that.
 
     Left to itself XLA gathers whole batches of activations to spare the gathering of a kernel. The networks know
@@ -176,11 +176,11 @@ def rows_stay(mesh: Mesh) -> Iterator[None]:
         given = next_function(*args, **kwargs)
         return jax.tree.map(keep, given) if context.method_name == "__call__" else given
 
-    with cut_over(mesh, ROWS, "tensor"), nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext():
+    with attention_mesh(mesh, ROWS, "tensor"), nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext():
         yield
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def put_on_mesh(tree: Any, shardings: Any) -> Any:
     """Arrays that every process has whole, as global ones; each device is given its part alone."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -192,14 +192,14 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def rows_here(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
+def local_batch_indices(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
     """The rows of a batch that lie on this process's devices; processes along a tensor axis share theirs."""
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
     return tuple(sorted({row for part in parts for row in range(batch_size)[part[0]]}))  # type: ignore[index]
 
 
-def place_rows(batch: Any, sharding: NamedSharding, rows: Sequence[int], batch_size: int) -> Any:
-    """The `rows` of a batch (`rows_here`) as this process's part of the global arrays."""
+def make_global_batch(batch: Any, sharding: NamedSharding, rows: Sequence[int], batch_size: int) -> Any:
+    """The `rows` of a batch (`local_batch_indices`) as this process's part of the global arrays."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
 
@@ -214,7 +214,7 @@ def place_rows(batch: Any, sharding: NamedSharding, rows: Sequence[int], batch_s
     return jax.tree.map(put, batch)
 
 
-def cut_rows(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
+def shard_batch(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
     """Arrays (n, ...) that every process has, cut along n over the mesh, filled up with copies of the last row: to
     `rows`, or to what the mesh cuts.
     """
@@ -223,12 +223,12 @@ def cut_rows(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
     def fill(leaf: np.ndarray) -> np.ndarray:
         return np.concatenate([leaf, np.repeat(leaf[-1:], max(rows - len(leaf), -len(leaf) % parts), axis=0)])
 
-    filled = jax.tree.map(fill, whole(tree))
-    return place(filled, jax.tree.map(lambda _: batch_sharding(mesh), filled))
+    filled = jax.tree.map(fill, gather_to_host(tree))
+    return put_on_mesh(filled, jax.tree.map(lambda _: batch_sharding(mesh), filled))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rowwise:
+class BatchedMap:
     """Functions of rows, some at a time, every device of a mesh taking its own. All processes must ask.
 
     most: rows on a device at a time.
@@ -247,13 +247,13 @@ class Rowwise:
         made = []
         for start in range(0, n, size):
             some = jax.tree.map(lambda leaf, at=slice(start, start + size): leaf[at], rows)
-            with rows_stay(self.mesh):
-                given = function(cut_rows(some, self.mesh, size))
-            made.append(jax.tree.map(lambda leaf, left=n - start: leaf[:left], whole(given)))
+            with constrain_batch_sharding(self.mesh):
+                given = function(shard_batch(some, self.mesh, size))
+            made.append(jax.tree.map(lambda leaf, left=n - start: leaf[:left], gather_to_host(given)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
 
 
-def whole(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """The arrays as numpy on every process, gathered one after another; all processes must ask."""
 
     def fetch(leaf: Any) -> np.ndarray:
@@ -271,7 +271,9 @@ def create(make: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
     """
     closed, shapes = jax.make_jaxpr(make, return_shape=True)(key)
     mesh = jax.tree.leaves(shardings)[0].mesh
-    consts = place(closed.consts, tree_shardings(closed.consts, mesh) if "fsdp" in mesh.shape else replicated(mesh))
+    consts = put_on_mesh(
+        closed.consts, tree_shardings(closed.consts, mesh) if "fsdp" in mesh.shape else replicated(mesh)
+    )
 
     def run(consts: Any, key: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(shapes), jax.core.eval_jaxpr(closed.jaxpr, consts, key))

@@ -48,7 +48,7 @@ class Work:
     collective: Collective | None = None
 
 
-class Program:
+class CompiledProgram:
     """A module's text, and what it makes one of `devices` do."""
 
     def __init__(self, text: str, devices: int) -> None:

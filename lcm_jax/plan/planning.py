@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh
 
 from lcm_jax.parallel.sharding import make_mesh, mesh_shape
-from lcm_jax.plan.compiled_program import Program
+from lcm_jax.plan.compiled_program import CompiledProgram
 from lcm_jax.plan.topologies import Topology, check_compiler, open_topology, parse
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import cache_dir
@@ -250,7 +250,7 @@ class _Program(NamedTuple):
 
     total: int
     arguments: int
-    program: Program | None
+    program: CompiledProgram | None
 
 
 def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
@@ -277,7 +277,7 @@ def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
             raise compiled
         return _Program(needed, 0, None)
     arguments = int(compiled.memory_analysis().argument_size_in_bytes)
-    return _Program(memory_of(compiled), arguments, Program(compiled.as_text(), devices))
+    return _Program(memory_of(compiled), arguments, CompiledProgram(compiled.as_text(), devices))
 
 
 def _dumped(folder: Path, devices: int) -> _Program | None:
@@ -289,7 +289,7 @@ def _dumped(folder: Path, devices: int) -> _Program | None:
         total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text())
         if total is None:
             raise ValueError(f"{report.name}: says nothing of the default memory space")
-        program = Program(text, devices)
+        program = CompiledProgram(text, devices)
         return _Program(int(total[1]), program.arguments, program)
     return None
 

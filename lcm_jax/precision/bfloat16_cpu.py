@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import BFloat16, Float
 
-from lcm_jax.precision.layer_overrides import Products
+from lcm_jax.precision.layer_overrides import LayerOverrides
 from lcm_jax.typing import Array, Params
-from vae16.convolution import halves
+from vae16.convolution import convolve_bfloat16
 
 
 def _takes(dtype: Any, kernel: Any) -> bool:
@@ -27,14 +27,14 @@ def _multiply(x: BFloat16[Array, "n c"], kernel: Array) -> Float[Array, "n d"]:
 
 
 def _convolve(x: BFloat16[Array, "b h w c"], kernel: Array, strides: Any, padding: Any) -> Array:
-    return halves(x, _half(kernel), strides, padding)
+    return convolve_bfloat16(x, _half(kernel), strides, padding)
 
 
 def _half(kernel: Array) -> BFloat16[Array, "*k"]:
     return kernel.astype(jnp.bfloat16)
 
 
-PRODUCTS = Products(takes=_takes, multiply=_multiply, convolve=_convolve)
+OVERRIDES = LayerOverrides(takes=_takes, multiply=_multiply, convolve=_convolve)
 
 
 def is_half(params: Params) -> bool:

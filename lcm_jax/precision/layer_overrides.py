@@ -17,7 +17,7 @@ from vae16.layers import NearestConv, folded, interleaved
 
 
 @dataclass(frozen=True, kw_only=True)
-class Products:
+class LayerOverrides:
     """takes: whether it is for a layer of this dtype with this kernel; other layers stay as they are.
 
     multiply: (n, c) by a kernel (c, d), or (1, 1, c, d). convolve: (b, h, w, c) by (k, l, c, d), with strides and

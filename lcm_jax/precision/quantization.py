@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Float
 
-from lcm_jax.precision.layer_overrides import Products
+from lcm_jax.precision.layer_overrides import LayerOverrides
 from lcm_jax.runtime.optional_deps import require
 from lcm_jax.typing import Array, Params
 from mmdit.cpu_attention import largest
@@ -38,14 +38,14 @@ _STAY_WITH_INPUTS = _STAY + r"|/wo/"
 @partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("kind",))
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """Parameters of which some kernels are `qwix.QArray`; `reading.reading` gives them to a module."""
+    """Parameters of which some kernels are `qwix.QArray`; `reading.precision_context` gives them to a module."""
 
     params: Params
     kind: str
 
 
 def in_8_bits(params: Params) -> bool:
-    """Whether a network's products are, by `PRODUCTS`."""
+    """Whether a network's products are, by `OVERRIDES`."""
     return isinstance(params, Quantized) and params.kind != "int8w"
 
 
@@ -112,8 +112,8 @@ def _rounded_kernel(kernel: Array, dtype: Any) -> Any:
     return qwix.quantize(kernel, dtype, channelwise_axes=tuple(axes))
 
 
-def whole(params: Params) -> Params:
-    """The tree that a module takes: kernels that alone are in 8 bits are multiplied out, the others for `PRODUCTS`."""
+def dequantize(params: Params) -> Params:
+    """The tree that a module takes: kernels that alone are in 8 bits are multiplied out, the others for `OVERRIDES`."""
     if not isinstance(params, Quantized):
         return params
     if params.kind != "int8w":
@@ -161,7 +161,7 @@ def _fold(kernel: Any) -> Any:
     return _rounded_kernel(folded(qwix.dequantize(kernel)), kernel.qvalue.dtype)
 
 
-PRODUCTS = Products(takes=_is_rounded, multiply=_multiply, convolve=_convolve, fold=_fold)
+OVERRIDES = LayerOverrides(takes=_is_rounded, multiply=_multiply, convolve=_convolve, fold=_fold)
 
 
 def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Float[Array, "n m"], Float[Array, "n 1"]]:

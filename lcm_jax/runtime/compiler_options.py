@@ -37,12 +37,12 @@ _NARROW: dict[str, Options] = {
 
 
 @cache
-def compiler_options(*, narrow: bool = False, platform: str | None = None) -> Options:
+def compiler_options(*, low_precision: bool = False, platform: str | None = None) -> Options:
     """`jax.jit`'s compiler_options for a platform, by default that of the default device. narrow: for a program most of
     whose products are of bfloat16 or int8. What an XLA does not know any more is left out.
     """
     target = platform or jax.default_backend()
-    options = (_NARROW if narrow else _OPTIONS).get(target) or _OPTIONS.get(target, {})
+    options = (_NARROW if low_precision else _OPTIONS).get(target) or _OPTIONS.get(target, {})
     return {name: value for name, value in options.items() if _known(name, value)}
 
 

@@ -233,7 +233,7 @@ class Connection:
             "steps": MOST_STEPS,
             "idle_seconds": config.idle_timeout,
         }
-        embeds = self.service.pipe.generator.embeds_guidance
+        embeds = self.service.pipe.model.embeds_guidance
         return {"model": config.model, "size": config.size, "embeds_guidance": embeds, "limits": limits}
 
     def _say(self, kind: str, **fields: Any) -> None:

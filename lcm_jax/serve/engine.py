@@ -138,11 +138,11 @@ class Engine:
     def _gather(self) -> tuple[Sequence[Session], tuple[Callable[[], Any], Future[Any]] | None]:
         """Wait for something to do."""
         with self._changed:
-            self._changed.wait_for(lambda: self.stopping or self._calls or any(map(self._due, self._sessions)))
-            due = [session for session in self._sessions if self._due(session)]
+            self._changed.wait_for(lambda: self.stopping or self._calls or any(map(self._is_due, self._sessions)))
+            due = [session for session in self._sessions if self._is_due(session)]
             return due, self._calls.popleft() if self._calls else None
 
-    def _due(self, session: Session) -> bool:
+    def _is_due(self, session: Session) -> bool:
         return self._settles(session) or (bool(session.inbox) and session.stream is not None)
 
     def _settles(self, session: Session) -> bool:

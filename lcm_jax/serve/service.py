@@ -14,7 +14,7 @@ from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.serve.engine import Engine
 from lcm_jax.serve.protocol import GOING_AWAY, Bye
 from lcm_jax.serve.telemetry import Telemetry
-from lcm_jax.serve.waiting_line import Line
+from lcm_jax.serve.waiting_line import WaitingQueue
 from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.stream import Stream
 
@@ -65,7 +65,7 @@ def beginning(pipe: Pipeline, sampler: str, scale: float) -> Controls:
     And a device: a CPU takes for n rows about as long as for one n times, so that a stream batch would delay a picture
     by n - 1 frames and speed up little.
     """
-    alone = pipe.generator.embeds_guidance or sampler == "lcm"
+    alone = pipe.model.embeds_guidance or sampler == "lcm"
     batch = jax.default_backend() != "cpu"
     return Controls(
         guidance="none" if alone else "full", scale=scale, steps=2, strength=0.6, similarity=0.98, batch=batch
@@ -86,7 +86,7 @@ class Service:
         self.pipe, self.config = pipe, config
         self.template = self.make(config.controls)  # never run: it checks controls
         self.engine = Engine(self.make, together=config.together, most_calls=config.most_calls)
-        self.line = Line(config.max_sessions, config.max_waiting)
+        self.line = WaitingQueue(config.max_sessions, config.max_waiting)
         self.telemetry = Telemetry()
         self.pool = ThreadPoolExecutor(max(2, min(os.cpu_count() or 2, 8)), "lcm-jax codec")
         self.connections: set[Client] = set()

@@ -28,7 +28,7 @@ class Ticket:
         self._moved.clear()
 
 
-class Line:
+class WaitingQueue:
     """places: how many may stream. most_waiting: and how many may wait. For one event loop."""
 
     def __init__(self, places: int, most_waiting: int) -> None:

@@ -2,7 +2,7 @@
 
 from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.similarity import SimilarityFilter, similarity
-from lcm_jax.stream.step import Program, Settings, State, Weights
+from lcm_jax.stream.step import Settings, State, StreamProgram, Weights
 from lcm_jax.stream.stream import Stream
 
-__all__ = ["Controls", "Program", "Settings", "SimilarityFilter", "State", "Stream", "Weights", "similarity"]
+__all__ = ["Controls", "Settings", "SimilarityFilter", "State", "Stream", "StreamProgram", "Weights", "similarity"]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.atomic_files import written_aside
 from lcm_jax.runtime.image_io import SUFFIXES, check_picture, read_picture
-from lcm_jax.stream.queues import Behind, Latest, ahead
+from lcm_jax.stream.queues import BackgroundWriter, Latest, prefetch
 from lcm_jax.stream.stream import Stream
 from lcm_jax.stream.video import Video, Writer, restyle, working_size
 
@@ -92,7 +92,7 @@ def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _factor(pipe: Pipeline) -> int:
-    factor: int = pipe.generator.vae.config.downsample_factor * getattr(pipe.generator.net.config, "patch_size", 1)
+    factor: int = pipe.model.vae.config.downsample_factor * getattr(pipe.model.net.config, "patch_size", 1)
     return factor
 
 
@@ -147,7 +147,7 @@ def _live(kind: str, place: str, seconds: float | None, rate: float) -> Iterator
                     return
                 yield
 
-    reading = ahead(read(), 1)
+    reading = prefetch(read(), 1)
     try:
         for _ in reading:
             yield newest.get(10.0)
@@ -157,7 +157,7 @@ def _live(kind: str, place: str, seconds: float | None, rate: float) -> Iterator
 
 def _pictures(stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> str:
     """Redraw frames that are no video file."""
-    number = _write(stream.map(tqdm(ahead(frames), unit="frame", total=len(names) or None)), names, target, rate)
+    number = _write(stream.map(tqdm(prefetch(frames), unit="frame", total=len(names) or None)), names, target, rate)
     return f"{target}: {number} pictures"
 
 
@@ -202,7 +202,7 @@ def _write(pictures: Iterable[Frame], names: Sequence[str], target: Path, rate: 
         writer.put(number, picture)
         number += 1
 
-    with Behind(write) as behind:
+    with BackgroundWriter(write) as behind:
         for picture in pictures:
             behind.put(picture)
     if writer is None:

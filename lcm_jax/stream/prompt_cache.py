@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.inference.pipeline import Pipeline
-from lcm_jax.models.latent_diffusion import Generator
+from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.typing import Array, Cond, Params
 
 Blend = Literal["lerp", "slerp"]
@@ -66,12 +66,12 @@ class PromptCache:
         blank = CAPACITY - len(parts)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts, *[parts[0]] * blank)
         weights = jnp.asarray([weight for _, weight in prompts] + [0.0] * blank, jnp.float32)
-        return _blending(self.pipe.generator)(net, stacked, weights, how=how)
+        return _blending(self.pipe.model)(net, stacked, weights, how=how)
 
     def negative(self, net: Params, text: str) -> Cond:
         """Of a negative prompt."""
         options: dict[str, Any] = {"empty": text == "", "guided": True}
-        return _precomputing(self.pipe.generator)(net, self.pipe.conditions([""], [text], self.sizes, **options)[1])
+        return _precomputing(self.pipe.model)(net, self.pipe.conditions([""], [text], self.sizes, **options)[1])
 
     def forget(self) -> None:
         """The text encoders have other parameters now."""
@@ -88,18 +88,18 @@ class PromptCache:
 
 
 @cache
-def _precomputing(generator: Generator) -> Any:
+def _precomputing(model: LatentDiffusion) -> Any:
     """`Generator.precompute`, compiled once for all streams of a model."""
-    return jax.jit(generator.precompute)
+    return jax.jit(model.precompute)
 
 
 @cache
-def _blending(generator: Generator) -> Any:
+def _blending(model: LatentDiffusion) -> Any:
     """(net, stacked, weights, how) -> the blend with the network's keys and values."""
 
     @partial(jax.jit, static_argnames="how")
     def blend(net: Params, stacked: Cond, weights: Array, how: Blend) -> Cond:
         mix = {"lerp": lerp, "slerp": slerp}[how]
-        return generator.precompute(net, {name: mix(leaf, weights) for name, leaf in stacked.items()})
+        return model.precompute(net, {name: mix(leaf, weights) for name, leaf in stacked.items()})
 
     return blend

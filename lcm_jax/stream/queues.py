@@ -17,7 +17,7 @@ class _End:
         self.error = error
 
 
-def ahead(items: Iterable[T], depth: int = 8) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = 8) -> Iterator[T]:
     """The items of an iterable, which is read in a thread, at most `depth` items ahead; its errors are raised here."""
     held: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
@@ -54,7 +54,7 @@ def ahead(items: Iterable[T], depth: int = 8) -> Iterator[T]:
         thread.join()
 
 
-class Behind(Generic[T]):
+class BackgroundWriter(Generic[T]):
     """A function that is called in a thread, in order, at most `depth` items behind; used as a context.
 
     An error of the function is raised by the next `put`, or at the end of the context.
@@ -66,7 +66,7 @@ class Behind(Generic[T]):
         self._function = function
         self._thread = threading.Thread(target=self._work, daemon=True)
 
-    def __enter__(self) -> Behind[T]:
+    def __enter__(self) -> BackgroundWriter[T]:
         self._thread.start()
         return self
 

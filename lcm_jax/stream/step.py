@@ -2,8 +2,8 @@
 
 A frame enters at t_0 and leaves n calls later at the clean end, and every call is one evaluation of n rows. Here a call
 is a solver's step whose times are a row of the grid, so every solver with one evaluation a step streams: nothing below
-knows LCM. `Program` is static; `Settings` and `State` are arrays, so that prompts, times, noise, guidance, mask and
-weights change between two frames and nothing is compiled anew.
+knows LCM. `StreamProgram` is static; `Settings` and `State` are arrays, so that prompts, times, noise, guidance, mask
+and weights change between two frames and nothing is compiled anew.
 
 What is kept of a frame in flight is where it was, x, and what was believed of it there, not where it goes next: that is
 decided by the times and the noise of the next call, and so a change of either reaches it without a flash.
@@ -23,11 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from lcm_jax.diffusion.consistency_function import consistency
-from lcm_jax.diffusion.guidance import cfg, residual
+from lcm_jax.diffusion.guidance import cfg, residual_cfg
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.samplers import Sampler
-from lcm_jax.diffusion.schedules import whole
-from lcm_jax.models.latent_diffusion import Generator, Memory, as_apply
+from lcm_jax.diffusion.schedules import floor_to_timestep
+from lcm_jax.models.latent_diffusion import LatentDiffusion, Memory, as_apply
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Carry, Cond, Denoiser, Image, Key, Params, Prediction, Time
 
@@ -78,7 +78,7 @@ class State(NamedTuple):
     entered: Image
     x: Image
     t: Rows
-    believed: Prediction
+    prediction: Prediction
     carry: Carry
     latents: Image
     moved: Float[Array, ""]
@@ -89,23 +89,23 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class StreamProgram:
     """The static half of a stream.
 
     steps: n. frames: f, how many enter together. guidance: "none"; "full", classifier-free with two rows a frame;
     "residual", self-negative or onetime-negative by Settings.virtual. image: frames are redrawn; without, pictures come
     from noise. remember: self-attention sees the last call's tokens too (`generate.Memory`). narrow: whether
-    the weights that it will be given are (`reading.narrow`).
+    the weights that it will be given are (`reading.low_precision`).
     """
 
-    generator: Generator
+    model: LatentDiffusion
     sampler: Sampler
     steps: int
     frames: int = 1
     guidance: str = "none"
     image: bool = True
     remember: bool = False
-    narrow: bool = False
+    low_precision: bool = False
 
     @property
     def copies(self) -> int:
@@ -123,12 +123,12 @@ class Program:
         cold = jnp.ones((), bool)
         shapes = {}
         if self.remember:
-            shapes = jax.eval_shape(self._believe, weights, settings, zeros(), t, {}, cold, zeros())[1]
+            shapes = jax.eval_shape(self._predict, weights, settings, zeros(), t, {}, cold, zeros())[1]
         return State(
             entered=zeros(),
             x=zeros(),
             t=t,
-            believed=Prediction(zeros(), zeros()),
+            prediction=Prediction(zeros(), zeros()),
             carry=self.sampler.solver.init(zeros()),
             latents=zeros()[: self.frames],
             moved=jnp.zeros(()),
@@ -147,8 +147,8 @@ class Program:
         further, carry = self._move(*self._flying(state, last), starts[f:], noise[f:])
         x = self._keep(settings, jnp.concatenate([x, further]), entered, starts, noise)
         carry = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), self.sampler.solver.init(x[:f]), carry)
-        believed, memory = self._believe(weights, settings, x, starts, state.memory, state.cold, entered)
-        state = state._replace(entered=entered, x=x, t=starts, believed=believed, carry=carry, memory=memory)
+        prediction, memory = self._predict(weights, settings, x, starts, state.memory, state.cold, entered)
+        state = state._replace(entered=entered, x=x, t=starts, prediction=prediction, carry=carry, memory=memory)
         done, _ = self._move(*self._flying(state, slice(-f, None)), ends[-f:], jnp.zeros_like(x[-f:]))
         return self._finish(weights, settings, state, done, moved)
 
@@ -166,15 +166,15 @@ class Program:
             (x, carry), (t, s, here, next_noise, memory) = at, inputs
             x = self._keep(settings, x, entering, t, here)
             past = jax.tree.map(lambda leaf: leaf[None], memory)
-            believed, memory = self._believe(weights, settings, x, t, past, state.cold, entering)
-            seen = (x, believed, carry, jax.tree.map(lambda leaf: leaf[0], memory))
-            return self._move(believed, x, t, carry, s, next_noise), seen
+            prediction, memory = self._predict(weights, settings, x, t, past, state.cold, entering)
+            seen = (x, prediction, carry, jax.tree.map(lambda leaf: leaf[0], memory))
+            return self._move(prediction, x, t, carry, s, next_noise), seen
 
         scanned = (starts, ends, noise, then, state.memory)
-        (done, _), (xs, believed, carry, memory) = jax.lax.scan(body, (x, self.sampler.solver.init(x)), scanned)
-        xs, believed, carry = jax.tree.map(lambda leaf: leaf.reshape(n * f, *leaf.shape[2:]), (xs, believed, carry))
+        (done, _), (xs, prediction, carry, memory) = jax.lax.scan(body, (x, self.sampler.solver.init(x)), scanned)
+        xs, prediction, carry = jax.tree.map(lambda leaf: leaf.reshape(n * f, *leaf.shape[2:]), (xs, prediction, carry))
         entered = jnp.concatenate([entering] * n)
-        state = state._replace(entered=entered, x=xs, believed=believed, carry=carry, memory=memory)
+        state = state._replace(entered=entered, x=xs, prediction=prediction, carry=carry, memory=memory)
         return self._finish(weights, settings, state._replace(t=starts.reshape(-1)), done, moved)
 
     def probe(self, weights: Weights, settings: Settings, state: State, frame: Frames) -> Float[Array, "h w c"]:
@@ -188,13 +188,13 @@ class Program:
         self, weights: Weights, settings: Settings, state: State, frame: Frames
     ) -> tuple[Image, Image, Float[Array, ""]]:
         """Clean latents of the frame, x at the first time, and the motion that was seen."""
-        schedule, f = self.generator.schedule, self.frames
+        schedule, f = self.model.schedule, self.frames
         new = jax.random.normal(jax.random.fold_in(state.key, state.calls), (f, *settings.noise.shape[1:]))
         noise = jnp.where(settings.fresh > 0.0, new, settings.noise[0])
         if not self.image:
             start = schedule.sigma(settings.times[0]) if self.sampler.spread_start else 1.0
             return jnp.zeros_like(noise), start * noise, jnp.zeros(())
-        latents = self.generator.encode(weights.vae, frame).astype(jnp.float32)
+        latents = self.model.encode(weights.vae, frame).astype(jnp.float32)
         warm = jnp.where(state.cold, 0.0, 1.0)
         latents = latents + warm * settings.feedback * (state.latents - latents)
         change = jnp.mean(jnp.abs(latents - state.entered[:f])) / (jnp.mean(jnp.abs(latents)) + 1e-6)
@@ -204,7 +204,9 @@ class Program:
     def _first(self, settings: Settings, moved: Float[Array, ""]) -> Float[Array, ""]:
         """The first time of a frame: what moves is given less noise (StreamDiffusionV2's controller, 2511.07399)."""
         first, second = settings.times[0], settings.times[1]
-        return whole(self.generator.schedule, first - (1.0 - KEPT_AWAY) * settings.motion * moved * (first - second))
+        return floor_to_timestep(
+            self.model.schedule, first - (1.0 - KEPT_AWAY) * settings.motion * moved * (first - second)
+        )
 
     def _rows(self, settings: Settings, moved: Float[Array, ""]) -> tuple[Rows, Rows, Image]:
         """For n f rows: the times at which they are, to which they go, and the unit noise that took them there."""
@@ -218,34 +220,34 @@ class Program:
         """Outside the mask, the frame itself at its time (`solvers.Inpaint`)."""
         if not self.image:
             return x
-        return settings.mask * x + (1.0 - settings.mask) * add_noise(self.generator.schedule, entered, noise, t)
+        return settings.mask * x + (1.0 - settings.mask) * add_noise(self.model.schedule, entered, noise, t)
 
     def _flying(self, state: State, rows: slice) -> tuple[Prediction, Image, Time, Carry]:
         """What is kept of some rows."""
         kept: tuple[Prediction, Image, Time, Carry]
-        kept = jax.tree.map(lambda leaf: leaf[rows], (state.believed, state.x, state.t, state.carry))
+        kept = jax.tree.map(lambda leaf: leaf[rows], (state.prediction, state.x, state.t, state.carry))
         return kept
 
     def _move(
-        self, believed: Prediction, x: Image, t: Time, carry: Carry, s: Time, noise: Image
+        self, prediction: Prediction, x: Image, t: Time, carry: Carry, s: Time, noise: Image
     ) -> tuple[Image, Carry]:
         """The solver's step from t to s with what has been believed at t."""
 
         def denoise(*_: Any) -> Prediction:
-            return believed
+            return prediction
 
-        return self.sampler.solver.step(denoise, self.generator.schedule, x, t, s, carry, noise)
+        return self.sampler.solver.step(denoise, self.model.schedule, x, t, s, carry, noise)
 
     def _bound(self, weights: Weights, cond: Cond, rows: int, scale: Array | float, memory: Memory | None) -> Denoiser:
         """The network for so many rows, with a conditioning of one row or of as many."""
-        own, cond_rows = self.generator, jax.tree.map(lambda leaf: _spread(leaf, rows), dict(cond))
+        own, cond_rows = self.model, jax.tree.map(lambda leaf: _repeat_row(leaf, rows), dict(cond))
         if own.embeds_guidance:
             cond_rows["guidance"] = jnp.broadcast_to(jnp.asarray(scale, jnp.float32) - 1.0, (rows,))
         return bind(
             as_apply(own.net, memory=memory), weights.net, cond_rows, own.schedule, own.kind, spans=own.embeds_span
         )
 
-    def _believe(
+    def _predict(
         self,
         weights: Weights,
         settings: Settings,
@@ -256,7 +258,7 @@ class Program:
         entered: Image,
     ) -> tuple[Prediction, Mapping[str, Array]]:
         """The guided prediction of all rows, and what self-attention saw, (n, copies f, tokens, c)."""
-        own, rows, n = self.generator, x.shape[0], x.shape[0] // self.frames
+        own, rows, n = self.model, x.shape[0], x.shape[0] // self.frames
 
         def by_copy(leaf: Array) -> Array:
             """(n, copies f, ...) to the network's rows, of which those of one copy are together."""
@@ -270,7 +272,7 @@ class Program:
         memory = Memory(past=jax.tree.map(by_copy, dict(past)), cold=cold) if self.remember else None
         if self.guidance == "full":
             both = jax.tree.map(
-                lambda *leaves: jnp.concatenate([_spread(leaf, rows) for leaf in leaves]),
+                lambda *leaves: jnp.concatenate([_repeat_row(leaf, rows) for leaf in leaves]),
                 dict(settings.null),
                 dict(settings.cond),
             )
@@ -281,11 +283,11 @@ class Program:
             denoise = self._bound(weights, settings.cond, rows, told, memory)
         if self.guidance == "residual":
             virtual = entered + settings.virtual
-            denoise = residual(denoise, virtual, settings.scale, schedule=own.schedule, delta=settings.delta)
+            denoise = residual_cfg(denoise, virtual, settings.scale, schedule=own.schedule, delta=settings.delta)
         if self.sampler.consistency:
             denoise = consistency(denoise, own.schedule)
-        believed = denoise(x, t)
-        return believed, {} if memory is None else jax.tree.map(by_step, dict(memory.seen))
+        prediction = denoise(x, t)
+        return prediction, {} if memory is None else jax.tree.map(by_step, dict(memory.seen))
 
     def _finish(
         self, weights: Weights, settings: Settings, state: State, done: Image, moved: Float[Array, ""]
@@ -294,18 +296,18 @@ class Program:
         latents = done
         if self.image:
             latents = settings.mask * done + (1.0 - settings.mask) * state.entered[-self.frames :]
-        picture = self.generator.decode(weights.vae, latents)
+        picture = self.model.decode(weights.vae, latents)
         cold = jnp.zeros((), bool)
         return state._replace(latents=latents, moved=moved, calls=state.calls + 1, cold=cold), picture
 
 
-def _spread(leaf: Array, rows: int) -> Array:
+def _repeat_row(leaf: Array, rows: int) -> Array:
     """A leaf of one row for each of so many."""
     return jnp.broadcast_to(leaf, (rows, *leaf.shape[1:]))
 
 
 @functools.cache
-def compiled(program: Program, method: str) -> Callable[..., tuple[tuple[State, ...], tuple[Frames, ...]]]:
+def compiled(program: StreamProgram, method: str) -> Callable[..., tuple[tuple[State, ...], tuple[Frames, ...]]]:
     """`Program.step` or `.sequential` of several streams as one call: (weights, settings, states, frames), tuples.
 
     Their rows are one batch of the network. Compiled once for each number of streams; the states are donated.
@@ -323,10 +325,10 @@ def compiled(program: Program, method: str) -> Callable[..., tuple[tuple[State, 
         each = [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(states))]
         return tuple(state for state, _ in each), tuple(picture for _, picture in each)
 
-    return jax.jit(run, donate_argnums=2, compiler_options=compiler_options(narrow=program.narrow))
+    return jax.jit(run, donate_argnums=2, compiler_options=compiler_options(low_precision=program.low_precision))
 
 
 @functools.cache
-def probing(program: Program) -> Callable[..., Float[Array, "h w c"]]:
+def probing(program: StreamProgram) -> Callable[..., Float[Array, "h w c"]]:
     """`Program.probe`, compiled."""
-    return jax.jit(program.probe, compiler_options=compiler_options(narrow=program.narrow))
+    return jax.jit(program.probe, compiler_options=compiler_options(low_precision=program.low_precision))

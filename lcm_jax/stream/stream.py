@@ -17,21 +17,21 @@ from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.lora import Adapters, merge_all
 from lcm_jax.models.image_inputs import latent_mask
-from lcm_jax.precision.context import narrow
+from lcm_jax.precision.context import is_low_precision
 from lcm_jax.stream.controls import Controls, blended_noise
 from lcm_jax.stream.prompt_cache import PromptCache
 from lcm_jax.stream.similarity import SimilarityFilter
-from lcm_jax.stream.step import Program, Settings, State, Weights, compiled, probing
+from lcm_jax.stream.step import Settings, State, StreamProgram, Weights, compiled, probing
 from lcm_jax.typing import Array, Cond, Params
 
 Picture = UInt8[np.ndarray, "*f h w 3"]
-ONE_EVALUATION = ("lcm", "tcd", "jump", "ddim", "euler", "euler_a", "dpm++2m")  # of a step, as a stream batch needs
+ONE_EVALUATION = ("lcm", "tcd", "flow_map", "ddim", "euler", "euler_a", "dpm++2m")  # of a step, as a stream batch needs
 
 
 class Job(NamedTuple):
     """A call that one stream is ready for."""
 
-    program: Program
+    program: StreamProgram
     method: str
     weights: Weights
     settings: Settings
@@ -109,7 +109,7 @@ class Stream:
         self.check(self.controls)
         self._prompts = PromptCache(pipe, self.size)
         self.filter: SimilarityFilter | None = None
-        self.program: Program
+        self.program: StreamProgram
         self._settings: Settings
         self.probes = 0  # extra evaluations, one at a change of prompt with "onetime"
         self._apply(None)
@@ -128,7 +128,7 @@ class Stream:
         height, width, _ = self._latent_shape
         white = jnp.ones((height, width, 1))
         if mask is not None:
-            white = latent_mask(mask, self.size, 1, self.pipe.generator.vae.config.downsample_factor)[0]
+            white = latent_mask(mask, self.size, 1, self.pipe.model.vae.config.downsample_factor)[0]
         self._settings = self._settings._replace(mask=white)
         self._forget()
 
@@ -239,8 +239,8 @@ class Stream:
 
     def check(self, controls: Controls) -> None:
         """ValueError for controls that this pipeline and its adapters cannot follow."""
-        times = controls.times(self._sampler, self.pipe.generator.schedule, self.pipe.spacing)
-        self.pipe.generator.check_start(float(times[0]))
+        times = controls.times(self._sampler, self.pipe.model.schedule, self.pipe.spacing)
+        self.pipe.model.check_start(float(times[0]))
         for name, _ in controls.lora:
             if name not in self.loras:
                 known = ", ".join(self.loras) or "none"
@@ -260,7 +260,7 @@ class Stream:
 
     @cached_property
     def _latent_shape(self) -> tuple[int, int, int]:
-        config = self.pipe.generator.vae.config
+        config = self.pipe.model.vae.config
         height, width = (side // config.downsample_factor for side in self.size)
         return height, width, config.latent_channels
 
@@ -296,7 +296,7 @@ class Stream:
             self._settings = self._settings._replace(
                 noise=blended_noise(lambda seed: _noise(np.uint32(seed), shape), now.seeds)
             )
-        times = now.times(self._sampler, self.pipe.generator.schedule, self.pipe.spacing)
+        times = now.times(self._sampler, self.pipe.model.schedule, self.pipe.spacing)
         numbers = {name: jnp.float32(getattr(now, name)) for name in ("scale", "delta", "feedback", "motion", "fresh")}
         self._settings = self._settings._replace(
             times=jnp.asarray(times), renoise=jnp.float32(now.add_noise), **numbers
@@ -307,15 +307,15 @@ class Stream:
                 self.filter = SimilarityFilter(threshold=now.similarity, max_skips=now.max_skips)
                 if old is not None:
                     self.filter.drawn, self.filter.skipped = old.drawn, old.skipped
-        program = Program(
-            generator=self.pipe.generator,
+        program = StreamProgram(
+            model=self.pipe.model,
             sampler=self._sampler.at(now.steps, self.pipe.spacing),
             steps=now.steps,
             frames=self.frames,
             guidance={"self": "residual", "onetime": "residual"}.get(now.guidance, now.guidance),
             image=self.image,
             remember=now.remember,
-            narrow=narrow(*self._weights),
+            is_low_precision=is_low_precision(*self._weights),
         )
         another, self.program = before is None or program != self.program, program
         if before is not None and another:

@@ -25,7 +25,7 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 
 from lcm_jax.runtime.atomic_files import write_json
-from lcm_jax.stream.queues import Behind, ahead
+from lcm_jax.stream.queues import BackgroundWriter, prefetch
 from lcm_jax.stream.stream import Stream
 from lcm_jax.weights.safetensors_files import read_json
 
@@ -120,7 +120,7 @@ def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMEN
     """
     parts = target.with_name(target.name + ".parts")
     _check_parts(parts, stream, video, segment)
-    frames = ahead(video.read())
+    frames = prefetch(video.read())
     number = 0
     before: list[UInt8[np.ndarray, "h w 3"]] = []
     there = segment * len(list(parts.glob("*.nut")))  # not counted into the rate
@@ -146,7 +146,7 @@ def _check_parts(parts: Path, stream: Stream, video: Video, segment: int) -> Non
     """That the segments which are there, if any, belong to this job."""
     stat = video.path.stat()
     job = [str(video.path.resolve()), stat.st_size, stat.st_mtime_ns, segment, stream.size, repr(stream.controls)]
-    job += [str(stream.pipe.generator), sorted(stream.loras)]
+    job += [str(stream.pipe.model), sorted(stream.loras)]
     digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
     file = parts / "job.json"
     if file.is_file() and read_json(file)["digest"] != digest:
@@ -172,7 +172,10 @@ def _make(stream: Stream, video: Video, batch: list[Any], before: list[Any], pat
         writer.put(time, np.asarray(PILImage.fromarray(picture).resize((width, height), PILImage.Resampling.LANCZOS)))
 
     # Closed on an interrupt too: else, collected later, it would write what it still holds into the next one's file.
-    with closing(Writer(aside, video.size, video.rate, video.time_base, "nut")) as writer, Behind(write) as behind:
+    with (
+        closing(Writer(aside, video.size, video.rate, video.time_base, "nut")) as writer,
+        BackgroundWriter(write) as behind,
+    ):
         pictures = stream.map(picture for _, picture in batch)
         for (time, _), picture in zip(batch, pictures, strict=True):
             behind.put((time, picture))

@@ -68,9 +68,9 @@ def restore_checkpoint(manager: ocp.CheckpointManager, like: Any, placement: Pla
 
 def check_writable(workdir: Path) -> None:
     """OSError unless files can be made there; nothing is left behind."""
-    place = workdir.absolute()
+    folder = workdir.absolute()
     try:
-        with tempfile.TemporaryFile(dir=next(path for path in (place, *place.parents) if path.exists())):
+        with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):
             pass
     except OSError as error:
         raise OSError(

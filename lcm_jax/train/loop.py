@@ -16,20 +16,20 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lcm_jax.parallel.distributed import Preempted, Preemption, Watchdog, is_main
-from lcm_jax.parallel.pmap import in_line
+from lcm_jax.parallel.pmap import pmap_placement
 from lcm_jax.parallel.sharding import (
+    BatchedMap,
     MeshConfig,
     Placement,
-    Rowwise,
     batch_sharding,
     create,
+    gather_to_host,
+    local_batch_indices,
+    make_global_batch,
     make_mesh,
     parts_of,
-    place,
-    place_rows,
-    rows_here,
+    put_on_mesh,
     tree_shardings,
-    whole,
 )
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.flops import flops
@@ -101,7 +101,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     check_pmap(task, loop, mesh)
     tx, placement, step_fn = optimizer_and_step(task, loop, optimizer, mesh)
     rate = learning_rate(optimizer, loop.steps)
-    rows = rows_here(placement.batch, loop.batch_size)
+    rows = local_batch_indices(placement.batch, loop.batch_size)
     batches = task.batches(loop.batch_size, loop.seed, rows if jax.process_count() > 1 else None)
     # What closes the manager waits for the checkpoint under way, however the run ends.
     with Watchdog(loop.hang_timeout) as watchdog, checkpoint_manager(workdir, keep=loop.keep) as manager:
@@ -114,28 +114,28 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
         start = int(state.step)
         if start > loop.steps:
             raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
-        frozen = place(task.frozen, placement.frozen)
+        frozen = put_on_mesh(task.frozen, placement.frozen)
 
         meter = Meter(start, mesh.size)
 
         def advance(state: TrainState) -> tuple[TrainState, Metrics]:
-            batch = place_rows(meter.wait(batches), placement.batch, rows, loop.batch_size)
+            batch = make_global_batch(meter.wait(batches), placement.batch, rows, loop.batch_size)
             if not meter.flops:  # the step is traced here once, and runs by what was traced
                 meter.flops = flops(step_fn.trace(state, frozen, batch).jaxpr)
             return step_fn(state, frozen, batch)
 
         # No more rows of a device at a time than its memory holds in training.
-        rowwise = Rowwise(mesh=mesh, most=max(1, loop.batch_size // loop.accumulate // parts_of(mesh)))
+        batched_map = BatchedMap(mesh=mesh, most=max(1, loop.batch_size // loop.accumulate // parts_of(mesh)))
 
-        def look(state: TrainState) -> dict[str, float | np.ndarray]:
-            return task.preview(state.ema, frozen, rowwise)
+        def preview(state: TrainState) -> dict[str, float | np.ndarray]:
+            return task.preview(state.ema, frozen, batched_map)
 
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
-            state = _Run(loop, rate, manager, batches, log, watchdog, meter).until_the_end(state, advance, look)
+            state = _Run(loop, rate, manager, batches, log, watchdog, meter).until_the_end(state, advance, preview)
         watchdog.moved("the last checkpoint")
         with reporting_write_errors(manager):
             manager.wait_until_finished()
-        ema = whole(state.ema) if jax.process_count() > 1 else state.ema
+        ema = gather_to_host(state.ema) if jax.process_count() > 1 else state.ema
     if is_main():
         task.export(ema, workdir / "export")
     return state
@@ -153,7 +153,7 @@ def optimizer_and_step(
     tx = task.optimizer(make_optimizer(optimizer, loop.steps))
     state = initial_shapes(task, tx)
     if loop.parallel == "pmap":
-        placement = in_line(state, task.frozen, mesh)
+        placement = pmap_placement(state, task.frozen, mesh)
     else:
         of_state, of_frozen = (tree_shardings(tree, mesh, task.rules) for tree in (state, task.frozen))
         placement = Placement(mesh, of_state, of_frozen, batch_sharding(mesh))
@@ -205,7 +205,7 @@ class _Run:
         self,
         state: TrainState,
         advance: Callable[[TrainState], tuple[TrainState, Metrics]],
-        look: Callable[[TrainState], dict[str, float | np.ndarray]],
+        preview: Callable[[TrainState], dict[str, float | np.ndarray]],
     ) -> TrainState:
         """Preempted where the run is told to end before."""
         loop, start = self.loop, int(state.step)
@@ -232,7 +232,7 @@ class _Run:
                     self.write(*pending, bar)  # before the preview, which is not to count as training time
                     pending = None
                 if last or step % loop.preview_every == 0:
-                    self.show(step, look(state))
+                    self.show(step, preview(state))
                     self.meter.restart(step)
                 if last or ending or step % loop.save_every == 0:  # after the preview, which a run killed in between
                     self.check(step)  # sees again; every checkpoint is of a run that was sound until then

@@ -12,7 +12,7 @@ import optax
 
 from lcm_jax.parallel.sharding import (
     RULES,
-    Rowwise,
+    BatchedMap,
     Rules,
 )
 from lcm_jax.train.train_step import Loss
@@ -36,7 +36,7 @@ class Task:
     frozen: Params
     batches: Callable[..., Batches]  # (batch size, seed, which rows of a batch are read here; None: all) -> iterator
     # (ema, frozen, rowwise) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
-    preview: Callable[[Params, Params, Rowwise], dict[str, float | np.ndarray]]
+    preview: Callable[[Params, Params, BatchedMap], dict[str, float | np.ndarray]]
     export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
     # what becomes of the run's optimizer, for tasks that train several trees
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx

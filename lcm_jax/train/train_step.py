@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lcm_jax.parallel.pmap import AXIS, OverDevices, own_rows
-from lcm_jax.parallel.sharding import Placement, replicated, rows_stay
+from lcm_jax.parallel.sharding import Placement, constrain_batch_sharding, replicated
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Key, Params
 
@@ -95,7 +95,7 @@ def make_train_step(
             key = own_rows(key, placement.mesh.size)
             grads, metrics = jax.lax.pmean(gradients(state, frozen, batch, key), AXIS)
         else:
-            with contextlib.nullcontext() if placement is None else rows_stay(placement.mesh):
+            with contextlib.nullcontext() if placement is None else constrain_batch_sharding(placement.mesh):
                 grads, metrics = gradients(state, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

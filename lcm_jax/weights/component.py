@@ -47,7 +47,7 @@ class Component:
             self._params = self._params()
         return self._params
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free what was placed: whoever asks again has it placed again."""
         self._params = self._make or self._params
 
@@ -103,33 +103,33 @@ def config_of(source: Path) -> tuple[str, Any]:
     return kind, FAMILIES[kind].config.from_dict(values, source=str(source))
 
 
-def read_part(place: Path, *, variant: str | None = None) -> Part:
+def read_part(folder: Path, *, variant: str | None = None) -> Part:
     """The network in a folder with config.json and safetensors. Errors name the file and what does not fit."""
-    kind, config = config_of(place / "config.json")
+    kind, config = config_of(folder / "config.json")
     family = FAMILIES[kind]
-    tensors = load_tensors(place, stem=family.stem, variant=variant)
+    tensors = load_tensors(folder, stem=family.stem, variant=variant)
     if family.prefix:
         tensors = {family.prefix + key if key.startswith(TOWER) else key: tensor for key, tensor in tensors.items()}
     tensors = {name: tensors[other] for other, name in family.aliases.items() if other in tensors} | tensors
-    return Part(kind, config, tensors, str(place))
+    return Part(kind, config, tensors, str(folder))
 
 
-def write_config(place: Path, kind: str, config: Any) -> None:
+def write_config(folder: Path, kind: str, config: Any) -> None:
     """The config.json of a network, as diffusers or transformers would write it."""
     values = dict(config.to_dict())
     if FAMILIES[kind].library == "transformers":
         values["architectures"] = [kind]
-    write_json(place / "config.json", values)
+    write_json(folder / "config.json", values)
 
 
-def write_part(place: Path, part: Part, *, dtype: Any = None, variant: str | None = None) -> tuple[str, str]:
+def write_part(folder: Path, part: Part, *, dtype: Any = None, variant: str | None = None) -> tuple[str, str]:
     """Write a network's folder as diffusers or transformers would; returns (library, class) for model_index.json."""
     family = FAMILIES[part.kind]
-    place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     stem = family.stem if variant is None else f"{family.stem}.{variant}"
     wanted = names_of(part.kind, part.config)
-    save_tensors(place / f"{stem}.safetensors", cast({name: part.tensors[name] for name in wanted}, dtype))
-    write_config(place, part.kind, part.config)
+    save_tensors(folder / f"{stem}.safetensors", cast({name: part.tensors[name] for name in wanted}, dtype))
+    write_config(folder, part.kind, part.config)
     return family.library, part.kind
 
 
@@ -158,7 +158,7 @@ def to_component(
         dtype = jnp.float32
     module = family.build(part.config, dtype=dtype, **stacking(scan))
     check_part(part)
-    place = partial(
+    read = partial(
         from_torch,
         part.tensors,
         abstract_params(part.kind, part.config, scan),
@@ -168,7 +168,7 @@ def to_component(
         source=part.source,
         shardings=shardings,
     )
-    return Component(module, place)
+    return Component(module, read)
 
 
 def to_part(component: Component, *, source: str = "model") -> Part:

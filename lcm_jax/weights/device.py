@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from lcm_jax.typing import Array
 
 
-def place(array: np.ndarray | Array, device: Any = None) -> Array:
+def put_on_device(array: np.ndarray | Array, device: Any = None) -> Array:
     """A parameter on a device, by default JAX's, in memory of its own.
 
     On a GPU the kernel of a convolution, (h, w, in, out), lies as cuDNN reads it, (out, h, w, in), which programs take

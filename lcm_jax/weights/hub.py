@@ -8,24 +8,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
+
+from lcm_jax.weights.component import Component, read_part, to_component
 
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """A folder, and what of it stands in for a component's usual sub-folder or for model_index.json."""
+    """A model's folder, with the sub-folders that differ from the usual ones (unet, vae, ..., model_index.json)."""
 
     path: Path
     subfolders: Mapping[str, str] = field(default_factory=dict)
 
-    def place(self, component: str) -> str:
-        """The sub-folder of a component, or the file."""
+    def subpath(self, component: str) -> str:
+        """The path of a component's folder, or of the file model_index.json, relative to `path`."""
         return self.subfolders.get(component, component)
 
     def at(self, component: str) -> Path:
-        """The path of a component, or of the file."""
-        return self.path / self.place(component)
+        """The path of a component's folder, or of the file model_index.json."""
+        return self.path / self.subpath(component)
+
+    def load(self, component: str, **options: Any) -> Component:
+        """Read one component's network; `options` are those of `component.to_component` (dtype, scan, shardings)."""
+        return to_component(read_part(self.at(component)), **options)
 
 
 # Student and teacher share all but the UNet and the scheduler, so one folder holds both.

@@ -89,7 +89,7 @@ def dispensable(name: str) -> Iterator[None]:
 
 def read_folder(location: Location, *, variant: str | None = None, t5: bool = True) -> Model:
     """A diffusers folder, or one with an orbax checkpoint: every component that its model_index.json names."""
-    source = location.path / location.place("model_index.json")
+    source = location.path / location.subpath("model_index.json")
     index = _read_index(source, t5=t5)
     named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     networks = [name for name in named if name not in (*SMALL, *UNUSED)]
@@ -98,12 +98,12 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
             if len(named[name]) != 2 or not (location.at(name) / "config.json").is_file():
                 raise FileNotFoundError(f"{source}: names {name}, but {location.at(name)} has no config.json")
     if (location.path / orbax.NAME).is_dir():
-        places = {name: location.place(name) for name in networks}
-        components = orbax.load_params(location.path, places)
+        subpaths = {name: location.subpath(name) for name in networks}
+        components = orbax.load_params(location.path, subpaths)
         parts = {name: to_part(part, source=str(location.path / name)) for name, part in components.items()}
     else:
         parts = {name: _read_named(location, name, variant) for name in networks}
-    small = {name: location.path / location.place(name) for name in SMALL if name in named}
+    small = {name: location.path / location.subpath(name) for name in SMALL if name in named}
     if "scheduler" not in small:
         raise ValueError(f"{source}: names no scheduler, which says how the model was trained")
     scheduler = read_json(small["scheduler"] / "scheduler_config.json")
@@ -137,9 +137,9 @@ def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
     if location is not None:
         index = _read_index(location.at("model_index.json"), t5=t5)
         for name, value in index.items():
-            place = location.path / location.place(name) / "config.json"
-            if isinstance(value, list) and place.is_file() and value[1] in FAMILIES:
-                configs[name] = config_of(place)
+            config_path = location.path / location.subpath(name) / "config.json"
+            if isinstance(value, list) and config_path.is_file() and value[1] in FAMILIES:
+                configs[name] = config_of(config_path)
     single = read_single(path, configs=configs)
     if location is None:
         try:
@@ -149,7 +149,9 @@ def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
                 f"{path}: a single file has no tokenizer; give config=, a diffusers folder of its family ({error})"
             ) from None
         index = _read_index(location.at("model_index.json"), t5=t5)
-    small = {name: location.path / location.place(name) for name in SMALL if (index.get(name) or [None])[0] is not None}
+    small = {
+        name: location.path / location.subpath(name) for name in SMALL if (index.get(name) or [None])[0] is not None
+    }
     scheduler = read_json(small["scheduler"] / "scheduler_config.json")
     if config is None and single.family != "sd3":
         scheduler |= {"prediction_type": single.prediction}

@@ -165,7 +165,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def let_go(tensor: np.ndarray) -> None:
+def release(tensor: np.ndarray) -> None:
     """Give back the memory that reading a view of a memory map has taken; whoever reads it again pays again."""
     owner: Any = tensor
     while isinstance(owner, np.ndarray):

@@ -20,8 +20,8 @@ from flax import traverse_util
 
 from lcm_jax.runtime.messages import few
 from lcm_jax.typing import Array
-from lcm_jax.weights.device import place
-from lcm_jax.weights.safetensors_files import is_finite, let_go
+from lcm_jax.weights.device import put_on_device
+from lcm_jax.weights.safetensors_files import is_finite, release
 
 Rules = Sequence[tuple[str, str]]
 # (path, shape) -> where the parameter lies; each device is then given its slice alone.
@@ -82,7 +82,7 @@ class _Leaf:
             layers = whole.reshape(len(parts), *parts[0].shape) if n else whole[None]
             for i, part in enumerate(parts):
                 layers[i] = part
-                let_go(part)
+                release(part)
         return whole
 
 
@@ -182,15 +182,15 @@ def from_torch(
 
         views: list[np.ndarray] = []
         if shardings is None:
-            placed = place(read(None))  # not the file's memory: one that changes later is not to show
+            placed = put_on_device(read(None))  # not the file's memory: one that changes later is not to show
         else:
             where = shardings(path, leaf.shape)
             parts = where.addressable_devices_indices_map(leaf.shape).items()
-            own = [place(read(index), device) for device, index in parts]
+            own = [put_on_device(read(index), device) for device, index in parts]
             placed = jax.make_array_from_single_device_arrays(leaf.shape, where, own)
         placed.block_until_ready()
         for view in views:
-            let_go(view)
+            release(view)
         return placed if each is None or path in broken else jax.block_until_ready(each(path, placed))
 
     # A few at a time: looking at values and moving them both run at the speed of one core.

@@ -20,7 +20,7 @@ import lcm_jax
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.models.image_inputs import check_size
-from lcm_jax.models.latent_diffusion import Generator
+from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.stream import Weights
 from vae16 import AutoencoderConfig
 
@@ -61,7 +61,7 @@ class Pixels:
 class Model:
     """What the tests need of a pipeline."""
 
-    generator: Generator
+    model: LatentDiffusion
     weights: Weights
     cond: Any  # of the prompt, one row
     null: Any
@@ -73,8 +73,8 @@ def light_model() -> Model:
     text = jax.random.normal(jax.random.key(5), (2, 1, 6, 8))
     params = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"context": text[0]})["params"]
     schedule = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    generator = Generator(net=net, vae=Pixels(), schedule=schedule, kind="epsilon")  # type: ignore[arg-type]
-    return Model(generator=generator, weights=Weights(params, {}), cond={"context": text[0]}, null={"context": text[1]})
+    model = LatentDiffusion(net=net, vae=Pixels(), schedule=schedule, kind="epsilon")  # type: ignore[arg-type]
+    return Model(model=model, weights=Weights(params, {}), cond={"context": text[0]}, null={"context": text[1]})
 
 
 class LightPipe:
@@ -85,7 +85,7 @@ class LightPipe:
     folder = SimpleNamespace(denoiser="unet", pipeline="StableDiffusionPipeline")
 
     def __init__(self, model: Model) -> None:
-        self.generator, self.params = model.generator, {"unet": model.weights.net, "vae": model.weights.vae}
+        self.model, self.params = model.model, {"unet": model.weights.net, "vae": model.weights.vae}
         self.encoded: list[str] = []
 
     @cached_property
@@ -107,7 +107,7 @@ class LightPipe:
         return self.encode_prompt(prompts), self.encode_prompt(negatives)
 
     def encode_image(self, frames: np.ndarray) -> Any:
-        return self.generator.encode({}, jnp.asarray(frames))
+        return self.model.encode({}, jnp.asarray(frames))
 
 
 @pytest.fixture(scope="session")
@@ -125,10 +125,10 @@ def unet(tiny_model: Path) -> Model:
     """Stable Diffusion's networks, tiny and random, with keys and values of the text computed before."""
     pipe = lcm_jax.load(tiny_model)
     cond, null = (
-        pipe.generator.precompute(pipe.net_params, pipe.encode_prompt([text])) for text in ("red heart", "dog face")
+        pipe.model.precompute(pipe.net_params, pipe.encode_prompt([text])) for text in ("red heart", "dog face")
     )
     assert cond["cross"]
-    return Model(generator=pipe.generator, weights=Weights(pipe.net_params, pipe.params["vae"]), cond=cond, null=null)
+    return Model(model=pipe.model, weights=Weights(pipe.net_params, pipe.params["vae"]), cond=cond, null=null)
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,9 @@ def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert not taken("tpu", *long)
     for devices, own in ((1, True), (2, False)):  # of which a batch of one gives each its row, or cannot
-        with module.cut_over(AbstractMesh((devices, 1), ("rows", "heads"), (AxisType.Auto,) * 2), ("rows",), "heads"):
+        with module.attention_mesh(
+            AbstractMesh((devices, 1), ("rows", "heads"), (AxisType.Auto,) * 2), ("rows",), "heads"
+        ):
             assert taken("tpu", *long) is own
     with pytest.raises(ValueError, match="implementation 'tpu' has no causal"):
         attention(*long, causal=True, implementation="tpu")

@@ -156,7 +156,7 @@ def our_sample(config: dict[str, Any], name: str, steps: int) -> np.ndarray:
     (schedule, kind), spacing = read_scheduler(config), Spacing.from_config(config)
     sampler = SAMPLERS[name].at(steps, spacing)
     grid = time_grid(sampler, schedule, steps, spacing=spacing)
-    step, x = compiled(sampler, schedule, kind), jnp.asarray(sampler.init_scale(schedule, grid, spacing) * X)
+    step, x = compiled(sampler, schedule, kind), jnp.asarray(sampler.init_noise_sigma(schedule, grid, spacing) * X)
     carry = sampler.solver.init(x)
     for t, s, noise in zip(grid[:-1], grid[1:], NOISE, strict=False):
         x, carry = step(x, np.float32(t), np.float32(s), carry, noise)

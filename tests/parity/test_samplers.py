@@ -63,7 +63,7 @@ def ours(sampler: Sampler, config: dict, kind: Kind, steps: int) -> np.ndarray:
     """States (steps + 1, ...) from the unit noise X. One compilation serves every spacing and number of steps."""
     schedule, spacing = from_config(config), Spacing.from_config(config)
     grid = time_grid(sampler, schedule, steps, spacing=spacing)
-    x = jnp.asarray(sampler.init_scale(schedule, grid, spacing) * X)
+    x = jnp.asarray(sampler.init_noise_sigma(schedule, grid, spacing) * X)
     return walk(compiled(sampler.solver, schedule, kind, sampler.consistency), sampler.solver, grid, x)
 
 

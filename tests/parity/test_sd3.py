@@ -194,7 +194,7 @@ def compare(
     """The same pictures by both, where `ours` and `theirs` are more options of the two calls."""
     told = {"steps": steps, "guidance": guidance, "sampler": "euler", "t5_tokens": T5_TOKENS, "latents": noise}
     told |= {"negative_prompt": NEGATIVE} if negative else {}
-    factor = family.ours.generator.vae.config.downsample_factor
+    factor = family.ours.model.vae.config.downsample_factor
     size = tuple(factor * side for side in noise.shape[1:3])
     got = family.ours(PROMPTS, **told | {"size": size} | (ours or {}))
     pipe = pipe or family.theirs

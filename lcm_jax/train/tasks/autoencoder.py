@@ -15,14 +15,14 @@ import numpy as np
 from lcm_jax.data import Source
 from lcm_jax.metrics import psnr
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
-from lcm_jax.parallel.sharding import Rowwise, by_path
+from lcm_jax.parallel.sharding import BatchedMap, by_path
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, loader
 from lcm_jax.train.tasks.conditioner import at_once, own_devices
 from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Key, Params
-from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
+from lcm_jax.weights.diffusers_folder import Component, save_component
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lpips import load_lpips
 from vae16 import (
@@ -92,8 +92,8 @@ class PictureTask:
 
         shown = np.stack([held_out[i]["image"] for i in range(min(16, len(held_out)))])
 
-        def preview(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
-            made = rowwise(partial(reconstruct, ema), shown)
+        def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
+            made = batched_map(partial(reconstruct, ema), shown)
             quality = float(jnp.mean(psnr(jnp.asarray(shown), jnp.asarray(made), data_range=255.0)))
             return {"validation": grid(np.concatenate([shown, made]), 8), "validation_psnr": quality}
 
@@ -148,7 +148,7 @@ class TinyAutoencoderTask(PictureTask):
 
     def build(self) -> Task:
         location = locate(self.vae)
-        teacher = load_component(location.path, location.place("vae"), shardings=by_path(own_devices()))
+        teacher = location.load("vae", shardings=by_path(own_devices()))
         for name in ("latent_channels", "downsample_factor"):
             own, theirs = getattr(self.model, name), getattr(teacher.module.config, name)
             if own != theirs:

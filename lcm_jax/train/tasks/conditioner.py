@@ -17,13 +17,13 @@ from lcm_jax.data import Cache, Columns, Record, Source, cached
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.models.latent_diffusion import to_float
 from lcm_jax.models.text_conditioning import Prompts
-from lcm_jax.parallel.sharding import Rowwise, by_path, make_mesh, parts_of
+from lcm_jax.parallel.sharding import BatchedMap, by_path, make_mesh, parts_of
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.typing import Array, Cond, Params
 from lcm_jax.weights.abstract_params import abstract_params
-from lcm_jax.weights.diffusers_folder import TOKENIZERS, Component, load_component
+from lcm_jax.weights.diffusers_folder import TOKENIZERS, Component
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.registry import class_name
 from mmdit.text import Tokenizer, size_ids, zero_prompt
@@ -35,7 +35,7 @@ ENCODE_BATCH = 32
 MEGAPIXEL = 2**20
 
 
-Learned = tuple[Mapping[str, Params], Rowwise]  # text encoders, and the devices that they lie on
+Learned = tuple[Mapping[str, Params], BatchedMap]  # text encoders, and the devices that they lie on
 
 
 FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
@@ -46,14 +46,14 @@ class Conditioner:
     """The frozen networks around the one that learns, and how captions become its conditioning.
 
     A model with one text encoder conditions as Stable Diffusion 1 and 2 do, with two as SDXL, with three as SD3. The
-    networks are cut over the devices of `rowwise`, and so are the rows of what goes through them.
+    networks are cut over the devices of `batched_map`, and so are the rows of what goes through them.
     """
 
     vae: Component
     texts: Mapping[str, Component]
     prompts: Prompts
     digest: str  # of the weights, to name what was encoded with them
-    rowwise: Rowwise
+    batched_map: BatchedMap
 
     @classmethod
     def load(cls, vae: str, text: str, mesh: Mesh | None = None) -> Conditioner:
@@ -65,7 +65,7 @@ class Conditioner:
         vae_at, text_at = locate(vae), locate(text)
         names = tuple(name for name in TOKENIZERS if text_at.at(name).is_dir()) or ("text_encoder",)
         family = FAMILY_OF[names[-1]]
-        texts = {name: load_component(text_at.path, text_at.place(name), shardings=by_path(mesh)) for name in names}
+        texts = {name: text_at.load(name, shardings=by_path(mesh)) for name in names}
         prompts = Prompts(
             modules={name: part.module for name, part in texts.items()},
             tokenizers={name: Tokenizer.load(text_at.at(TOKENIZERS[name])) for name in names},
@@ -78,19 +78,19 @@ class Conditioner:
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):
                         digest.update(block)
-        component = load_component(vae_at.path, vae_at.place("vae"), shardings=by_path(mesh))
-        rowwise = Rowwise(mesh=mesh, most=ENCODE_BATCH)
-        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), rowwise=rowwise)
+        component = vae_at.load("vae", shardings=by_path(mesh))
+        batched_map = BatchedMap(mesh=mesh, most=ENCODE_BATCH)
+        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), batched_map=batched_map)
 
     @property
     def params(self) -> dict[str, Params]:
         """Of the text encoders."""
         return {name: text.params for name, text in self.texts.items()}
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Free the text encoders, which are read again when they are asked for."""
         for text in self.texts.values():
-            text.let_go()
+            text.release()
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -106,8 +106,8 @@ class Conditioner:
         """
         side = self.vae.module.config.sample_size
         sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
-        params, rowwise = (self.params, self.rowwise) if learned is None else learned
-        given: Cond = rowwise(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
+        params, batched_map = (self.params, self.batched_map) if learned is None else learned
+        given: Cond = batched_map(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
         return given
 
     @cached_property
@@ -135,8 +135,8 @@ class Conditioner:
         """
         fill = batch - len(records)  # one shape, one compilation
         images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
-        most = batch // parts_of(self.rowwise.mesh)
-        mean, std = self.rowwise(partial(self._posterior, self.vae.params), images, most=most)
+        most = batch // parts_of(self.batched_map.mesh)
+        mean, std = self.batched_map(partial(self._posterior, self.vae.params), images, most=most)
         columns = {"mean": mean, "std": std}
         for prefix in ("", SYNTHETIC) if synthetic else ("",):
             captions: list[Any] = [r.get(f"{prefix}caption") for r in records] + [""] * fill
@@ -181,7 +181,7 @@ class Conditioner:
 
         def produce() -> Iterator[dict[str, Any]]:
             height, width = source[0]["image"].shape[:2]
-            batch = encode_batch((height, width), parts_of(self.rowwise.mesh))
+            batch = encode_batch((height, width), parts_of(self.batched_map.mesh))
             for start in range(0, count, batch):
                 records = [source[i] for i in range(start, min(start + batch, count))]
                 yield from self.encode(records, batch, synthetic=synthetic)

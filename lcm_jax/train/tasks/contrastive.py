@@ -15,7 +15,7 @@ from jaxtyping import Float
 from lcm_jax.data import Record
 from lcm_jax.models.latent_diffusion import to_float
 from lcm_jax.objectives.contrastive import contrastive_loss
-from lcm_jax.parallel.sharding import Rowwise
+from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.train_step import Metrics
@@ -75,7 +75,7 @@ class ContrastiveTask:
         unseen = {name: np.stack([row[name] for row in rows]) for name in ("image", "ids")}
         retrieve = jax.jit(lambda params, batch: compare(params, batch, None))
 
-        def preview(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
+        def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             value, metrics = retrieve(ema, unseen)
             return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
 

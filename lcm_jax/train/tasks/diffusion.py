@@ -14,10 +14,10 @@ import numpy as np
 
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.models.image_inputs import check_size
-from lcm_jax.models.latent_diffusion import Generator, as_apply
+from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion, validation_losses
-from lcm_jax.parallel.sharding import Rowwise
+from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.abstract_step import outlined, surroundings
@@ -60,11 +60,11 @@ class DiffusionTask(LatentTask):
         net = self._net()
 
         sampler = "ddim" if isinstance(self.objective.schedule, DDPM) else "euler"
-        generator = Generator(
+        model = LatentDiffusion(
             net=net, vae=conditioner.vae.module, schedule=self.objective.schedule, kind=self.objective.kind
         )
         show = preview(
-            generator,
+            model,
             conditioner,
             captions(prompts, 16),
             sampler=sampler,
@@ -75,7 +75,7 @@ class DiffusionTask(LatentTask):
         encoded = conditioner.encode_source(prompts, described, first=HELD_OUT)
         held_out = {name: np.stack([encoded[i][name] for i in range(len(encoded))]) for name in encoded[0]}
 
-        conditioner.let_go()
+        conditioner.release()
 
         @jax.jit
         def held_out_losses(params: Params, numbered: tuple[Array, dict[str, Array]]) -> Array:
@@ -84,9 +84,9 @@ class DiffusionTask(LatentTask):
             latents = jax.vmap(draw_latents)(draw, batch)
             return validation_losses(self.objective, Nets(as_apply(net), params), latents, noise)
 
-        def look(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
-            losses = rowwise(partial(held_out_losses, ema), (np.arange(len(encoded)), held_out))
-            return {"validation_loss": float(losses.mean()), **show(ema, frozen["vae"], rowwise)}
+        def look(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
+            losses = batched_map(partial(held_out_losses, ema), (np.arange(len(encoded)), held_out))
+            return {"validation_loss": float(losses.mean()), **show(ema, frozen["vae"], batched_map)}
 
         def export(ema: Params, path: Path) -> None:
             component = Component(net, jax.device_get(ema))

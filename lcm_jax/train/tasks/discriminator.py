@@ -25,20 +25,20 @@ class Discriminator:
         """The `Critic` that objectives ask."""
         eyes = frozen["eyes"] if self.frozen else None
 
-        def judge(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
-            seen = self.features(base if eyes is None else eyes, x, t, cond)
-            logits: Array = Heads().apply({"params": heads}, seen)  # type: ignore[assignment]
+        def logits_of(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
+            hidden = self.features(base if eyes is None else eyes, x, t, cond)
+            logits: Array = Heads().apply({"params": heads}, hidden)  # type: ignore[assignment]
             return logits
 
-        return judge
+        return logits_of
 
     def init(self, key: Key, teacher: Params, null: Cond) -> Params:
         """Random heads."""
         side, channels = self.net.config.sample_size, self.net.config.in_channels
         base = self.frozen["eyes"] if self.frozen else teacher
 
-        def seen(base: Params, null: Cond) -> list[Array]:
+        def hidden(base: Params, null: Cond) -> list[Array]:
             return self.features(base, jnp.zeros((1, side, side, channels)), jnp.zeros(1), null)
 
-        shapes = jax.eval_shape(seen, base, null)
+        shapes = jax.eval_shape(hidden, base, null)
         return Heads().init(key, [jnp.zeros(leaf.shape) for leaf in shapes])["params"]

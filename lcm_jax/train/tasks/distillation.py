@@ -14,7 +14,7 @@ import optax
 
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.models.latent_diffusion import Generator, as_apply
+from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.nets.discriminator_heads import features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import by_path
@@ -28,7 +28,7 @@ from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, 
 from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
-from lcm_jax.weights.diffusers_folder import Component, load_component
+from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import save_lora
 from lcm_jax.weights.registry import DENOISERS, denoiser_of
@@ -77,14 +77,14 @@ class DistillationTask(LatentTask):
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         dtype = jnp.dtype(self.teacher_dtype)
         cut = by_path(own_devices())
-        teacher = load_component(location.path, location.place(part), dtype=dtype, scan=self.scan, shardings=cut)
+        teacher = location.load(part, dtype=dtype, scan=self.scan, shardings=cut)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
         first = teacher.params
         if self.start is not None:
             begun = locate(self.start)
-            student_net, first = load_component(begun.path, begun.place(part), scan=self.scan, shardings=cut)
+            student_net, first = begun.load(part, scan=self.scan, shardings=cut)
             config = student_net.config
         net = self._student(config, objective)
         config = net.config
@@ -98,7 +98,7 @@ class DistillationTask(LatentTask):
 
         jax.eval_shape(init, jax.random.key(0))  # so that what does not fit is said before the pictures are encoded
         batches = self.batches(conditioner, sources)
-        generator = Generator(
+        model = LatentDiffusion(
             net=net,
             vae=conditioner.vae.module,
             schedule=schedule,
@@ -109,7 +109,7 @@ class DistillationTask(LatentTask):
         # A student that was not told w has the guidance it was trained with inside, if any.
         guidance = self.preview_guidance if embeds_guidance or not objective.needs_teacher else 1.0
         show = preview(
-            generator,
+            model,
             conditioner,
             captions(prompts, 16),
             sampler=objective.sampler,
@@ -117,7 +117,7 @@ class DistillationTask(LatentTask):
             guidance=guidance,
         )
 
-        conditioner.let_go()
+        conditioner.release()
 
         def export(ema: Params, path: Path) -> None:
             own = jax.device_get(split(ema)[0])
@@ -132,9 +132,9 @@ class DistillationTask(LatentTask):
             loss=learner.loss,
             frozen=frozen,
             batches=batches,
-            preview=lambda ema, frozen, rowwise: show(learner.student(ema, frozen), frozen["vae"], rowwise),
+            preview=lambda ema, frozen, batched_map: show(learner.student(ema, frozen), frozen["vae"], batched_map),
             export=export,
-            optimizer=partial(by_tree, every=objective.updates, rate=self.rate_of_others),
+            optimizer=partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others),
         )
 
     def outline(self) -> Task:
@@ -154,7 +154,7 @@ class DistillationTask(LatentTask):
             shapes = jax.eval_shape(learner.begin, key, first, frozen)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        optimizer = partial(by_tree, every=objective.updates, rate=self.rate_of_others)
+        optimizer = partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others)
         return outlined(begin, learner.loss, frozen, batch, optimizer)
 
     def _objective(self, schedule: Schedule, kind: Kind) -> FewStep:
@@ -190,15 +190,15 @@ class DistillationTask(LatentTask):
         if not objective.judges_pictures:
             return Discriminator(features=partial(features, net), net=net, frozen={})
         at = locate(self.image_encoder)
-        tower, vae = load_component(at.path, at.place("image_encoder")), around.module
+        tower, vae = at.load("image_encoder"), around.module
 
-        def look(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
+        def image_features(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
             pictures = vae.apply({"params": params["vae"]}, unscale(x, vae.config), method="decode")
-            seen = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
-            return [seen.last_hidden]
+            hidden = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
+            return [hidden.last_hidden]
 
         frozen = {"vae": around.params, "tower": tower.params}
-        return Discriminator(features=look, net=net, frozen={"eyes": frozen})
+        return Discriminator(features=image_features, net=net, frozen={"eyes": frozen})
 
 
 def split(params: Params) -> tuple[Params, Any]:
@@ -227,7 +227,7 @@ class Learner:
         if self.lora is not None:
             own = lora.init(key, teacher, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.lora.targets)
         else:
-            own = graft(initial(self.net)(key), first)
+            own = merge_pretrained(initial(self.net)(key), first)
         others = dict(self.objective.others(key, jax.tree.map(jnp.copy, teacher)))
         if self.critic is not None:
             others["heads"] = self.critic.init(key, teacher, frozen["null"])
@@ -259,7 +259,9 @@ class Learner:
         return self.objective(nets, draw_latents(draw, batch), rest)
 
 
-def by_tree(tx: optax.GradientTransformation, *, every: Mapping[str, int], rate: float) -> optax.GradientTransformation:
+def partitioned_optimizer(
+    tx: optax.GradientTransformation, *, every: Mapping[str, int], rate: float
+) -> optax.GradientTransformation:
     """The optimizer of a state {"student", "others"}: each tree by itself, its gradient clipped by itself.
 
     every: tree -> one of how many steps it is updated in. rate: the learning rate of the others over the student's.
@@ -268,7 +270,7 @@ def by_tree(tx: optax.GradientTransformation, *, every: Mapping[str, int], rate:
     def of(name: str) -> optax.GradientTransformation:
         own = tx if name == "student" else optax.chain(tx, optax.scale(rate))
         period = every.get(name, 1)
-        return own if period == 1 else optax.conditionally_mask(own, partial(_due, period))
+        return own if period == 1 else optax.conditionally_mask(own, partial(_is_due, period))
 
     def label(params: Params) -> Params:
         return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
@@ -284,12 +286,12 @@ def by_tree(tx: optax.GradientTransformation, *, every: Mapping[str, int], rate:
     )
 
 
-def _due(period: int, step: Array, **_: Any) -> Array:
+def _is_due(period: int, step: Array, **_: Any) -> Array:
     return step % period == 0
 
 
-def graft(fresh: Params, trained: Params) -> Params:
+def merge_pretrained(fresh: Params, trained: Params) -> Params:
     """`fresh` with every leaf that `trained` has; what is new (an embedding) keeps its zero initialisation."""
     if not isinstance(fresh, dict):
         return trained.astype(fresh.dtype)
-    return {key: graft(value, trained[key]) if key in trained else value for key, value in fresh.items()}
+    return {key: merge_pretrained(value, trained[key]) if key in trained else value for key, value in fresh.items()}

@@ -19,9 +19,9 @@ from lcm_jax.data import Cache, Source, cached
 from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing, pad
-from lcm_jax.models.latent_diffusion import Generator, as_apply
+from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.objectives import Diffusion
-from lcm_jax.parallel.sharding import Rowwise, by_path, parts_of
+from lcm_jax.parallel.sharding import BatchedMap, by_path, parts_of
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
@@ -31,7 +31,7 @@ from lcm_jax.train.tasks.latent import draw_latents, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
-from lcm_jax.weights.diffusers_folder import Component, Folder, load_component, save_folder
+from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import save_loras
 from lcm_jax.weights.model_files import lora_networks
@@ -86,7 +86,7 @@ class FinetuneTask:
         objective = replace(self.objective, schedule=schedule, kind=kind)
         conditioner = Conditioner.load(self.model, self.model)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
-        base = load_component(location.path, location.place(part), shardings=by_path(own_devices()))
+        base = location.load(part, shardings=by_path(own_devices()))
         if base.module.config.time_cond_proj_dim is not None:
             raise ValueError(f"task.model {self.model} is a distilled student, told its guidance: finetune its teacher")
         check_fit(base.module.config, conditioner, self.data.sizes)
@@ -101,12 +101,12 @@ class FinetuneTask:
         jax.eval_shape(learners.init, jax.random.key(0))  # says what is wrong with rank and targets
         source = self.data.open(encoded=True)
 
-        generator = Generator(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
+        model = LatentDiffusion(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
         kinds = [Pictures.of(conditioner, conditioner.encode_source(source, described), captions(source), texts)]
         if self.class_prompt:
             weights = conditioner.digest + _digest(location.at(part))
-            drawn = self.class_records(generator, base.params, conditioner, scheduler, weights)
+            drawn = self.class_records(model, base.params, conditioner, scheduler, weights)
             kinds.append(Pictures.of(conditioner, drawn, [self.class_prompt] * len(drawn), texts))
         weight_of = jnp.asarray([1.0, self.prior_weight][: len(kinds)])
         nothing = conditioner.prompts.tokenize([""])
@@ -133,7 +133,7 @@ class FinetuneTask:
             return total, shown if len(kinds) == 1 else {**shown, "own": each[0], "prior": each[1]}
 
         show = preview(
-            generator,
+            model,
             conditioner,
             list(self.preview_prompts) or captions(source, 16),
             sampler=sampler_of(scheduler),
@@ -142,11 +142,11 @@ class FinetuneTask:
         )
 
         if not texts:
-            conditioner.let_go()
+            conditioner.release()
 
-        def shown(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
+        def shown(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             trees = learners.trees(ema, frozen["networks"])
-            return show(trees[NET], frozen["vae"], rowwise, trees if texts else None)
+            return show(trees[NET], frozen["vae"], batched_map, trees if texts else None)
 
         def export(ema: Params, path: Path) -> None:
             own = {part if name == NET else name: tree for name, tree in jax.device_get(ema).items()}
@@ -175,7 +175,7 @@ class FinetuneTask:
 
     def class_records(
         self,
-        generator: Generator,
+        model: LatentDiffusion,
         params: Params,
         conditioner: Conditioner,
         scheduler: Mapping[str, Any],
@@ -186,26 +186,26 @@ class FinetuneTask:
         weights: the digest of all that draws.
         """
         spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
-        times = time_grid(spec, generator.schedule, self.class_steps, spacing=spacing)
-        parts = parts_of(conditioner.rowwise.mesh)
+        times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
+        parts = parts_of(conditioner.batched_map.mesh)
         drawn = min(DRAWN, parts * at_once((self.data.size, self.data.size)))
         cond, null = conditioner.encode_text([self.class_prompt] * drawn), conditioner.empty(drawn)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
-        spread = spec.init_scale(generator.schedule, times, spacing)  # of arrays at hand: none may be traced
+        noise_sigma = spec.init_noise_sigma(model.schedule, times, spacing)  # of arrays at hand: none may be traced
 
         @jax.jit
         def draw(params: Params, key: Key, rows: tuple[Cond, Cond, Image]) -> Array:
             options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
-            return generator.latents(params, *rows, pad(times), guidance, key, **options)
+            return model.latents(params, *rows, pad(times), guidance, key, **options)
 
         def produce() -> Iterator[dict[str, Any]]:
             one = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
             starts = range(0, self.class_pictures, drawn)
             for start in tqdm(starts, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
                 noise, rest = jax.random.split(jax.random.fold_in(jax.random.key(0), start))
-                x = spread * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
-                made = conditioner.rowwise(partial(draw, params, rest), (cond, null, x)).astype(np.float16)
+                x = noise_sigma * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
+                made = conditioner.batched_map(partial(draw, params, rest), (cond, null, x)).astype(np.float16)
                 for latent in made[: self.class_pictures - start]:
                     yield {"mean": latent, "std": np.zeros_like(latent), **one}
 

@@ -15,8 +15,8 @@ import numpy as np
 from lcm_jax.data import LoaderIterator, Source
 from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.time_grids import Spacing, pad
-from lcm_jax.models.latent_diffusion import Generator
-from lcm_jax.parallel.sharding import Rowwise
+from lcm_jax.models.latent_diffusion import LatentDiffusion
+from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.tasks.common import DataConfig, loader
@@ -57,7 +57,7 @@ def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
 
 
 def preview(
-    generator: Generator, conditioner: Conditioner, captions: list[str], *, sampler: str, steps: int, guidance: float
+    model: LatentDiffusion, conditioner: Conditioner, captions: list[str], *, sampler: str, steps: int, guidance: float
 ) -> Any:
     """`(net params, vae params, rowwise) -> {title: grid}`: the captions' pictures, the same noise every time.
 
@@ -69,7 +69,7 @@ def preview(
         return conditioner.encode_text(captions, learned=learned), conditioner.empty(n, learned)
 
     still = encode()
-    times = time_grid(spec, generator.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
+    times = time_grid(spec, model.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
     noise = jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
@@ -78,14 +78,14 @@ def preview(
     @jax.jit
     def run(params: Params, vae_params: Params, rows: tuple[Cond, Cond, Image]) -> Array:
         options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
-        x = generator.latents(params, *rows, pad(times), guidance, jax.random.key(1), **options)
-        return generator.decode(vae_params, x)
+        x = model.latents(params, *rows, pad(times), guidance, jax.random.key(1), **options)
+        return model.decode(vae_params, x)
 
     def show(
-        params: Params, vae_params: Params, rowwise: Rowwise, texts: Mapping[str, Params] | None = None
+        params: Params, vae_params: Params, batched_map: BatchedMap, texts: Mapping[str, Params] | None = None
     ) -> dict[str, float | np.ndarray]:
-        cond, null = still if texts is None else encode((texts, rowwise))
-        pictures = rowwise(partial(run, params, vae_params), (cond, null, noise), most=most)
+        cond, null = still if texts is None else encode((texts, batched_map))
+        pictures = batched_map(partial(run, params, vae_params), (cond, null, noise), most=most)
         return {f"{sampler}, {steps} steps": grid(pictures, 8)}
 
     return show

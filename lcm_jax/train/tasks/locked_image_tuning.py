@@ -14,7 +14,7 @@ import numpy as np
 from lcm_jax.data import Source
 from lcm_jax.metrics import NetworkFeatures
 from lcm_jax.objectives.contrastive import contrastive_loss
-from lcm_jax.parallel.sharding import Rowwise
+from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.train_step import Metrics
@@ -77,7 +77,7 @@ class LockedImageTask:
         unseen = {name: np.stack([row[name] for row in pairs(held_out)]) for name in ("image", "ids")}
         retrieve = jax.jit(compare)
 
-        def preview(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
+        def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             value, metrics = retrieve(ema, unseen)
             return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
 

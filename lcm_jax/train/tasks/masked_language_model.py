@@ -13,7 +13,7 @@ import numpy as np
 
 from lcm_jax.data import Record
 from lcm_jax.objectives.masked_language_model import hide, masked_loss
-from lcm_jax.parallel.sharding import Rowwise
+from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
 from lcm_jax.train.train_step import Metrics
@@ -64,7 +64,7 @@ class MaskedTask:
         unseen = np.stack([ids(caption) for caption in captions(self.validation.open())])
         check = jax.jit(lambda params: guess(params, jnp.asarray(unseen), jax.random.key(0)))
 
-        def preview(ema: Params, frozen: Params, rowwise: Rowwise) -> dict[str, float | np.ndarray]:
+        def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             value, metrics = check(ema)
             return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
 

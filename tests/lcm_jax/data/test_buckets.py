@@ -140,7 +140,7 @@ def test_a_batch_is_of_one_bucket_and_every_example_comes_once_in_each_of_its_ep
 def test_buckets_share_the_batches_in_proportion():
     """Exactly after as many epochs as a batch has examples, within an epoch's share in between, and mixed."""
     total, size, loader = sum(COUNTS), 4, BucketLoader.of(SOURCES, 4, 1)
-    order = np.asarray([loader.place(k)[0] for k in range(3 * total)])
+    order = np.asarray([loader.position(k)[0] for k in range(3 * total)])
     given = np.cumsum(np.eye(3)[order], axis=0)
     assert given[total - 1 :: total].tolist() == [[i * count for count in COUNTS] for i in (1, 2, 3)]
     even = np.arange(1, len(order) + 1)[:, None] * np.asarray(COUNTS) / total
@@ -150,7 +150,7 @@ def test_buckets_share_the_batches_in_proportion():
 
 def test_buckets_smaller_than_a_batch_come_as_often_from_the_first_epoch():
     """10 examples and 1 to a batch of 8: in expectation 1.25 and 1/8 batches an epoch."""
-    firsts = [[BucketLoader.of([range(10), range(1)], 8, seed).place(k)[0] for k in range(2)] for seed in range(800)]
+    firsts = [[BucketLoader.of([range(10), range(1)], 8, seed).position(k)[0] for k in range(2)] for seed in range(800)]
     share = np.mean(firsts)
     assert abs(share - 1 / 11) < 0.03
     alone = BucketLoader.of([[{"id": np.int32(5)}]], 8, 0)
@@ -160,10 +160,10 @@ def test_buckets_smaller_than_a_batch_come_as_often_from_the_first_epoch():
 def test_places_count_each_buckets_batches():
     loader, next_of = BucketLoader.of(SOURCES, 4, 7), [0, 0, 0]
     for k in range(300):
-        b, number = loader.place(k)
+        b, number = loader.position(k)
         assert number == next_of[b]
         next_of[b] += 1
-    far = [loader.place(10**12 + k) for k in range(200)]
+    far = [loader.position(10**12 + k) for k in range(200)]
     assert np.allclose([b for b, _ in far].count(0) / 200, 23 / 34, atol=0.1)
 
 

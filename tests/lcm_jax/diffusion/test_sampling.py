@@ -145,9 +145,9 @@ def test_init_scale() -> None:
     for name in ("euler", "heun"):
         grid = time_grid(SAMPLERS[name], SCHEDULE, 10)
         want = float(SCHEDULE.sigma(999))
-        assert SAMPLERS[name].init_scale(SCHEDULE, grid, linspace) == pytest.approx(want)
-        assert SAMPLERS[name].init_scale(SCHEDULE, grid, leading) == 1.0
-    assert SAMPLERS["ddim"].init_scale(SCHEDULE, grid, linspace) == 1.0
+        assert SAMPLERS[name].init_noise_sigma(SCHEDULE, grid, linspace) == pytest.approx(want)
+        assert SAMPLERS[name].init_noise_sigma(SCHEDULE, grid, leading) == 1.0
+    assert SAMPLERS["ddim"].init_noise_sigma(SCHEDULE, grid, linspace) == 1.0
 
 
 @pytest.mark.parametrize(

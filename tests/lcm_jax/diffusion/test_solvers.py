@@ -12,7 +12,7 @@ import pytest
 from lcm_jax.diffusion.parameterization import expand
 from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
-from lcm_jax.diffusion.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, Kept
+from lcm_jax.diffusion.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, InpaintTarget
 from lcm_jax.diffusion.time_grids import pad
 from lcm_jax.typing import Denoiser, Prediction, Schedule, Solver
 
@@ -153,14 +153,14 @@ def test_inpainting_keeps_what_the_mask_keeps_and_redraws_the_rest(solver: Solve
         return sample(gaussian(FLOW), FLOW, solver, grid, X, KEY)
 
     plain = run(solver)
-    kept = run(Inpaint(solver=solver, kept=Kept(mask=mask, x0=x0, eps=eps)))
-    np.testing.assert_array_equal(kept[:, 1:], x0[:, 1:])
+    target = run(Inpaint(solver=solver, target=InpaintTarget(mask=mask, x0=x0, eps=eps)))
+    np.testing.assert_array_equal(target[:, 1:], x0[:, 1:])
     # Pixels are independent here, so the others are drawn as if nothing were kept.
-    np.testing.assert_allclose(kept[:, 0], plain[:, 0], atol=1e-5)
+    np.testing.assert_allclose(target[:, 0], plain[:, 0], atol=1e-5)
 
 
 def test_what_is_kept_has_the_noise_of_the_time() -> None:
     x0, eps = jax.random.normal(jax.random.key(2), (2, *X.shape))
-    solver = Inpaint(solver=Euler(), kept=Kept(mask=jnp.zeros((*X.shape[:3], 1)), x0=x0, eps=eps))
+    solver = Inpaint(solver=Euler(), target=InpaintTarget(mask=jnp.zeros((*X.shape[:3], 1)), x0=x0, eps=eps))
     x, _ = solver.step(gaussian(TABLE), TABLE, X, 900.0, 500.0, solver.init(X), KEY)
     np.testing.assert_allclose(x, TABLE.alpha(500.0) * x0 + TABLE.sigma(500.0) * eps, rtol=1e-5)

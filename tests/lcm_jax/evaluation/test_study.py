@@ -51,7 +51,7 @@ class Line:
             loss=loss,
             frozen=jnp.ones((WIDTH, WIDTH)),
             batches=lambda n, seed, rows=None: iter(Loader(POINTS, n, seed, rows=rows)),
-            preview=lambda ema, frozen, rowwise: {"validation": float(ema["a"])},
+            preview=lambda ema, frozen, batched_map: {"validation": float(ema["a"])},
             export=export,
         )
 

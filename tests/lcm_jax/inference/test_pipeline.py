@@ -65,7 +65,7 @@ def test_latents_are_the_initial_noise(pipe: Pipeline) -> None:
 
 def test_weak_image_to_image_keeps_the_picture(pipe: Pipeline) -> None:
     image = np.full((16, 16, 3), 200, np.uint8)
-    through_vae = np.asarray(pipe.generator.decode(pipe.params["vae"], pipe.encode_image(image[None])))
+    through_vae = np.asarray(pipe.model.decode(pipe.params["vae"], pipe.encode_image(image[None])))
     near = pipe("dog face", image=image, strength=0.04, steps=50, sampler="ddim").astype(int)
     far = pipe("dog face", image=image, strength=1.0, steps=50, sampler="ddim").astype(int)
     assert np.abs(near - through_vae).mean() < np.abs(far - through_vae).mean()
@@ -95,7 +95,7 @@ def test_lora_is_merged_with_its_weight(pipe: Pipeline, tiny_model: Path, tmp_pa
 def test_denoiser_is_what_the_sampler_sees(pipe: Pipeline) -> None:
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
     prediction = jax.jit(pipe.denoiser("dog face"))(x, 500.0)
-    alpha, sigma = (float(f(500.0)) for f in (pipe.generator.schedule.alpha, pipe.generator.schedule.sigma))
+    alpha, sigma = (float(f(500.0)) for f in (pipe.model.schedule.alpha, pipe.model.schedule.sigma))
     np.testing.assert_allclose(alpha * prediction.x0 + sigma * prediction.eps, x, atol=1e-5)
 
 

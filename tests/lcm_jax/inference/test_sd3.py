@@ -47,8 +47,8 @@ def pipe(tiny_sd3: Path) -> Pipeline:
 def test_what_the_folder_says(pipe: Pipeline) -> None:
     assert pipe.default_sampler == "euler"
     assert pipe.size == (16, 16)
-    assert pipe.generator.kind == "flow"
-    assert pipe.generator.schedule.shift == 3.0
+    assert pipe.model.kind == "flow"
+    assert pipe.model.schedule.shift == 3.0
     assert pipe("dog face", **OPTIONS).shape == (1, 16, 16, 3)
 
 
@@ -77,7 +77,7 @@ def test_a_full_mask_is_image_to_image(pipe: Pipeline) -> None:
 def test_an_empty_mask_gives_the_picture_back(pipe: Pipeline) -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     drawn = pipe("dog", **OPTIONS, image=image, mask=np.zeros((16, 16), np.uint8))
-    through = np.asarray(pipe.generator.decode(pipe.params["vae"], pipe.encode_image(image[None])))
+    through = np.asarray(pipe.model.decode(pipe.params["vae"], pipe.encode_image(image[None])))
     assert np.abs(drawn.astype(int) - through).max() <= 1
 
 

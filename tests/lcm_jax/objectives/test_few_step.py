@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.parameterization import bind, jump, on_schedule
+from lcm_jax.diffusion.parameterization import bind, flow_map, on_schedule
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, TrigFlow, log_snr
 from lcm_jax.diffusion.solvers import DDIM, LCM, TCD
 from lcm_jax.objectives import METHODS, method
 from lcm_jax.objectives.continuous import FLOW
-from lcm_jax.objectives.time_pairs import GrowingPairs, KarrasPairs, ShrinkingPairs, level
+from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs, level
 from lcm_jax.objectives.trajectory import PhasedConsistency
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
@@ -346,23 +346,23 @@ def test_the_noise_of_a_step_keeps_the_spread() -> None:
 def test_an_exact_jump_lands_on_the_trajectory() -> None:
     x, t, s = jax.random.normal(jax.random.key(0), (8, 2, 2, 2)), jnp.linspace(0.3, 1.0, 8), jnp.linspace(0.0, 0.3, 8)
     denoise = bind(network, EXACT, {}, FLOW, "flow", spans=True)
-    np.testing.assert_allclose(jump(denoise, FLOW, x, t, s), along(EXACT, x, t, s), atol=1e-5)
+    np.testing.assert_allclose(flow_map(denoise, FLOW, x, t, s), along(EXACT, x, t, s), atol=1e-5)
 
 
 # -- Pairs of times.
 
 
 @pytest.mark.parametrize("schedule", [FLOW, DDPM(), Cosine()])
-@pytest.mark.parametrize("pairs", [KarrasPairs(), GrowingPairs(), ShrinkingPairs()])
+@pytest.mark.parametrize("pairs", [KarrasPairs(), ICTPairs(), ECTPairs()])
 @pytest.mark.parametrize("step", [0, 10**6])
 def test_pairs_are_in_order_and_on_the_schedule(schedule: Any, pairs: Any, step: int) -> None:
     t, s = pairs(schedule, jax.random.key(0), 2000, step)
     assert bool(jnp.all((schedule.t_min <= s) & (s < t) & (t <= schedule.t_max + 1e-4)))
-    assert bool(jnp.any(s == schedule.t_min)) or isinstance(pairs, ShrinkingPairs)
+    assert bool(jnp.any(s == schedule.t_min)) or isinstance(pairs, ECTPairs)
 
 
 def test_the_grid_doubles() -> None:
-    pairs = GrowingPairs(first=10, last=1280, steps=800)
+    pairs = ICTPairs(first=10, last=1280, steps=800)
     assert [float(pairs.points(step)) for step in (0, 99, 100, 250, 700, 10_000)] == [11, 11, 21, 41, 1281, 1281]
 
 
@@ -370,7 +370,7 @@ def test_log_normal_levels_fall_between_neighbours() -> None:
     """The share of pairs at each lower neighbour is the log-normal's mass between the two levels (iCT, sec. 3.5)."""
     from scipy.stats import norm
 
-    pairs = GrowingPairs(first=10, last=10)
+    pairs = ICTPairs(first=10, last=10)
     t, _ = pairs(FLOW, jax.random.key(0), 100_000, 0)
     upper = np.log(np.asarray(level(FLOW, t)))
     edges, counts = np.unique(np.round(upper, 4), return_counts=True)
@@ -380,7 +380,7 @@ def test_log_normal_levels_fall_between_neighbours() -> None:
 
 
 def test_ect_goes_from_diffusion_to_consistency() -> None:
-    pairs = ShrinkingPairs(stage_steps=10)
+    pairs = ECTPairs(stage_steps=10)
     gaps = []
     for step in (0, 10, 30, 70):
         t, s = pairs(FLOW, jax.random.key(0), 1000, step)

@@ -17,7 +17,7 @@ from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.objectives.registry import method
-from lcm_jax.objectives.time_pairs import GrowingPairs, ShrinkingPairs
+from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
 pytestmark = pytest.mark.slow
@@ -114,9 +114,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "lcm": (4, {"grid_points": 100, "skip": 0.05}),
     "cd": (4, {}),
     "lcf": (4, {"grid_points": 100, "skip": 0.05}),
-    "ct": (4, {"pairs": GrowingPairs(first=2, last=150, steps=1500)}),  # CM's grid for CT grows too
-    "ict": (4, {"pairs": GrowingPairs(steps=1500, last=160)}),
-    "ect": (4, {"pairs": ShrinkingPairs(stage_steps=250, stages=6)}),
+    "ct": (4, {"pairs": ICTPairs(first=2, last=150, steps=1500)}),  # CM's grid for CT grows too
+    "ict": (4, {"pairs": ICTPairs(steps=1500, last=160)}),
+    "ect": (4, {"pairs": ECTPairs(stage_steps=250, stages=6)}),
     "ctm": (4, {"grid_points": 100, "skip": 0.05}),
     "tcd": (4, {"grid_points": 100, "skip": 0.05}),
     "pcm": (4, {"grid_points": 100, "skip": 0.05}),
@@ -185,7 +185,7 @@ def test_method_draws_the_mixture(name: str, teacher: Params) -> None:
     mine = distance(draw(student, steps, objective.sampler, objective.spans), real)
     before = distance(draw(teacher, steps, objective.sampler, objective.spans), real)
     floor = distance(data(jax.random.key(10), n), real)
-    many = distance(draw(teacher, 64, "jump", False), real)
+    many = distance(draw(teacher, 64, "flow_map", False), real)
     print(
         f"{name}: {steps} steps {mine:.3f}, teacher's {before:.3f}, 64 of the teacher's {many:.3f}, floor {floor:.3f}"
     )

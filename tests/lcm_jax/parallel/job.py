@@ -33,7 +33,7 @@ from lcm_jax.lora import DEFAULT_TARGETS, MMDIT_TARGETS
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.parallel import distributed
-from lcm_jax.parallel.sharding import make_mesh, whole
+from lcm_jax.parallel.sharding import gather_to_host, make_mesh
 from lcm_jax.train import loop
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
@@ -117,12 +117,12 @@ def learning(kind: str, model: str, pictures: str) -> Task:
     data = DataConfig(name=f"folder:{pictures}", size=16)
     around: dict[str, Any] = {"vae": model, "text": model, "data": data, "prompts": data, "preview_steps": 2}
     if kind == "diffusion":
-        net = load(model).generator.net.config
+        net = load(model).model.net.config
         return DiffusionTask(net=net, objective=Diffusion(schedule=DDPM()), **around).build()
     if kind == "finetune":
         return FinetuneTask(model=model, data=data, preview_steps=2, train_text=True).build()
     if kind == "autoencoder":
-        config = load(model).generator.vae.config
+        config = load(model).model.vae.config
         return AutoencoderTask(
             data=data, validation=data, model=config, loss=LossConfig(perceptual_weight=0.0, gan_weight=0.0)
         ).build()
@@ -165,13 +165,13 @@ def task(init: Any, loss: Any, frozen: Any, records: Any, transform: Any = None)
         loss=loss,
         frozen=frozen,
         batches=lambda size, seed, rows=None: iter(Loader(records, size, seed, rows=rows, transform=transform)),
-        preview=lambda ema, frozen, rowwise: {"size": float(sum(map(jnp.size, jax.tree.leaves(ema))))},
+        preview=lambda ema, frozen, batched_map: {"size": float(sum(map(jnp.size, jax.tree.leaves(ema))))},
         export=lambda ema, folder: folder.mkdir(exist_ok=True),
     )
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(whole(tree))
+    leaves = jax.tree_util.tree_leaves_with_path(gather_to_host(tree))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
@@ -179,7 +179,7 @@ def draw(case: dict[str, Any]) -> None:
     """Pictures of some prompts, more than fit in a batch."""
     pipe = load(case["model"])
     if "mesh" in case:
-        pipe.spread(make_mesh(case["mesh"]))
+        pipe.shard(make_mesh(case["mesh"]))
     prompts = ["red heart", "dog face", "cat face", "flag of france", "yellow heart", "a", "b"]
     options = {"steps": 3, "guidance": 3.0, "sampler": "lcm", "batch_size": 5}
     images, _ = generate(pipe, prompts, **options)

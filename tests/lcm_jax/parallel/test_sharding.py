@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lcm_jax.parallel.sharding import MeshConfig, create, cut_rows, make_mesh, rows_here, tree_shardings, whole
+from lcm_jax.parallel.sharding import (
+    MeshConfig,
+    create,
+    gather_to_host,
+    local_batch_indices,
+    make_mesh,
+    shard_batch,
+    tree_shardings,
+)
 from lcm_jax.train.loop import LoopConfig
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -204,5 +212,5 @@ def test_what_a_beginning_closes_over_is_no_constant() -> None:
 
 def test_rows_of_a_process_and_back() -> None:
     mesh = make_mesh()
-    assert rows_here(jax.sharding.NamedSharding(mesh, PartitionSpec("data")), 6) == (0, 1, 2, 3, 4, 5)
-    np.testing.assert_array_equal(whole(cut_rows({"x": np.arange(3)}, mesh))["x"], np.arange(3))
+    assert local_batch_indices(jax.sharding.NamedSharding(mesh, PartitionSpec("data")), 6) == (0, 1, 2, 3, 4, 5)
+    np.testing.assert_array_equal(gather_to_host(shard_batch({"x": np.arange(3)}, mesh))["x"], np.arange(3))

@@ -23,7 +23,7 @@ from lcm_jax.cli import main as cli
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
-from lcm_jax.plan.compiled_program import Program
+from lcm_jax.plan.compiled_program import CompiledProgram
 from lcm_jax.plan.planning import _digest, bytes_needed, candidates
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.runtime.flops import flops
@@ -85,7 +85,7 @@ SHARD = 16 * 32 * 4  # bytes
     ],
 )
 def test_a_loop_counts_as_often_as_it_runs(text: str) -> None:
-    program = Program(text, 8)
+    program = CompiledProgram(text, 8)
     found = {work.collective.kind: work for work in program.work if work.collective is not None}
     gather, reduce = found["all-gather"], found["all-reduce"]
     assert (gather.times, gather.collective.bytes, gather.collective.group) == (24, 3 * SHARD, (0, 1, 2, 3))
@@ -96,7 +96,7 @@ def test_a_loop_counts_as_often_as_it_runs(text: str) -> None:
 
 
 def test_a_loop_of_unknown_length_is_said_to_count_once() -> None:
-    program = Program(LOOP.replace(" KNOWN", "").replace("direction=LT", "direction=NE"), 8)
+    program = CompiledProgram(LOOP.replace(" KNOWN", "").replace("direction=LT", "direction=NE"), 8)
     assert program.flops == 2 * 64 * 64 * 32
     assert program.endless == ["loop"]
 
@@ -131,7 +131,7 @@ ENTRY %main (stack: f32[24,64,64], i: s32[], near: f32[64,64]) -> f32[8,64] {
 
 
 def test_fusions_read_slices_and_tpus_scatter_in_them() -> None:
-    program, layer = Program(FUSIONS, 8), 64 * 64 * 4
+    program, layer = CompiledProgram(FUSIONS, 8), 64 * 64 * 4
     (scatter,) = [work.collective for work in program.work if work.collective is not None]
     assert (scatter.kind, scatter.bytes) == ("reduce-scatter", layer * 7 / 8)
     assert (
@@ -171,7 +171,7 @@ ENTRY %main (x: f32[8,64], y: f32[64,64]) -> f32[64,64] {
 
 
 def test_a_collective_that_is_fused_with_other_work_in_steps_counts_once() -> None:
-    program, square = Program(STEPS, 8), 64 * 64 * 4
+    program, square = CompiledProgram(STEPS, 8), 64 * 64 * 4
     (gather,) = [work.collective for work in program.work if work.collective is not None]
     assert (gather.kind, gather.bytes, gather.group) == ("all-gather", 3 * 8 * 64 * 4, (0, 1, 2, 3))
     assert program.flops == 2 * 64**3
@@ -191,7 +191,7 @@ def test_a_collective_that_is_fused_with_other_work_in_steps_counts_once() -> No
     ],
 )
 def test_groups_of_devices(groups: str, group: tuple[int, ...]) -> None:
-    program = Program(LOOP.replace("{{0,4},{1,5},{2,6},{3,7}}", groups), 8)
+    program = CompiledProgram(LOOP.replace("{{0,4},{1,5},{2,6},{3,7}}", groups), 8)
     (found,) = [w.collective for w in program.work if w.collective is not None and w.collective.kind == "all-reduce"]
     assert found.group == group
 
@@ -205,7 +205,7 @@ def test_a_batched_product_written_as_a_convolution() -> None:
       ROOT %y = f32[24,16,32]{2,1,0} convolution(%a, %b), WINDOW, dim_labels=0bf_0io->0bf
     }"""
     text = dedent(text).lstrip().replace("WINDOW", "window={size=24 stride=23 lhs_dilate=24}")
-    assert Program(text, 1).flops == 24 * 2 * 16 * 8 * 32
+    assert CompiledProgram(text, 1).flops == 24 * 2 * 16 * 8 * 32
 
 
 def test_products_inside_a_tpus_attention() -> None:
@@ -220,7 +220,7 @@ def test_products_inside_a_tpus_attention() -> None:
       ROOT %flash_attention.3 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k, %k), CALL
     }"""
     text = dedent(text).lstrip().replace("CALL", 'custom_call_target="tpu_custom_call"')
-    assert Program(text, 1).flops == (2 + 3 + 4) * 2 * 8 * 512 * 256 * 64
+    assert CompiledProgram(text, 1).flops == (2 + 3 + 4) * 2 * 8 * 512 * 256 * 64
 
 
 LIBRARIES = """
@@ -264,7 +264,7 @@ READ = 2 * 2 * (128 + 256) * 4 * 64
 def test_what_gpus_leave_to_libraries(operation: str, flops: int, traffic: int) -> None:
     """cuBLAS and cuDNN count as the product, convolution or attention that they are; workspaces are no traffic."""
     gradient = "%g = bf16[2,4,4,32]{3,2,1,0} bitcast(%q)\n  ROOT "
-    program = Program(LIBRARIES.replace("OPERATION", gradient + operation.replace("WINDOW", WINDOW)), 1)
+    program = CompiledProgram(LIBRARIES.replace("OPERATION", gradient + operation.replace("WINDOW", WINDOW)), 1)
     assert program.flops == flops
     assert program.bytes == traffic
 
@@ -330,7 +330,7 @@ def test_flops_of_a_real_program() -> None:
     traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(*shapes)
     layers, conv = 5 * 2 * 2 * 64 * 64, 2 * (2 * 4 * 4 * 4) * (3 * 3 * 3)
     assert flops(traced.jaxpr) == 3 * layers + 2 * conv
-    assert Program(traced.lower().compile().as_text(), 1).flops == 3 * layers + 2 * conv
+    assert CompiledProgram(traced.lower().compile().as_text(), 1).flops == 3 * layers + 2 * conv
 
 
 def torus(kind: str, *shape: int) -> Topology:

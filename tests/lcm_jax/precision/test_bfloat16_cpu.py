@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.precision import bfloat16_cpu
-from lcm_jax.precision.context import narrow, reading
-from lcm_jax.precision.layer_overrides import Products
+from lcm_jax.precision.context import is_low_precision, precision_context
+from lcm_jax.precision.layer_overrides import LayerOverrides
 from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.compiler_options import compiler_options
 from mmdit.attention import lowering_for
@@ -51,7 +51,7 @@ def _given(layer: Any, channels: int, side: int) -> tuple[Any, jax.Array]:
 
 
 def _read(layer: Any, params: Any, x: Any) -> Any:
-    with reading(params) as own:
+    with precision_context(params) as own:
         return layer.apply({"params": own}, x)
 
 
@@ -60,7 +60,7 @@ def test_a_layer_gives_what_its_float32_gives(layer: Any, channels: int, side: i
     params, x = _given(layer, channels, side)
     exact = layer.clone(dtype=jnp.float32).apply({"params": params}, x.astype(jnp.float32))
     with lowering_for("cpu"):
-        how = compiler_options(narrow=True)
+        how = compiler_options(low_precision=True)
         out = jax.jit(lambda params, x: _read(layer, params, x), compiler_options=how)(params, x)
     assert out.dtype == jnp.bfloat16
     assert out.shape == exact.shape
@@ -89,7 +89,7 @@ def test_other_dtypes_and_other_devices_are_left_alone(monkeypatch: pytest.Monke
     full = layer.clone(dtype=jnp.float32)
     with lowering_for("cpu"):
         np.testing.assert_array_equal(_read(full, params, x), full.apply({"params": params}, x))
-    monkeypatch.setattr(Products, "around", lambda self: pytest.fail("products of a CPU"))
+    monkeypatch.setattr(LayerOverrides, "around", lambda self: pytest.fail("products of a CPU"))
     with lowering_for("tpu"):
         np.testing.assert_array_equal(_read(layer, params, x), layer.apply({"params": params}, x))
 
@@ -100,7 +100,7 @@ def test_sums_that_are_asked_for_in_float32_stay_so() -> None:
     module = T5Encoder(config, **HALF)
     ids = jnp.arange(8)[None]
     params = module.init(jax.random.key(0), ids)["params"]
-    with lowering_for("cpu"), reading(params) as own:
+    with lowering_for("cpu"), precision_context(params) as own:
         _, kept = module.apply({"params": own}, ids, capture_intermediates=True, mutable="intermediates")
     feed_forward = kept["intermediates"]["encoder"]["block_0"]["layer_1"]["DenseReluDense"]
     assert feed_forward["wo"]["__call__"][0].dtype == jnp.float32
@@ -110,11 +110,11 @@ def test_sums_that_are_asked_for_in_float32_stay_so() -> None:
 def test_what_is_narrow() -> None:
     params = {"kernel": jnp.ones((32, 32))}
     half = {"kernel": jnp.ones((32, 32), jnp.bfloat16)}
-    assert not narrow(params)
-    assert not narrow(params, quantize(params, "int8w"))
-    assert narrow(params, half)
-    assert narrow(quantize(params, "int8"), params)
-    assert narrow(quantize(half, "int8w"))
+    assert not is_low_precision(params)
+    assert not is_low_precision(params, quantize(params, "int8w"))
+    assert is_low_precision(params, half)
+    assert is_low_precision(quantize(params, "int8"), params)
+    assert is_low_precision(quantize(half, "int8w"))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="options of XLA:CPU")
@@ -129,7 +129,7 @@ def test_no_kernel_is_whole_in_float32_before_its_turn(kind: str) -> None:
     params = quantize(params, "int8w") if "int8w" in kind else params
 
     def temporaries(read: Any) -> int:
-        how = compiler_options(narrow=narrow(params))
+        how = compiler_options(low_precision=is_low_precision(params))
         compiled = jax.jit(read, compiler_options=how).lower(params, x).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
@@ -140,6 +140,8 @@ def test_no_kernel_is_whole_in_float32_before_its_turn(kind: str) -> None:
 def test_a_cpu_takes_products_made_for_halves() -> None:
     x = jnp.ones((64, 64), jnp.bfloat16)
     taken = (
-        jax.jit(bfloat16_cpu.PRODUCTS.multiply, compiler_options=compiler_options(narrow=True)).lower(x, x).compile()
+        jax.jit(bfloat16_cpu.OVERRIDES.multiply, compiler_options=compiler_options(low_precision=True))
+        .lower(x, x)
+        .compile()
     )
     assert "__ynn_fusion" in taken.as_text()

@@ -20,7 +20,7 @@ from lcm_jax.metrics import psnr
 from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
 from lcm_jax.precision import quantization
-from lcm_jax.precision.context import reading
+from lcm_jax.precision.context import precision_context
 from lcm_jax.precision.quantization import quantize
 from lcm_jax.runtime.compiler_options import compiler_options
 from mmdit import MMDiT, MMDiTConfig
@@ -108,7 +108,7 @@ def test_convolutions_and_products_of_every_form(monkeypatch: pytest.MonkeyPatch
         params = layer.init(jax.random.key(1), x)["params"]
         plain = layer.apply({"params": params}, x)
         for kind in ("int8", "int8w"):
-            with reading(quantize(params, kind)) as own:
+            with precision_context(quantize(params, kind)) as own:
                 rounded = layer.apply({"params": own}, x)
             assert 1e-4 < _error(rounded, plain) < 0.02
 
@@ -137,10 +137,10 @@ def test_a_cpu_takes_kernels_made_for_8_bits(layer: Any) -> None:
     params = quantize(layer.init(jax.random.key(0), x)["params"], "int8")
 
     def call(params: Any, x: Any) -> Any:
-        with reading(params) as own:
+        with precision_context(params) as own:
             return layer.apply({"params": own}, x)
 
-    taken = jax.jit(call, compiler_options=compiler_options(narrow=True)).lower(params, x).compile().as_text()
+    taken = jax.jit(call, compiler_options=compiler_options(low_precision=True)).lower(params, x).compile().as_text()
     assert "__ynn_fusion" in taken
 
 

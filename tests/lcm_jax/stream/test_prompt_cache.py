@@ -49,7 +49,7 @@ def test_keys_and_values_given_are_those_computed(tiny_model: Path) -> None:
     pipe = lcm_jax.load(tiny_model)
     cond = PromptCache(pipe, pipe.size)(pipe.net_params, [("red heart", 1.0)])
     assert cond["cross"]
-    net, x = pipe.generator, jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    net, x = pipe.model, jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     from lcm_jax.models.latent_diffusion import as_apply
 
     apply = as_apply(net.net)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.diffusion.samplers import SAMPLERS
-from lcm_jax.stream import Program, Settings, State, Weights
+from lcm_jax.stream import Settings, State, StreamProgram, Weights
 from lcm_jax.stream.step import compiled, probing
 
 Model = Any  # of conftest: generator, weights, cond, null
@@ -28,9 +28,9 @@ class Reference:
         self.model, self.mode, self.times, self.noise = model, mode, times, noise
         bar = np.cumprod(1.0 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
         self.alpha, self.beta = np.sqrt(bar), np.sqrt(1.0 - bar)
-        net = model.generator.net
+        net = model.model.net
         self._net = jax.jit(lambda p, x, t, c: net.apply({"params": p}, x, t, {"context": c}))
-        self._encode = jax.jit(model.generator.encode)
+        self._encode = jax.jit(model.model.encode)
         self.offset: np.ndarray | None = None
 
     def eps(self, x: np.ndarray, t: int, cond: Any) -> np.ndarray:
@@ -70,11 +70,11 @@ class Reference:
 
 def made(
     model: Model, mode: str, times: tuple[int, ...], *, frames: int = 1, sampler: str = "lcm", **changes: Any
-) -> tuple[Program, Weights, Settings, State]:
+) -> tuple[StreamProgram, Weights, Settings, State]:
     """A program with its weights, the settings of two prompts and a cold state."""
     n = len(times)
-    program = Program(
-        generator=model.generator,
+    program = StreamProgram(
+        model=model.model,
         sampler=SAMPLERS[sampler],
         steps=n,
         frames=frames,
@@ -94,7 +94,9 @@ def made(
     return program, model.weights, settings, program.init(model.weights, settings, jax.random.key(0))
 
 
-def call(program: Program, method: str, weights: Weights, settings: Settings, state: State, frame: np.ndarray) -> State:
+def call(
+    program: StreamProgram, method: str, weights: Weights, settings: Settings, state: State, frame: np.ndarray
+) -> State:
     (state,), _ = compiled(program, method)(weights, (settings,), (state,), (jnp.asarray(frame),))
     return state
 
@@ -173,19 +175,19 @@ def test_guidance_leaves_no_noise_behind(light: Model, delta: float, renoise: fl
 
         def __init__(self, z: jax.Array) -> None:
             self.z = z
-            self.config = light.generator.net.config
+            self.config = light.model.net.config
 
         def apply(self, params: Any, x: Any, t: Any, cond: Any) -> Any:
-            schedule = light.generator.schedule
+            schedule = light.model.schedule
             alpha, sigma = (f(t).reshape(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
             return (x - alpha * self.z) / sigma
 
     frame = np.random.default_rng(3).integers(0, 256, (1, 16, 16, 3), np.uint8)
-    z = light.generator.encode({}, jnp.asarray(frame))
+    z = light.model.encode({}, jnp.asarray(frame))
     program, weights, settings, state = made(
         light, "self", TIMES[3], scale=jnp.float32(7.0), delta=jnp.float32(delta), renoise=jnp.float32(renoise)
     )
-    program = replace(program, generator=replace(light.generator, net=Seeing(z)))
+    program = replace(program, model=replace(light.model, net=Seeing(z)))
     for _ in range(4):
         state = call(program, "step", weights, settings, state, frame)
     assert close(state.latents, z, 1e-3)
@@ -196,13 +198,13 @@ def test_times_and_noise_change_under_frames_in_flight(light: Model, frames: np.
     program, weights, settings, state = made(light, "none", TIMES[2])
     state = call(program, "sequential", weights, settings, state, frames[0])
     state = call(program, "step", weights, settings, state, frames[1])
-    believed = np.asarray(state.believed.x0[:1], np.float64)
+    prediction = np.asarray(state.prediction.x0[:1], np.float64)
     noise = jax.random.normal(jax.random.key(9), settings.noise.shape)
     later = settings._replace(times=jnp.asarray([599.0, 159.0, -1.0]), noise=noise)
     state = call(program, "step", weights, later, state, frames[2])
     reference = Reference(light, "none", (159,), np.asarray(noise[1:], np.float64))
     alpha, beta = reference.alpha[159], reference.beta[159]
-    x = alpha * believed + beta * reference.noise[0]
+    x = alpha * prediction + beta * reference.noise[0]
     wanted = (x - beta * reference.eps(x, 159, light.cond)) / alpha
     assert close(state.latents, wanted, 1e-3)
 
@@ -213,7 +215,7 @@ def test_mask_keeps_the_frame(light: Model, frames: np.ndarray) -> None:
     state = call(program, "sequential", weights, settings, state, frames[0])
     for k in (1, 2):
         state = call(program, "step", weights, settings, state, frames[k])
-    z = np.asarray(light.generator.encode({}, jnp.asarray(frames[1])))
+    z = np.asarray(light.model.encode({}, jnp.asarray(frames[1])))
     assert np.array_equal(state.latents[:, :, 4:], z[:, :, 4:])
     assert not close(state.latents[:, :, :4], z[:, :, :4], 1e-2)
 

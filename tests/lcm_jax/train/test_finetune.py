@@ -17,7 +17,7 @@ import lcm_jax
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion
-from lcm_jax.parallel.sharding import Rowwise, make_mesh
+from lcm_jax.parallel.sharding import BatchedMap, make_mesh
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.task import Task
@@ -108,7 +108,7 @@ def test_class_pictures_of_no_weight_change_nothing(tiny_model: Path, data: Data
 
 
 def test_class_pictures_of_a_flow_are_drawn_from_noise_of_its_own_size(tiny_sd3: Path, data: DataConfig) -> None:
-    """Its sampler spreads the noise it begins with (`Sampler.init_scale`)."""
+    """Its sampler spreads the noise it begins with (`Sampler.init_noise_sigma`)."""
     batch = next(finetune(tiny_sd3, data, **PRIOR).build().batches(4, 0))
     assert np.isfinite(batch["mean"]).all()
     assert batch["mean"][:, 1].std() > 0.0
@@ -161,7 +161,7 @@ def test_class_pictures_are_drawn_once_and_are_the_models(
     noise = jax.random.normal(noise, (16, 8, 8, 4))
     want = pipe(["dog face"] * 16, steps=2, sampler=pipe.default_sampler, latents=noise)[:3]
     latents = np.stack(list(drawn.values())).astype(np.float32)
-    made = np.asarray(pipe.generator.decode(pipe.params["vae"], latents))
+    made = np.asarray(pipe.model.decode(pipe.params["vae"], latents))
     assert all(np.min(np.abs(want - picture.astype(np.int16)).max(axis=(1, 2, 3))) <= 2 for picture in made)
 
 
@@ -178,7 +178,7 @@ def test_previews_show_the_text_encoder_that_learned(tiny_model: Path, data: Dat
     params = task.init(KEY)
     other = {**params, "text_encoder": jax.tree.map(lambda leaf: 2 * leaf, params["text_encoder"])}
     (a,), (b,) = (
-        task.preview(tree, task.frozen, Rowwise(mesh=make_mesh(), most=4)).values() for tree in (params, other)
+        task.preview(tree, task.frozen, BatchedMap(mesh=make_mesh(), most=4)).values() for tree in (params, other)
     )
     assert a.shape == (16, 16, 3)
     assert np.any(a != b)

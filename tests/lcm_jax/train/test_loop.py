@@ -59,7 +59,7 @@ def line_task(stop_at: int | None = None, told_at: int | None = None) -> Task:
         loss=loss,
         frozen={"noise": jnp.float32(0.01)},
         batches=lambda batch_size, seed, rows=None: Interrupted(iter(Loader(POINTS, batch_size, seed, rows=rows))),
-        preview=lambda ema, frozen, rowwise: {"a": float(ema["a"]), "grid": np.zeros((4, 4, 3), np.uint8)},
+        preview=lambda ema, frozen, batched_map: {"a": float(ema["a"]), "grid": np.zeros((4, 4, 3), np.uint8)},
         export=lambda ema, folder: (
             folder.mkdir(exist_ok=True),
             np.save(folder / "a.npy", np.asarray(ema["a"])),

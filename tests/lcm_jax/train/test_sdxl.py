@@ -80,5 +80,5 @@ def test_a_student_of_an_sdxl(adapted: bool, sdxl: Path, data: DataConfig, tmp_p
     export = tmp_path / "export"
     pipe = lcm_jax.load(sdxl, lora=export) if adapted else lcm_jax.load(export)
     assert pipe.folder.is_sdxl
-    assert pipe.generator.embeds_guidance == (not adapted)
+    assert pipe.model.embeds_guidance == (not adapted)
     assert pipe("dog face", steps=2, guidance=1.0 if adapted else 3.0).shape == (1, 16, 16, 3)

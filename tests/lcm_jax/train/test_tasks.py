@@ -26,7 +26,7 @@ from lcm_jax.objectives import (
     LatentConsistencyFinetuning,
     method,
 )
-from lcm_jax.parallel.sharding import Rowwise, make_mesh
+from lcm_jax.parallel.sharding import BatchedMap, make_mesh
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.train.config import WATCHING, TrainConfig
 from lcm_jax.train.loop import LoopConfig, fit
@@ -37,7 +37,7 @@ from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import ENCODE_BATCH, Conditioner
 from lcm_jax.train.tasks.contrastive import ContrastiveTask, move
 from lcm_jax.train.tasks.diffusion import DiffusionTask
-from lcm_jax.train.tasks.distillation import DistillationTask, graft
+from lcm_jax.train.tasks.distillation import DistillationTask, merge_pretrained
 from lcm_jax.train.tasks.locked_image_tuning import LockedImageTask
 from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.train.tasks.masked_language_model import MaskedTask
@@ -172,7 +172,7 @@ def teacher(
 
 def test_teacher_is_a_pipeline_that_keeps_its_parameterization(teacher: Path) -> None:
     pipe = lcm_jax.load(teacher)
-    assert pipe.generator.kind == "v_prediction"
+    assert pipe.model.kind == "v_prediction"
     assert pipe.default_sampler == "ddim"
     assert pipe("dog face", steps=2, sampler="ddim", guidance=2.0).shape == (1, 16, 16, 3)
 
@@ -193,8 +193,8 @@ def test_student_embeds_guidance(
     )
     export = run(task, tmp_path)
     pipe = lcm_jax.load(export)
-    assert pipe.generator.embeds_guidance
-    assert pipe.generator.kind == "v_prediction"
+    assert pipe.model.embeds_guidance
+    assert pipe.model.kind == "v_prediction"
     assert pipe.default_sampler == "lcm"
     assert pipe("dog face", steps=4, guidance=3.0).shape == (1, 16, 16, 3)
     if objective is LatentConsistencyDistillation:
@@ -215,7 +215,7 @@ def test_lora_goes_onto_its_teacher(teacher: Path, tiny_model: Path, data: DataC
     )
     adapters = run(task, tmp_path)
     pipe = lcm_jax.load(teacher, lora=adapters)
-    assert not pipe.generator.embeds_guidance
+    assert not pipe.model.embeds_guidance
     assert pipe("dog face", steps=4).shape == (1, 16, 16, 3)
 
 
@@ -235,7 +235,7 @@ def test_dropout_is_for_training_alone(tiny_model: Path, data: DataConfig) -> No
         params = jax.tree.map(lambda leaf: leaf + 0.1, task.init(jax.random.key(0)))
         batch, key = next(task.batches(4, 0)), jax.random.key(1)
         losses += [jax.jit(task.loss)(params, params, task.frozen, batch, key, 0)[0]]
-        shown += [next(iter(task.preview(params, task.frozen, Rowwise(mesh=make_mesh(), most=4)).values()))]
+        shown += [next(iter(task.preview(params, task.frozen, BatchedMap(mesh=make_mesh(), most=4)).values()))]
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
     np.testing.assert_array_equal(*shown)
 
@@ -362,8 +362,8 @@ def flow_teacher(
 
 def test_sd3_is_trained_and_drawn(flow_teacher: Path) -> None:
     pipe = lcm_jax.load(flow_teacher)
-    assert pipe.generator.kind == "flow"
-    assert pipe.generator.schedule == RectifiedFlow(shift=3.0)
+    assert pipe.model.kind == "flow"
+    assert pipe.model.schedule == RectifiedFlow(shift=3.0)
     assert pipe.default_sampler == "euler"
     assert pipe("dog face", steps=2, sampler="euler", guidance=2.0).shape == (1, 16, 16, 3)
 
@@ -386,8 +386,8 @@ def test_students_of_a_flow(
     )
     export = run(task, tmp_path)
     pipe = lcm_jax.load(export) if adapted is None else lcm_jax.load(flow_teacher, lora=export)
-    assert pipe.generator.embeds_guidance == (adapted is None)
-    assert pipe.generator.schedule == RectifiedFlow(shift=3.0)
+    assert pipe.model.embeds_guidance == (adapted is None)
+    assert pipe.model.schedule == RectifiedFlow(shift=3.0)
     assert pipe("dog face", steps=4, guidance=3.0 if adapted is None else 1.0).shape == (1, 16, 16, 3)
     assert adapted is not None or pipe.default_sampler == "lcm"
 
@@ -501,7 +501,7 @@ def test_what_cannot_have_buckets_or_synthetic_captions_refuses_them(
 def test_student_starts_as_its_teacher(teacher: Path) -> None:
     trained = load_component(teacher, "unet").params
     fresh = jax.tree.map(np.zeros_like, trained) | {"new": {"kernel": np.zeros(3)}}
-    grafted = graft(fresh, trained)
+    grafted = merge_pretrained(fresh, trained)
     assert set(grafted) == set(trained) | {"new"}
     for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves({k: grafted[k] for k in trained}), strict=True):
         np.testing.assert_array_equal(a, b)

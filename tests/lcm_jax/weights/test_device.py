@@ -13,7 +13,7 @@ from lcm_jax.weights import device
 def test_on_a_gpu_kernels_of_convolutions_lie_as_cudnn_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # XLA:CPU knows layouts too
     kernel = np.random.default_rng(0).standard_normal((3, 3, 4, 8)).astype(np.float32)
-    placed = device.place(kernel)
+    placed = device.put_on_device(kernel)
     assert placed.format.layout.major_to_minor == (3, 0, 1, 2)
     np.testing.assert_array_equal(placed, kernel)
     names = ("NHWC", "HWIO", "NHWC")
@@ -27,5 +27,5 @@ def test_on_a_gpu_kernels_of_convolutions_lie_as_cudnn_reads_them(monkeypatch: p
 @pytest.mark.parametrize("shape", [(4,), (4, 8), (1, 1, 4, 8), (2, 3, 3, 4, 8)])
 def test_all_else_lies_as_ever(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    placed = device.place(np.ones(shape, np.float32))
+    placed = device.put_on_device(np.ones(shape, np.float32))
     assert placed.format.layout.major_to_minor == tuple(range(len(shape)))
