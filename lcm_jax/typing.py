@@ -1,15 +1,16 @@
-"""Shared types: what a schedule, a solver and a denoiser are.
+"""Shared types: the protocols of a schedule, a solver and a denoiser, and the trees that objectives take.
 
 The forward process is x_t = alpha(t) x0 + sigma(t) eps. Everything here is float32, and a time `t` or `s` is a scalar
-or one value per row, shape (b,), in the schedule's own units.
+or one value for each example, shape (b,), in the schedule's own units.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 __all__ = [
@@ -42,21 +43,39 @@ Apply = Callable[[Params, Image, Time, Cond], Image]
 
 
 class Prediction(NamedTuple):
-    """What a denoiser believes about x_t: the clean sample and the noise, with x_t = alpha x0 + sigma eps."""
+    """A denoiser's estimate of the clean sample and of the noise in x_t, with x_t = alpha x0 + sigma eps."""
 
     x0: Image
     eps: Image
 
 
+@runtime_checkable
 class Denoiser(Protocol):
-    """(x_t, t) -> Prediction, with parameters and conditioning already bound."""
+    """A function (x_t, t) -> Prediction, with parameters and conditioning already bound."""
 
     def __call__(self, x: Image, t: Time, s: Time | None = None, /) -> Prediction:
-        """s: where the step will end, for a network that is told (None: at t itself); others do not look at it."""
+        """Predict x0 and eps from x at time t. s: end time of the step, for networks with a span embedding; None: t."""
 
 
+@runtime_checkable
 class Schedule(Protocol):
-    """x_t = alpha(t) x0 + sigma(t) eps; a frozen hashable value, so it can be static under jit."""
+    """The coefficients of x_t = alpha(t) x0 + sigma(t) eps: a frozen hashable value, so it can be static under jit."""
+
+    @property
+    def timesteps(self) -> int | None:
+        """The number of entries of a discrete table, whose times are integers; None in continuous time."""
+
+    @property
+    def keeps_partial_step(self) -> bool:
+        """Whether image-to-image counts the fraction of a step that `strength` leaves as a whole step."""
+
+    @property
+    def usual_kind(self) -> Kind:
+        """The network output that models of this schedule usually have."""
+
+    @property
+    def usual_sampler(self) -> str:
+        """The sampler that models of this schedule are usually drawn with."""
 
     @property
     def t_min(self) -> float:
@@ -75,14 +94,30 @@ class Schedule(Protocol):
     def sigma(self, t: Time) -> Float[Array, "*b"]: ...
 
     def network_time(self, t: Time) -> Float[Array, "*b"]:
-        """The number the network is given for t."""
+        """The number that the network receives for t."""
 
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         """The t whose log(alpha / sigma) is log_snr (nats); +-inf give t_min and t_max."""
 
+    def grid(self, steps: int, spacing: Any) -> Float[np.ndarray, " n_plus_1"]:
+        """The N + 1 descending times of N deterministic steps; spacing: a `diffusion.time_grids.Spacing`."""
 
+
+@runtime_checkable
 class Solver(Protocol):
     """One step of the reverse process from time t to time s. A frozen value without arrays; its memory is the carry."""
+
+    @property
+    def order(self) -> int:
+        """The order of the global error in the step length; 0 for a step that has no ODE behind it."""
+
+    @property
+    def evaluations(self) -> int:
+        """The number of network evaluations in a step."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
 
     def init(self, x: Image) -> Carry:
         """The carry before the first step."""
@@ -90,7 +125,7 @@ class Solver(Protocol):
     def step(
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
-        """x at time s, and the carry. `key` is a random key, or the unit noise itself, of x's shape."""
+        """Return x at time s, and the carry. `key` is a random key, or the unit noise itself, of x's shape."""
 
 
 Critic = Callable[[Params, Params, Image, Time, Cond], Float[Array, "b k"]]
@@ -101,7 +136,7 @@ class Nets(NamedTuple):
     """One pure function and its parameter trees; `null` is the conditioning of the empty prompt, batch 1.
 
     others: trees that are trained beside the student (a fake score, a discriminator's heads), by name. critic: see
-    `Critic`. step: how many steps have been trained, for what changes on the way.
+    `Critic`. step: the number of steps trained so far, for objectives that change with it.
     """
 
     apply: Apply

@@ -1,4 +1,8 @@
-"""Images to latents and back: the KL autoencoder with 4, 8 or 16 channels, what trains one, and the tiny one."""
+"""Autoencoders between images and latents.
+
+The KL autoencoder with 4, 8 or 16 latent channels, the losses and the discriminator that train one, and the tiny
+autoencoder (TAESD). Imports neither mmdit nor lcm_jax.
+"""
 
 from vae16.autoencoder import AutoencoderConfig, AutoencoderKL, fold_shift, sample_latent, scale, unscale
 from vae16.discriminator import DiscriminatorConfig, PatchDiscriminator, hinge_discriminator, hinge_generator

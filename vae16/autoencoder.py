@@ -1,7 +1,7 @@
 """AutoencoderKL: images in [-1, 1] to Gaussian latents and back (Rombach et al. 2022, section 3.1).
 
-One geometry covers SD1 and SDXL (4 channels, 1x1 quantisation convolutions), SD3 and FLUX (16 channels, without) and
-any smaller network: the number of blocks, their widths and depth come from the config.
+One architecture covers SD1 and SDXL (4 latent channels, 1x1 quantisation convolutions), SD3 and FLUX (16 channels, no
+quantisation convolutions) and any smaller network: the number of blocks, their widths and depth come from the config.
 """
 
 from __future__ import annotations
@@ -23,7 +23,20 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """The keys of diffusers' AutoencoderKL config.json, with its defaults for absent ones."""
+    """The architecture of an AutoencoderKL: the keys of diffusers' config.json, with its defaults for absent ones.
+
+    Raises ValueError unless act_fn is "silu" and every width is a multiple of norm_num_groups.
+
+    >>> from vae16 import AutoencoderConfig
+    >>> sd3 = AutoencoderConfig(
+    ...     latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, use_quant_conv=False,
+    ...     use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609,
+    ... )
+    >>> sd3.downsample_factor
+    8
+    >>> AutoencoderConfig.from_dict(sd3.to_dict()) == sd3
+    True
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -48,26 +61,31 @@ class AutoencoderConfig:
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise ValueError(
-                    f"block_out_channels: {width} is no multiple of {self.norm_num_groups} (norm_num_groups)"
+                    f"block_out_channels: {width} is not a multiple of {self.norm_num_groups} (norm_num_groups)"
                 )
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels per latent position along one side."""
+        """The number of pixels per latent position along one side."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], *, source: str = "config.json") -> AutoencoderConfig:
-        """Read a config.json; ValueError names any key whose value would change the result and is not supported."""
+        """Read the content of a config.json.
+
+        Raises ValueError that names `source` and the key whose value would change the result and is not supported.
+        """
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in d.items():
             if key in known:
                 values[key] = tuple(value) if key == "block_out_channels" else value
             elif key in _BLOCK_TYPES:
-                odd = sorted({str(v) for v in value} - {_BLOCK_TYPES[key]})
-                if odd:
-                    raise ValueError(f"{source}: {key}: {odd[0]!r} is not supported; only {_BLOCK_TYPES[key]!r} is")
+                unsupported = sorted({str(v) for v in value} - {_BLOCK_TYPES[key]})
+                if unsupported:
+                    raise ValueError(
+                        f"{source}: {key}: {unsupported[0]!r} is not supported; only {_BLOCK_TYPES[key]!r} is"
+                    )
             elif not key.startswith("_") and value is not None:
                 raise ValueError(f"{source}: {key}={value!r} is not supported by AutoencoderKL; remove it if unused")
         try:
@@ -76,7 +94,7 @@ class AutoencoderConfig:
             raise ValueError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that diffusers loads."""
+        """Return the content of a config.json that diffusers loads."""
         n = len(self.block_out_channels)
         blocks = {key: [kind] * n for key, kind in _BLOCK_TYPES.items()}
         widths = {"block_out_channels": list(self.block_out_channels)}
@@ -89,12 +107,21 @@ _BLOCK_TYPES = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpD
 def sample_latent(
     mean: Float[Array, "b h w z"], logvar: Float[Array, "b h w z"], key: Key[Array, ""]
 ) -> Float[Array, "b h w z"]:
-    """z ~ N(mean, exp(logvar)), reparameterised (Kingma & Welling 2014, eq. 10)."""
+    """Draw z ~ N(mean, exp(logvar)) as mean + exp(logvar / 2) eps (Kingma & Welling 2014, eq. 10).
+
+    The result is differentiable in both; a logvar of -inf returns the mean.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import sample_latent
+    >>> moments = jax.ShapeDtypeStruct((1, 2, 2, 4), jnp.float32)
+    >>> jax.eval_shape(sample_latent, moments, moments, jax.random.key(0)).shape
+    (1, 2, 2, 4)
+    """
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
 class LatentUnits(Protocol):
-    """What an autoencoder's config says of its latents."""
+    """The part of an autoencoder's config that `scale` and `unscale` read."""
 
     @property
     def scaling_factor(self) -> float: ...
@@ -103,39 +130,49 @@ class LatentUnits(Protocol):
 
 
 def scale(z: Float[Array, "*b h w z"], config: LatentUnits) -> Float[Array, "*b h w z"]:
-    """Autoencoder latent to diffusion latent of about unit variance: (z - shift) * scaling."""
+    """Turn an autoencoder latent into a diffusion latent of about unit variance: (z - shift) * scaling.
+
+    >>> import jax.numpy as jnp
+    >>> from vae16 import AutoencoderConfig, scale, unscale
+    >>> config = AutoencoderConfig(scaling_factor=0.5, shift_factor=1.0)
+    >>> z = scale(jnp.full((1, 1, 1, 4), 3.0), config)
+    >>> float(z[0, 0, 0, 0]), float(unscale(z, config)[0, 0, 0, 0])
+    (1.0, 3.0)
+    """
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
 def unscale(z: Float[Array, "*b h w z"], config: LatentUnits) -> Float[Array, "*b h w z"]:
-    """Inverse of `scale`."""
+    """Turn a diffusion latent into an autoencoder latent, the inverse of `scale`: z / scaling + shift."""
     return z / config.scaling_factor + (config.shift_factor or 0.0)
 
 
 def fold_shift(config: AutoencoderConfig, params: Mapping[str, Any]) -> tuple[AutoencoderConfig, Mapping[str, Any]]:
-    """The same autoencoder with a shift_factor of 0, for readers that only scale; the shift moves into its weights.
+    """Return the same autoencoder with a shift_factor of 0, for programs that only scale.
 
-    mean' = mean - shift and decode'(z) = decode(z + shift): both lie in the 1x1 quantisation convolutions, which have
-    no padding, so this holds at the edges too. Where there are none they are made, identities with a bias.
+    The shift moves into the weights: mean' = mean - shift and decode'(z) = decode(z + shift). Both become biases of the
+    1x1 quantisation convolutions, which have no padding, so this is exact at the edges too. An autoencoder without
+    these convolutions gets them, as identities with a bias.
     """
     shift, z = config.shift_factor, config.latent_channels
     if not shift:
         return config, params
     dtype = params["decoder"]["conv_in"]["kernel"].dtype
 
-    def moved(name: str, width: int, to: Callable[[Array], Array]) -> dict[str, Array]:
-        found = params.get(name) or {"kernel": jnp.eye(width)[None, None], "bias": jnp.zeros(width)}
-        kernel, bias = (jnp.asarray(found[leaf], jnp.float32) for leaf in ("kernel", "bias"))
-        return {"kernel": kernel.astype(dtype), "bias": (bias + to(kernel)).astype(dtype)}
+    def with_bias(name: str, width: int, added_bias: Callable[[Array], Array]) -> dict[str, Array]:
+        layer = params.get(name) or {"kernel": jnp.eye(width)[None, None], "bias": jnp.zeros(width)}
+        kernel, bias = (jnp.asarray(layer[leaf], jnp.float32) for leaf in ("kernel", "bias"))
+        return {"kernel": kernel.astype(dtype), "bias": (bias + added_bias(kernel)).astype(dtype)}
 
-    quant = moved("quant_conv", 2 * z, lambda _: jnp.where(jnp.arange(2 * z) < z, -shift, 0.0))  # the means' half
-    post = moved("post_quant_conv", z, lambda kernel: shift * kernel.sum((0, 1, 2)))
+    # The first z of the 2 z outputs are the means.
+    quant = with_bias("quant_conv", 2 * z, lambda _: jnp.where(jnp.arange(2 * z) < z, -shift, 0.0))
+    post = with_bias("post_quant_conv", z, lambda kernel: shift * kernel.sum((0, 1, 2)))
     config = replace(config, use_quant_conv=True, use_post_quant_conv=True, shift_factor=0.0)
     return config, {**params, "quant_conv": quant, "post_quant_conv": post}
 
 
 class _Stage(nn.Module):
-    """The resolution-keeping modules of one block: `depth` residual blocks."""
+    """A stack of `depth` residual blocks of one width, then the resampling layer if there is one."""
 
     features: int
     depth: int
@@ -158,7 +195,7 @@ class _Stage(nn.Module):
 
 
 class _Middle(nn.Module):
-    """Residual block, self-attention, residual block at the lowest resolution."""
+    """The residual block, self-attention and residual block at the lowest resolution."""
 
     num_groups: int
     attention: bool
@@ -175,7 +212,7 @@ class _Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (b, h, w, 3) to moments (b, h/f, w/f, 2 z)."""
+    """The network from an image (b, h, w, 3) to moments (b, h/f, w/f, 2 z): means, then log-variances."""
 
     config: AutoencoderConfig
     remat: bool = False
@@ -200,7 +237,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (b, h, w, z) to image (b, f h, f w, 3), or to the features that `conv_out` reads."""
+    """The network from a latent (b, h, w, z) to an image (b, f h, f w, 3), or to the features that `conv_out` reads."""
 
     config: AutoencoderConfig
     remat: bool = False
@@ -227,9 +264,19 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The autoencoder. Latents here are unscaled; `scale` and `unscale` convert to and from diffusion latents.
+    """The KL autoencoder of Stable Diffusion (Rombach et al. 2022, section 3.1).
 
-    `remat` recomputes the residual blocks in the backward pass, trading a third more compute for memory.
+    Latents here are unscaled; `scale` and `unscale` convert to and from diffusion latents. `remat` recomputes the
+    residual blocks in the backward pass, trading a third more compute for memory.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import AutoencoderConfig, AutoencoderKL
+    >>> vae = AutoencoderKL(AutoencoderConfig(latent_channels=16, block_out_channels=(4, 4), norm_num_groups=2))
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    >>> image, variables = jax.eval_shape(vae.init_with_output, jax.random.key(0), x)
+    >>> mean, logvar = jax.eval_shape(lambda v, x: vae.apply(v, x, method="encode"), variables, x)
+    >>> mean.shape, logvar.shape, image.shape
+    ((1, 4, 4, 16), (1, 4, 4, 16), (1, 8, 8, 3))
     """
 
     config: AutoencoderConfig
@@ -248,7 +295,10 @@ class AutoencoderKL(nn.Module):
             self.post_quant_conv = conv(c.latent_channels, 1, **types)
 
     def encode(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 z"], Float[Array, "b h2 w2 z"]]:
-        """Mean and log-variance, in float32, of q(z | x) for images in [-1, 1] with sides divisible by the factor."""
+        """Return mean and log-variance of q(z | x), in float32, for images in [-1, 1].
+
+        Raises ValueError unless both sides are multiples of `config.downsample_factor`.
+        """
         factor = self.config.downsample_factor
         if x.shape[1] % factor or x.shape[2] % factor:
             raise ValueError(f"image {x.shape[1]}x{x.shape[2]}: sides must be multiples of {factor}; pad or crop it")
@@ -259,17 +309,20 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
     def decode(self, z: Float[Array, "b h w z"], features: bool = False) -> Float[Array, "b h2 w2 c"]:
-        """Image of a latent; with `features`, the activations just before the decoder's last convolution."""
+        """Return the image of a latent; with `features`, the activations just before the decoder's last convolution."""
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z, features)
 
     def __call__(self, x: Float[Array, "b h w c"], key: Key[Array, ""] | None = None) -> Float[Array, "b h w c"]:
-        """Reconstruction from the posterior mean, or from a sample when a key is given."""
+        """Return the reconstruction from the posterior mean, or from a sample when a key is given."""
         mean, logvar = self.encode(x)
         return self.decode(mean if key is None else sample_latent(mean, logvar, key))
 
 
 def last_convolution(vae: AutoencoderKL) -> nn.Conv:
-    """The decoder's `conv_out` alone: apply it to `decode(z, features=True)` with params["decoder"]["conv_out"]."""
+    """Return the decoder's `conv_out` as a module of its own.
+
+    Apply it to `decode(z, features=True)` with the parameters params["decoder"]["conv_out"].
+    """
     return conv(vae.config.out_channels, dtype=vae.dtype, param_dtype=vae.param_dtype)

@@ -1,4 +1,4 @@
-"""PatchGAN discriminator (Isola et al. 2017, section 3.2.2) and the hinge losses (Lim & Ye 2017)."""
+"""The PatchGAN discriminator (Isola et al. 2017, section 3.2.2) and the hinge losses (Lim & Ye 2017)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from vae16.layers import GroupNorm
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """`n_layers` strided and widening convolutions from width `ndf`; a logit sees 70 pixels for n_layers=3."""
+    """The size of a PatchGAN discriminator: `n_layers` strided and widening convolutions from width `ndf`.
+
+    Each logit sees a patch of 70 x 70 pixels for n_layers=3. group_size: channels that are normalised together.
+    Raises ValueError unless n_layers is at least 1 and group_size divides 2 ndf.
+    """
 
     ndf: int = 64
     n_layers: int = 3
@@ -28,11 +32,19 @@ class DiscriminatorConfig:
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (b, h, w, c) to a map of logits, one for each patch.
+    """The PatchGAN discriminator: images (b, h, w, c) to a map of logits, one for each patch.
 
     The original normalises by batch statistics. Here groups of `group_size` channels of one image are normalised
     instead: no running averages to carry beside the parameters, no dependence on how real and generated images are
     batched or sharded, and, unlike instance norm, the contrast of a channel against its group survives.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import DiscriminatorConfig, PatchDiscriminator
+    >>> critic = PatchDiscriminator(DiscriminatorConfig(ndf=4, group_size=4, n_layers=2))
+    >>> x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    >>> logits, _ = jax.eval_shape(critic.init_with_output, jax.random.key(0), x)
+    >>> logits.shape
+    (2, 6, 6, 1)
     """
 
     config: DiscriminatorConfig = DiscriminatorConfig()
@@ -61,10 +73,24 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_discriminator(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
-    """(mean relu(1 - real) + mean relu(1 + fake)) / 2."""
+    """Return the discriminator's hinge loss, (mean relu(1 - real) + mean relu(1 + fake)) / 2 (Lim & Ye 2017).
+
+    real, fake: logits of real and of generated images, of any shape.
+
+    >>> import jax.numpy as jnp
+    >>> from vae16 import hinge_discriminator
+    >>> float(hinge_discriminator(real=jnp.array([2.0, 0.0]), fake=jnp.array([-2.0, 1.0])))
+    0.75
+    """
     return 0.5 * (jnp.maximum(1.0 - real, 0.0).mean() + jnp.maximum(1.0 + fake, 0.0).mean())
 
 
 def hinge_generator(fake: Float[Array, "..."]) -> Float[Array, ""]:
-    """-mean fake."""
+    """Return the generator's hinge loss, -mean fake, of the logits of generated images.
+
+    >>> import jax.numpy as jnp
+    >>> from vae16 import hinge_generator
+    >>> float(hinge_generator(jnp.array([1.0, 3.0])))
+    -2.0
+    """
     return -fake.mean()

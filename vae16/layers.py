@@ -1,6 +1,6 @@
-"""Building blocks of the autoencoder: convolutions, group norm from moments, residual block, attention, resampling.
+"""The building blocks of the autoencoder: convolution, group norm, residual block, attention, resampling.
 
-Everything is (b, h, w, c). Parameter paths follow the PyTorch names (see rules.py).
+Arrays are (b, h, w, c). Parameter paths follow the PyTorch names (see rules.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ from jaxtyping import Array, Float
 from vae16 import gpu_group_norm
 from vae16.convolution import convolve, corners
 
-Types = dict[str, Any]  # the dtype and param_dtype of a module, handed on to its children
+Types = dict[str, Any]  # the dtype and param_dtype of a module, which its children get too
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
 
 
 @contextmanager
 def portable() -> Iterator[None]:
-    """What is traced inside has no kernels of our own: those are for the machine at hand and its version of Triton."""
+    """Keep this package's own GPU kernels out of everything that is traced inside the `with` block.
+
+    Programs that are exported for other machines need this: the kernels are compiled for this machine's GPU and
+    version of Triton.
+    """
     token = _portable.set(True)
     try:
         yield
@@ -45,7 +49,7 @@ def conv(
     name: str | None = None,
     use_bias: bool = True,
 ) -> nn.Conv:
-    """Stride-1 convolution with PyTorch's symmetric padding ``size // 2``."""
+    """Return a convolution layer of stride 1 with PyTorch's symmetric padding, size // 2 pixels on each side."""
     return nn.Conv(
         features,
         (size, size),
@@ -59,18 +63,22 @@ def conv(
 
 
 def attend(q: Float[Array, "b n c"], k: Float[Array, "b n c"], v: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-    """Single-head attention, softmax in float32; the one place where this package attends."""
+    """Return single-head attention softmax(q k^T / sqrt(c)) v, with the softmax in float32.
+
+    This is the only function of this package that computes attention.
+    """
     dtype = q.dtype
     if dtype == jnp.float16 and jax.default_backend() != "gpu":
-        # jax asks for float16 products summed in float32, which it has on GPUs alone.
+        # jax sums float16 products in float32 here, which is implemented on GPUs only.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     return jax.nn.dot_product_attention(q[:, :, None], k[:, :, None], v[:, :, None])[:, :, 0].astype(dtype)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He 2018, eq. 1), with SiLU behind it if asked for. See `normalise`.
+    """Group normalisation (Wu & He 2018, eq. 1), followed by SiLU if `silu`; see `normalise`.
 
-    In bfloat16 a GPU takes one kernel for all of it (`vae16/gpu_group_norm.py`), unless there is a gradient to be had.
+    In bfloat16 a GPU runs all of it as one kernel (`vae16/gpu_group_norm.py`), unless a gradient is computed. Raises
+    ValueError unless num_groups divides the channels.
     """
 
     num_groups: int
@@ -83,11 +91,11 @@ class GroupNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], offset: Float[Array, "b c"] | None = None
     ) -> Float[Array, "b h w c"]:
-        """offset: added to every pixel of x beforehand, for which moments need no other pass over x."""
+        """Return the norm of x + offset, where the offset of every pixel costs no further pass over x."""
         b, _, _, c = x.shape
         if c % self.num_groups:
             raise ValueError(
-                f"{self.name}: {c} channels do not divide into {self.num_groups} groups; change the groups"
+                f"{self.name}: {c} channels do not divide into {self.num_groups} groups; change num_groups"
             )
         scale = self.param("scale", nn.initializers.ones_init(), (c,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (c,), self.param_dtype)
@@ -99,7 +107,7 @@ class GroupNorm(nn.Module):
 
 
 class Normalisation(NamedTuple):
-    """Of a group norm what is static. silu: whether SiLU follows."""
+    """The static options of a group norm: number of groups, epsilon, and whether SiLU follows."""
 
     groups: int
     epsilon: float
@@ -113,12 +121,20 @@ def normalise(
     scale: Float[Array, " c"],
     bias: Float[Array, " c"],
 ) -> Float[Array, "b h w c"]:
-    """Group norm of x + offset, folded into one multiply-add on the activation; float32 whatever comes in.
+    """Return the group norm of x + offset, computed and returned in float32.
 
-    First and second moments per channel give those of the group, and mean, variance, scale, bias and offset fold into
-    ``x * a + b`` with a, b of shape (b, 1, 1, c). The second moment is taken about a sample of the channel itself (any
-    constant shift cancels in exact arithmetic), which avoids the cancellation of E[x^2] - E[x]^2 when the mean is
-    large; about zero in bfloat16, whose eight bits leave nothing for it to cancel.
+    First and second moments per channel give those of the group, and mean, variance, scale, bias and offset become one
+    multiply-add x * a + b with a, b of shape (b, 1, 1, c). The second moment is taken about a sample of the channel
+    itself (any constant shift cancels in exact arithmetic), which avoids the cancellation of E[x^2] - E[x]^2 when the
+    mean is large. In bfloat16 it is taken about zero: the rounding to eight bits is coarser than this cancellation.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16.layers import Normalisation, normalise
+    >>> x, one = jnp.array([-1.0, 1.0]).reshape(1, 1, 2, 1), jnp.ones(1)
+    >>> options = Normalisation(groups=1, epsilon=0.0, silu=False)
+    >>> y = jax.jit(normalise, static_argnums=0)(options, x, jnp.zeros((1, 1)), scale=one, bias=one)
+    >>> [round(float(value), 4) for value in y.ravel()]
+    [0.0, 2.0]
     """
     b, h, w, c = x.shape
     offset, scale, bias = (leaf.astype(jnp.float32) for leaf in (offset, scale, bias))
@@ -141,7 +157,10 @@ def normalise(
 
 
 def _mean(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
-    """Over the pixels: on a CPU each row's by a product, as with XLA's sums the norm takes 1.3 to 2 times as long."""
+    """Return the mean over the pixels.
+
+    On a CPU each row is summed by a matrix product: with XLA's reductions the norm takes 1.3 to 2 times as long.
+    """
 
     def by_products(x: Array) -> Array:
         b, h, w, _ = x.shape
@@ -158,7 +177,8 @@ def _rounded(how: Normalisation, x: Array, *others: Array) -> Array:
 def _normalise_half(how: Normalisation, x: Array, offset: Array, scale: Array, bias: Array) -> Array:
     plain = partial(_rounded, how)
     if not gpu_group_norm.fits(x) or jax.sharding.get_abstract_mesh().manual_axes:
-        return plain(x, offset, scale, bias)  # shard_map and pmap would have to be told what varies over their axes
+        # shard_map and pmap would need to know which of the kernel's outputs vary over their axes.
+        return plain(x, offset, scale, bias)
 
     @custom_vmap
     def run(*arrays: Array) -> Array:
@@ -168,9 +188,11 @@ def _normalise_half(how: Normalisation, x: Array, offset: Array, scale: Array, b
     @run.def_vmap
     def _(copies: int, batched: list[bool], *arrays: Array) -> tuple[Array, bool]:
         if any(batched[2:]):
-            return jax.vmap(plain, [0 if own else None for own in batched])(*arrays), True
-        wide = (jax.lax.broadcast(leaf, () if own else (copies,)) for leaf, own in zip(arrays, batched, strict=True))
-        x, offset = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (next(wide), next(wide)))
+            return jax.vmap(plain, [0 if mapped else None for mapped in batched])(*arrays), True
+        copied = (
+            jax.lax.broadcast(leaf, () if mapped else (copies,)) for leaf, mapped in zip(arrays, batched, strict=True)
+        )
+        x, offset = (leaf.reshape(-1, *leaf.shape[2:]) for leaf in (next(copied), next(copied)))
         return run(x, offset, *arrays[2:]).reshape(copies, -1, *x.shape[1:]), True
 
     return run(x, offset, scale, bias)
@@ -182,7 +204,10 @@ def _(how: Normalisation, primals: tuple[Array, ...], tangents: tuple[Array, ...
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, 3x3 twice, plus the input (through a 1x1 convolution where the width changes)."""
+    """The residual block x + f(f(x)), where f is norm, SiLU and a 3x3 convolution.
+
+    x passes through a 1x1 convolution where the width changes.
+    """
 
     features: int
     num_groups: int
@@ -202,7 +227,7 @@ class ResnetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Single-head self-attention over all positions, with its residual."""
+    """Single-head self-attention over all positions, added to its input: x + attention(norm(x))."""
 
     num_groups: int
     dtype: DTypeLike = jnp.float32
@@ -212,7 +237,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         b, h, w, c = x.shape
-        # Dense layers of rows alone: of (b, n, c) XLA:CPU copies what it contracts for the kernel's gradient.
+        # Dense layers on (b n, c): for the kernel's gradient of (b, n, c) XLA:CPU copies the arrays that it contracts.
         y = GroupNorm(self.num_groups, **types, name="group_norm")(x).reshape(-1, c)
         q, k, v = (nn.Dense(c, **types, name=name)(y).reshape(b, h * w, c) for name in ("to_q", "to_k", "to_v"))
         y = nn.Dense(c, **types, name="to_out_0")(attend(q, k, v).reshape(-1, c))
@@ -220,7 +245,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2, padded below and to the right only, as the published weights expect."""
+    """A 3x3 convolution of stride 2, padded below and to the right only, as the published weights expect."""
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -232,12 +257,12 @@ class Downsample(nn.Module):
 
 
 class NearestConv(nn.Module):
-    """3x3 convolution of the image doubled by nearest neighbour, computed at the original resolution.
+    """A 3x3 convolution of the image doubled by nearest neighbour, computed at the original resolution.
 
-    Each of the four output phases sees two rows and two columns of the input: it is a 2x2 convolution whose kernel
-    adds the taps that fall on the same input pixel. That is 16 instead of 36 products for each input pixel. One
-    convolution has the four windows around a corner of pixels (`folded`): the output's, interleaved, and a rim of one
-    too many (`interleaved`).
+    Each of the four output phases (even or odd row, even or odd column) sees two rows and two columns of the input: it
+    is a 2x2 convolution whose kernel adds the taps that fall on the same input pixel. That is 16 instead of 36 products
+    for each input pixel. One convolution computes the four phases at every corner of a pixel (`folded`); interleaved
+    they are the output plus a border of one pixel, which is removed (`interleaved`).
     """
 
     features: int
@@ -256,10 +281,10 @@ class NearestConv(nn.Module):
 
 
 def folded(kernel: Float[Array, "3 3 c d"]) -> Float[Array, "2 2 c 4*d"]:
-    """The kernels of `NearestConv`'s four phases beside each other."""
+    """Return the kernels of `NearestConv`'s four phases, side by side on the last axis."""
 
     def fold(taps: Array) -> tuple[Array, Array]:
-        """What the later and the earlier of two output pixels make of both input pixels, along the first axis."""
+        """Return the two taps, along the first axis, of the later and of the earlier of two output pixels."""
         return jnp.stack([taps[0] + taps[1], taps[2]]), jnp.stack([taps[0], taps[1] + taps[2]])
 
     phases = [phase.swapaxes(0, 1) for row in fold(kernel) for phase in fold(row.swapaxes(0, 1))]
@@ -267,12 +292,12 @@ def folded(kernel: Float[Array, "3 3 c d"]) -> Float[Array, "2 2 c 4*d"]:
 
 
 def interleaved(corners: Float[Array, "b h+1 w+1 4*d"]) -> Float[Array, "b 2*h 2*w d"]:
-    """The phases' pixels in their places."""
+    """Put the pixels of the four phases at their positions and remove the border."""
     return rearrange(corners, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """The nearest-neighbour doubling of height and width, then a 3x3 convolution."""
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32

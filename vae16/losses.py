@@ -1,9 +1,9 @@
-"""What autoencoders learn from: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022, appendix G), and a
-tiny one from a large one's latents besides (TAESD).
+"""The losses of autoencoders: reconstruction + perceptual + KL + adversarial (Rombach et al. 2022, appendix G).
 
-One loss trains both networks: `params = {"vae": ..., "discriminator": ...}` is one trainable tree, the autoencoder's
-terms see the discriminator behind stop_gradient and the discriminator's see the reconstruction behind one, so a single
-`jax.grad` gives each network its own gradient.
+A tiny autoencoder (TAESD) learns from the latents of a large one instead of the KL divergence. One loss trains both
+networks: `params = {"vae": ..., "discriminator": ...}` is one trainable tree. The autoencoder's terms see the
+discriminator's parameters through stop_gradient, and the discriminator's terms see the reconstruction through
+stop_gradient, so a single `jax.grad` gives each network its own gradient.
 """
 
 from __future__ import annotations
@@ -35,10 +35,16 @@ RECONSTRUCTIONS: Mapping[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PictureLossConfig:
-    """Weights of the terms that look at pictures; the defaults are CompVis' published ones.
+    """The weights of the loss terms that compare images; the defaults are those of CompVis' published training.
 
-    `reduction` "sum" adds errors over h, w, c and averages over the batch, as published; "mean" divides by the number
-    of values of an image, which makes the scale independent of the size.
+    reconstruction: "l1", "l2" or "charbonnier", sqrt(d^2 + 1e-6). reduction: "sum" adds errors over h, w, c and
+    averages over the batch, as published; "mean" divides by the number of values of an image, which makes the scale
+    independent of the size. gan_start: the first step with adversarial terms. gan_weight_max: the limit of the adaptive
+    weight. Raises ValueError for an unknown reconstruction or reduction.
+
+    >>> from vae16 import PictureLossConfig
+    >>> PictureLossConfig().total(values=12), PictureLossConfig(reduction="mean").total(values=12)
+    (12.0, 1.0)
     """
 
     reconstruction: str = "l1"
@@ -55,13 +61,16 @@ class PictureLossConfig:
             raise ValueError(f"reduction: {self.reduction!r} is none of ['mean', 'sum']")
 
     def total(self, values: int) -> float:
-        """What a mean over the `values` of an image is multiplied by."""
+        """Return the factor that turns a mean over the `values` numbers of an image into this `reduction`."""
         return float(values) if self.reduction == "sum" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(PictureLossConfig):
-    """And the weight of the KL divergence, which `reduction` treats as it does errors, so that their balance stays."""
+    """The weights of a KL autoencoder's loss: those of `PictureLossConfig` and kl_weight.
+
+    `reduction` applies to the KL divergence as to the errors, so their balance does not depend on it.
+    """
 
     kl_weight: float = 1e-6
 
@@ -71,18 +80,34 @@ def _apply(module: nn.Module, params: Any, *args: Any, method: str | None = None
 
 
 def kl_divergence(mean: Float[Array, "b h w z"], logvar: Float[Array, "b h w z"]) -> Float[Array, "b"]:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) of each latent in nats (Kingma & Welling 2014, appendix B)."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each latent, in nats (Kingma & Welling 2014, appendix B).
+
+    KL = sum (mean^2 + exp(logvar) - 1 - logvar) / 2 over h, w and z.
+
+    >>> import jax.numpy as jnp
+    >>> from vae16 import kl_divergence
+    >>> kl_divergence(jnp.ones((2, 2, 2, 4)), jnp.zeros((2, 2, 2, 4))).tolist()
+    [8.0, 8.0]
+    """
     return 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).sum((1, 2, 3))
 
 
 def adaptive_weight(nll_gradient: Array, gan_gradient: Array, maximum: float = 1e4) -> Scalar:
-    """|grad nll| / (|grad gan| + 1e-4), clamped (Esser et al. 2021, eq. 7)."""
+    """Return the adaptive weight of the adversarial loss, |grad nll| / (|grad gan| + 1e-4) (Esser et al. 2021, eq. 7).
+
+    Both gradients are those of the decoder's last layer; the weight is clamped to [0, maximum].
+
+    >>> import jax.numpy as jnp
+    >>> from vae16 import adaptive_weight
+    >>> round(float(adaptive_weight(jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]))), 2)
+    2.5
+    """
     norm = jnp.linalg.norm
     return jnp.clip(norm(nll_gradient.ravel()) / (norm(gan_gradient.ravel()) + 1e-4), 0.0, maximum)
 
 
 def _surrogate(value: Scalar, at: Array, gradient: Array) -> Scalar:
-    """A scalar of the given value whose derivative with respect to `at` is the given, already known, gradient."""
+    """Return a scalar of this value whose derivative with respect to `at` is the gradient, which is already known."""
     linear = jnp.vdot(stop_gradient(gradient), at)
     return linear + stop_gradient(value - linear)
 
@@ -97,15 +122,18 @@ def picture_loss(
     step: Int[Array, ""] | int,
     config: PictureLossConfig,
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """The terms that look at pictures, of `draw(kernel)` against `batch_x`; the last convolution's kernel is where the
-    adaptive weight measures. critic: the discriminator's parameters.
+    """Return the loss terms that compare the reconstruction `draw(kernel)` with the images `batch_x`, and metrics.
+
+    kernel: that of the decoder's last convolution, where the adaptive weight measures gradients. critic: the
+    discriminator's parameters. The loss is reconstruction + perceptual_weight * perceptual + gan_weight *
+    adaptive_weight * (-mean D(reconstruction)) + the discriminator's hinge loss; the last two start at gan_start.
     """
     values = batch_x[0].size
 
-    def drawn(kernel: Array) -> Images:
+    def draw_float32(kernel: Array) -> Images:
         return draw(kernel).astype(jnp.float32)
 
-    reconstruction = drawn(kernel)
+    reconstruction = draw_float32(kernel)
 
     def nll(y: Images) -> tuple[Scalar, dict[str, Scalar]]:
         error = RECONSTRUCTIONS[config.reconstruction](y - batch_x)
@@ -122,18 +150,18 @@ def picture_loss(
     def discriminator_logits(weights: Any, y: Images) -> Array:
         return _apply(discriminator, weights, y)
 
-    # Both gradients at the reconstruction are needed for the adaptive weight, and are then all the autoencoder needs
-    # from these terms: the surrogate hands them on, so neither VGG nor the discriminator is differentiated twice.
+    # The adaptive weight needs both gradients at the reconstruction, and the autoencoder needs nothing else from these
+    # terms: the surrogate passes them on, so neither VGG nor the discriminator is differentiated twice.
     frozen = stop_gradient(critic)
-    here = stop_gradient(reconstruction)
-    (nll_value, metrics), nll_gradient = jax.value_and_grad(nll, has_aux=True)(here)
-    gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(discriminator_logits(frozen, y)))(here)
-    _, at_kernel = jax.vjp(drawn, stop_gradient(kernel))
-    balance = adaptive_weight(at_kernel(nll_gradient)[0], at_kernel(gan_gradient)[0], config.gan_weight_max)
+    constant = stop_gradient(reconstruction)
+    (nll_value, metrics), nll_gradient = jax.value_and_grad(nll, has_aux=True)(constant)
+    gan_value, gan_gradient = jax.value_and_grad(lambda y: hinge_generator(discriminator_logits(frozen, y)))(constant)
+    _, kernel_vjp = jax.vjp(draw_float32, stop_gradient(kernel))
+    balance = adaptive_weight(kernel_vjp(nll_gradient)[0], kernel_vjp(gan_gradient)[0], config.gan_weight_max)
     active = jnp.where(jnp.asarray(step) >= config.gan_start, 1.0, 0.0)
     weight = stop_gradient(config.gan_weight * active * balance)
     autoencoder = _surrogate(nll_value + weight * gan_value, reconstruction, nll_gradient + weight * gan_gradient)
-    real, fake = (discriminator_logits(critic, y) for y in (batch_x, here))
+    real, fake = (discriminator_logits(critic, y) for y in (batch_x, constant))
     discrimination = hinge_discriminator(real, fake)
     return autoencoder + active * discrimination, metrics | {
         "gan": gan_value, "gan_weight": weight, "discriminator": discrimination,
@@ -151,24 +179,36 @@ def autoencoder_loss(
     step: Int[Array, ""] | int,
     config: LossConfig,
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """Loss and metrics of a batch of images in [-1, 1].
+    """Return loss and metrics of a KL autoencoder for a batch of images in [-1, 1] (Rombach et al. 2022, appendix G).
 
-    `params` holds "vae" and, with a discriminator, "discriminator". `step` may be traced: before `gan_start` the
-    adversarial terms are multiplied by zero. `perceptual(x, y)` gives a distance for each image; it is frozen, so bind
-    its weights, e.g. jax.tree_util.Partial(lpips.apply, {"params": ...}), and pass it to the jitted step as an
-    argument, or they become constants of the compiled program.
+    The loss is that of `picture_loss` plus kl_weight * KL. `params` holds "vae" and, with a discriminator,
+    "discriminator". `step` may be traced: before `gan_start` the adversarial terms are multiplied by zero.
+    `perceptual(x, y)` returns a distance for each image; it is not trained, so bind its weights, e.g.
+    jax.tree_util.Partial(lpips.apply, {"params": ...}), and pass it to the jitted step as an argument; else its weights
+    become constants of the compiled program.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import AutoencoderConfig, AutoencoderKL, LossConfig, autoencoder_loss
+    >>> vae = AutoencoderKL(AutoencoderConfig(block_out_channels=(2,), norm_num_groups=1))
+    >>> x = jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
+    >>> params = {"vae": jax.eval_shape(vae.init, jax.random.key(0), x)["params"]}
+    >>> def loss(params, x):
+    ...     return autoencoder_loss(vae, None, None, params, x, jax.random.key(1), 0, LossConfig())
+    >>> total, metrics = jax.eval_shape(loss, params, x)
+    >>> total.shape, sorted(metrics)
+    ((), ['kl', 'loss', 'reconstruction'])
     """
     values = batch_x[0].size
     mean, logvar = _apply(vae, params["vae"], batch_x, method="encode")
     features = _apply(vae, params["vae"], sample_latent(mean, logvar, key), True, method="decode")
-    layer, last = last_convolution(vae), params["vae"]["decoder"]["conv_out"]
+    layer, last_params = last_convolution(vae), params["vae"]["decoder"]["conv_out"]
 
     def draw(kernel: Array) -> Images:
-        return _apply(layer, {**last, "kernel": kernel}, features)
+        return _apply(layer, {**last_params, "kernel": kernel}, features)
 
     kl = kl_divergence(mean, logvar).mean()
     critic = params.get("discriminator")
-    loss, metrics = picture_loss(draw, last["kernel"], discriminator, perceptual, critic, batch_x, step, config)
+    loss, metrics = picture_loss(draw, last_params["kernel"], discriminator, perceptual, critic, batch_x, step, config)
     loss += config.kl_weight * kl * config.total(values) / values
     return loss, metrics | {"kl": kl, "loss": loss}
 
@@ -185,23 +225,37 @@ def tiny_loss(
     step: Int[Array, ""] | int,
     config: PictureLossConfig,
 ) -> tuple[Scalar, dict[str, Scalar]]:
-    """Loss and metrics of a tiny autoencoder that is to stand in for `teacher` (Bohan 2023, TAESD).
+    """Return loss and metrics of a tiny autoencoder that learns to replace `teacher` (Bohan 2023, TAESD).
 
-    The encoder learns the mean of the teacher's posterior, as a diffusion network has it (`scale`), by squared error;
-    the decoder draws the images themselves from samples of it. The two share no parameter. `params` as those of
-    `autoencoder_loss`, "vae" the tiny one.
+    The encoder learns the mean of the teacher's posterior, in the units of the diffusion network (`scale`), by squared
+    error; the decoder learns to reconstruct the images from samples of that posterior, by `picture_loss`. The two share
+    no parameters. `params` is as in `autoencoder_loss`, with the tiny autoencoder as "vae".
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import AutoencoderConfig, AutoencoderKL, AutoencoderTiny, PictureLossConfig, TinyConfig, tiny_loss
+    >>> teacher = AutoencoderKL(AutoencoderConfig(block_out_channels=(2, 2), norm_num_groups=1))
+    >>> blocks = {f"{half}_block_out_channels": (2, 2) for half in ("encoder", "decoder")}
+    >>> tiny = AutoencoderTiny(TinyConfig(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)))
+    >>> x = jax.ShapeDtypeStruct((1, 4, 4, 3), jnp.float32)
+    >>> params, teacher_params = (jax.eval_shape(vae.init, jax.random.key(0), x)["params"] for vae in (tiny, teacher))
+    >>> def loss(params, teacher_params, x):
+    ...     key, config = jax.random.key(1), PictureLossConfig()
+    ...     return tiny_loss(tiny, teacher, None, None, {"vae": params}, teacher_params, x, key, 0, config)
+    >>> total, metrics = jax.eval_shape(loss, params, teacher_params, x)
+    >>> total.shape, sorted(metrics)
+    ((), ['latent', 'loss', 'reconstruction'])
     """
     mean, logvar = stop_gradient(_apply(teacher, teacher_params, batch_x, method="encode"))
-    own, _ = _apply(tiny, params["vae"], batch_x, method="encode")
-    latent = jnp.square(own - scale(mean, teacher.config)).mean()
+    tiny_latent, _ = _apply(tiny, params["vae"], batch_x, method="encode")
+    latent = jnp.square(tiny_latent - scale(mean, teacher.config)).mean()
     sample = scale(sample_latent(mean, logvar, key), teacher.config)
     features = _apply(tiny, params["vae"], sample, True, method="decode")
-    last = params["vae"]["decoder"][last_layer(tiny.config)]
+    last_params = params["vae"]["decoder"][last_layer(tiny.config)]
 
     def draw(kernel: Array) -> Images:
-        return paint(tiny, {**last, "kernel": kernel}, features)
+        return paint(tiny, {**last_params, "kernel": kernel}, features)
 
     critic = params.get("discriminator")
-    loss, metrics = picture_loss(draw, last["kernel"], discriminator, perceptual, critic, batch_x, step, config)
+    loss, metrics = picture_loss(draw, last_params["kernel"], discriminator, perceptual, critic, batch_x, step, config)
     loss += latent * config.total(batch_x[0].size)
     return loss, metrics | {"latent": latent, "loss": loss}

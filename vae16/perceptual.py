@@ -22,16 +22,25 @@ _SCALE = (0.458, 0.448, 0.450)
 
 @dataclass(frozen=True, kw_only=True)
 class LPIPSConfig:
-    """Widths of the five stages; VGG16's by default."""
+    """The widths of the five stages; VGG16's by default."""
 
     channels: tuple[int, int, int, int, int] = (64, 128, 256, 512, 512)
 
 
 class LPIPS(nn.Module):
-    """Distance (b,) between images (b, h, w, 3) in [-1, 1]; sides of at least 16 pixels.
+    """The perceptual distance LPIPS (Zhang et al. 2018, eq. 1): a number (b,) for two batches of images (b, h, w, 3).
 
-    Features of each stage are normalised to unit length over channels; their squared difference is weighted by a
-    non-negative linear head, averaged over positions and summed over the stages.
+    d(x, y) = sum_l mean_hw w_l . (f_l(x) - f_l(y))^2, where f_l are the features of stage l, normalised to unit length
+    over channels, and w_l >= 0 a linear head. Images are in [-1, 1]. Raises ValueError unless both batches have one
+    shape with 3 channels and sides of at least 16 pixels.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import LPIPS, LPIPSConfig
+    >>> lpips = LPIPS(LPIPSConfig(channels=(2, 2, 2, 2, 2)))
+    >>> x = jax.ShapeDtypeStruct((4, 16, 16, 3), jnp.float32)
+    >>> distance, _ = jax.eval_shape(lpips.init_with_output, jax.random.key(0), x, x)
+    >>> distance.shape
+    (4,)
     """
 
     config: LPIPSConfig = LPIPSConfig()
@@ -41,9 +50,11 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]) -> Float[Array, "b"]:
         if x.shape != y.shape or x.shape[-1] != 3 or min(x.shape[1:3]) < 16:
-            raise ValueError(f"LPIPS: {x.shape} and {y.shape}: needs two equal RGB batches of at least 16x16 pixels")
+            raise ValueError(
+                f"LPIPS: {x.shape} and {y.shape}: needs two RGB batches of one shape, of at least 16x16 pixels"
+            )
         shift, scale = jnp.asarray(_SHIFT, x.dtype), jnp.asarray(_SCALE, x.dtype)
-        # Two passes rather than one on [x; y]: the gradient in y then costs nothing for x.
+        # Two passes rather than one on [x; y], so that a gradient in y alone does not compute one for x.
         pair = [(image - shift) / scale for image in (x, y)]
         distance = jnp.zeros(len(x), jnp.float32)
         index = 0  # position in torchvision's Sequential, which also counts activations and pools
@@ -67,7 +78,7 @@ class LPIPS(nn.Module):
 
 
 def _unit(h: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Unit length over channels; zero, with zero gradient, where all channels are zero."""
+    """Scale to unit length over channels; zero, with zero gradient, where all channels are zero."""
     h = h.astype(jnp.float32)
     square = jnp.square(h).sum(-1, keepdims=True)
     length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)

@@ -1,4 +1,4 @@
-"""PyTorch names of the parameter paths: regexes applied in order to the "/"-joined path. Data only."""
+"""The PyTorch names of the parameter paths: regexes applied in order to the "/"-joined path. Data only."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ RULES: tuple[tuple[str, str], ...] = (_INDEX,)
 # diffusers' AutoencoderTiny: encoder/layers_1/conv_0 -> encoder.layers.1.conv.0
 TINY_RULES: tuple[tuple[str, str], ...] = (_INDEX,)
 
-# The original TAESD, a file for each half, told apart by the first word: encoder/layers_1/conv_0 -> encoder.1.conv.0
-# Its decoder begins with the clamp of the latents, which is no layer in diffusers: all that follows is one place later.
+# The original TAESD, one file for each half, whose name comes first: encoder/layers_1/conv_0 -> encoder.1.conv.0
+# Its decoder begins with the clamp of the latents, which is no layer in diffusers, so all numbers are one higher.
 TINY_ORIGINAL_RULES: tuple[tuple[str, str], ...] = (
     (r"^encoder/layers_", "encoder/"),
     *((rf"^decoder/layers_{i}/", f"decoder/{i + 1}/") for i in range(100)),
@@ -21,7 +21,7 @@ TINY_ORIGINAL_RULES: tuple[tuple[str, str], ...] = (
 # VGG16 as torchvision names it, with the linear heads of the lpips package: lin0/kernel -> lin0.model.1.weight
 LPIPS_RULES: tuple[tuple[str, str], ...] = ((r"^lin(\d)/", r"lin\1.model.1/"), _INDEX)
 
-# The state dict of the lpips package itself, where the trunk is cut into five slices.
+# The state dict of the lpips package itself, which divides the trunk into five slices.
 LPIPS_PACKAGE_RULES: tuple[tuple[str, str], ...] = (
     (r"^features_(0|2)/", r"net/slice1_\1/"),
     (r"^features_(5|7)/", r"net/slice2_\1/"),
@@ -31,5 +31,5 @@ LPIPS_PACKAGE_RULES: tuple[tuple[str, str], ...] = (
     *LPIPS_RULES,
 )
 
-# Keys of those files that hold no parameter of the network here (regexes on the PyTorch name).
+# Keys of those files that are no parameter of this network (regexes on the PyTorch name).
 LPIPS_OPTIONAL: tuple[str, ...] = (r"^classifier\.", r"^scaling_layer\.", r"^lins\.")

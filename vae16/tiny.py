@@ -1,6 +1,7 @@
 """AutoencoderTiny: TAESD (Bohan 2023, github.com/madebyollin/taesd), a distilled autoencoder for previews and streams.
 
-Convolutions and ReLU only. Its latents are the diffusion network's own: `scale` and `unscale` leave them as they are.
+It has convolutions and ReLU only. Its latents are in the diffusion network's units: `scale` and `unscale` do not change
+them.
 """
 
 from __future__ import annotations
@@ -37,10 +38,18 @@ _DEPTHS = ("num_encoder_blocks", "num_decoder_blocks")
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """The keys of diffusers' AutoencoderTiny config.json and its defaults, which are TAESD's and TAESDXL's geometry.
+    """The architecture of an AutoencoderTiny: the keys of diffusers' config.json; the defaults are TAESD and TAESDXL.
 
-    latent_magnitude, latent_shift: z / (2 magnitude) + shift lies in [0, 1], for storing latents as bytes; neither
+    latent_magnitude, latent_shift: z / (2 magnitude) + shift is in [0, 1], for storing latents as bytes; neither
     encode nor decode uses them. act_fn: between the convolutions of a block; after its sum there is always a ReLU.
+    Raises ValueError unless each half has one width, one depth for each entry of its widths, a known act_fn, and the
+    decoder enlarges as much as the encoder shrinks.
+
+    >>> from vae16 import TAESD, TAESD3, TinyConfig
+    >>> TAESD.downsample_factor, TAESD.latent_channels, TAESD3.latent_channels
+    (8, 4, 16)
+    >>> TinyConfig.from_dict(TAESD3.to_dict()) == TAESD3
+    True
     """
 
     in_channels: int = 3
@@ -62,25 +71,30 @@ class TinyConfig:
         for width, depth in zip(_WIDTHS, _DEPTHS, strict=True):
             widths, depths = getattr(self, width), getattr(self, depth)
             if len(set(widths)) != 1:
-                raise ValueError(f"{width}: {list(widths)} must be one width, repeated: no layer changes it on the way")
+                raise ValueError(f"{width}: {list(widths)} must repeat one width: no layer changes the width")
             if len(widths) != len(depths):
-                raise ValueError(f"{depth}: {list(depths)} has {len(depths)} entries, {width} {len(widths)}")
+                raise ValueError(
+                    f"{depth}: {list(depths)} has {len(depths)} entries, but {width} has {len(widths)}; use one length"
+                )
         if self.act_fn not in ACTIVATIONS:
-            raise ValueError(f"act_fn: {self.act_fn!r} is none of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"act_fn: {self.act_fn!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
         up = self.upsampling_scaling_factor ** (len(self.num_decoder_blocks) - 1)
         if up != self.downsample_factor:
             raise ValueError(
-                f"num_decoder_blocks: the decoder enlarges by {up}, the encoder shrinks by {self.downsample_factor}"
+                f"num_decoder_blocks: the decoder enlarges by {up}, but the encoder shrinks by {self.downsample_factor}"
             )
 
     @property
     def downsample_factor(self) -> int:
-        """Pixels per latent position along one side."""
+        """The number of pixels per latent position along one side."""
         return int(2 ** (len(self.num_encoder_blocks) - 1))
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], *, source: str = "config.json") -> TinyConfig:
-        """Read a config.json; ValueError names any key whose value would change the result and is not supported."""
+        """Read the content of a config.json.
+
+        Raises ValueError that names `source` and the key whose value would change the result and is not supported.
+        """
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in d.items():
@@ -88,7 +102,7 @@ class TinyConfig:
                 values[key] = tuple(value) if key in _WIDTHS + _DEPTHS else value
             elif key == "upsample_fn" and value != "nearest":
                 raise ValueError(f"{source}: upsample_fn: {value!r} is not supported; only 'nearest' is")
-            # diffusers repeats the decoder's widths as block_out_channels, and does not read them back.
+            # diffusers writes the decoder's widths as block_out_channels too, and does not read that key.
             elif key not in ("upsample_fn", "block_out_channels") and not key.startswith("_") and value is not None:
                 raise ValueError(f"{source}: {key}={value!r} is not supported by AutoencoderTiny; remove it if unused")
         try:
@@ -97,7 +111,7 @@ class TinyConfig:
             raise ValueError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that diffusers loads."""
+        """Return the content of a config.json that diffusers loads."""
         lists = {key: list(getattr(self, key)) for key in _WIDTHS + _DEPTHS}
         return {"_class_name": "AutoencoderTiny"} | asdict(self) | lists
 
@@ -107,7 +121,7 @@ TAESD3 = TinyConfig(latent_channels=16)
 
 
 class _Block(nn.Module):
-    """Three 3x3 convolutions beside the identity, and a ReLU of the sum."""
+    """A residual block: the ReLU of x plus three 3x3 convolutions of x."""
 
     act: str
     dtype: DTypeLike = jnp.float32
@@ -123,12 +137,12 @@ class _Block(nn.Module):
 
 
 def _names() -> Iterator[str]:
-    """Places in torch's Sequential."""
+    """Count layer names by their index in torch's Sequential."""
     return (f"layers_{i}" for i in count())
 
 
 class _Encoder(nn.Module):
-    """Image (b, h, w, c) in [0, 1] to latent (b, h/f, w/f, z)."""
+    """The network from an image (b, h, w, c) in [0, 1] to a latent (b, h/f, w/f, z)."""
 
     config: TinyConfig
     dtype: DTypeLike = jnp.float32
@@ -150,7 +164,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Latent (b, h, w, z) to image (b, f h, f w, c) in [0, 1]."""
+    """The network from a latent (b, h, w, z) to an image (b, f h, f w, c) in [0, 1]."""
 
     config: TinyConfig
     dtype: DTypeLike = jnp.float32
@@ -162,7 +176,7 @@ class _Decoder(nn.Module):
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, factor = c.decoder_block_out_channels[0], c.upsampling_scaling_factor
         x = ACTIVATIONS[c.act_fn](conv(width, **types, name=next(names))(z))
-        next(names)  # the activation has a place in the Sequential too, as each enlargement below
+        next(names)  # the activation has an index in the Sequential too, and so has each enlargement below
         for i, depth in enumerate(c.num_decoder_blocks):
             if i:
                 next(names)
@@ -177,7 +191,20 @@ class _Decoder(nn.Module):
 
 
 class AutoencoderTiny(nn.Module):
-    """The tiny autoencoder, called as AutoencoderKL is. Latents need no scaling: its config says 1 and 0."""
+    """The tiny autoencoder (TAESD), with the methods of AutoencoderKL.
+
+    Its latents need no scaling: scaling_factor is 1 and shift_factor 0.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from vae16 import AutoencoderTiny, TinyConfig
+    >>> blocks = {f"{half}_block_out_channels": (4, 4) for half in ("encoder", "decoder")}
+    >>> vae = AutoencoderTiny(TinyConfig(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)))
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    >>> image, variables = jax.eval_shape(vae.init_with_output, jax.random.key(0), x)
+    >>> z, _ = jax.eval_shape(lambda v, x: vae.apply(v, x, method="encode"), variables, x)
+    >>> z.shape, image.shape
+    ((1, 4, 4, 4), (1, 8, 8, 3))
+    """
 
     config: TinyConfig
     dtype: DTypeLike = jnp.float32
@@ -189,9 +216,10 @@ class AutoencoderTiny(nn.Module):
         self.decoder = _Decoder(self.config, **types)
 
     def encode(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 z"], Float[Array, "b h2 w2 z"]]:
-        """Latent, in float32, of images in [-1, 1] with sides divisible by the factor, and its log-variance.
+        """Return the latent of images in [-1, 1], in float32, and its log-variance.
 
-        This encoder has no variance: its logarithm is -inf, with which `sample_latent` returns the latent itself.
+        This encoder has no variance: the log-variance is -inf, with which `sample_latent` returns the latent itself.
+        Raises ValueError unless both sides are multiples of `config.downsample_factor`.
         """
         factor = self.config.downsample_factor
         if x.shape[1] % factor or x.shape[2] % factor:
@@ -200,26 +228,30 @@ class AutoencoderTiny(nn.Module):
         return z, jnp.full_like(z, -jnp.inf)
 
     def decode(self, z: Float[Array, "b h w z"], features: bool = False) -> Float[Array, "b h2 w2 c"]:
-        """Image, in about [-1, 1], of a latent; the latent is held softly within [-3, 3] first.
+        """Return the image, in about [-1, 1], of a latent z, which is first limited to [-3, 3] as 3 tanh(z / 3).
 
-        features: the activations just before the decoder's last convolution instead, which `paint` makes the image of.
+        With `features`, return the activations just before the decoder's last convolution; `paint` turns these into
+        the image.
         """
         x = self.decoder(3 * jnp.tanh(z / 3), features)
         return x if features else 2 * x - 1
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Reconstruction; diffusers' `forward` rounds the latent to bytes on the way, this does not."""
+        """Return the reconstruction; unlike diffusers' `forward`, without rounding the latent to bytes."""
         return self.decode(self.encode(x)[0])
 
 
 def last_layer(config: TinyConfig) -> str:
-    """The name of the decoder's last convolution."""
+    """Return the name of the decoder's last convolution in its parameter tree."""
     depths = config.num_decoder_blocks
     return f"layers_{2 * len(depths) + sum(depths)}"
 
 
 def paint(vae: AutoencoderTiny, params: Mapping[str, Any], features: Array) -> Float[Array, "b h w c"]:
-    """The image of `decode(z, features=True)`, by the last convolution of these parameters alone."""
+    """Return the image of the activations `decode(z, features=True)`.
+
+    params: those of the decoder's last convolution, params["decoder"][last_layer(config)].
+    """
     layer = conv(vae.config.out_channels, dtype=vae.dtype, param_dtype=vae.param_dtype)
-    made: Any = layer.apply({"params": params}, features)
-    return 2 * made - 1
+    image: Any = layer.apply({"params": params}, features)
+    return 2 * image - 1

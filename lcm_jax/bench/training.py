@@ -120,7 +120,7 @@ class Distilled:
         teacher = component(_KIND, self.teacher, dtype).params
         frozen = {"teacher": teacher, "null": self.null}
         first = component(_KIND, self.teacher, "float32").params if self.lora is None else teacher
-        return learner.begin(jax.random.key(0), first, frozen), frozen
+        return learner.init_params(jax.random.key(0), first, frozen), frozen
 
 
 def step(name: str, options: Options, own: Distilled, *, remat: bool = False) -> Row:

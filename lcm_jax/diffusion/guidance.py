@@ -19,15 +19,24 @@ def cfg(
     kind: Kind = "epsilon",
     interval: tuple[Time, Time] | None = None,
 ) -> Denoiser:
-    """Classifier-free guidance (2207.12598) u + scale (c - u), on n rows, from a denoiser of 2n rows [uncond; cond].
+    """Classifier-free guidance (CFG, 2207.12598), u + scale (c - u), of n examples.
 
+    paired: the denoiser of 2n examples [unconditional; conditional].
     scale: a number or (n,); 1 is the conditional prediction. It may be traced, so changing it does not recompile.
     In the w-convention of the LCM paper, scale = 1 + w.
 
-    rescale: phi of 2305.08891 eq. 15-16. The guided output gets, row by row, the standard deviation of the conditional
-    one, mixed by phi. As in diffusers this acts on the network's raw output, so it needs the schedule and the kind.
+    rescale: phi of 2305.08891 eq. 15-16. Each guided output gets the standard deviation of the conditional one, mixed
+    by phi. As in diffusers this acts on the network's raw output, so it needs the schedule and the kind; ValueError
+    without them.
 
     interval: guide only for t_lo <= t <= t_hi in schedule time and use scale 1 outside (2404.07724).
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.guidance import cfg
+    >>> from lcm_jax.typing import Prediction
+    >>> constants = lambda x, t, s=None: Prediction(jnp.arange(2.0).reshape(2, 1, 1, 1), 0.0 * x)  # u 0, c 1
+    >>> float(cfg(constants, 4.0)(jnp.zeros((1, 1, 1, 1)), 0.5).x0.squeeze())
+    4.0
     """
     rescaled = not (isinstance(rescale, (int, float)) and rescale == 0)
     if rescaled and schedule is None:
@@ -58,12 +67,23 @@ def residual_cfg(
     schedule: Schedule,
     delta: Float[Array, "*n"] | float = 1.0,
 ) -> Denoiser:
-    """Residual CFG (StreamDiffusion, 2312.12491 section 3.2): c + (scale - 1) delta (c - v), on n rows, one evaluation.
+    """Residual classifier-free guidance, RCFG (StreamDiffusion, 2312.12491 section 3.2): c + (scale - 1) delta (c - v).
 
-    The negative prediction v is not asked of the network. It is what would lead from x to `virtual_x0`, its eps being
-    (x - alpha x0) / sigma (eq. 5): the frame that was given ("self-negative"), or what the negative prompt once made of
-    one ("onetime-negative"). delta scales the guidance; the paper's u = delta v, the same at delta 1, would leave a
-    share (scale - 1) (1 - delta) of the noise in the picture.
+    It takes one evaluation, as the negative prediction v does not come from the network. v is the virtual residual
+    noise: the prediction that would lead from x to `virtual_x0`, with eps (x - alpha x0) / sigma (eq. 5). virtual_x0 is
+    the input frame ("self-negative"), or what the negative prompt made of a frame once ("onetime-negative"). delta
+    scales the guidance; the paper's u = delta v, the same at delta 1, would leave a share (scale - 1) (1 - delta) of
+    the noise in the picture.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.guidance import residual_cfg
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.typing import Prediction
+    >>> one = jnp.ones((1, 1, 1, 1))
+    >>> denoise = lambda x, t: Prediction(one, one)
+    >>> guided = residual_cfg(denoise, 0.0 * one, 3.0, schedule=RectifiedFlow())
+    >>> float(guided(one, 0.5).x0.squeeze())  # c + (3 - 1) (c - 0)
+    3.0
     """
 
     def guided(x: Image, t: Time, s: Time | None = None) -> Prediction:
@@ -84,11 +104,20 @@ def skip_layer_guidance(
     *,
     interval: tuple[Time, Time],
 ) -> Denoiser:
-    """u + scale (c - u) + skip_scale (c - c_skipped), as SD3.5's reference guides, on n rows.
+    """Skip-layer guidance as in SD3.5's reference: u + scale (c - u) + skip_scale (c - c_skipped), of n examples.
 
-    paired: the denoiser of 2n rows [uncond; cond], as `cfg` takes it. skipped: of n rows with the same conditioning,
-    by a network that passes some of its layers by. It is asked only for t_lo <= t <= t_hi in schedule time, for all
-    rows if for any; elsewhere this is `cfg`.
+    paired: the denoiser of 2n examples [unconditional; conditional], as in `cfg`. skipped: the denoiser of n examples
+    with the same conditioning, by the network without some of its layers. It is evaluated only for
+    t_lo <= t <= t_hi in schedule time, for all examples if for any; elsewhere this is `cfg`.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.guidance import skip_layer_guidance
+    >>> from lcm_jax.typing import Prediction
+    >>> constants = lambda x, t, s=None: Prediction(jnp.arange(2.0).reshape(2, 1, 1, 1), 0.0 * x)  # u 0, c 1
+    >>> without_layers = lambda x, t, s=None: Prediction(0.5 + 0.0 * x, 0.0 * x)
+    >>> guided = skip_layer_guidance(constants, without_layers, 4.0, 2.0, interval=(0.0, 1.0))
+    >>> float(guided(jnp.zeros((1, 1, 1, 1)), 0.5).x0.squeeze())  # 4 + 2 (1 - 0.5)
+    5.0
     """
 
     def denoise(x: Image, t: Time, s: Time | None = None) -> Prediction:
@@ -107,7 +136,7 @@ def skip_layer_guidance(
 
 
 def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"], s: Time | None = None) -> tuple[Prediction, Prediction]:
-    """What a denoiser of 2n rows says of n rows without and with the prompt."""
+    """Return the predictions of n examples without and with the prompt, from a denoiser of 2n."""
 
     def twice(u: Time) -> Time:
         return jnp.concatenate([u, u]) if jnp.ndim(u) else u
@@ -118,7 +147,7 @@ def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"], s: Time | None = 
 
 
 def _move(start: Prediction, away: Prediction, towards: Prediction, w: Array) -> Prediction:
-    """start + w (towards - away)."""
+    """Return start + w (towards - away)."""
     return Prediction(*(y + w * (b - a) for y, a, b in zip(start, away, towards, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Sampling: time grids, made on the host with numpy, and the loop that walks a solver along one.
+"""Sampling: the loop that walks a solver along a time grid. It knows no network and no schedule.
 
 A grid is the list of times t_0 > t_1 > ... > t_N of N steps. Its last entry is where the sample is delivered: the clean
 time, or the first trained timestep if the scheduler config says so (set_alpha_to_one, final_sigmas_type).
@@ -13,9 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.time_grids import (
-    Grid,
-)
+from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.typing import Denoiser, Image, Key, Schedule, Solver
 
 
@@ -32,6 +30,20 @@ def sample(
     """Walk x from grid.times[0] to grid.times[grid.steps]. Under jit, grids of any length share one compilation.
 
     Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given (for parity with others).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.sampling import sample
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import Heun
+    >>> from lcm_jax.diffusion.time_grids import pad
+    >>> from lcm_jax.typing import Prediction
+    >>> flow = RectifiedFlow()
+    >>> to_seven = lambda x, t, s=None: Prediction(7.0 + 0.0 * x, (x - (1.0 - t) * 7.0) / t)  # every image is 7
+    >>> noise = jax.random.normal(jax.random.key(0), (1, 2, 2, 1))
+    >>> x = sample(to_seven, flow, Heun(), pad(flow.grid(3)), noise, jax.random.key(1))
+    >>> bool(jnp.allclose(x, 7.0))
+    True
     """
 
     def body(i: Array, state: tuple[Image, Any]) -> tuple[Image, Any]:
@@ -53,7 +65,19 @@ def trajectory(
     *,
     noise: Float[Array, "n b h w c"] | None = None,
 ) -> Float[Array, "n_plus_1 b h w c"]:
-    """All states of `sample`, the first being x; a scan over the unpadded grid, so each length compiles anew."""
+    """Return all states of `sample`, the first being x: a scan over the unpadded grid, so each length compiles anew.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.sampling import trajectory
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import Euler
+    >>> from lcm_jax.typing import Prediction
+    >>> denoise = lambda x, t, s=None: Prediction(0.0 * x, 4.0 + 0.0 * x)
+    >>> x = jnp.full((1, 1, 1, 1), 4.0)
+    >>> trajectory(denoise, RectifiedFlow(), Euler(), jnp.array([1.0, 0.5, 0.0]), x, jax.random.key(0)).ravel().tolist()
+    [4.0, 2.0, 0.0]
+    """
     times = jnp.asarray(grid, jnp.float32)
     steps = jnp.arange(len(times) - 1)
     sources = jax.vmap(lambda i: jax.random.fold_in(key, i))(steps) if noise is None else noise

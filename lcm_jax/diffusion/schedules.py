@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcm_jax.typing import Schedule, Time
+from lcm_jax.diffusion.time_grids import Spacing, check_steps, even_grid, spaced_times
+from lcm_jax.typing import Kind, Schedule, Time
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
@@ -31,7 +32,19 @@ class DDPM:
 
     rescale_betas_zero_snr shifts and scales alpha so that the last entry is exactly 0 (2305.08891, Alg. 1). There
     sigma/alpha is infinite; on the last open interval it is interpolated towards 4096, the value diffusers uses.
+    ValueError for an unknown beta_schedule or an empty table.
+
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> sd15 = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    >>> float(sd15.alpha(-1)), float(sd15.sigma(-1)), sd15.timesteps
+    (1.0, 0.0, 1000)
+    >>> round(float(sd15.alpha(999) ** 2 + sd15.sigma(999) ** 2), 6)
+    1.0
     """
+
+    keeps_partial_step: ClassVar[bool] = False
+    usual_kind: ClassVar[Kind] = "epsilon"
+    usual_sampler: ClassVar[str] = "ddim"
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -44,6 +57,10 @@ class DDPM:
             raise ValueError(f"beta_schedule {self.beta_schedule!r} is unknown: use one of {', '.join(BETA_SCHEDULES)}")
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}: it must be at least 1")
+
+    @property
+    def timesteps(self) -> int:
+        return self.num_train_timesteps
 
     @property
     def t_min(self) -> float:
@@ -73,8 +90,21 @@ class DDPM:
         times = np.arange(-1, self.num_train_timesteps, dtype=np.float32)
         return jnp.interp(jnp.exp(-jnp.asarray(log_snr, jnp.float32)), _tables(self).ratio, times)
 
+    def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
+        """Return DDIM's grid: N timesteps, leading unless `spacing` says otherwise, and the clean end.
+
+        The end is -1, or with set_alpha_to_one false the table's first entry, 0.
+        """
+        times = spaced_times(
+            steps,
+            spacing=spacing.timestep_spacing or "leading",
+            steps_offset=spacing.steps_offset,
+            num_train_timesteps=spacing.num_train_timesteps,
+        )
+        return np.append(times, -1.0 if spacing.set_alpha_to_one else 0.0)
+
     def _look_up(self, t: Time) -> tuple[_Tables, Array, Array]:
-        """The entries at floor(t), whether t is that integer, and the interpolated sigma/alpha."""
+        """Return the entries at floor(t), whether t is that integer, and the interpolated sigma/alpha."""
         t = jnp.asarray(t, jnp.float32)
         low = jnp.clip(jnp.floor(t), self.t_min, self.t_max)
         weight = jnp.clip(t - low, 0.0, 1.0)
@@ -90,8 +120,18 @@ class RectifiedFlow:
     """Straight paths (2209.03003; SD3, 2403.03206): alpha = 1 - t', sigma = t', t' = shift t / (1 + (shift - 1) t).
 
     Time t in [0, 1], no unit; the shift (2403.03206 eq. 23) belongs to the schedule, so a uniform grid in t is the
-    shifted one in sigma. The network is given 1000 t'.
+    shifted one in sigma. The network receives 1000 t'. ValueError for a shift that is not positive.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> flow = RectifiedFlow(shift=3.0)
+    >>> float(flow.alpha(0.5)), float(flow.sigma(0.5)), float(flow.network_time(0.5))
+    (0.25, 0.75, 750.0)
     """
+
+    timesteps: ClassVar[None] = None
+    keeps_partial_step: ClassVar[bool] = True
+    usual_kind: ClassVar[Kind] = "flow"
+    usual_sampler: ClassVar[str] = "euler"
 
     shift: float = 1.0
 
@@ -126,13 +166,37 @@ class RectifiedFlow:
         sigma = jax.nn.sigmoid(-jnp.asarray(log_snr, jnp.float32))
         return sigma / (self.shift - (self.shift - 1.0) * sigma)
 
+    def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
+        """Return N times, evenly spaced from 1 down to the last nonzero time, and the clean end 0.
+
+        Both SD3 references shift twice: they space evenly between the shifted ends, and shift again. With double_shift
+        the last sigma of shift 3 is 0.00893 as theirs is; without, the ends are 1 and 1/T and it is 0.00299.
+        use_flow_sigmas spaces all N + 1 times evenly from 1 - 1/T, as diffusers' DPM solvers do.
+
+        >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+        >>> RectifiedFlow(shift=3.0).grid(3).round(4).tolist()
+        [1.0, 0.5015, 0.003, 0.0]
+        """
+        check_steps(steps, spacing.num_train_timesteps)
+        last = 1.0 / spacing.num_train_timesteps
+        if spacing.use_flow_sigmas:
+            return np.linspace(1.0 - last, 0.0, steps + 1)
+        if spacing.double_shift:
+            last = self.shift * last / (1.0 + (self.shift - 1.0) * last)
+        return np.append(np.linspace(1.0, last, steps), 0.0)
+
 
 def at_resolution(schedule: RectifiedFlow, pixels: float, base: float) -> RectifiedFlow:
-    """The schedule of pictures of `pixels` = height x width whose uncertainty is that of `schedule` on `base` pixels.
+    """Return the schedule on which images of `pixels` = height x width are as uncertain as those of `base` pixels.
 
     2403.03206 eq. 23: t_m = sqrt(m / n) t_n / (1 + (sqrt(m / n) - 1) t_n): the shift grows with the edge, and
     log(alpha^2 / sigma^2) falls by log(m / n). From 256^2 to 1024^2 that is a shift of 4; in the paper's study people
     preferred 3. Buckets of about side^2 pixels (lcm_jax.data.buckets) all have the shift of side^2.
+    ValueError unless both are positive.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow, at_resolution
+    >>> at_resolution(RectifiedFlow(), 1024**2, 256**2)
+    RectifiedFlow(shift=4.0)
     """
     if not (pixels > 0 and base > 0):
         raise ValueError(f"pixels={pixels} and base={base} must be positive: give height x width of each")
@@ -143,8 +207,18 @@ def at_resolution(schedule: RectifiedFlow, pixels: float, base: float) -> Rectif
 class Cosine:
     """Variance-preserving in continuous time (Nichol & Dhariwal, 2102.09672; as in 2403.03206 sec. 2):
 
-    alpha = cos(pi t / 2), sigma = sin(pi t / 2), time t in [0, 1]. The network is given 1000 t.
+    alpha = cos(pi t / 2), sigma = sin(pi t / 2), time t in [0, 1]. The network receives 1000 t.
+
+    >>> from lcm_jax.diffusion.schedules import Cosine
+    >>> schedule = Cosine()
+    >>> float(schedule.alpha(1.0)), round(float(schedule.sigma(1 / 3)), 6)
+    (0.0, 0.5)
     """
+
+    timesteps: ClassVar[None] = None
+    keeps_partial_step: ClassVar[bool] = False
+    usual_kind: ClassVar[Kind] = "flow"
+    usual_sampler: ClassVar[str] = "euler"
 
     @property
     def t_min(self) -> float:
@@ -170,13 +244,26 @@ class Cosine:
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32))) / (0.5 * jnp.pi)
 
+    def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
+        return even_grid(steps, self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrigFlow:
     """An arc (Lu & Song 2024, 2410.11081 sec. 3.1): alpha = cos t, sigma = sigma_data sin t, t in [0, pi / 2].
 
-    x has the standard deviation sigma_data at every time if the data have. The network is given 1000 t.
+    x has the standard deviation sigma_data at every time if the data have. The network receives 1000 t.
+
+    >>> from lcm_jax.diffusion.schedules import TrigFlow
+    >>> schedule = TrigFlow(sigma_data=0.5)
+    >>> float(schedule.sigma(0.0)), round(float(schedule.sigma(schedule.t_max)), 6)
+    (0.0, 0.5)
     """
+
+    timesteps: ClassVar[None] = None
+    keeps_partial_step: ClassVar[bool] = False
+    usual_kind: ClassVar[Kind] = "flow"
+    usual_sampler: ClassVar[str] = "euler"
 
     sigma_data: float = 1.0
 
@@ -204,15 +291,30 @@ class TrigFlow:
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32)) / self.sigma_data)
 
+    def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
+        return even_grid(steps, self)
+
 
 def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
-    """lambda(t) = log(alpha / sigma) in nats (Lu 2022, 2206.00927); +inf at the clean end, -inf where alpha is 0."""
+    """Return lambda(t) = log(alpha / sigma) in nats (Lu 2022, 2206.00927).
+
+    It is +inf at the clean end and -inf where alpha is 0.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow, log_snr
+    >>> float(log_snr(RectifiedFlow(), 0.5)), float(log_snr(RectifiedFlow(), 0.0))
+    (0.0, inf)
+    """
     return jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t))
 
 
 def floor_to_timestep(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
-    """Times of a table rounded down to its entries; others as they are."""
-    return jnp.floor(t) if isinstance(schedule, DDPM) else jnp.asarray(t)
+    """Return times rounded down to the entries of a discrete table; continuous times as they are.
+
+    >>> from lcm_jax.diffusion.schedules import DDPM, Cosine, floor_to_timestep
+    >>> float(floor_to_timestep(DDPM(), 499.5)), float(floor_to_timestep(Cosine(), 0.75))
+    (499.0, 0.75)
+    """
+    return jnp.asarray(t) if schedule.timesteps is None else jnp.floor(t)
 
 
 class _Tables(NamedTuple):

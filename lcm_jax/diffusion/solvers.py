@@ -1,14 +1,17 @@
 """Solvers: one step of the reverse process from time t to time s.
 
 Each is written in alpha, sigma and the two predictions, in a form that stays finite at the clean end (sigma_s = 0) and,
-for outputs that say so (v_prediction, flow), at pure noise (alpha_t = 0). Where the formula needs a neighbour at an
-infinite log-SNR the step falls back to first order, which is exact there in the limit.
+for outputs that define x0 there (v_prediction, flow), at pure noise (alpha_t = 0). Where the formula needs a neighbour
+at an infinite log-SNR the step falls back to first order, which is exact there in the limit.
+
+A solver of your own is a frozen dataclass with `order`, `evaluations`, `stochastic`, `init` and `step` (see
+`lcm_jax.typing.Solver`); `lcm_jax.diffusion.samplers.register` gives it a name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +23,20 @@ from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, So
 
 
 def unit_noise(key: Key | Image, x: Image) -> Image:
-    """Unit normal noise of x's shape from a key, or the noise itself if that is what was passed."""
+    """Return unit normal noise of x's shape drawn from a key, or the noise itself if that is what was passed.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.solvers import unit_noise
+    >>> x = jnp.zeros((1, 2, 2, 4))
+    >>> unit_noise(jax.random.key(0), x).shape, bool(unit_noise(x, x) is x)
+    ((1, 2, 2, 4), True)
+    """
     return jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
 def move(prediction: Prediction, alpha: Array, sigma: Array) -> Image:
-    """alpha x0 + sigma eps: where the straight line of a prediction is at another time (DDIM, Euler, DPM-Solver-1)."""
+    """Return alpha x0 + sigma eps: the straight line of a prediction at another time (DDIM, Euler, DPM-Solver-1)."""
     return alpha * prediction.x0 + sigma * prediction.eps
 
 
@@ -37,10 +48,30 @@ def _scales(schedule: Schedule, t: Time, x: Image) -> tuple[Array, Array]:
 class DDIM:
     """Song 2021 (2010.02502) eq. 12 and 16: x_s = alpha_s x0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z,
 
-    v = (eta sigma_s)^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2). eta 0 is deterministic, eta 1 is DDPM.
+    v = (eta sigma_s)^2 (1 - (alpha_t sigma_s / (alpha_s sigma_t))^2). eta 0 is deterministic and of first order, eta 1
+    is DDPM.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import DDIM
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = DDIM()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.0, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.0
     """
 
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 1
+
     eta: float = 0.0
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta != 0.0
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -64,7 +95,23 @@ class Euler:
     """Euler's rule for d(x/alpha) = eps d(sigma/alpha) (Karras 2022, 2206.00364), and for the flow, dx = v dsigma.
 
     Both follow the prediction's straight line, so this is DDIM with eta 0; k-diffusion's differs in its grid only.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import Euler
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = Euler()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.25, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.5
     """
+
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -81,7 +128,23 @@ class Heun:
 
     With tau = sigma / (alpha + k sigma), dy/dtau = eps - k x0: k = 0 is Karras' x / alpha over sigma / alpha, k = 1 the
     flow's velocity over its time. Two evaluations a step; where sigma_s = 0 the step is Euler's.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import Heun
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = Heun()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.25, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.5
     """
+
+    order: ClassVar[int] = 2
+    evaluations: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -107,7 +170,23 @@ class DPMSolver2:
 
     u = DDIM from t to the time m halfway in log-SNR;  x_s = (alpha_s / alpha_t) x - sigma_s (e^h - 1) eps(u, m).
     Two evaluations a step; first order where lambda_t or lambda_s is infinite.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import DPMSolver2
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = DPMSolver2()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.25, solver.init(x), jax.random.key(0))
+    >>> round(float(x.squeeze()), 4)
+    1.5
     """
+
+    order: ClassVar[int] = 2
+    evaluations: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -128,7 +207,23 @@ class DPMpp2S:
     """DPM-Solver++(2S) (Lu 2022b, 2211.01095, Alg. 1 with r = 1/2): the midpoint rule in the data prediction,
 
     x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) x0(u, m). Two evaluations a step; first order at infinite log-SNR.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import DPMpp2S
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = DPMpp2S()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.25, solver.init(x), jax.random.key(0))
+    >>> round(float(x.squeeze()), 4)
+    1.5
     """
+
+    order: ClassVar[int] = 2
+    evaluations: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = False
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -152,7 +247,23 @@ class DPMpp2M:
     The carry is (x0_prev, lambda_prev). The first step and a step to sigma_s = 0 are first order: there h_prev or h is
     infinite. So is h_prev after alpha_t = 0, where lambda_prev counts as diffusers' -log 4096. lower_final: the step to
     timestep 0 is first order as well (diffusers, in fewer than 15 steps that end there).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import DPMpp2M
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = DPMpp2M()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.25, solver.init(x), jax.random.key(0))
+    >>> round(float(x.squeeze()), 4), len(carry)
+    (1.5, 2)
     """
+
+    order: ClassVar[int] = 2
+    evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
 
     lower_final: bool = False
 
@@ -183,7 +294,23 @@ class LCM:
 
     The denoiser is a consistency function, its x0 being f. A grid that ends at the clean time adds no noise at its
     last step, as sigma_s = 0 there.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import LCM
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = LCM()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.0, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.0
     """
+
+    order: ClassVar[int] = 0
+    evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = True
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -197,18 +324,41 @@ class LCM:
 
 @dataclass(frozen=True, kw_only=True)
 class TCD:
-    """Strategic stochastic sampling (Zheng et al. 2024, 2402.19159 Alg. 4), a jump to s' = (1 - gamma) s and noise:
+    """Strategic stochastic sampling (Zheng et al. 2024, 2402.19159 Alg. 4): to s' = (1 - gamma) s, and noise:
 
     x_s = (alpha_s / alpha_s') x_s' + sqrt(sigma_s^2 - (alpha_s / alpha_s')^2 sigma_s'^2) z.
 
-    gamma 0 is deterministic DDIM, gamma 1 jumps to the clean time as LCM does. A network that knows its end knows s'.
+    gamma 0 is deterministic DDIM, gamma 1 goes to the clean time as LCM does. A network with a span embedding receives
+    s'. ValueError for a gamma outside [0, 1].
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import TCD
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = TCD(gamma=0.3)
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.0, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.0
     """
+
+    evaluations: ClassVar[int] = 1
 
     gamma: float = 0.3
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"gamma is {self.gamma}: it must be between 0 and 1")
+
+    @property
+    def order(self) -> int:
+        return 1 if self.gamma == 0.0 else 0
+
+    @property
+    def stochastic(self) -> bool:
+        return self.gamma != 0.0
 
     def init(self, x: Image) -> Carry:
         return ()
@@ -224,7 +374,10 @@ class TCD:
 
 
 class InpaintTarget(NamedTuple):
-    """What inpainting keeps: clean latents and the noise that takes them to any time; mask is 1 where redrawn."""
+    """The part that inpainting keeps: clean latents x0, and the noise eps that takes them to any time.
+
+    mask is 1 where the image is redrawn and 0 where it is kept.
+    """
 
     mask: Float[Array, "b h w 1"]
     x0: Image
@@ -233,13 +386,38 @@ class InpaintTarget(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Inpaint:
-    """A solver after each of whose steps the kept part is put back (RePaint, 2201.09865 eq. 8, with one noise for all):
+    """A solver that puts the kept part back after every step (RePaint, 2201.09865 eq. 8, with one noise for all):
 
-    x_s = mask x_s + (1 - mask) (alpha_s x0 + sigma_s eps). Made inside a jitted function, as it holds arrays.
+    x_s = mask x_s + (1 - mask) (alpha_s x0 + sigma_s eps). It holds arrays, so make it inside the jitted function.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import Euler, Inpaint, InpaintTarget
+    >>> from lcm_jax.typing import Prediction
+    >>> one = jnp.ones((1, 1, 2, 1))
+    >>> kept = InpaintTarget(mask=jnp.array([1.0, 0.0]).reshape(1, 1, 2, 1), x0=5.0 * one, eps=0.0 * one)
+    >>> solver = Inpaint(solver=Euler(), target=kept)
+    >>> denoise = lambda x, t, s=None: Prediction(one, one)
+    >>> x, carry = solver.step(denoise, RectifiedFlow(), one, 0.5, 0.0, (), jax.random.key(0))
+    >>> x.ravel().tolist()
+    [1.0, 5.0]
     """
 
     solver: Solver
     target: InpaintTarget
+
+    @property
+    def order(self) -> int:
+        return self.solver.order
+
+    @property
+    def evaluations(self) -> int:
+        return self.solver.evaluations
+
+    @property
+    def stochastic(self) -> bool:
+        return self.solver.stochastic
 
     def init(self, x: Image) -> Carry:
         return self.solver.init(x)
@@ -255,7 +433,7 @@ class Inpaint:
 def _midpoint(
     denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time
 ) -> tuple[Prediction, Prediction, Array]:
-    """Predictions at t and at the time halfway to s in log-SNR, and where that time exists."""
+    """Return the predictions at t and at the time halfway to s in log-SNR, and where that time exists."""
     lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
     finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
     middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)

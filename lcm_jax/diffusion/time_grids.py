@@ -1,4 +1,4 @@
-"""TODO."""
+"""Time grids: the descending times at which a solver evaluates the network, as diffusers and the papers place them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.typing import Schedule
 
 CAPACITY = 1000
-"""Steps the padded grid holds: as many as the longest table has entries."""
-
+"""The number of steps that a padded grid holds: as many as the longest table has entries."""
 
 SPACINGS = ("leading", "trailing", "linspace")
 
@@ -28,9 +26,15 @@ class Grid(NamedTuple):
 
 
 def pad(grid: Float[np.ndarray, " n_plus_1"], capacity: int = CAPACITY) -> Grid:
-    """The grid with its last time repeated up to `capacity` steps."""
+    """Return the grid with its last time repeated up to `capacity` steps, so that all lengths share one compilation.
+
+    >>> from lcm_jax.diffusion.time_grids import lcm_grid, pad
+    >>> padded = pad(lcm_grid(4))
+    >>> padded.times.shape, int(padded.steps)
+    ((1001,), 4)
+    """
     steps = len(grid) - 1
-    _check_steps(steps, capacity)
+    check_steps(steps, capacity)
     times = np.concatenate([grid, np.full(capacity - steps, grid[-1])]).astype(np.float32)
     return Grid(jnp.asarray(times), jnp.asarray(steps, jnp.int32))
 
@@ -44,7 +48,11 @@ class Spacing:
     lower_order_final and euler_at_final by DPM++(2M) where the final sigma is above 0.
 
     On a rectified flow use_flow_sigmas spaces as diffusers' DPM solvers do, and double_shift, which is no key of
-    diffusers', as its flow-matching schedulers do (`flow_grid`).
+    diffusers', as its flow-matching schedulers do (`RectifiedFlow.grid`).
+
+    >>> from lcm_jax.diffusion.time_grids import Spacing
+    >>> Spacing.from_config({"timestep_spacing": "trailing", "beta_start": 0.00085}).timestep_spacing
+    'trailing'
     """
 
     timestep_spacing: str | None = None
@@ -66,7 +74,7 @@ class Spacing:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Spacing:
-        """Read the known keys; ValueError for a value, or a noise spacing such as Karras', that is unsupported."""
+        """Read the keys that are known; ValueError for a value, or for sigmas such as Karras', that is unsupported."""
         for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
             if config.get(key):
                 raise ValueError(f"{source}: {key} is unsupported (its value is {config[key]!r}): set it to false")
@@ -85,14 +93,21 @@ def spaced_times(
     fractional: bool = False,
     skip_first: bool = False,
 ) -> Float[np.ndarray, " n"]:
-    """The N descending times a network is evaluated at (2305.08891, table 2), without the final one.
+    """Return the N descending timesteps a network is evaluated at (2305.08891, table 2), without the final one.
 
     leading: multiples of T // N, plus steps_offset. trailing: T - i T / N - 1. linspace: both ends of the table.
     skip_first: space N + 1 times and drop the smallest (diffusers' DPM solvers, in leading and linspace).
-    fractional: leave linspace unrounded (diffusers' Euler and Heun).
+    fractional: leave linspace unrounded (diffusers' Euler and Heun). ValueError where the first time is no entry.
+
+    >>> from lcm_jax.diffusion.time_grids import spaced_times
+    >>> for spacing in ("leading", "trailing", "linspace"):
+    ...     print(spaced_times(4, spacing=spacing).tolist())
+    [750.0, 500.0, 250.0, 0.0]
+    [999.0, 749.0, 499.0, 249.0]
+    [999.0, 666.0, 333.0, 0.0]
     """
     total = num_train_timesteps
-    _check_steps(steps, total)
+    check_steps(steps, total)
     n = steps + 1 if skip_first else steps
     if spacing == "trailing":
         times: np.ndarray = np.round(total - np.arange(steps) * (total / steps)) - 1.0
@@ -114,17 +129,21 @@ def lcm_grid(
     schedule: Literal["current", "old"] = "current",
     num_train_timesteps: int = 1000,
 ) -> Float[np.ndarray, " n_plus_1"]:
-    """LCM's own grid: N of the original_steps times {k - 1, 2k - 1, ...} it was distilled on, and the clean end -1.
+    """Return LCM's own grid: N of the original_steps times {k - 1, 2k - 1, ...} it was distilled on, and the clean -1.
 
     The original list is cut to its first int(original_steps * strength) times, reversed, and indexed at
     floor(linspace(0, len, N, endpoint=False)); "old" takes every (len // N)-th instead, as diffusers did before 0.23:
     4 steps are 999, 759, 499, 259 now and were 999, 759, 519, 279.
+
+    >>> from lcm_jax.diffusion.time_grids import lcm_grid
+    >>> lcm_grid(4).tolist(), lcm_grid(4, schedule="old").tolist()
+    ([999.0, 759.0, 499.0, 259.0, -1.0], [999.0, 759.0, 519.0, 279.0, -1.0])
     """
-    _check_strength(strength)
+    check_strength(strength)
     if not 1 <= original_steps <= num_train_timesteps:
         raise ValueError(f"original_steps is {original_steps}: it must be between 1 and {num_train_timesteps}")
     origin = np.arange(int(original_steps * strength), 0, -1) * (num_train_timesteps // original_steps) - 1
-    _check_steps(steps, len(origin))
+    check_steps(steps, len(origin))
     if schedule == "old":
         times = origin[:: len(origin) // steps][:steps]
     else:
@@ -132,36 +151,33 @@ def lcm_grid(
     return np.append(times, -1.0)
 
 
-def flow_grid(steps: int, schedule: RectifiedFlow, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
-    """N times of a rectified flow, evenly spaced from 1 down to its last nonzero time, and the clean end 0.
-
-    Both SD3 references shift twice: they space evenly between the shifted ends, and shift again. With double_shift the
-    last sigma of shift 3 is 0.00893 as theirs is; without, the ends are 1 and 1/T and it is 0.00299. use_flow_sigmas
-    spaces all N + 1 times evenly from 1 - 1/T.
-    """
-    _check_steps(steps, spacing.num_train_timesteps)
-    last = 1.0 / spacing.num_train_timesteps
-    if spacing.use_flow_sigmas:
-        return np.linspace(1.0 - last, 0.0, steps + 1)
-    if spacing.double_shift:
-        last = schedule.shift * last / (1.0 + (schedule.shift - 1.0) * last)
-    return np.append(np.linspace(1.0, last, steps), 0.0)
-
-
 def even_grid(steps: int, schedule: Schedule) -> Float[np.ndarray, " n_plus_1"]:
-    """N steps of equal length in the schedule's time, from noise to the clean end."""
-    _check_steps(steps, CAPACITY)
+    """Return the N + 1 times of N equal steps in the schedule's time, from noise to the clean end.
+
+    >>> from lcm_jax.diffusion.schedules import Cosine
+    >>> from lcm_jax.diffusion.time_grids import even_grid
+    >>> even_grid(4, Cosine()).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    check_steps(steps, CAPACITY)
     return np.linspace(schedule.t_max, schedule.t_min, steps + 1)
 
 
 def karras_grid(
     steps: int, schedule: Schedule, *, low: float = 0.002, high: float = 80.0, rho: float = 7.0
 ) -> Float[np.ndarray, " n_plus_1"]:
-    """N times whose noise level sigma / alpha falls from `high` to `low`, even in its rho-th root, and the clean end.
+    """Return N times whose noise level sigma / alpha falls from `high` to `low`, and the clean end.
 
-    Karras 2022 (2206.00364) eq. 5. The start is not quite pure noise: x there is sigma(t_0) times unit noise.
+    Karras 2022 (2206.00364) eq. 5: the levels are even in their rho-th root,
+    level_i = (high^(1/rho) + i / (N - 1) (low^(1/rho) - high^(1/rho)))^rho. The start is not quite pure noise: x there
+    is sigma(t_0) times unit noise.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.time_grids import karras_grid
+    >>> karras_grid(3, RectifiedFlow()).round(3).tolist()
+    [0.988, 0.716, 0.002, 0.0]
     """
-    _check_steps(steps, CAPACITY)
+    check_steps(steps, CAPACITY)
     levels = np.linspace(high ** (1.0 / rho), low ** (1.0 / rho), steps) ** rho
     return np.append(np.asarray(schedule.time_at(jnp.asarray(-np.log(levels)))), schedule.t_min)
 
@@ -169,11 +185,17 @@ def karras_grid(
 def truncate(
     grid: Float[np.ndarray, " n_plus_1"], strength: float, *, up: bool = False
 ) -> Float[np.ndarray, " m_plus_1"]:
-    """The last N strength steps: image-to-image starts from the image noised to the first time left.
+    """Return the last N strength steps: image-to-image starts from the image noised to the first time left.
 
     A fraction of a step is left out, or with `up` counts as one, as diffusers has it for Stable Diffusion 3.
+    ValueError where no step is left.
+
+    >>> import numpy as np
+    >>> from lcm_jax.diffusion.time_grids import truncate
+    >>> truncate(np.array([1.0, 0.75, 0.5, 0.25, 0.0]), 0.6).tolist()
+    [0.5, 0.25, 0.0]
     """
-    _check_strength(strength)
+    check_strength(strength)
     steps = len(grid) - 1
     kept = steps - int(steps - steps * strength) if up else int(steps * strength)
     if kept < 1:
@@ -181,11 +203,13 @@ def truncate(
     return grid[steps - kept :]
 
 
-def _check_steps(steps: int, most: int) -> None:
+def check_steps(steps: int, most: int) -> None:
+    """Raise ValueError unless 1 <= steps <= most."""
     if not 1 <= steps <= most:
         raise ValueError(f"steps is {steps}: it must be between 1 and {most}")
 
 
-def _check_strength(strength: float) -> None:
+def check_strength(strength: float) -> None:
+    """Raise ValueError unless 0 < strength <= 1."""
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength is {strength}: it must be above 0 and at most 1")

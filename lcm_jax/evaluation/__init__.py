@@ -1,1 +1,1 @@
-"""How good a model is: scores on held-out pictures, and studies that are grids of trainings."""
+"""Measures of a model's quality: scores on held-out pictures, and studies that train a grid of variants."""

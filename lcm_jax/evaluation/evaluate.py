@@ -40,7 +40,11 @@ Pictures = UInt8[np.ndarray, "n h w 3"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipMetric:
-    """Both towers of a CLIP: the image tower's pooled state is the Frechet distance's feature."""
+    """Both towers of a CLIP model, as Frechet distance and CLIP score use them.
+
+    The feature of the Frechet distance is the image tower's pooled state (d numbers); the CLIP score compares the
+    embeddings of picture and text (p numbers).
+    """
 
     text: Component
     tokenizer: Tokenizer
@@ -49,9 +53,12 @@ class ClipMetric:
 
     @classmethod
     def load(cls, name: str | Path = "openmoji") -> ClipMetric:
-        """From a model folder with image_encoder, text_encoder (with projection) and tokenizer."""
-        at = locate(name)
-        vision, text = (at.load(part) for part in ("image_encoder", "text_encoder"))
+        """Load both towers of a model: a folder with image_encoder, text_encoder (with projection) and tokenizer.
+
+        name: a bundled name, a folder or a hub id.
+        """
+        location = locate(name)
+        vision, text = (location.load(part) for part in ("image_encoder", "text_encoder"))
         side = vision.module.config.image_size
 
         def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b f"]:
@@ -61,17 +68,19 @@ class ClipMetric:
             return jnp.concatenate([out.pooled, out.image_embeds], axis=-1)
 
         features = NetworkFeatures(apply=apply, params=vision.params)
-        tokenizer = Tokenizer.load(at.at("tokenizer"))
+        tokenizer = Tokenizer.load(location.at("tokenizer"))
         return cls(text=text, tokenizer=tokenizer, images=features, width=vision.module.config.hidden_size)
 
     def shard(self, mesh: Mesh) -> ClipMetric:
-        """The same, looking at pictures on all devices of a mesh."""
+        """Return the same metric with the image tower split over a mesh: each device takes a part of the pictures."""
         return replace(self, images=shard(self.images, mesh))
 
     def features(self, images: Pictures) -> Float[np.ndarray, "n d"]:
+        """Return the image tower's pooled state of each picture."""
         return self.images(images)[:, : self.width]
 
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n p"]:
+        """Return the text tower's embedding of each text."""
         length = self.text.module.config.max_position_embeddings
         ids = jnp.asarray(self.tokenizer(list(texts), length))
         return np.asarray(self._embed_ids(self.text.params, ids))
@@ -88,26 +97,29 @@ class ClipMetric:
         texts: Sequence[str],
         features: FeatureExtractor | None = None,
     ) -> dict[str, float]:
-        """Scores of pictures and their texts against real features; `features` stands in for the CLIP's own."""
-        both = self.images(images)
-        fake = both[:, : self.width] if features is None else features(images)
-        return report(real, fake, both[:, self.width :], self.embed_texts(texts))
+        """Return the scores of `lcm_jax.metrics.report` for pictures and their texts, against the features `real`.
+
+        features: an extractor for the Frechet distance in place of the CLIP's image tower; `real` has to come from it.
+        """
+        outputs = self.images(images)
+        fake = outputs[:, : self.width] if features is None else features(images)
+        return report(real, fake, outputs[:, self.width :], self.embed_texts(texts))
 
 
 def shard(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
-    """The same features of pictures that are cut over a mesh; its parameters are on every device."""
+    """Return the same extractor for a mesh: each batch is split over the devices, the parameters are on all of them."""
 
     def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b ..."]:
-        seen = features.apply(params, jax.lax.with_sharding_constraint(images, batch_sharding(mesh)))
-        return jax.lax.with_sharding_constraint(seen, replicated(mesh))
+        extracted = features.apply(params, jax.lax.with_sharding_constraint(images, batch_sharding(mesh)))
+        return jax.lax.with_sharding_constraint(extracted, replicated(mesh))
 
-    everywhere = jax.tree.map(lambda _: replicated(mesh), features.params)
+    shardings = jax.tree.map(lambda _: replicated(mesh), features.params)
     size = features.batch_size + -features.batch_size % parts_of(mesh)
-    return replace(features, apply=apply, params=put_on_mesh(features.params, everywhere), batch_size=size)
+    return replace(features, apply=apply, params=put_on_mesh(features.params, shardings), batch_size=size)
 
 
 def captioned(source: Any, most: int | None = None) -> tuple[Pictures, list[str]]:
-    """The first pictures of a source (lcm_jax.data.Source), or all, with their captions."""
+    """Return the pictures and captions of a source (`lcm_jax.data.Source`): the first `most`, or all of them."""
     records = [source[i] for i in range(min(len(source), most or len(source)))]
     return np.stack([record["image"] for record in records]), [record["caption"] for record in records]
 
@@ -115,21 +127,23 @@ def captioned(source: Any, most: int | None = None) -> tuple[Pictures, list[str]
 def generate(
     pipe: Pipeline, prompts: Sequence[str], *, batch_size: int = 32, seed: int = 0, title: str = "", **options: Any
 ) -> tuple[Pictures, float]:
-    """A picture for each prompt, and the seconds per picture without compilation (the first batch is drawn twice).
+    """Return a picture for each prompt, and the seconds per picture without compilation.
 
-    Batch i has seed + i; the last one is filled up with empty prompts, so that one program serves all.
+    The first batch is drawn twice, the first time only to compile. Batch i has the seed `seed` + i. The last batch is
+    filled up with empty prompts, so that one program serves all. title: of the progress bar. options: of the pipeline's
+    call.
     """
-    parts: list[np.ndarray] = []
+    pictures: list[np.ndarray] = []
     seconds = 0.0
     batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     for i, batch in enumerate(tqdm(batches, title, unit="batch", leave=False, disable=None)):
-        filled = batch + [""] * (batch_size - len(batch))
+        padded = batch + [""] * (batch_size - len(batch))
         if i == 0:
-            pipe(filled, seed=seed, **options)
+            pipe(padded, seed=seed, **options)
         start = time.perf_counter()
-        parts.append(pipe(filled, seed=seed + i, **options)[: len(batch)])
+        pictures.append(pipe(padded, seed=seed + i, **options)[: len(batch)])
         seconds += time.perf_counter() - start
-    return np.concatenate(parts), seconds / (len(batches) * batch_size)
+    return np.concatenate(pictures), seconds / (len(batches) * batch_size)
 
 
 def evaluate(
@@ -142,32 +156,41 @@ def evaluate(
     features: FeatureExtractor | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
-    """One row of scores for each number of steps, on the captions of the real `images`."""
+    """Return one row of scores for each number of steps, drawn from the captions of the real `images`.
+
+    A row holds `steps`, the scores of `ClipMetric.score` and `seconds_per_image`. features: an extractor for the
+    Frechet distance in place of the CLIP's image tower. options: of `generate`.
+    """
     real = clip.features(images) if features is None else features(images)
     rows = []
     for n in steps:
-        made, seconds = generate(pipe, captions, steps=n, title=f"{n} steps", **options)
-        rows.append({"steps": n, **clip.score(real, made, captions, features), "seconds_per_image": seconds})
+        generated, seconds = generate(pipe, captions, steps=n, title=f"{n} steps", **options)
+        rows.append({"steps": n, **clip.score(real, generated, captions, features), "seconds_per_image": seconds})
     return rows
 
 
 def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh: Mesh | None = None) -> Pictures:
-    """Pictures through an autoencoder: the latent's mean, decoded. mesh: on which its parameters lie."""
+    """Return pictures after an autoencoder: encoded, and the mean of the latent decoded.
+
+    mesh: the mesh that the parameters of `vae` are on; without one they are on the first device.
+    """
 
     @jax.jit
     def run(params: Params, batch: Array) -> Array:
-        with precision_context(params) as own:
-            mean, _ = vae.module.apply({"params": own}, to_float(batch), method="encode")
-            return to_uint8(vae.module.apply({"params": own}, mean, method="decode"))
+        with precision_context(params) as vae_params:
+            mean, _ = vae.module.apply({"params": vae_params}, to_float(batch), method="encode")
+            return to_uint8(vae.module.apply({"params": vae_params}, mean, method="decode"))
 
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    made: Pictures = BatchedMap(mesh=mesh, most=-(-batch_size // parts_of(mesh)))(partial(run, vae.params), images)
-    return made
+    decoded: Pictures = BatchedMap(mesh=mesh, most=-(-batch_size // parts_of(mesh)))(partial(run, vae.params), images)
+    return decoded
 
 
 def reconstruction(images: Pictures, again: Pictures, clip: ClipMetric | None = None) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of reconstructed pictures. With a CLIP also `frechet`, on its image tower's features, and
-    `clip_distance`, the mean of 1 - cos between the embeddings of a picture and of its reconstruction.
+    """Return the mean `psnr` (dB) and `ssim` of reconstructed pictures.
+
+    With a CLIP also `frechet`, on the features of its image tower, and `clip_distance`, the mean of 1 - cos between the
+    embeddings of a picture and of its reconstruction.
     """
     pair = jnp.asarray(images), jnp.asarray(again)
     scores = {name: float(np.mean(f(*pair, data_range=255.0))) for name, f in (("psnr", psnr), ("ssim", ssim))}

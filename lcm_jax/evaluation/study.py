@@ -1,9 +1,10 @@
-"""Studies: a grid of cells (variant x seed), each trained, measured once and kept; a table and a plot.
+"""Studies: a grid of cells (variant x seed), each trained and measured once; a table and a plot of the scores.
 
-A cell lies in OUT/VARIANT/seed-N: a work folder of `TrainConfig.run`, which goes on from its checkpoint, and
-scores.json, written when the cell has been measured; with it the cell is skipped, its checkpoints are gone. After each
-cell OUT/table.md, table.json and plot.png are written anew, of what there is. Several processes may share OUT as long
-as they run different cells (--variants, --seeds); whichever ends last writes the table of all.
+The folder of a cell is OUT/VARIANT/seed-N. It is a work folder of `TrainConfig.run`, which continues from its
+checkpoint, and gets scores.json when the cell has been measured. A cell with scores.json is skipped, and its
+checkpoints are deleted. After each cell OUT/table.md, table.json and plot.png are written again, with all cells that
+are done. Several processes may share OUT as long as they run different cells (--variants, --seeds); the process that
+ends last writes the table of all.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from lcm_jax.weights.safetensors_files import read_json
 
 SCALES = ("tiny", "gpu", "paper")
 Scores = Mapping[str, float]
-Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]  # variant -> seed -> what scores.json holds
+Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]  # variant -> seed -> the content of scores.json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A score in the table, and what the paper has for it."""
+    """A score in the table, and the paper's results for it."""
 
     key: str
     title: str
@@ -45,13 +46,13 @@ class Column:
     paper: Mapping[str, float] | Sequence[str] | None = None  # variant -> the paper's number; or its order, best first
 
     def ranks(self, values: Mapping[str, float]) -> dict[str, float]:
-        """1 for the best."""
+        """Return the rank of each variant by this score, 1 for the best."""
         costs = np.array(list(values.values())) * (1.0 if self.best == "lowest" else -1.0)
         return dict(zip(values, ranks(costs), strict=True))
 
     @property
     def paper_ranks(self) -> dict[str, float]:
-        """Of the variants that the paper has."""
+        """The ranks of the variants that the paper has; empty without a paper."""
         if self.paper is None or isinstance(self.paper, Mapping):
             return self.ranks(self.paper or {})
         return {name: float(i) for i, name in enumerate(self.paper, 1)}
@@ -59,7 +60,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared, how it is measured and what the paper found."""
+    """A comparison of variants: their configs, how a cell is measured, the table's columns and the plot."""
 
     name: str
     about: str
@@ -67,23 +68,26 @@ class Study:
     measure: Callable[[str, TrainConfig, Path], Scores]  # (variant, config, work folder of the trained cell)
     columns: Sequence[Column]
     plot: Callable[[Study, Cells], None]  # onto matplotlib's current figure
-    # (variant, scale, config with overrides) -> the config that is run; not asked for cells that are done
+    # (variant, scale, config with overrides) -> the config that is run; not called for cells that are done
     prepare: Callable[[str, str, TrainConfig], TrainConfig] = lambda variant, scale, config: config
-    # (study, OUT): further files, after each cell
+    # (study, OUT): writes more files, after each cell
     draw: Callable[[Study, Path], None] = lambda study, out: None
     # Scores that compare the variants of one seed: variant -> scores, in and out
     compare: Callable[[Mapping[str, Scores]], Mapping[str, Scores]] = lambda scores: {}
 
 
 def main(study: Study, argv: Sequence[str] | None = None) -> int:
-    """Run what is left of the study; bad input is one line on standard error and exit code 2."""
+    """Run the cells of the study that are not done and print the table; return the exit code.
+
+    Bad input is one line on standard error and exit code 2.
+    """
     use_compilation_cache()
     parser = argparse.ArgumentParser(description=study.about, formatter_class=HelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="size of the networks, steps and batches")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every variant for each")
     parser.add_argument("--variants", nargs="+", default=list(study.variants), help="all of them, or some")
     parser.add_argument("--out", type=Path, help=f"folder to write to; runs/{study.name}-SCALE by default")
-    parser.epilog = "What follows are overrides of every cell's config, as of lcm-jax train: --steps 100 ..."
+    parser.epilog = "Further options override every cell's config, as those of lcm-jax train do: --steps 100 ..."
     arguments, overrides = parser.parse_known_args(argv)
     out = arguments.out or Path("runs") / f"{study.name}-{arguments.scale}"
     try:
@@ -98,7 +102,10 @@ def main(study: Study, argv: Sequence[str] | None = None) -> int:
 def run(
     study: Study, scale: str, seeds: Sequence[int], variants: Sequence[str], out: Path, overrides: Sequence[str] = ()
 ) -> None:
-    """Every cell that is not done, seed by seed; all configs are made and checked before the first one runs."""
+    """Run every cell that is not done, seed by seed; all configs are made and checked before the first one runs.
+
+    Raises ValueError for an unknown variant or a config that does not hold, before anything is trained.
+    """
     configs: dict[tuple[int, str], TrainConfig] = {}
     for seed in dict.fromkeys(seeds):
         for name in variants:
@@ -116,17 +123,17 @@ def run(
 
 
 def is_done(workdir: Path) -> bool:
-    """Whether a cell has been measured."""
+    """Return whether the cell in this folder has been measured."""
     return (workdir / "scores.json").is_file()
 
 
 def folder(out: Path, variant: str, seed: int) -> Path:
-    """Of a cell."""
+    """Return the folder of a cell, OUT/VARIANT/seed-N, with `_` for spaces and slashes in the variant's name."""
     return out / variant.replace("/", "_").replace(" ", "_") / f"seed-{seed}"
 
 
 def run_cell(study: Study, variant: str, config: TrainConfig, workdir: Path) -> None:
-    """Train, measure, keep; nothing if that has been done."""
+    """Train a cell, measure it and write its scores.json, unless that has been done."""
     if is_done(workdir):
         return
     saved = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
@@ -135,7 +142,7 @@ def run_cell(study: Study, variant: str, config: TrainConfig, workdir: Path) -> 
     trained = time.perf_counter()
     scores = dict(study.measure(variant, config, workdir))
     steps = config.loop.steps
-    share = 1.0 - max(saved, default=0) / steps  # what was not left to do by a process that was killed
+    share = 1.0 - max(saved, default=0) / steps  # of the steps; a process that was killed may have done the rest
     scores |= {"steps": steps, "training_seconds": (trained - start) / share if share else float("nan")}
     about = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
@@ -148,26 +155,26 @@ def run_cell(study: Study, variant: str, config: TrainConfig, workdir: Path) -> 
 
 
 def collect(study: Study, out: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    """The cells that are done, with the scores by which those of one seed compare."""
+    """Return the cells that are done, each with the scores of `Study.compare`, which are taken seed by seed."""
     cells: dict[str, dict[int, dict[str, Any]]] = {}
     for name in study.variants:
         for path in sorted(folder(out, name, 0).parent.glob("seed-*/scores.json")):
             cells.setdefault(name, {})[int(path.parent.name.removeprefix("seed-"))] = read_json(path)
     for seed in sorted({seed for runs in cells.values() for seed in runs}):
-        there = {name: runs[seed]["scores"] for name, runs in cells.items() if seed in runs}
-        for name, scores in study.compare(there).items():
+        of_seed = {name: runs[seed]["scores"] for name, runs in cells.items() if seed in runs}
+        for name, scores in study.compare(of_seed).items():
             cells[name][seed]["scores"] = cells[name][seed]["scores"] | dict(scores)
     return cells
 
 
 def statistics(cells: Cells, key: str) -> dict[str, tuple[float, float]]:
-    """variant -> mean and standard error of the mean over seeds; the error of one seed is NaN."""
-    found = {}
+    """Return, for each variant, the mean of a score over seeds and its standard error, which is NaN for one seed."""
+    result = {}
     for name, runs in cells.items():
         values = np.array([cell["scores"][key] for cell in runs.values()])
         error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-        found[name] = (float(values.mean()), float(error))
-    return found
+        result[name] = (float(values.mean()), float(error))
+    return result
 
 
 def report(study: Study, scale: str, out: Path) -> None:
@@ -176,18 +183,18 @@ def report(study: Study, scale: str, out: Path) -> None:
     rows: dict[str, dict[str, Any]] = {name: {"seeds": sorted(cells[name])} for name in cells}
     agreement = {}
     for column in study.columns:
-        found, theirs = statistics(cells, column.key), column.paper_ranks
-        ours = column.ranks({name: mean for name, (mean, _) in found.items()})
-        for name, (mean, error) in found.items():
+        measured, theirs = statistics(cells, column.key), column.paper_ranks
+        ours = column.ranks({name: mean for name, (mean, _) in measured.items()})
+        for name, (mean, error) in measured.items():
             entry = {"mean": mean, "standard_error": None if np.isnan(error) else error, "rank": ours[name]}
             if name in theirs:
                 entry["paper_rank"] = theirs[name]
             if isinstance(column.paper, Mapping) and name in column.paper:
                 entry["paper"] = column.paper[name]
             rows[name][column.key] = entry
-        both = [name for name in found if name in theirs]
-        if len(both) > 1:
-            agreement[column.key] = spearman(*(np.array([x[name] for name in both]) for x in (ours, theirs)))
+        shared = [name for name in measured if name in theirs]
+        if len(shared) > 1:
+            agreement[column.key] = spearman(*(np.array([x[name] for name in shared]) for x in (ours, theirs)))
     about = {"study": study.name, "scale": scale, "spearman": agreement}
     write_json(out / "table.json", about | {"rows": rows, "cells": cells})
     (out / "table.md").write_text(markdown(study, cells, rows, agreement))
@@ -198,7 +205,7 @@ def report(study: Study, scale: str, out: Path) -> None:
 
 
 def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Mapping[str, float]) -> str:
-    """The table: mean +- standard error over seeds (rank), beside the paper's number (its rank)."""
+    """Return the table: mean +- standard error over seeds (rank), beside the paper's number (its rank)."""
     heads = ["variant", "seeds", "parameters"]
     for column in study.columns:
         heads += [f"{column.title} ({column.best})"] + ["paper"] * (column.paper is not None)
@@ -216,13 +223,13 @@ def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Map
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     titles = {column.key: column.title for column in study.columns}
     if agreement:
-        said = "; ".join(f"{titles[key]} {value:.2f}" for key, value in agreement.items())
-        text += f"\nRank correlation (Spearman) with the paper: {said}.\n"
+        values = "; ".join(f"{titles[key]} {value:.2f}" for key, value in agreement.items())
+        text += f"\nRank correlation (Spearman) with the paper: {values}.\n"
     return text
 
 
 def curves(axes: Any, cells: Cells, title: str) -> None:
-    """A number of the previews against training steps: mean over seeds, and its standard error as a band."""
+    """Plot a number of the previews against training steps: the mean over seeds, its standard error as a band."""
     for name, runs in cells.items():
         steps = sorted(set.intersection(*({int(step) for step in cell["previews"]} for cell in runs.values())))
         values = np.array([[cell["previews"][str(step)][title] for step in steps] for cell in runs.values()])
@@ -237,7 +244,7 @@ def curves(axes: Any, cells: Cells, title: str) -> None:
 
 
 def points(axes: Any, cells: Cells, column: Column) -> None:
-    """A score of each variant with its standard error."""
+    """Plot a score of each variant with its standard error."""
     for i, (name, (mean, error)) in enumerate(statistics(cells, column.key).items()):
         axes.errorbar([name], [mean], yerr=np.nan_to_num(error), fmt="o", markersize=9, color=f"C{i}", capsize=4)
     axes.margins(x=0.15, y=0.15)

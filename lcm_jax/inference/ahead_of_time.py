@@ -23,7 +23,7 @@ import numpy as np
 from jax import export
 from jaxtyping import UInt8
 
-from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers import get_sampler, sampler_name
 from lcm_jax.diffusion.time_grids import Grid, pad
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.models.text_conditioning import Ids, pair_texts
@@ -98,8 +98,7 @@ def write_program(
     platform: "cpu", "gpu" or "tpu": of a machine that need not be at hand; this one's by default.
     """
     pipe.plain("a compiled program")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}")
+    sampler = sampler_name(sampler)
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     here = jax.default_backend()
@@ -192,7 +191,7 @@ def _call(
     guidance: float,
     seed: int,
 ) -> Call:
-    spec = SAMPLERS[header.sampler]
+    spec = get_sampler(header.sampler)
     if spec.at(steps, pipe.spacing) != spec.at(4, pipe.spacing):
         raise ValueError(
             f"sampler {header.sampler}: {steps} steps need another program than a file holds; sample without"
@@ -218,7 +217,7 @@ def _leaves(call: Call) -> tuple[Any, ...]:
 def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tuple[Any, ...]], Array]:
     """(parameters, `Call`) -> uint8 (b, h, w, 3), as `Pipeline.__call__` does it."""
     model, texts, net = pipe.model, pipe.folder.prompts, pipe.folder.denoiser
-    sampler, sizes = SAMPLERS[header.sampler].at(4, pipe.spacing), pipe.size_conditioning(header.size)
+    sampler, sizes = get_sampler(header.sampler).at(4, pipe.spacing), pipe.size_conditioning(header.size)
 
     def encode(params: dict[str, Params], ids: Ids, size: Any) -> dict[str, Array]:
         rows = None if size is None else jnp.tile(jnp.asarray(size, jnp.float32), (header.batch, 1))

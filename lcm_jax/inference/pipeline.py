@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 
 from lcm_jax.diffusion.parameterization import add_noise
-from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
+from lcm_jax.diffusion.samplers import Sampler, get_sampler, sampler_name, time_grid
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
@@ -79,7 +79,7 @@ class Pipeline:
 
     def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
         """source: the scheduler config's name in errors."""
-        self.folder = folder
+        self.folder, self.scheduler_source = folder, source
         self.params = Parameters(folder.components)
         self.mesh: Mesh | None = None
         self.rounded: dict[str, str] = {}  # part -> how it is in 8 bits: `quantized`
@@ -126,8 +126,8 @@ class Pipeline:
 
     @property
     def default_sampler(self) -> str:
-        """What the folder's scheduler config asks for, or what comes closest."""
-        return sampler_of(self.folder.scheduler)
+        """The sampler that the folder's scheduler config names; a warning where another has to stand in for it."""
+        return sampler_of(self.folder.scheduler, source=self.scheduler_source)
 
     def __call__(
         self,
@@ -174,8 +174,7 @@ class Pipeline:
         by default. In its negative prompt the score is 2.5 and, for the refiner, nothing cut off.
         """
         prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler {sampler!r} is unknown; known are {', '.join(SAMPLERS)}")
+        sampler = sampler_name(sampler)
         for name, value in (("strength", strength), ("mask", mask)):
             if value is not None and image is None:
                 raise ValueError(f"{name} is given without an image; image-to-image and inpainting need one")
@@ -186,7 +185,7 @@ class Pipeline:
         model, spacing = self._on_shift(shift, double_shift)
         size = self.check_size(image.shape[-3:-1] if image is not None and size is None else size)
         sizes = self.size_conditioning(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
-        spec = SAMPLERS[sampler].at(steps, spacing)
+        spec = get_sampler(sampler).at(steps, spacing)
         if gamma is not None:
             if sampler != "tcd":
                 raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")
@@ -316,9 +315,9 @@ class Pipeline:
     ) -> Float[np.ndarray, " n_plus_1"]:
         """The grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
         schedule = model.schedule
-        gather_to_host = isinstance(schedule, RectifiedFlow) or self.folder.pipeline in LCM
-        times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if gather_to_host else 1.0)
-        times = times if gather_to_host else truncate(times, strength)
+        below_strength = schedule.timesteps is None or self.folder.pipeline in LCM
+        times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if below_strength else 1.0)
+        times = times if below_strength else truncate(times, strength)
         model.check_start(float(times[0]))
         return times
 
@@ -368,13 +367,14 @@ class Pipeline:
     def _draw(self) -> Any:
         mesh, options = self.mesh, compiler_options(low_precision=is_low_precision(self.net_params, self.params["vae"]))
 
-        @partial(jax.jit, static_argnames=("generator", "sampler", "guided"), compiler_options=options)
+        @partial(jax.jit, static_argnames=("model", "sampler", "guided"), compiler_options=options)
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
             skip: SkipLayers | None, inpaint_target: InpaintTarget | None,
             *, model: LatentDiffusion, sampler: Sampler, guided: bool,
         ) -> Array:  # fmt: skip
-            options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip, "kept": inpaint_target}
+            options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip}
+            options["inpaint_target"] = inpaint_target
             with contextlib.nullcontext() if mesh is None else constrain_batch_sharding(mesh):
                 return model.decode(vae, model.latents(net, cond, null, x, grid, guidance, key, **options))
 

@@ -1,4 +1,7 @@
-"""How good are the pictures? Distances between sets of features, and between pictures. Features are injected."""
+"""Scores of generated pictures: distances between sets of features, and between pictures.
+
+The features come from any `FeatureExtractor`, so each score can be taken with any network.
+"""
 
 from lcm_jax.metrics.clip_score import clip_score, clip_scores
 from lcm_jax.metrics.features import FeatureExtractor, NetworkFeatures

@@ -1,6 +1,6 @@
-"""Frechet distance of Gaussians fitted to features (Heusel 2017, arXiv:1706.08500, eq. 6), in float64 on the host.
+"""The Frechet distance of Gaussians fitted to features (Heusel 2017, arXiv:1706.08500, eq. 6), in float64 on the host.
 
-Statistics are a monoid: `Moments.of(a).merge(Moments.of(b))` are the moments of `a` and `b` together, so shards,
+Statistics form a monoid: `Moments.of(a).merge(Moments.of(b))` are the moments of `a` and `b` together, so shards,
 hosts and batches may be combined in any order.
 """
 
@@ -15,7 +15,15 @@ from jaxtyping import Float
 
 
 def as_features(features: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"]:
-    """Features as a finite float64 matrix (n, d); ValueError naming `name` otherwise."""
+    """Return features as a float64 matrix (n, d).
+
+    Raises ValueError, which names `name`, if they are not two-dimensional or a row contains NaN or infinity.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics.frechet import as_features
+    >>> as_features(np.ones((3, 2), np.float32), "real").dtype.name
+    'float64'
+    """
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape (n, d), got {x.shape}")
@@ -27,7 +35,19 @@ def as_features(features: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarr
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments:
-    """Count, mean (d,) and scatter matrix sum (x - mean)(x - mean)^T (d, d) of a set of features, in float64."""
+    """The count, the mean (d,) and the scatter matrix (d, d) of a set of features, in float64.
+
+    scatter = sum_i (x_i - mean)(x_i - mean)^T, the covariance times count - 1.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics import Moments
+    >>> features = np.array([[0.0, 0.0], [2.0, 0.0], [4.0, 6.0]])
+    >>> merged = Moments.of(features[:1]).merge(Moments.of(features[1:]))
+    >>> merged.count, merged.mean.tolist()
+    (3, [2.0, 2.0])
+    >>> bool(np.allclose(merged.covariance, Moments.of(features).covariance))
+    True
+    """
 
     count: int
     mean: Float[np.ndarray, " d"]
@@ -35,6 +55,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "n d"], *, name: str = "features") -> Moments:
+        """Return the moments of n >= 1 features; raise ValueError, which names `name`, for none or for NaN."""
         x = as_features(features, name)
         if not len(x):
             raise ValueError(f"{name}: no rows; at least one is needed")
@@ -44,17 +65,23 @@ class Moments:
 
     @classmethod
     def of_batches(cls, batches: Iterable[Float[np.ndarray, "n d"]], *, name: str = "features") -> Moments:
-        """Moments of a stream of feature batches; memory is O(d^2) whatever the number of samples."""
+        """Return the moments of a stream of feature batches; memory is O(d^2) whatever the number of samples.
+
+        Raises ValueError, which names `name`, if the stream is empty.
+        """
         total: Moments | None = None
         for batch in batches:
-            part = cls.of(batch, name=name)
-            total = part if total is None else total.merge(part)
+            moments = cls.of(batch, name=name)
+            total = moments if total is None else total.merge(moments)
         if total is None:
             raise ValueError(f"{name}: the stream of batches is empty")
         return total
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of the union (Chan, Golub & LeVeque 1979, the pairwise update)."""
+        """Return the moments of both sets together (Chan, Golub & LeVeque 1979, the pairwise update).
+
+        Raises ValueError if the feature dimensions differ.
+        """
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"feature dimensions differ: {self.mean.shape[0]} and {other.mean.shape[0]}")
         count = self.count + other.count
@@ -65,7 +92,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
-        """Unbiased covariance (d, d), as in the reference code of FID."""
+        """The unbiased covariance (d, d), as in the reference code of FID; ValueError for fewer than 2 samples."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
@@ -77,8 +104,11 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """Read an .npz file of `mu` and `sigma`. Published statistics lack `count`: they can be compared, not merged
-        meaningfully, so they count as 2 samples."""
+        """Read an .npz file of `mu` and `sigma`.
+
+        Published statistics lack `count`: they can be compared but not merged meaningfully, so they count as 2 samples.
+        Raises FileNotFoundError if there is no such file, ValueError if an array is missing or has a wrong shape.
+        """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file of Frechet statistics")
         with np.load(path, allow_pickle=False) as file:
@@ -93,7 +123,7 @@ class Moments:
 
 
 def _factor(cov: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
-    """F (d, r) with F F^T = cov, r the numerical rank."""
+    """Return F (d, r) with F F^T = cov, where r is the numerical rank."""
     values, vectors = np.linalg.eigh(cov)
     keep = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, keep] * np.sqrt(values[keep])
@@ -105,10 +135,19 @@ def gaussian_distance(
     mean2: Float[np.ndarray, " d"],
     cov2: Float[np.ndarray, "d d"],
 ) -> float:
-    """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared 2-Wasserstein distance of two Gaussians.
+    """Return the squared 2-Wasserstein distance of two Gaussians, |m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-    With S = F F^T from a symmetric eigendecomposition, Tr (S1 S2)^(1/2) is the sum of the singular values of F1^T F2.
-    Nothing non-symmetric is rooted, so covariances of fewer samples than dimensions need no jitter.
+    This is eq. 6 of Heusel 2017 (arXiv:1706.08500). With S = F F^T from a symmetric eigendecomposition,
+    Tr (S1 S2)^(1/2) is the sum of the singular values of F1^T F2. No root of a non-symmetric matrix is taken, so
+    covariances of fewer samples than dimensions need no jitter.
+
+    Raises ValueError if the feature dimensions differ.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics import gaussian_distance
+    >>> distance = gaussian_distance(np.zeros(1), np.eye(1), np.full(1, 3.0), 4.0 * np.eye(1))
+    >>> round(distance, 6)  # 3^2 + 1 + 4 - 2 * 2
+    10.0
     """
     if mean1.shape != mean2.shape:
         raise ValueError(f"feature dimensions differ: {mean1.shape[0]} and {mean2.shape[0]}")
@@ -119,5 +158,16 @@ def gaussian_distance(
 
 
 def frechet_distance(real: Moments, fake: Moments) -> float:
-    """Frechet distance of the Gaussians fitted to two sets; FID when the features are those of `inception.py`."""
+    """Return the Frechet distance of the Gaussians fitted to two sets (Heusel 2017, arXiv:1706.08500, eq. 6).
+
+    It is FID if the features are those of `inception_features`. See `gaussian_distance` for the equation.
+
+    Raises ValueError if the feature dimensions differ or a set has fewer than 2 samples.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics import Moments, frechet_distance
+    >>> features = np.random.default_rng(0).normal(size=(100, 4))
+    >>> round(frechet_distance(Moments.of(features), Moments.of(features + 3.0)), 6)  # a shift: 4 dimensions * 3^2
+    36.0
+    """
     return gaussian_distance(real.mean, real.covariance, fake.mean, fake.covariance)

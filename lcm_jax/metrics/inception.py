@@ -1,7 +1,8 @@
-"""Inception-v3 as FID uses it: the 2015 TensorFlow graph in pytorch-fid's layout, up to the 2048 pooled features.
+"""Inception-v3 (Szegedy 2015, arXiv:1512.00567) as FID uses it: up to the 2048 pooled features.
 
-It differs from torchvision's network in its poolings: average pools do not count the padding, and the last block
-(Mixed_7c) has a max pool. Weights: a safetensors copy of `pt_inception-2015-12-05`.
+It is the TensorFlow graph of 2015 in pytorch-fid's layout. It differs from torchvision's network in its poolings:
+average pools do not count the padding, and the last block (Mixed_7c) has a max pool. Weights: a safetensors copy of
+`pt_inception-2015-12-05`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ OPTIONAL_INCEPTION = (r"^fc\.", r"^AuxLogits\.", r"\.num_batches_tracked$")
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch norm in evaluation: an affine map whose parameters include the running statistics; TensorFlow's eps."""
+    """Batch norm in evaluation, y = scale (x - mean) / sqrt(var + 0.001) + bias.
+
+    The running statistics `mean` and `var` are parameters, and 0.001 is TensorFlow's epsilon.
+    """
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Return x normalised channel by channel."""
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -39,7 +44,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, batch norm, ReLU (torchvision's BasicConv2d)."""
+    """A convolution without bias, batch norm and ReLU, y = relu(norm(conv(x))) (torchvision's BasicConv2d)."""
 
     features: int
     kernel: tuple[int, int] = (1, 1)
@@ -48,6 +53,7 @@ class ConvBN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Return `features` channels; without padding the picture becomes smaller."""
         conv = nn.Conv(self.features, self.kernel, self.stride, padding=self.padding, use_bias=False, name="conv")
         return nn.relu(FrozenBatchNorm(name="bn")(conv(x)))
 
@@ -75,10 +81,13 @@ def _chain(x: Float[Array, "b h w c"], layers: Sequence[Layer]) -> Float[Array, 
 
 
 class MixedA(nn.Module):
+    """A block with branches of 1 x 1, 5 x 5 and twice 3 x 3 (torchvision's InceptionA): c -> 224 + pool channels."""
+
     pool: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Return the branches' channels side by side."""
         five = [("branch5x5_1", 48, (1, 1), 1), ("branch5x5_2", 64, (5, 5), 1)]
         double = [
             ("branch3x3dbl_1", 64, (1, 1), 1),
@@ -91,8 +100,11 @@ class MixedA(nn.Module):
 
 
 class MixedB(nn.Module):
+    """A block that halves the resolution with 3 x 3 branches (torchvision's InceptionB): c -> 480 + c channels."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        """Return the branches' channels and the max-pooled input side by side."""
         double = [
             ("branch3x3dbl_1", 64, (1, 1), 1),
             ("branch3x3dbl_2", 96, (3, 3), 1),
@@ -103,10 +115,13 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
+    """A block of 7 x 7 kernels factorised into 1 x 7 and 7 x 1 (torchvision's InceptionC): c -> 768 channels."""
+
     width: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Return the branches' channels side by side."""
         w = self.width
         seven = [("branch7x7_1", w, (1, 1), 1), ("branch7x7_2", w, (1, 7), 1), ("branch7x7_3", 192, (7, 1), 1)]
         double = [
@@ -122,8 +137,11 @@ class MixedC(nn.Module):
 
 
 class MixedD(nn.Module):
+    """A block that halves the resolution with 3 x 3 and 7 x 7 branches (torchvision's InceptionD): c -> 512 + c."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
+        """Return the branches' channels and the max-pooled input side by side."""
         three = [("branch3x3_1", 192, (1, 1), 1), ("branch3x3_2", 320, (3, 3), 2)]
         seven = [
             ("branch7x7x3_1", 192, (1, 1), 1),
@@ -135,10 +153,13 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
+    """A block whose 3 x 3 kernels fork into 1 x 3 and 3 x 1 (torchvision's InceptionE): c -> 2048 channels."""
+
     max_pool: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Return the branches' channels side by side."""
         three = ConvBN(384, name="branch3x3_1")(x)
         double = _chain(x, [("branch3x3dbl_1", 448, (1, 1), 1), ("branch3x3dbl_2", 384, (3, 3), 1)])
         parts = [
@@ -153,10 +174,22 @@ class MixedE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures (b, h, w, 3) in [-1, 1] -> pool3 features (b, 2048). Resizes bilinearly to 299 x 299 itself."""
+    """The network of FID: pictures (b, h, w, 3) in [-1, 1] -> pool3 features (b, 2048).
+
+    It resizes the pictures bilinearly to 299 x 299 pixels itself (Szegedy 2015, arXiv:1512.00567).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.metrics import InceptionV3
+    >>> images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
+    >>> features, _ = jax.eval_shape(InceptionV3().init_with_output, jax.random.key(0), images)
+    >>> features.shape
+    (2, 2048)
+    """
 
     @nn.compact
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
+        """Return the mean of the last block's features over the picture."""
         b, _, _, c = images.shape
         # Half-pixel centres and no antialiasing, as torch's interpolate(align_corners=False) in pytorch-fid.
         x = jax.image.resize(images, (b, SIZE, SIZE, c), "bilinear", antialias=False)
@@ -177,13 +210,21 @@ class InceptionV3(nn.Module):
 
 
 def load_inception(path: str | Path) -> Params:
-    """Parameters of `InceptionV3` from a safetensors file with torchvision's key names (the classifier is ignored)."""
+    """Return the parameters of `InceptionV3` from a safetensors file with torchvision's key names.
+
+    path: a file -> a tree for `InceptionV3().apply({"params": tree}, images)`. The classifier in it is ignored.
+    Raises ValueError, which names the file and the key, if a layer is missing or has a wrong shape.
+    """
     like = jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
     return from_torch(read_safetensors(path), like, RULES_INCEPTION, optional=OPTIONAL_INCEPTION, source=str(path))
 
 
 def inception_features(path: str | Path, *, batch_size: int = 32) -> NetworkFeatures:
-    """The FID feature extractor, its weights read from `path`."""
+    """Return the feature extractor of FID (Heusel 2017, arXiv:1706.08500) with the weights of the file `path`.
+
+    inception_features(path): uint8 pictures (n, h, w, 3) -> float32 features (n, 2048). The file and the errors are
+    those of `load_inception`.
+    """
     net = InceptionV3()
 
     def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:

@@ -15,7 +15,7 @@ K1, K2 = 0.01, 0.03
 def _pair(
     x: Num[Array, "n h w c"], y: Num[Array, "n h w c"], data_range: float
 ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
-    """Both pictures in float32, in units of the data range."""
+    """Return both pictures in float32, in units of the data range."""
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"expected two picture batches of one shape (n, h, w, c), got {x.shape} and {y.shape}")
     if data_range <= 0:
@@ -24,16 +24,25 @@ def _pair(
 
 
 def psnr(x: Num[Array, "n h w c"], y: Num[Array, "n h w c"], *, data_range: float) -> Float[Array, " n"]:
-    """10 log10(data_range^2 / MSE) in decibel for each picture; infinite for equal pictures.
+    """Return the peak signal-to-noise ratio of each picture in decibels, 10 log10(data_range^2 / MSE).
 
-    data_range: greatest minus least possible value (255 for uint8, 2 for [-1, 1]).
+    It is infinite for equal pictures. data_range: the greatest minus the least possible value (255 for uint8, 2 for
+    [-1, 1]).
+
+    Raises ValueError if the shapes differ or are not (n, h, w, c), or `data_range` is not positive.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.metrics import psnr
+    >>> x = jnp.zeros((1, 4, 4, 3))
+    >>> psnr(x, x + 0.1, data_range=1.0).round(3).tolist()
+    [20.0]
     """
     a, b = _pair(x, y, data_range)
     return -10.0 * jnp.log10(jnp.mean(jnp.square(a - b), axis=(1, 2, 3)))
 
 
 def _smooth(x: Float[Array, "n h w c"]) -> Float[Array, "n h-10 w-10 c"]:
-    """Gaussian average over the windows that lie inside the picture."""
+    """Return the Gaussian average over the windows that are inside the picture."""
     n, h, w, c = x.shape
     offset = np.arange(WINDOW) - WINDOW // 2
     weight = np.exp(-0.5 * (offset / WINDOW_SIGMA) ** 2)
@@ -45,10 +54,20 @@ def _smooth(x: Float[Array, "n h w c"]) -> Float[Array, "n h-10 w-10 c"]:
 
 
 def ssim(x: Num[Array, "n h w c"], y: Num[Array, "n h w c"], *, data_range: float) -> Float[Array, " n"]:
-    """Mean structural similarity (Wang 2004, eq. 13) of each picture, in [-1, 1].
+    """Return the mean structural similarity of each picture, in [-1, 1] (Wang 2004, eq. 13).
 
-    11 x 11 Gaussian windows of sigma 1.5, only those inside the picture, K1 = 0.01, K2 = 0.03, weighted (biased)
-    moments, and the mean over channels: scikit-image's `gaussian_weights=True, use_sample_covariance=False`.
+    SSIM = (2 mu_x mu_y + C1)(2 sigma_xy + C2) / ((mu_x^2 + mu_y^2 + C1)(sigma_x^2 + sigma_y^2 + C2)), where
+    C = (K data_range)^2 with K1 = 0.01 and K2 = 0.03. The windows are Gaussian, 11 x 11 with sigma 1.5, and only those
+    inside the picture count. The moments are weighted (biased), and the result is the mean over windows and channels:
+    scikit-image's `gaussian_weights=True, use_sample_covariance=False`.
+
+    Raises ValueError as `psnr` does, and if a side of the pictures is shorter than 11 pixels.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.metrics import ssim
+    >>> x, y = jnp.full((1, 11, 11, 1), 0.2), jnp.full((1, 11, 11, 1), 0.9)
+    >>> round(float(ssim(x, y, data_range=1.0)[0]), 3)  # flat pictures: (2 * 0.18 + C1) / (0.04 + 0.81 + C1)
+    0.424
     """
     a, b = _pair(x, y, data_range)
     if min(a.shape[1:3]) < WINDOW:

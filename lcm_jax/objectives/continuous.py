@@ -191,10 +191,10 @@ class Shortcut(Continuous):
         x = add_noise(FLOW, draw.x0, draw.eps, t)
         x0, eps = self.trajectory_prediction(nets, draw, FLOW, x, t)
         slow = self.student_on(nets, nets.target, draw, FLOW)
-        student_cond = jnp.where(d > 1.5 / self.finest, d, 0.0)
+        span = jnp.where(d > 1.5 / self.finest, d, 0.0)
 
         def half(x: Image, t: Array) -> Image:
-            return x - expand(d, x) * _velocity(slow, x, t, t - student_cond)
+            return x - expand(d, x) * _velocity(slow, x, t, t - span)
 
         last = half(half(x, t), t - d)
         target = frozen(jnp.where(expand(pairs, x), (x - last) / expand(2.0 * d, x), eps - x0))

@@ -21,7 +21,6 @@ from jax.scipy.special import logit, ndtri
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.typing import Key, Schedule
 
 Times = Callable[[Key, int], Float[Array, " n"]]  # (key, n) -> times of the schedule
@@ -125,11 +124,11 @@ class CosMap(TimeDensity):
 def even_times(schedule: Schedule, n: int) -> Float[Array, " n"]:
     """The middles of n equal parts of the schedule's time; of a DDPM table rounded to timesteps."""
     t = schedule.t_min + (schedule.t_max - schedule.t_min) * (jnp.arange(n) + 0.5) / n
-    return jnp.round(t) if isinstance(schedule, DDPM) else t
+    return t if schedule.timesteps is None else jnp.round(t)
 
 
 def uniform_times(schedule: Schedule, key: Key, n: int) -> Float[Array, " n"]:
     """Times drawn uniformly: from the integer timesteps 0 ... T-1 of a DDPM table, else from [t_min, t_max]."""
-    if isinstance(schedule, DDPM):
-        return jax.random.randint(key, (n,), 0, schedule.num_train_timesteps).astype(jnp.float32)
+    if schedule.timesteps is not None:
+        return jax.random.randint(key, (n,), 0, schedule.timesteps).astype(jnp.float32)
     return jax.random.uniform(key, (n,), minval=schedule.t_min, maxval=schedule.t_max)

@@ -1,1 +1,1 @@
-"""What a training step takes on a machine that is not there: memory, FLOPs, collectives, an estimate of its time."""
+"""Plans of a training step for a machine that is not present: memory, FLOPs, collectives and estimated time."""

@@ -1,4 +1,4 @@
-"""`lcm-jax plan`: from a config's name and a topology to what it takes."""
+"""`lcm-jax plan`: the plan of a config's training step on a topology, as text or JSON."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from lcm_jax.train.config import TrainConfig
 
 
 def run(config: TrainConfig, name: str, topology: str, *, searching: bool, whole: bool, out: Path | None) -> str:
-    """What to print; `out`: a JSON file, "-" for standard output in the text's place.
+    """Plan a config's training step and return the text to print.
 
-    A plan is made on the CPU, whatever accelerator this machine has, so that none is taken from whom it serves.
+    searching: plan all meshes of the topology and add a table of them, the best first. whole: run the compiler to its
+    end. out: a JSON file to write; "-" returns the JSON in place of the text. A plan is made on the CPU, whatever
+    accelerator this machine has, so that other programs can use the accelerator. Raises ValueError as `plan` and
+    `search` do.
     """
     kind, shape = parse(topology)
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", math.prod(shape))
-    find = search if searching else (lambda *given, **options: [plan(*given, **options)])
-    plans = find(config, topology, name, whole=whole)
-    record = [each.to_dict() for each in plans]
-    text = json.dumps(record if searching else record[0], indent=2)
+    plans = search(config, topology, name, whole=whole) if searching else [plan(config, topology, name, whole=whole)]
+    records = [entry.to_dict() for entry in plans]
+    text = json.dumps(records if searching else records[0], indent=2)
     if out is not None and str(out) == "-":
         return text
     if out is not None:

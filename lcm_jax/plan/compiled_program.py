@@ -1,7 +1,7 @@
-"""What a compiled program does, read from its HLO text: FLOPs, memory traffic and collectives of one device.
+"""The work of a compiled program, read from its HLO text: FLOPs, memory traffic and collectives of one device.
 
-XLA's own cost analysis counts the body of a loop once; here a loop counts as often as it runs. Of a conditional the
-branch with more FLOPs counts. What a fusion reads and writes is memory traffic, what happens inside of it is not.
+XLA's own cost analysis counts the body of a loop once; here a loop counts as often as it runs. Of a conditional only
+the branch with the most FLOPs counts. The inputs and outputs of a fusion are memory traffic; values inside it are not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lcm_jax.plan.hlo import Computation, Instruction, read_module
 from lcm_jax.plan.matmul_flops import flops_of
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-_FREE = (  # of memory traffic: they name or arrange what others made
+_FREE = (  # operations without memory traffic: they name or arrange the results of others
     *("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done"),
 )
@@ -27,9 +27,10 @@ _CARRIERS = (*COLLECTIVES, "custom-call", "parameter", "tuple", "get-tuple-eleme
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """bytes: that one device sends. group: some devices that take part in one, by their numbers in the program.
+    """A collective operation of the program.
 
-    channel: its name in the program; what is fused with other work in steps has one through all of them.
+    bytes: sent by one device. group: one group of devices that take part, by their numbers in the program. channel: its
+    number in the program; a collective that is fused with other work in several steps has the same one in all of them.
     """
 
     kind: str
@@ -40,7 +41,7 @@ class Collective:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """An operation that is executed `times`: its FLOPs, its bytes of memory traffic, or the collective that it is."""
+    """An operation that runs `times` times: its FLOPs and bytes of memory traffic, or the collective that it is."""
 
     times: int
     flops: float = 0.0
@@ -49,45 +50,48 @@ class Work:
 
 
 class CompiledProgram:
-    """A module's text, and what it makes one of `devices` do."""
+    """A compiled module, read from its HLO text, and the work that it gives to one of its devices.
+
+    endless: names of the loops whose length the text does not give; they count once. It is filled when `work` is read.
+    """
 
     def __init__(self, text: str, devices: int) -> None:
-        """devices: that it runs on."""
+        """Read a module that runs on so many devices; raise ValueError if the text is not an HLO module."""
         self.devices = devices
         self.computations, self.entry = read_module(text)
-        self.endless: list[str] = []  # loops of a length that the text does not say, which count once
+        self.endless: list[str] = []
 
     @cached_property
     def work(self) -> list[Work]:
-        """Of one execution."""
+        """The operations of one execution."""
         return list(self._run(self.entry, 1))
 
     @property
     def flops(self) -> float:
-        """Of matrix products and convolutions, one multiplication and addition being two."""
+        """The FLOPs of matrix products, convolutions and attention; a multiplication and an addition are two."""
         return sum(work.times * work.flops for work in self.work)
 
     @property
     def bytes(self) -> float:
-        """Read from and written to the main memory."""
+        """The bytes read from and written to the main memory."""
         return sum(work.times * work.bytes for work in self.work)
 
     @property
     def arguments(self) -> int:
-        """Bytes of them."""
+        """The bytes of the program's arguments."""
         entry = self.computations[self.entry].values()
         return sum(shape.bytes for op in entry if op.opcode == "parameter" for shape in op.shapes)
 
     def _run(self, name: str, times: int) -> Iterator[Work]:
-        """Of a computation, each collective once however many operations carry it on."""
-        seen: set[str] = set()
-        for work in self._all(name, times):
+        """Yield the work of a computation, each collective once, however many operations continue it."""
+        channels: set[str] = set()
+        for work in self._all_work(name, times):
             channel = "" if work.collective is None else work.collective.channel
-            if not channel or channel not in seen:
+            if not channel or channel not in channels:
                 yield work
-            seen.add(channel)
+            channels.add(channel)
 
-    def _all(self, name: str, times: int) -> Iterator[Work]:
+    def _all_work(self, name: str, times: int) -> Iterator[Work]:
         computation = self.computations[name]
         for op in computation.values():
             if op.opcode == "while":
@@ -106,17 +110,17 @@ class CompiledProgram:
                 (inside,) = op.called("calls")
                 yield from self._fused(op, computation, inside, times)
             else:
-                yield from self._one(op, computation, times)
+                yield from self._single(op, computation, times)
 
-    def _one(self, op: Instruction, computation: Computation, times: int) -> Iterator[Work]:
-        moved = self._collective(op, computation)
-        if moved is not None:
-            yield Work(times=times, collective=moved)
+    def _single(self, op: Instruction, computation: Computation, times: int) -> Iterator[Work]:
+        collective = self._collective(op, computation)
+        if collective is not None:
+            yield Work(times=times, collective=collective)
         elif op.opcode not in _FREE and not op.opcode.endswith("-done"):
             yield Work(times=times, flops=flops_of(op, computation), bytes=_traffic(op, computation))
 
     def _fused(self, op: Instruction, computation: Computation, inside: str, times: int) -> Iterator[Work]:
-        """A fusion: what it reads and writes, and the FLOPs and the collectives inside."""
+        """Yield the work of a fusion: its traffic and FLOPs, and the collectives inside it."""
         body = self.computations[inside]
         flops, collectives = 0.0, []
         for inner in body.values():
@@ -124,15 +128,15 @@ class CompiledProgram:
                 nested = [work for called in inner.called("calls") for work in self._fused(inner, body, called, 1)]
                 flops += sum(work.flops for work in nested)
                 collectives += [work.collective for work in nested if work.collective is not None]
-            moved = self._collective(inner, body)
-            if moved is None:
+            collective = self._collective(inner, body)
+            if collective is None:
                 flops += flops_of(inner, body)
                 continue
-            scattered = moved.kind == "all-reduce" and "reduce-scatter" in inside  # as XLA writes one for TPUs
-            if scattered:
-                moved = replace(moved, kind="reduce-scatter", bytes=moved.bytes / 2)
-            collectives.append(moved)
-        yield from (Work(times=times, collective=moved) for moved in collectives)
+            # XLA writes a reduce-scatter for TPUs as an all-reduce in a fusion of that name.
+            if collective.kind == "all-reduce" and "reduce-scatter" in inside:
+                collective = replace(collective, kind="reduce-scatter", bytes=collective.bytes / 2)
+            collectives.append(collective)
+        yield from (Work(times=times, collective=collective) for collective in collectives)
         yield Work(times=times, flops=flops, bytes=_fusion_traffic(op, computation, body))
 
     def _collective(self, op: Instruction, computation: Computation) -> Collective | None:
@@ -147,13 +151,13 @@ class CompiledProgram:
         return Collective(kind=kind, bytes=size * sent, group=group, channel=channel[1] if channel else "")
 
     def _group(self, op: Instruction) -> tuple[int, ...]:
-        """The first group of devices, or the pair that is farthest apart in number."""
+        """Return the first group of devices, or the pair whose numbers are farthest apart."""
         if op.opcode.startswith("collective-permute"):
             pairs = re.findall(r"\{(\d+),(\d+)\}", op.attributes)
             return max(((int(a), int(b)) for a, b in pairs), key=lambda pair: abs(pair[0] - pair[1]), default=(0, 0))
-        named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", op.attributes)
-        if named:
-            return _along(named[1], named[2])
+        mesh_axes = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", op.attributes)
+        if mesh_axes:
+            return _along(mesh_axes[1], mesh_axes[2])
         iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", op.attributes)
         if iota:
             groups, axes, order = ([int(i) for i in part.split(",")] if part else [] for part in iota.groups())
@@ -164,7 +168,7 @@ class CompiledProgram:
         return tuple(map(int, listed[1].split(","))) if listed else tuple(range(self.devices))
 
     def _trips(self, op: Instruction, computation: Computation) -> int:
-        """How often a loop runs: as XLA says, or as a counter does that is compared with a constant."""
+        """Return how often a loop runs: XLA's known trip count, or one from a counter compared with a constant."""
         known = re.search(r'"?known_trip_count"?:\{"n":"(\d+)"\}', op.attributes)
         if known:
             return int(known[1])
@@ -176,22 +180,22 @@ class CompiledProgram:
             if index and limit.opcode == "constant":
                 step = body[end.operands[int(index[1])]]
                 first = _origin(computation, computation[op.operands[0]].operands[int(index[1])])
-                by = [body[name].literal for name in step.operands if body[name].opcode == "constant"]
-                if step.opcode == "add" and len(by) == 1 and first.opcode == "constant":
-                    return -(-(int(limit.literal) - int(first.literal)) // int(by[0]))
+                strides = [body[name].literal for name in step.operands if body[name].opcode == "constant"]
+                if step.opcode == "add" and len(strides) == 1 and first.opcode == "constant":
+                    return -(-(int(limit.literal) - int(first.literal)) // int(strides[0]))
         self.endless.append(op.name)
         return 1
 
 
 def _origin(computation: Computation, name: str) -> Instruction:
-    """What was copied, or is known under another shape."""
+    """Return the instruction behind copies and bitcasts."""
     while computation[name].opcode in ("copy", "bitcast"):
         (name,) = computation[name].operands
     return computation[name]
 
 
 def _traffic(op: Instruction, computation: Computation) -> float:
-    """Bytes read and written by an operation by itself."""
+    """Return the bytes read and written by an operation outside of a fusion."""
     if op.opcode in ("dynamic-slice", "gather", "slice"):
         return 2.0 * sum(shape.traffic for shape in op.shapes)
     if op.opcode == "dynamic-update-slice":
@@ -199,15 +203,18 @@ def _traffic(op: Instruction, computation: Computation) -> float:
     if op.opcode == "copy-start":
         return float(op.shapes[0].traffic + sum(shape.traffic for shape in computation[op.operands[0]].shapes))
     read = sum(shape.traffic for name in dict.fromkeys(op.operands) for shape in computation[name].shapes)
-    made = op.shapes
-    if op.target.startswith(("__cublas$", "__cudnn$")):  # whose workspaces are among their results
-        made = (made[0], *(shape for shape in made[1:] if len(shape.dims) > 1))
-    return float(read + sum(shape.traffic for shape in made))
+    written = op.shapes
+    if op.target.startswith(("__cublas$", "__cudnn$")):  # their results include workspaces, which have one dimension
+        written = (written[0], *(shape for shape in written[1:] if len(shape.dims) > 1))
+    return float(read + sum(shape.traffic for shape in written))
 
 
 def _fusion_traffic(op: Instruction, computation: Computation, body: Computation) -> float:
-    """Of an operand that is only sliced inside, the slices are read; of one that is updated in place, the update; what
-    a collective carries through is not."""
+    """Return the bytes read and written by a fusion.
+
+    Of an operand that is only sliced inside, the slices count; of one that is updated in place, the update; an operand
+    that a collective only passes on does not count.
+    """
     total = 0.0
     users: dict[str, list[Instruction]] = {name: [] for name in body}
     for inner in body.values():
@@ -219,16 +226,16 @@ def _fusion_traffic(op: Instruction, computation: Computation, body: Computation
         shapes = computation[op.operands[int(inner.literal)]].shapes
         using = users[inner.name]
         if using and all(user.opcode in ("dynamic-slice", "gather", "slice") for user in using):
-            whole = sum(shape.traffic for shape in shapes)
-            total += min(whole, sum(shape.bytes for user in using for shape in user.shapes))
+            full = sum(shape.traffic for shape in shapes)
+            total += min(full, sum(shape.bytes for user in using for shape in user.shapes))
         elif not all(_updated(user, inner) or user.opcode in _CARRIERS for user in using):
             total += sum(shape.traffic for shape in shapes)
     (root,) = (inner for inner in body.values() if inner.root)
-    for made in [body[name] for name in root.operands] if root.opcode == "tuple" else [root]:
-        if made.opcode == "dynamic-update-slice":
-            total += sum(shape.bytes for shape in body[made.operands[1]].shapes)
-        elif made.opcode not in _CARRIERS:
-            total += sum(shape.traffic for shape in made.shapes)
+    for output in [body[name] for name in root.operands] if root.opcode == "tuple" else [root]:
+        if output.opcode == "dynamic-update-slice":
+            total += sum(shape.bytes for shape in body[output.operands[1]].shapes)
+        elif output.opcode not in _CARRIERS:
+            total += sum(shape.traffic for shape in output.shapes)
     return total
 
 
@@ -237,8 +244,10 @@ def _updated(user: Instruction, operand: Instruction) -> bool:
 
 
 def _along(mesh: str, axes: str) -> tuple[int, ...]:
-    """The first group of devices along some axes of a mesh: "'a'=4,'b'=2" and "'b'"; an axis may be a part of one,
-    "'a':(2)2", the two that follow a factor of two."""
+    """Return the first group of devices along some axes of a mesh, such as "'b'" of the mesh "'a'=4,'b'=2".
+
+    An axis may be a part of a mesh axis: "'a':(2)2" is the factor of two that follows a factor of two.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     strides, stride = {}, 1
     for name, size in reversed(sizes.items()):

@@ -1,4 +1,4 @@
-"""GPUs as XLA is told of them, which compiles for one that is not there."""
+"""Descriptions of GPUs with which XLA compiles for one that is not present."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ KIB, MIB = 2**10, 2**20
 
 
 class _Multiprocessors(NamedTuple):
-    """Of a GPU, `cores` of them. major: of its compute capability; lanes: of float32 in each; shared: bytes of memory
-    in each; cache: of all; clock: GHz. From NVIDIA's papers on the architectures."""
+    """The multiprocessors of a GPU, from NVIDIA's papers on the architectures.
+
+    major: the first number of the compute capability. cores: the number of multiprocessors. lanes: float32 units in
+    each. shared: bytes of shared memory in each. cache: bytes of the L2 cache. clock: GHz.
+    """
 
     major: int
     cores: int
@@ -30,7 +33,10 @@ _MULTIPROCESSORS = {
 
 
 def described(kind: str) -> str:
-    """What XLA has to know of a GPU to compile for it without one (its GpuTargetConfigProto, as text)."""
+    """Return the description of a GPU that XLA needs to compile without one: its GpuTargetConfigProto, as text.
+
+    kind: "a100", "h100" or "h200".
+    """
     gpu, chip = _MULTIPROCESSORS[kind], CHIPS[kind]
     accelerated = "feature_extension: ACCELERATED_FEATURES" if gpu.major >= 9 else ""
     limits = {f"block_dim_limit_{axis}": 2**31 - 1 if axis == "x" else 2**16 - 1 for axis in "xyz"}
@@ -42,7 +48,7 @@ def described(kind: str) -> str:
         "registers_per_core_limit": 2**16,
         "registers_per_block_limit": 2**16,
         "shared_memory_per_block": 48 * KIB,
-        "shared_memory_per_block_optin": gpu.shared - KIB,  # the system keeps one
+        "shared_memory_per_block_optin": gpu.shared - KIB,  # the system reserves one KiB
         "shared_memory_per_core": gpu.shared,
         "core_count": gpu.cores,
         "fpus_per_core": gpu.lanes,
@@ -63,5 +69,5 @@ def described(kind: str) -> str:
 
 
 def _cudnn() -> str:
-    """The version beside JAX's CUDA plugin; the oldest that JAX takes where it comes from elsewhere."""
+    """Return the version of cuDNN installed with JAX's CUDA plugin; without one, the oldest that JAX supports."""
     return version_of("nvidia-cudnn-cu13") or version_of("nvidia-cudnn-cu12") or "9.8"

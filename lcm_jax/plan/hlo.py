@@ -1,4 +1,4 @@
-"""The text of a compiled program: its computations, and the instructions that they are made of."""
+"""A reader of HLO, the text of a compiled program: its computations and their instructions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-_WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "tuple": 0}  # bytes; of other types the number in their name says it
+_WIDTHS = {"pred": 1, "token": 0, "opaque": 0, "tuple": 0}  # bytes; other types have their bits in their name
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"(\(.*?\)|\S+) ([\w\-]+)\(")  # shape, opcode
 _NAME = re.compile(r"%?([\w.\-]+)$")
@@ -17,7 +17,7 @@ _COMPUTATION_LINE = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array's. hbm: whether it lies in the device's main memory, and not in a scratchpad or on the host."""
+    """The shape of an array. hbm: whether it is in the device's main memory, not in a scratchpad or on the host."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -25,48 +25,52 @@ class Shape:
 
     @property
     def bytes(self) -> int:
+        """The size in bytes, rounded up."""
         bits = re.search(r"\d+", self.dtype)
         width = _WIDTHS[self.dtype] if self.dtype in _WIDTHS else int(bits[0]) / 8 if bits else 1
         return math.ceil(math.prod(self.dims) * width)
 
     @property
     def traffic(self) -> int:
-        """Bytes to or from the main memory when it is written or read."""
+        """The bytes to or from the main memory when the array is written or read."""
         return self.bytes if self.hbm else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """name = shapes opcode(operands), attributes."""
+    """An instruction, `name = shapes opcode(operands), attributes`."""
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     attributes: str
-    literal: str  # what stands in the parentheses
+    literal: str  # the text in the parentheses
     root: bool
 
     @property
     def target(self) -> str:
-        """Of a custom-call: what is called."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """The function that a custom-call calls; empty for other instructions."""
+        match = re.search(r'custom_call_target="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     def called(self, *keys: str) -> list[str]:
-        """The computations that an attribute names."""
-        found = []
+        """Return the names of the computations in some attributes."""
+        names = []
         for key in keys:
             match = re.search(rf"\b{key}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
-            found += re.findall(r"[\w.\-]+", match[1]) if match else []
-        return found
+            names += re.findall(r"[\w.\-]+", match[1]) if match else []
+        return names
 
 
 Computation = Mapping[str, Instruction]
 
 
 def read_module(text: str) -> tuple[Mapping[str, Computation], str]:
-    """Its computations by their names, the instructions of each by theirs, and which of them is executed."""
+    """Return the computations of a module, name -> instruction name -> instruction, and the name of the entry.
+
+    Raises ValueError if the text has no ENTRY computation or a line cannot be read.
+    """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = None, dict[str, Instruction]()
     for line in text.splitlines():
@@ -78,7 +82,7 @@ def read_module(text: str) -> tuple[Mapping[str, Computation], str]:
             instruction = _parse(line)
             current[instruction.name] = instruction
     if entry is None:
-        raise ValueError("no HLO module: its text has no ENTRY computation")
+        raise ValueError("not an HLO module: the text has no ENTRY computation")
     return computations, entry
 
 
@@ -86,7 +90,7 @@ def _parse(line: str) -> Instruction:
     left, _, right = line.strip().partition(" = ")
     head = _HEAD.match(right)
     if head is None:
-        raise ValueError(f"HLO: no instruction: {line:.100}")
+        raise ValueError(f"HLO: this line is not an instruction: {line:.100}")
     start = head.end()
     stop = right.index(")", start)
     if "(" in right[start:stop]:
@@ -104,7 +108,7 @@ def _parse(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -114,7 +118,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _operands(inside: str) -> Iterator[str]:
-    """Names, whether or not their shapes stand before them."""
+    """Yield the names of the operands, with or without shapes before them."""
     if "%" in inside:
         yield from re.findall(r"%([\w.\-]+)", inside)
         return
@@ -132,9 +136,9 @@ def _operands(inside: str) -> Iterator[str]:
 
 @lru_cache(maxsize=65536)
 def _shapes(text: str) -> tuple[Shape, ...]:
-    found = []
+    shapes = []
     for dtype, dims, layout in _SHAPE.findall(text):
         sizes = tuple(int(size.removeprefix("<=")) for size in dims.split(",") if size)
         space = re.search(r"S\((\d+)\)", layout)
-        found.append(Shape(dtype, sizes, hbm=space is None or space[1] == "0"))
-    return tuple(found)
+        shapes.append(Shape(dtype, sizes, hbm=space is None or space[1] == "0"))
+    return tuple(shapes)

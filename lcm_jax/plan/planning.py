@@ -1,4 +1,4 @@
-"""The plan of a run: its real training step, compiled for a topology, and what the program says."""
+"""The plan of a run: its real training step is compiled for a topology, and the compiled program is read."""
 
 from __future__ import annotations
 
@@ -37,22 +37,24 @@ from lcm_jax.weights.safetensors_files import read_json
 from mmdit.attention import lowering_for
 from vae16 import portable
 
-_VERSION = 5  # of what is kept
-_POINTER = re.compile(r'(?<=backend_config = )"\d{9,}"')  # to this process's rules of a call's partitioning
+_VERSION = 5  # of the cached plans
+_POINTER = re.compile(r'(?<=backend_config = )"\d{9,}"')  # an address in this process: how a call is partitioned
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-_TENSOR = (1, 2, 4)  # that a search tries
+_TENSOR = (1, 2, 4)  # the sizes of the axis "tensor" that a search tries
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Of one step, on one chip where nothing else is said. Bytes, FLOPs, seconds.
+    """The plan of one training step: bytes, FLOPs and seconds, on one chip unless something else is said.
 
-    arguments: state, frozen trees and batch. temporaries: activations and gradients. peak: both, as the compiler lays
-    them out; of a step that does not fit, what it asked for. flops: that the program executes, recomputation too;
-    model_flops: that the mathematics asks for, a chip's share. traffic: to and from the main memory. collectives:
-    kind -> {"count", "bytes" sent, "seconds"}. compute: the roofline, of every operation the longer of its FLOPs' and
-    its traffic's time. endless: loops whose length the program does not say, counted once. compiling: on this machine,
-    whole: to its end, machine code too. A step that the compiler refuses for its size has no more than its memory.
+    arguments: bytes of state, frozen trees and batch. temporaries: bytes of activations and gradients. peak: bytes of
+    both as the compiler lays them out; for a step that does not fit, the bytes it asked for. capacity: bytes of a chip.
+    model_flops: FLOPs of the mathematics, a chip's share. flops: FLOPs that the program executes, with recomputation.
+    traffic: bytes to and from the main memory. collectives: kind -> {"count", "bytes" (sent), "seconds"}. compute:
+    seconds by a roofline: for every operation the longer time, that of its FLOPs or that of its traffic. communication:
+    seconds of all collectives. endless: the number of loops whose length the program does not give; they count once.
+    compiling: seconds on this machine. whole: whether the compiler ran to its end, machine code included. The plan of a
+    step that the compiler refuses for its size has only memory.
     """
 
     config: str
@@ -60,7 +62,7 @@ class Plan:
     chips: int
     mesh: Mapping[str, int]
     batch_size: int
-    parameters: int  # that are trained
+    parameters: int  # the trained ones
     arguments: int
     temporaries: int
     peak: int
@@ -79,30 +81,30 @@ class Plan:
 
     @property
     def step(self) -> float:
-        """Seconds if no collective overlaps with compute: what meshes are ranked by."""
+        """The seconds of a step if no collective overlaps with compute; meshes are ranked by it."""
         return self.compute + self.communication
 
     @property
     def overlapped(self) -> float:
-        """Seconds if all that can overlap does."""
+        """The seconds of a step if all communication overlaps with compute."""
         return max(self.compute, self.communication)
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Model FLOPs utilisation, of `step` and of `overlapped`."""
-        least = self.model_flops / self.peak_flops
-        return (least / self.step, least / self.overlapped) if self.step else (0.0, 0.0)
+        """The model FLOPs utilisation for `step` and for `overlapped`; zeros if the step does not fit."""
+        ideal = self.model_flops / self.peak_flops
+        return (ideal / self.step, ideal / self.overlapped) if self.step else (0.0, 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """Return all fields, `step`, `overlapped` and `mfu` as a dict for JSON."""
         return asdict(self) | {"step": self.step, "overlapped": self.overlapped, "mfu": self.mfu}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """A config's training step, the one that `TrainConfig.run` takes, traced for a mesh.
+    """A config's training step, the same one that `TrainConfig.run` takes, traced for a mesh.
 
-    No weights are made, and none and no data are read where the task has an outline.
+    No weights are allocated. If the task has a method `abstract`, no weights and no data are read either.
     """
 
     config: TrainConfig
@@ -111,9 +113,9 @@ class Traced:
 
     @cached_property
     def _parts(self) -> tuple[Any, Any, Any]:
-        """Shapes of the arguments, where they lie, the step."""
+        """The shapes of the arguments, their shardings, and the step."""
         config = self.config
-        task = config.task.outline() if hasattr(config.task, "outline") else config.task.build()
+        task = config.task.abstract() if hasattr(config.task, "abstract") else config.task.build()
         tx, placement, step = optimizer_and_step(
             task, replace(config.loop, parallel="jit"), config.optimizer, self.mesh
         )
@@ -129,18 +131,18 @@ class Traced:
 
     @property
     def parameters(self) -> int:
-        """That are trained."""
+        """The number of trained parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._parts[0][0].params))
 
     @property
     def arguments(self) -> int:
-        """Bytes of state, frozen trees and batch on one device, whether or not the step reads them."""
-        shapes, places, _ = self._parts
-        return sum(_bytes_here(tree, place) for tree, place in zip(shapes, places, strict=True))
+        """The bytes of state, frozen trees and batch on one device, whether or not the step reads them."""
+        shapes, shardings, _ = self._parts
+        return sum(_bytes_per_device(tree, sharding) for tree, sharding in zip(shapes, shardings, strict=True))
 
     @property
     def flops(self) -> float:
-        """Of all devices together, without recomputation."""
+        """The FLOPs of a step on all devices together, without recomputation."""
         task = self.config.task
         if getattr(task, "remat", False):
             task = replace(task, remat=type(task).__dataclass_fields__["remat"].default)
@@ -149,52 +151,60 @@ class Traced:
 
     @cached_property
     def lowered(self) -> Any:
-        """To be compiled."""
+        """The lowered step, ready to be compiled."""
         return self._traced.lower()
 
 
 def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) -> Plan:
-    """What a config's training step takes on its mesh, or what an earlier call kept of that.
+    """Return the plan of a config's training step on its mesh, from the cache if an earlier call made the same one.
 
-    The compiler is stopped when it has scheduled the program and laid out its memory: what would follow is machine
-    code, which takes nine tenths of the time and of which a plan says nothing. whole: it is run to its end.
-    Raises ValueError for a mesh or a batch that does not fit the topology.
+    The compiler is stopped when it has scheduled the program and laid out its memory: next it would make machine code,
+    which takes nine tenths of the time and which a plan does not need. whole: run the compiler to its end; for GPUs and
+    CPUs it always is. name: of the config, for the plan and the messages.
+
+    Raises ValueError for a mesh or a batch that does not fit the topology, ModuleNotFoundError if the compiler is not
+    installed, RuntimeError if the compiler's process ends without a plan.
     """
     kind, sides = parse(topology)
     mesh_shape(config.loop.mesh, math.prod(sides), config.loop.batch_size)  # raises ValueError
     check_compiler(topology)
-    if whole or kind in ("cpu", *GPUS):  # whose compilers write nothing before the end
+    if whole or kind in ("cpu", *GPUS):  # their compilers write nothing before the end
         return _plan(config, topology, name, dump=None)
-    with tempfile.TemporaryDirectory() as folder:  # a compiler is stopped with its process
-        process = multiprocessing.get_context("spawn").Process(target=_alone, args=(config, topology, name, folder))
+    with tempfile.TemporaryDirectory() as folder:  # only the end of its process stops a compiler
+        arguments = (config, topology, name, folder)
+        process = multiprocessing.get_context("spawn").Process(target=_plan_in_process, args=arguments)
         with _environment(XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {DUMP.format(folder=folder)}"):
             process.start()
         process.join()
-        made = Path(folder) / "plan.json"
-        if not made.is_file():
-            raise RuntimeError(f"planning {name} ended with exit code {process.exitcode}; what it said stands above")
-        return Plan(**read_json(made))
+        file = Path(folder) / "plan.json"
+        if not file.is_file():
+            raise RuntimeError(f"planning {name} ended with exit code {process.exitcode}; its messages are above")
+        return Plan(**read_json(file))
 
 
 def search(config: TrainConfig, topology: str, name: str, *, whole: bool = False) -> list[Plan]:
-    """The plans of all meshes of powers of two that the batch can be cut along, the best first: those that fit, by
-    `step`."""
+    """Return the plans of all meshes of powers of two that divide the batch, the best first.
+
+    Plans that fit come first, each group sorted by `step`. Raises ValueError if no mesh divides the batch, and as
+    `plan` does.
+    """
     meshes = candidates(math.prod(parse(topology)[1]), config.loop.batch_size)
     configs = [replace(config, loop=replace(config.loop, mesh=mesh)) for mesh in meshes]
-    plans = [plan(each, topology, name, whole=whole) for each in configs]
+    plans = [plan(candidate, topology, name, whole=whole) for candidate in configs]
     if not plans:
-        raise ValueError(f"{name}: no mesh of {topology} cuts a batch of {config.loop.batch_size}; change --batch-size")
-    return sorted(plans, key=lambda each: (not each.fits, each.step, each.peak))
+        raise ValueError(
+            f"{name}: no mesh of {topology} divides a batch of {config.loop.batch_size}; change --batch-size"
+        )
+    return sorted(plans, key=lambda entry: (not entry.fits, entry.step, entry.peak))
 
 
 DUMP = "--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*train_step.*"
 
 
-def _alone(config: TrainConfig, topology: str, name: str, folder: str) -> None:
-    """`_plan` as a process of its own, which ends while the compiler still runs."""
+def _plan_in_process(config: TrainConfig, topology: str, name: str, folder: str) -> None:
+    """Run `_plan` as the only work of a process, which ends while the compiler still runs."""
     jax.config.update("jax_platforms", "cpu")
-    made = _plan(config, topology, name, dump=Path(folder))
-    write_json(Path(folder) / "plan.json", asdict(made))
+    write_json(Path(folder) / "plan.json", asdict(_plan(config, topology, name, dump=Path(folder))))
     sys.stderr.flush()
     os._exit(0)
 
@@ -218,15 +228,15 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
     mesh = make_mesh(config.loop.mesh, batch_size=config.loop.batch_size, devices=opened.devices)
     traced = Traced(config=config, mesh=mesh, platform=opened.platform)
     with elapsed(f"tracing {name}"):
-        kept = cache_dir() / "plans" / f"{_digest(traced, opened)}.json"
-    if kept.is_file():
-        found = Plan(**read_json(kept) | {"config": name})
-        if found.whole or dump is not None:
-            return found
+        cache_file = cache_dir() / "plans" / f"{_digest(traced, opened)}.json"
+    if cache_file.is_file():
+        cached = Plan(**read_json(cache_file) | {"config": name})
+        if cached.whole or dump is not None:
+            return cached
     start = time.perf_counter()
     with elapsed(f"compiling {name} for {topology}, {said(mesh.shape)}"):
         program = compile_step(traced.lowered, mesh.size, dump)
-    made = Plan(
+    result = Plan(
         config=name,
         topology=topology,
         chips=mesh.size,
@@ -238,15 +248,18 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
         peak_flops=opened.chip.flops,
         compiling=time.perf_counter() - start,
         whole=dump is None,
-        **_read(program, traced, opened),
+        **_summarize(program, traced, opened),
     )
-    write_json(kept, asdict(made))
-    return made
+    write_json(cache_file, asdict(result))
+    return result
 
 
 class _Program(NamedTuple):
-    """What the compiler made. total: bytes of the main memory that it takes; arguments: those of them that are its
-    arguments; both without what lies on the chip and this step does not read. program: none if it does not fit."""
+    """The result of a compilation.
+
+    total: bytes of the main memory that the program takes. arguments: those of them that are its arguments. Both are
+    without the arguments that this step does not read. program: None if it does not fit.
+    """
 
     total: int
     arguments: int
@@ -254,14 +267,18 @@ class _Program(NamedTuple):
 
 
 def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
-    """Until it is done, or until the compiler has dumped the scheduled program and its memory."""
-    found: list[Any] = []
+    """Compile a lowered step for so many devices, to the end or until the scheduled program and its memory are dumped.
+
+    dump: the folder to which XLA_FLAGS let the compiler write (`DUMP`); None to compile to the end. Raises the
+    compiler's error, except for one that says that the memory does not suffice.
+    """
+    outcome: list[Any] = []  # the compiled program or the error
 
     def run() -> None:
         try:
-            found.append(lowered.compile())
+            outcome.append(lowered.compile())
         except Exception as error:
-            found.append(error)
+            outcome.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -270,7 +287,7 @@ def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
         program = None if dump is None else _dumped(dump, devices)
         if program is not None:
             return program
-    (compiled,) = found
+    (compiled,) = outcome
     if isinstance(compiled, Exception):
         needed = bytes_needed(str(compiled))
         if needed is None:
@@ -281,44 +298,45 @@ def compile_step(lowered: Any, devices: int, dump: Path | None) -> _Program:
 
 
 def _dumped(folder: Path, devices: int) -> _Program | None:
-    """What a TPU's compiler writes before it makes machine code, once it is there."""
+    """Return what a TPU's compiler writes before it makes machine code, or None as long as it is not complete."""
     for file in folder.glob("*.after_optimizations_after_buffer_assignment.txt"):
         text, report = file.read_text(), Path(str(file).replace("_after_buffer_assignment.", "-memory-usage-report."))
-        if not text.endswith("}\n\n"):  # it is being written
+        if not text.endswith("}\n\n"):  # the compiler is still writing it
             return None
         total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report.read_text())
         if total is None:
-            raise ValueError(f"{report.name}: says nothing of the default memory space")
+            raise ValueError(f"{report.name}: no size of the default memory space; this libtpu writes another format")
         program = CompiledProgram(text, devices)
         return _Program(int(total[1]), program.arguments, program)
     return None
 
 
 def candidates(devices: int, batch_size: int) -> Iterator[str]:
-    """Meshes to try, as --mesh takes them."""
+    """Yield the meshes to try, as --mesh takes them: those of all devices whose axes data x fsdp divide the batch."""
     for tensor, power in itertools.product(_TENSOR, range(devices.bit_length())):
         rows, fsdp = devices // tensor, 2**power
         if devices % tensor == 0 and rows % fsdp == 0 and batch_size % rows == 0:
             yield f"data={rows // fsdp},fsdp={fsdp},tensor={tensor}"
 
 
-def _read(made: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
-    """What a program says of itself."""
-    idle = max(traced.arguments - made.arguments, 0)  # what lies on the chip and this step does not read
-    peak = made.total + (idle if made.program is not None else 0)
+def _summarize(compiled: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
+    """Return the fields of a plan that the program gives: memory, FLOPs, traffic, collectives and times."""
+    unread = max(traced.arguments - compiled.arguments, 0)  # arguments on the chip that this step does not read
+    peak = compiled.total + (unread if compiled.program is not None else 0)
     memory = {"temporaries": max(peak - traced.arguments, 0), "peak": peak, "fits": peak <= topology.chip.memory}
-    if made.program is None:
+    if compiled.program is None:
         return memory | {"fits": False, "collectives": {}}
-    program = made.program
+    program = compiled.program
     devices, chip = list(traced.mesh.devices.flat), topology.chip
     collectives: dict[str, dict[str, float]] = {}
     for work in program.work:
         if work.collective is not None:
-            moved = work.collective
-            entry = collectives.setdefault(moved.kind, {"count": 0, "bytes": 0.0, "seconds": 0.0})
+            collective = work.collective
+            members = [devices[i] for i in collective.group]
+            entry = collectives.setdefault(collective.kind, {"count": 0, "bytes": 0.0, "seconds": 0.0})
             entry["count"] += work.times
-            entry["bytes"] += work.times * moved.bytes
-            entry["seconds"] += work.times * topology.seconds(moved.bytes, [devices[i] for i in moved.group])
+            entry["bytes"] += work.times * collective.bytes
+            entry["seconds"] += work.times * topology.seconds(collective.bytes, members)
     return memory | {
         "model_flops": traced.flops / traced.mesh.size,
         "flops": program.flops,
@@ -330,16 +348,17 @@ def _read(made: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:
     }
 
 
-def _bytes_here(tree: Any, places: Any) -> int:
-    """Of a tree of shapes on one device. places: beside its leaves, or one for all."""
+def _bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Return the bytes of a tree of shapes on one device; `shardings` is a tree of the same leaves, or one for all."""
     leaves = jax.tree.leaves(tree)
-    placed = [places] * len(leaves) if isinstance(places, jax.sharding.Sharding) else jax.tree.leaves(places)
-    pairs = zip(leaves, placed, strict=True)
-    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
+    one_for_all = isinstance(shardings, jax.sharding.Sharding)
+    per_leaf = [shardings] * len(leaves) if one_for_all else jax.tree.leaves(shardings)
+    pairs = zip(leaves, per_leaf, strict=True)
+    return sum(math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, sharding in pairs)
 
 
 def _digest(traced: Traced, topology: Topology) -> str:
-    """Of all that a plan depends on: program, topology, mesh and its arguments, versions."""
+    """Return a hash of all that a plan depends on: program, topology, mesh, size of the arguments, versions."""
     about = [_VERSION, topology.name, topology.chip, said(traced.mesh.shape), traced.arguments]
     about += [version_of(name) or "" for name in _COMPILERS]
     digest = hashlib.sha256("\n".join(map(str, about)).encode())
@@ -348,33 +367,36 @@ def _digest(traced: Traced, topology: Topology) -> str:
 
 
 def compilers() -> str:
-    """Names and versions of what compiles, as far as it is installed: another may send more, or hold less."""
-    return ", ".join(f"{name} {found}" for name in _COMPILERS if (found := version_of(name)))
+    """Return the names and versions of the installed compilers, as text; another version may make another plan."""
+    return ", ".join(f"{name} {version}" for name in _COMPILERS if (version := version_of(name)))
 
 
 def bytes_needed(error: str) -> int | None:
-    """What a compiler that ran out of a chip's memory says the program takes; None of any other error."""
-    found = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of|\) exceeds)", error)
-    if "RESOURCE_EXHAUSTED" not in error or found is None:
+    """Return the bytes that a program needs, from the error of a compiler that ran out of a chip's memory.
+
+    It is None for any other error.
+    """
+    match = re.search(r"(?:Used |\()([\d.]+)([KMGT]?)(?: of|\) exceeds)", error)
+    if "RESOURCE_EXHAUSTED" not in error or match is None:
         return None
-    return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
 def said(mesh: Mapping[str, int]) -> str:
-    """As --mesh takes it, without the axes of one."""
+    """Return a mesh as --mesh takes it, without axes of size one."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 
 
 @contextmanager
 def elapsed(what: str, every: float = 10.0) -> Iterator[None]:
-    """Say on standard error what goes on and for how long, where it is long."""
+    """Print `what` and the seconds since the start to standard error, every `every` seconds while the block runs."""
     start, done = time.perf_counter(), threading.Event()
 
-    def tell() -> None:
+    def report_time() -> None:
         while not done.wait(every):
             print(f"{what}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=report_time, daemon=True)
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Plans as text: one in full, several as a table."""
+"""Plans as text: one plan in full, several as a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lcm_jax.runtime.hardware import GIB
 
 
 def describe(plan: Plan) -> str:
-    """One plan, a line for each thing to know."""
+    """Return one plan as text: memory, FLOPs, collectives and time, a line for each."""
     gib = [size / GIB for size in (plan.arguments, plan.temporaries, plan.peak, plan.capacity)]
     lines = [
         f"{plan.config} on {plan.topology}, {said(plan.mesh)}, batch {plan.batch_size}, "
@@ -31,7 +31,7 @@ def describe(plan: Plan) -> str:
         f"{plan.mfu[1]:.0%} to {plan.mfu[0]:.0%}; {plan.batch_size / plan.step:,.0f} samples/s",
     ]
     if plan.endless:
-        lines.append(f"{plan.endless} loops of a length that the program does not say are counted once")
+        lines.append(f"{plan.endless} loops, whose length the program does not give, are counted once")
     return "\n".join(lines)
 
 
@@ -42,8 +42,11 @@ HEADS = (
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """Markdown, one plan a row; bytes, FLOPs and collectives of one chip and step. step and MFU: with and without
-    overlap of all communication."""
+    """Return plans as a Markdown table, one plan a row.
+
+    Bytes, FLOPs and collectives are those of one chip and one step. step and MFU are ranges: with overlap of all
+    communication, and without any.
+    """
     rows = [HEADS, ("---",) * len(HEADS), *map(_row, plans)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 

@@ -1,4 +1,4 @@
-"""Topologies to compile for, and how long their wires take."""
+"""Topologies to compile for, and the time of collectives on their links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ HOP = 1e-6  # seconds from a chip to its neighbour
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Chips of one kind. shape: the torus; devices: to compile for, with their coordinates in it."""
+    """Chips of one kind and their wiring.
+
+    shape: the sides of the torus. devices: those to compile for, with their coordinates in the torus.
+    """
 
     name: str
     chip: Chip
@@ -31,15 +34,15 @@ class Topology:
 
     @property
     def platform(self) -> str:
-        """ "tpu", "gpu" or "cpu"."""
+        """The platform of the chips: "tpu", "gpu" or "cpu"."""
         kind = self.name.partition(":")[0]
         return "gpu" if kind in GPUS else "cpu" if kind == "cpu" else "tpu"
 
     def seconds(self, sent: float, members: Sequence[Any]) -> float:
-        """Of a collective among a group of devices each of which sends so many bytes, all groups at once.
+        """Return the seconds of a collective in which each device of a group sends `sent` bytes, all groups at once.
 
-        On a torus the group's rings use both directions of every axis along which it extends; an axis that is not
-        closed to a ring is a line, of which each link carries what a ring's two would.
+        On a torus the group's rings use both directions of every axis along which it extends. An axis that does not
+        close to a ring is a line, in which each link carries what two links of a ring would carry.
         """
         chip = self.chip
         if chip.node:
@@ -47,16 +50,16 @@ class Topology:
             return sent / link + HOP * (len(members) - 1)
         coordinates = np.asarray([member.coords for member in members])[:, : len(self.shape)]
         links, hops = 0, 0
-        for axis, whole in zip(coordinates.T, self.shape, strict=True):
+        for axis, side in zip(coordinates.T, self.shape, strict=True):
             length = len(set(axis))
-            ring = length == whole and whole % chip.wraps == 0
+            ring = length == side and side % chip.wraps == 0
             links += (2 if ring else 1) if length > 1 else 0
             hops += length // 2 if ring else length - 1
         return sent / (chip.link * max(links, 1)) + HOP * hops
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
-    """("v5e", (8, 8)) of "v5e:8x8"."""
+    """Return chip and sides of a topology's name: ("v5e", (8, 8)) for "v5e:8x8"; raise ValueError for another form."""
     kind, _, sides = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", sides):
         raise ValueError(f"--topology {name}: write CHIP:SIDES, such as v5e:8x8; chips are {', '.join(CHIPS)}")
@@ -64,7 +67,7 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 def check_compiler(name: str) -> None:
-    """ModuleNotFoundError without the compiler of a topology."""
+    """Raise ModuleNotFoundError, which says what to install, if the compiler of a topology is missing."""
     kind, _ = parse(name)
     if kind in GPUS and not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ModuleNotFoundError(f"--topology {name} needs JAX's CUDA plugin: pip install 'lcm-jax[cuda]'")
@@ -73,10 +76,13 @@ def check_compiler(name: str) -> None:
 
 
 def open_topology(name: str) -> Topology:
-    """A topology to compile for. "v5e:8x8", "v5p:4x4x4": TPUs, by libtpu; "h100:8": GPUs, in nodes of eight, by JAX's
-    CUDA plugin; "cpu:8": as many of this machine's.
+    """Return a topology to compile for.
 
-    Raises ModuleNotFoundError without the compiler of that platform, ValueError for what it does not know.
+    name: "v5e:8x8" or "v5p:4x4x4" are TPUs, which libtpu compiles for; "h100:8" are GPUs in nodes of eight, which JAX's
+    CUDA plugin compiles for; "cpu:8" are eight CPU devices of this process.
+
+    Raises ModuleNotFoundError if the compiler of that platform is missing, ValueError for a topology that it does not
+    know.
     """
     kind, shape = parse(name)
     chip = CHIPS[kind]
@@ -85,29 +91,29 @@ def open_topology(name: str) -> Topology:
         number = math.prod(shape)
         if number > chip.node and number % chip.node:
             raise ValueError(
-                f"--topology {name}: {number} GPUs are no whole nodes of {chip.node}; give a multiple of it"
+                f"--topology {name}: {number} GPUs are no whole nodes of {chip.node}; give a multiple of {chip.node}"
             )
-        each = min(number, chip.node)
-        target = {"target_config": described(kind), "topology": f"1x{number // each}x{each}"}
+        per_node = min(number, chip.node)
+        target = {"target_config": described(kind), "topology": f"1x{number // per_node}x{per_node}"}
         devices = _described(name, "cuda", name, **target)
     elif kind == "cpu":
         devices = jax.devices("cpu")
         if len(devices) != math.prod(shape):
             raise ValueError(f"--topology {name}: this process has {len(devices)} CPU devices (JAX_NUM_CPU_DEVICES)")
     else:
-        # One host: else the compiler looks for hosts of four chips.
         options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}  # one device a chip
+        # Small slices are one host; without this the compiler expects hosts of four chips.
         hosts = {"chips_per_host_bounds": [*shape, 1, 1][:3]} if math.prod(shape) <= 4 or shape == (2, 4) else {}
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud's metadata server, and wait
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is taken, so another process may have it
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask the cloud's metadata server, and wait
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so another process may use it
         devices = _described(name, "tpu", name, **options, **hosts)
     if len(devices) != math.prod(shape):
-        raise ValueError(f"--topology {name}: {len(devices)} devices, not {math.prod(shape)}; chips have one each here")
+        raise ValueError(f"--topology {name}: {len(devices)} devices, not {math.prod(shape)}; expected one a chip")
     return Topology(name=name, chip=chip, shape=shape, devices=devices)
 
 
-def _described(name: str, platform: str, described: str, **options: Any) -> Sequence[Any]:
+def _described(name: str, platform: str, description: str, **options: Any) -> Sequence[Any]:
     try:
-        return topologies.get_topology_desc(described, platform=platform, **options).devices
+        return topologies.get_topology_desc(description, platform=platform, **options).devices
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise ValueError(f"--topology {name}: {' '.join(str(error).split()):.300}") from error

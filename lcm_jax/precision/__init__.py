@@ -1,1 +1,1 @@
-"""The precision in which a network multiplies: bfloat16 on CPUs, int8, fp8."""
+"""The precision of a network's matrix products and convolutions: bfloat16 on CPUs, int8, fp8."""

@@ -1,8 +1,8 @@
 """Networks in bfloat16 on a CPU.
 
-Processors multiply bfloat16 two to five times as fast as float32 (AVX-512 BF16, AMX), and XLA:CPU uses that where
-products are summed in float32; all else it emulates, kernels made float32 at every call. So products are asked for that
-way here, and convolutions as products.
+Processors multiply bfloat16 two to five times as fast as float32 (AVX-512 BF16, AMX), but XLA:CPU uses that only in
+matrix products with float32 sums; anything else it emulates, converting the kernels to float32 at every call. So this
+module asks for such products, and computes convolutions with them.
 """
 
 from __future__ import annotations
@@ -38,5 +38,10 @@ OVERRIDES = LayerOverrides(takes=_takes, multiply=_multiply, convolve=_convolve)
 
 
 def is_half(params: Params) -> bool:
-    """Whether a network's parameters are bfloat16."""
+    """Return whether any parameter of a network is bfloat16.
+
+    >>> import jax.numpy as jnp
+    >>> is_half({"kernel": jnp.zeros((2, 2), jnp.bfloat16)}), is_half({"kernel": jnp.zeros((2, 2))})
+    (True, False)
+    """
     return any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""Parameters as a network reads them, in whatever precision they are."""
+"""The context in which a network is applied: its layers' arithmetic follows from the precision of its parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mmdit.attention import halved, platform
 
 @contextlib.contextmanager
 def precision_context(params: Params) -> Iterator[Params]:
-    """The tree that a module takes; within it, its layers multiply as that precision wants.
+    """Yield the parameter tree to apply a module with; within this context its layers use the arithmetic for it.
 
-    Attention in a network whose inputs are in 8 bits is bfloat16's: that errs a tenth as much as the rest.
+    Networks with inputs in 8 bits attend in bfloat16, whose error is a tenth of the quantization's.
     """
     with contextlib.ExitStack() as stack:
         if platform() == "cpu":
@@ -26,5 +26,5 @@ def precision_context(params: Params) -> Iterator[Params]:
 
 
 def is_low_precision(*params: Params) -> bool:
-    """Whether the products of some networks are of fewer bits than float32's: see `compiling.compiler_options`."""
+    """Return whether any of some networks multiplies in bfloat16 or 8 bits: `compiler_options` differ for them."""
     return any(quantization.in_8_bits(tree) or bfloat16_cpu.is_half(tree) for tree in params)

@@ -1,4 +1,4 @@
-"""The matrix products and convolutions of a network by other arithmetic than flax's: interceptors around `apply`."""
+"""Interceptors around `apply` that replace flax's arithmetic in the matrix products and convolutions of a network."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from vae16.layers import NearestConv, folded, interleaved
 
 @dataclass(frozen=True, kw_only=True)
 class LayerOverrides:
-    """takes: whether it is for a layer of this dtype with this kernel; other layers stay as they are.
+    """The functions that replace flax's arithmetic in some layers.
 
+    takes: (dtype, kernel) -> whether a layer of this dtype with this kernel is replaced; other layers are left alone.
     multiply: (n, c) by a kernel (c, d), or (1, 1, c, d). convolve: (b, h, w, c) by (k, l, c, d), with strides and
-    padding. Neither need give the layer's dtype. fold: the kernel of `NearestConv`, as `folded` does.
+    padding. Both may return any float dtype; it is cast to the layer's. fold: folds the kernel of `NearestConv`, as
+    `vae16.layers.folded` does.
     """
 
     takes: Callable[[Any, Any], bool]
@@ -30,30 +32,30 @@ class LayerOverrides:
     fold: Callable[[Any], Any] = folded
 
     def around(self) -> contextlib.AbstractContextManager[None]:
-        """Within it flax's Dense and Conv, of two sides, and `NearestConv` go by this arithmetic."""
+        """Return a context in which flax's Dense, two-dimensional Conv and `NearestConv` use these functions."""
         return nn.intercept_methods(self._call)
 
     def _call(self, next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        own = module.variables.get("params", {}) if isinstance(module, (nn.Dense, nn.Conv, NearestConv)) else {}
-        if context.method_name != "__call__" or "kernel" not in own:
+        params = module.variables.get("params", {}) if isinstance(module, (nn.Dense, nn.Conv, NearestConv)) else {}
+        if context.method_name != "__call__" or "kernel" not in params:
             return next_function(*args, **kwargs)
-        kernel, dtype = own["kernel"], jnp.dtype(module.dtype or args[0].dtype)
+        kernel, dtype = params["kernel"], jnp.dtype(module.dtype or args[0].dtype)
         if not self.takes(dtype, kernel):
             return next_function(*args, **kwargs)
-        x, bias = args[0].astype(dtype), own.get("bias", 0.0)
+        x, bias = args[0].astype(dtype), params.get("bias", 0.0)
         if isinstance(module, NearestConv):
             corners = self.convolve(x, self.fold(kernel), (1, 1), AROUND).astype(dtype)
             return interleaved(corners) + jnp.asarray(bias, dtype)
-        strides = _both(getattr(module, "strides", None) or 1)
+        strides = _pair(getattr(module, "strides", None) or 1)
         if isinstance(module, nn.Dense) or (module.kernel_size, strides) == ((1, 1), (1, 1)):
             y = self.multiply(x.reshape(-1, x.shape[-1]), kernel) + bias
-            asked = getattr(getattr(module, "dot_general", None), "keywords", {})  # T5 asks for sums in float32
-            y = y.astype(asked.get("preferred_element_type", dtype))
-            return y.reshape(*x.shape[:-1], -1)  # in this order: else a TPU turns heads in float32
-        padding = module.padding if isinstance(module.padding, (str, tuple)) else (_both(module.padding),) * 2
+            options = getattr(getattr(module, "dot_general", None), "keywords", {})  # T5 asks for sums in float32
+            y = y.astype(options.get("preferred_element_type", dtype))
+            return y.reshape(*x.shape[:-1], -1)  # after the cast: otherwise a TPU transposes the heads in float32
+        padding = module.padding if isinstance(module.padding, (str, tuple)) else (_pair(module.padding),) * 2
         return (self.convolve(x, kernel, strides, padding) + bias).astype(dtype)
 
 
-def _both(of: Any) -> Any:
-    return (of, of) if isinstance(of, int) else of
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value

@@ -1,1 +1,1 @@
-"""What everything stands on: compiler options, caches, hardware figures, FLOPs, atomic files, image files."""
+"""Helpers that every package uses: compiler options, caches, hardware figures, FLOPs, atomic files, image files."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: they are written aside and renamed."""
+"""Atomic writers: a file or folder is written under a temporary name beside its path, and renamed when complete."""
 
 from __future__ import annotations
 
@@ -14,39 +14,71 @@ from typing import Any
 
 @contextlib.contextmanager
 def written_aside(*paths: Path) -> Iterator[list[Path]]:
-    """Names beside `paths` (of one folder) to write to, renamed to them in order at the end and removed on failure."""
+    """Yield temporary paths to write to, renamed to `paths` in order at the end, or removed on failure.
+
+    paths: files of one folder, which is created if it is missing; files that exist are replaced.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "notes.txt"
+    ...     with written_aside(path) as (temporary,):
+    ...         characters = temporary.write_text("complete")
+    ...     print(path.read_text())
+    complete
+    """
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    asides = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
+    temporaries = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
     try:
-        yield asides
-        for aside, path in zip(asides, paths, strict=True):
-            os.replace(aside, path)
+        yield temporaries
+        for temporary, path in zip(temporaries, paths, strict=True):
+            os.replace(temporary, path)
     finally:
-        for aside in asides:
-            aside.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 def dump_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object as indented UTF-8 text, straight to `path`: `write_json` is the atomic one."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Writes a JSON object at once or not at all."""
-    with written_aside(Path(path)) as (aside,):
-        dump_json(aside, value)
+    """Write a JSON object atomically: after a failure, what stood at `path` before is still there.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json(Path(folder) / "config.json", {"steps": 4})
+    ...     print((Path(folder) / "config.json").read_text(), end="")
+    {
+      "steps": 4
+    }
+    """
+    with written_aside(Path(path)) as (temporary,):
+        dump_json(temporary, value)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place at the end, or is removed on failure."""
+    """Yield a new, empty folder that replaces the folder `path` at the end, or is removed on failure.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     with replacing(Path(parent) / "model") as folder:
+    ...         characters = (folder / "config.json").write_text("{}")
+    ...     print([file.name for file in (Path(parent) / "model").iterdir()])
+    ['config.json']
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
     try:
-        aside.mkdir()
-        yield aside
+        temporary.mkdir()
+        yield temporary
         if path.exists():
             path.rename(old)
-        aside.rename(path)
+        temporary.rename(path)
     finally:
-        for rest in (aside, old):
-            shutil.rmtree(rest, ignore_errors=True)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)

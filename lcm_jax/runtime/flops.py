@@ -1,4 +1,4 @@
-"""FLOPs of a function, counted on what was traced: matrix products and convolutions, as if on one device."""
+"""FLOPs of a traced function: its matrix products and convolutions, as if on one device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,21 @@ from typing import Any
 
 
 def flops(jaxpr: Any) -> float:
-    """Of a jaxpr, closed or not. One multiplication and addition are two. A scan counts as often as it runs, a while
-    loop once, what is mapped over devices for each of them, and of the branches of a `cond` the dearest."""
-    return sum((_of(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns), 0.0)
+    """Return the floating-point operations of a jaxpr, closed or not; a multiplication with its addition counts as two.
+
+    The body of a scan counts once for each iteration, that of a while loop once, what is mapped over devices (`pmap`,
+    `shard_map`) once for each device, and of the branches of a `cond` the one with the most.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> a, b = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((3, 5), jnp.float32)
+    >>> flops(jax.make_jaxpr(jnp.dot)(a, b))  # 2 x 2 x 3 x 5
+    60.0
+    """
+    return sum((_equation_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns), 0.0)
 
 
-def _of(equation: Any) -> float:
+def _equation_flops(equation: Any) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -29,18 +38,18 @@ def _of(equation: Any) -> float:
         return max(map(flops, params["branches"]))
     if match := _ATTENTION.fullmatch(str(params.get("name", name))):
         # 2 products of (l, d) by (m, d) for each head, and 5 in the gradient
-        (*_, length, heads, width), (_, others, _, _) = (operand.aval.shape for operand in equation.invars[:2])
+        (*_, length, heads, width), (_, key_length, _, _) = (operand.aval.shape for operand in equation.invars[:2])
         products = 2 if match["pass"] == "fwd" else 5
-        return 2.0 * products * equation.invars[0].aval.shape[0] * heads * length * others * width
-    return float(_times(name, params) * sum(map(flops, _inner(params))))
+        return 2.0 * products * equation.invars[0].aval.shape[0] * heads * length * key_length * width
+    return float(_repetitions(name, params) * sum(map(flops, _inner_jaxprs(params))))
 
 
 # cuDNN's primitives, and the functions of mmdit.tpu_attention.
 _ATTENTION = re.compile(r"dot_product_attention(_tpu)?_(?P<pass>fwd|bwd)(_wrapper)?")
 
 
-def _times(name: str, params: dict[str, Any]) -> int:
-    """How often what an equation holds runs."""
+def _repetitions(name: str, params: dict[str, Any]) -> int:
+    """Return how often the inner jaxprs of an equation run."""
     match name:
         case "scan":
             return params["length"]
@@ -51,7 +60,7 @@ def _times(name: str, params: dict[str, Any]) -> int:
     return 1
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             if hasattr(item, "eqns") or hasattr(getattr(item, "jaxpr", None), "eqns"):

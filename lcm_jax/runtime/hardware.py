@@ -1,7 +1,7 @@
-"""Chips and how they are wired, in public figures.
+"""Published figures of accelerators and of the links between them.
 
 TPUs: cloud.google.com/tpu/docs (system architecture of each version), and Austin et al., "How to Scale Your Model"
-(2025), part 2, for what a link carries. GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200.
+(2025), part 2, for the bandwidth of a link. GPUs: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM and H200.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """flops: of bfloat16, a second. memory: bytes of HBM; bandwidth: of it, bytes a second.
+    """The figures of one accelerator.
 
+    flops: bfloat16 operations a second. memory: bytes of HBM; bandwidth: bytes a second from it.
     link: bytes a second one way to a neighbour. wraps: an axis of the torus closes to a ring where its length is a
-    multiple of this; others are lines. GPUs have no torus: all that are in one node reach each other at `link`, and
-    beyond a node at `network`.
+    multiple of this; others are lines. GPUs have no torus: the `node` GPUs of one node reach each other at `link`, and
+    those of other nodes at `network` bytes a second.
     """
 
     flops: float
@@ -37,11 +38,11 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
         "v5e": Chip(flops=197e12, memory=16 * GIB, bandwidth=0.82e12, link=45e9, wraps=16),
         "v5p": Chip(flops=459e12, memory=95 * GIB, bandwidth=2.77e12, link=90e9, wraps=4),
         "v6e": Chip(flops=918e12, memory=32 * GIB, bandwidth=1.64e12, link=90e9, wraps=16),
-        # NVLink of one way, and eight network cards of 200 or 400 Gb/s to a node of eight.
+        # NVLink one way, and eight network cards of 200 or 400 Gb/s for a node of eight GPUs.
         "a100": Chip(flops=312e12, memory=80 * GIB, bandwidth=2.04e12, link=300e9, network=25e9, node=8),
         "h100": Chip(flops=989e12, memory=80 * GIB, bandwidth=3.35e12, link=450e9, network=50e9, node=8),
         "h200": Chip(flops=989e12, memory=141 * 10**9, bandwidth=4.8e12, link=450e9, network=50e9, node=8),
-        # Not a machine to plan for: a core's worth of a CPU, on which programs and their collectives can be tried.
+        # No machine to plan for: about one core of a CPU, to try programs and their collectives on.
         "cpu": Chip(flops=0.1e12, memory=16 * GIB, bandwidth=0.01e12, link=1e9, network=1e9, node=8),
     }
 )
@@ -51,7 +52,11 @@ _KINDS = {"v4": "v4", "v5 lite": "v5e", "v5e": "v5e", "v5p": "v5p", "v5": "v5p",
 
 
 def chip_of(kind: str) -> Chip | None:
-    """Of a device's `device_kind`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None for what is not known."""
+    """Return the chip of a device's `device_kind`, None if it is unknown.
+
+    >>> chip_of("TPU v5 lite") == CHIPS["v5e"], chip_of("NVIDIA H100 80GB HBM3") == CHIPS["h100"], chip_of("cpu")
+    (True, True, None)
+    """
     maker, _, model = kind.partition(" ")
     if maker == "TPU":
         return CHIPS.get(_KINDS.get(model, ""))

@@ -1,4 +1,4 @@
-"""Many pictures as one: a plain grid, and a grid with a title over each column and a label beside each row."""
+"""Many pictures in one: a plain grid, and a grid with a title over each column and a label beside each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from PIL import ImageDraw, ImageFont
 def labelled_grid(
     titles: Sequence[str], labels: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
 ) -> PILImage.Image:
-    """One row for each label, one column for each strip; pictures enlarged by `zoom`."""
+    """Return a table of square pictures, one row for each label and one column for each title and strip.
+
+    strips: for each column its pictures from top to bottom. zoom: the factor by which pictures are enlarged.
+
+    >>> import numpy as np
+    >>> strip = np.zeros((2, 16, 16, 3), np.uint8)
+    >>> labelled_grid(["teacher", "student"], ["red heart", "cat face"], [strip, strip]).size
+    (366, 124)
+    """
     side = strips[0].shape[1] * zoom
     font = ImageFont.load_default(size=15)
     gap, left, top = 6, 290, 48
@@ -26,14 +34,19 @@ def labelled_grid(
         for i, picture in enumerate(strip):
             tile = PILImage.fromarray(picture).resize((side, side), PILImage.Resampling.LANCZOS)
             canvas.paste(tile, (x, top + i * (side + gap)))
-    for i, prompt in enumerate(labels):
+    for i, label in enumerate(labels):
         y = top + i * (side + gap) + side / 2
-        draw.multiline_text((left - 12, y), prompt, fill="black", font=font, anchor="rm", align="right")
+        draw.multiline_text((left - 12, y), label, fill="black", font=font, anchor="rm", align="right")
     return canvas
 
 
 def grid(images: UInt8[np.ndarray, "n h w c"], columns: int) -> UInt8[np.ndarray, "H W c"]:
-    """Rows of at most `columns` pictures as one picture, white where the last row ends early."""
+    """Return pictures as one, in rows of at most `columns`, white where the last row ends early.
+
+    >>> import numpy as np
+    >>> grid(np.zeros((3, 8, 8, 3), np.uint8), columns=2).shape
+    (16, 16, 3)
+    """
     columns = min(columns, len(images))
     missing = -len(images) % columns
     filled = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)], constant_values=255)

@@ -1,4 +1,4 @@
-"""Picture files of any kind -> uint8 (height, width, 3) as they are shown, or one clear refusal."""
+"""Readers of picture files: uint8 (height, width, 3), upright and in RGB, or one error that names the file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Size = tuple[int, int]  # height, width in pixels
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
-# 8-bit modes that PIL turns to RGB without losing range; 16-bit and float modes would be clipped without a word
+# 8-bit modes that PIL turns to RGB without losing range; 16-bit and float modes would be clipped silently
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 _TOO_DEEP = "picture mode {} is not RGB; convert it to 8 bits a channel first"
-# What Pillow and the decoders beneath it raise for files that are not what they say, bombs among them
+# What Pillow and its decoders raise for damaged files and decompression bombs
 _UNREADABLE = (
     *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError),
     *(IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error),
@@ -28,37 +28,55 @@ _UNREADABLE = (
 
 
 def check_picture(data: Path | bytes, source: str = "") -> Size:
-    """The size it is shown in. Reads the header (and a PNG's checksums), decodes nothing. ValueError names the file."""
+    """Return the (height, width) that a picture is shown in; read its header and a PNG's checksums, decode nothing.
+
+    data: a file or its bytes. source: the name of the picture in errors. Raise ValueError if it cannot be a picture.
+
+    >>> import io
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (6, 4)).save(file, "PNG")
+    >>> check_picture(file.getvalue())
+    (4, 6)
+    """
     if isinstance(data, Path) and data.stat().st_size == 0:
         raise ValueError(f"{data}: picture of zero bytes; remove it or write it again")
     with _opened(data, source) as picture:
-        turned = sideways(picture)
+        is_sideways = sideways(picture)
         picture.verify()
-        return picture.size if turned else (picture.height, picture.width)
+        return picture.size if is_sideways else (picture.height, picture.width)
 
 
 def read_picture(data: Path | bytes, size: Size | None = None, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
-    """As it is `shown`, scaled to cover `size` and its centre kept, if there is one. ValueError names the file.
+    """Return a picture's pixels as it is `shown`, scaled and cropped to `size` (height, width) if that is given.
 
-    An OSError says that the file could not be read at all, which is no fault of the picture.
+    data: a file or its bytes. source: the name of the picture in errors. Raise ValueError if it is not a readable
+    picture, OSError if the file itself cannot be read.
+
+    >>> import io
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.new("L", (6, 4)).save(file, "PNG")
+    >>> read_picture(file.getvalue(), size=(2, 2)).shape
+    (2, 2, 3)
     """
     source = source or str(data if isinstance(data, Path) else "picture")
     with _opened(data if isinstance(data, bytes) else data.read_bytes(), source) as picture:
         picture.load()
-        whole = shown(picture)
-        return np.asarray(whole if size is None else fit(whole, size))
+        upright = shown(picture)
+        return np.asarray(upright if size is None else fit(upright, size))
 
 
 def sideways(picture: Image.Image) -> bool:
-    """Whether it is shown with its sides exchanged."""
-    exif = Image.Image.getexif(picture)  # a PNG's own would decode it, where no orientation comes first
+    """Return whether a picture's EXIF orientation exchanges its sides."""
+    exif = Image.Image.getexif(picture)  # PngImageFile.getexif would decode the pixels of a PNG without EXIF
     return exif.get(ExifTags.Base.Orientation, 1) >= 5
 
 
 def shown(picture: Image.Image) -> Image.Image:
-    """Upright, and in RGB: palettes, greyscale, CMYK and the rest; what is transparent is white.
+    """Return a picture upright and in RGB, from palettes, greyscale, CMYK and the rest, with transparency as white.
 
-    ValueError for more than 8 bits a channel.
+    Raise ValueError for more than 8 bits a channel.
     """
     if picture.mode not in _MODES:
         raise ValueError(_TOO_DEEP.format(picture.mode))
@@ -70,7 +88,7 @@ def shown(picture: Image.Image) -> Image.Image:
 
 
 def fit(picture: Image.Image, size: Size) -> Image.Image:
-    """Scaled so that it just covers (height, width), centre kept."""
+    """Return a picture scaled so that it just covers `size` (height, width), and cropped to its centre."""
     height, width = size
     if picture.size == (width, height):
         return picture

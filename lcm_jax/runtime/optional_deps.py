@@ -1,4 +1,4 @@
-"""Optional dependencies, asked for by name before any work."""
+"""Optional dependencies: a check, before any work, that those of an extra are installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ _EXTRAS = {
 
 
 def require(extra: str) -> None:
-    """ModuleNotFoundError naming what is missing and how to install it."""
+    """Raise ModuleNotFoundError, which says what to install, unless all packages of an extra are installed."""
     missing = [name for name in _EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"{', '.join(missing)} not installed; pip install 'lcm-jax[{extra}]'")
 
 
 def version_of(package: str) -> str | None:
-    """Of what is installed; None for what is not."""
+    """Return the version of an installed package, None if it is not installed.
+
+    >>> version_of("jax") is None, version_of("no-such-package") is None
+    (False, True)
+    """
     try:
         return version(package)
     except PackageNotFoundError:

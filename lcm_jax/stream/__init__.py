@@ -1,4 +1,6 @@
-"""Real time: the stream batch, residual guidance, the similarity filter, and what feeds and shows a stream."""
+"""Real-time sampling (StreamDiffusion, 2312.12491): the stream batch, residual classifier-free guidance (RCFG), the
+stochastic similarity filter, and the readers and writers of frames.
+"""
 
 from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.similarity import SimilarityFilter, similarity

@@ -1,4 +1,4 @@
-"""`lcm-jax stream`: a video, a folder of pictures, a camera, a screen or noise, redrawn into a video or a folder."""
+"""`lcm-jax stream`: redraws a video, a folder of pictures, a camera, a screen or noise into a video or a folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lcm_jax.stream.video import Video, Writer, restyle, working_size
 
 Frame = UInt8[np.ndarray, "h w 3"]
 VIDEOS = (".mp4", ".mkv", ".mov", ".m4v", ".webm", ".avi", ".nut")
-LIVE = {  # of each platform: the device, and what reads it
+LIVE = {  # for each platform: the default device, and the FFmpeg format that reads it
     "camera": {"linux": ("/dev/video0", "v4l2"), "darwin": ("0", "avfoundation"), "win32": ("video=0", "dshow")},
     "screen": {"linux": (":0.0", "x11grab"), "darwin": ("1", "avfoundation"), "win32": ("desktop", "gdigrab")},
 }
@@ -45,40 +45,51 @@ def run(
     controls: dict[str, Any],
     sampler: str,
 ) -> str:
-    """Do what the command asks for; a line that says what was made.
+    """Redraw `source` into `target`, and return one line that says what was written.
 
-    count: pictures from noise. seconds: of a camera or a screen, until Ctrl-C by default. rate: frames a second of a
-    video that is made of pictures, of noise or of a screen. With several prompts the stream travels from one to the
-    next, each for as long.
+    source: a video file, a folder of pictures, "camera[:DEVICE]", "screen[:DEVICE]" or "noise". target: a folder, or
+    a video file. prompts: one, or several with "noise" alone: the stream then travels from one to the next in equal
+    parts. size: (height, width) in pixels; None is the pipeline's own, for a video its area in the video's shape.
+    count: pictures from noise. seconds: duration of a camera or a screen; None is until Ctrl-C. rate: frames a second
+    of a camera or a screen, and of the video that is made from pictures or noise. controls: see `Controls`. sampler:
+    see `Stream`.
+
+    Raise ValueError if source, target and prompts do not fit together or the source cannot be read,
+    FileNotFoundError if it does not exist.
     """
     if target.suffix.lower() not in ("", *VIDEOS):
         raise ValueError(f"--out {target}: name a folder, or a video such as {target.stem}.mp4")
-    kind, _, place = source.partition(":")
+    kind, _, device = source.partition(":")
     if kind in LIVE:
-        frames: Iterable[Frame] = _live(kind, place, seconds, rate)
-        return _pictures(_stream(pipe, prompts, size, controls, sampler), frames, [], target, rate)
+        frames: Iterable[Frame] = _live(kind, device, seconds, rate)
+        return _redraw(_stream(pipe, prompts, size, controls, sampler), frames, [], target, rate)
     if kind == "noise":
         stream = _stream(pipe, prompts, size, controls | {"fresh": len(prompts) == 1}, sampler, image=False)
-        return _travelling(stream, prompts, count, target, rate)
+        return _travel(stream, prompts, count, target, rate)
     path = Path(source)
     if path.is_dir():
-        names = _listed(path, target)
+        files = _listed(path, target)
         stream = _stream(pipe, prompts, size, controls, sampler)
-        return _pictures(stream, map(read_picture, names), [file.stem for file in names], target, rate)
+        return _redraw(stream, map(read_picture, files), [file.stem for file in files], target, rate)
     if target.suffix == "":
-        raise ValueError(f"--out {target}: a video becomes a video; name a file such as {target.name}.mp4")
+        raise ValueError(f"--out {target}: a video becomes a video; name a video file such as {target.name}.mp4")
     video = Video.open(path)
     size = size or working_size(pipe.size, video.size, _factor(pipe))
     stream = _stream(pipe, prompts, size, controls, sampler)
     start = time.perf_counter()
     number = restyle(stream, video, target)
-    took = time.perf_counter() - start
-    saved = "" if stream.filter is None else f", {100 * stream.filter.saved:.0f} % of them left out as still"
-    return f"{target}: {number} frames of {size[0]}x{size[1]} in {took:.0f} s ({number / took:.1f} a second{saved})"
+    elapsed = time.perf_counter() - start
+    saved = "" if stream.filter is None else f", {100 * stream.filter.saved:.0f} % of them skipped as still"
+    rates = f"{number / elapsed:.1f} a second{saved}"
+    return f"{target}: {number} frames of {size[0]}x{size[1]} in {elapsed:.0f} s ({rates})"
 
 
 def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE of a stream's controls; the values are JSON, or texts."""
+    """Return a stream's controls from KEY=VALUE texts; a value is JSON, or else a text. Raise ValueError without "=".
+
+    >>> parse_controls(["guidance=self", "delta=0.5", "t_index=[10, 30]"])
+    {'guidance': 'self', 'delta': 0.5, 't_index': [10, 30]}
+    """
     controls = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -106,12 +117,14 @@ def _stream(
     image: bool = True,
 ) -> Stream:
     if len(prompts) > 1 and image:
-        raise ValueError(f"--prompt: {len(prompts)} given; only a stream from noise travels between prompts")
+        raise ValueError(
+            f"--prompt: {len(prompts)} given, but only a stream from noise travels between prompts; give one"
+        )
     return Stream(pipe, prompts[0], size=size, image=image, sampler=sampler, **controls)
 
 
 def _listed(folder: Path, target: Path) -> list[Path]:
-    """A folder's pictures, in the order of their names, which those made of them will have in `target`."""
+    """Return a folder's pictures in the order of their names, which the redrawn ones in `target` keep."""
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
@@ -120,21 +133,21 @@ def _listed(folder: Path, target: Path) -> list[Path]:
     by_stem: dict[str, Path] = {}
     for file in files:
         check_picture(file)
-        other = by_stem.setdefault(file.stem, file)
-        if other is not file and target.suffix == "":
-            raise ValueError(f"{file}: would become {file.stem}.png, as {other.name} would; rename one")
+        first = by_stem.setdefault(file.stem, file)
+        if first is not file and target.suffix == "":
+            raise ValueError(f"{file}: would become {file.stem}.png, as {first.name} would; rename one")
     return files
 
 
-def _live(kind: str, place: str, seconds: float | None, rate: float) -> Iterator[Frame]:
-    """Frames of a camera or a screen, the newest whenever one is asked for."""
-    device, form = LIVE[kind].get(sys.platform, ("", ""))
-    device = place or device
+def _live(kind: str, device: str, seconds: float | None, rate: float) -> Iterator[Frame]:
+    """Yield frames of a camera or a screen, always the newest one."""
+    default_device, input_format = LIVE[kind].get(sys.platform, ("", ""))
+    device = device or default_device
     try:
-        container = av.open(device, format=form, options={"framerate": f"{rate:g}"})
+        container = av.open(device, format=input_format, options={"framerate": f"{rate:g}"})
     except (FFmpegError, ValueError) as error:
         raise ValueError(
-            f"{kind} {device!r} cannot be opened as {form} ({error}); name another, {kind}:PLACE"
+            f"{kind} {device!r} cannot be opened as {input_format} ({error}); name another device as {kind}:DEVICE"
         ) from None
     newest: Latest[Frame] = Latest(1)
     end = None if seconds is None else time.monotonic() + seconds
@@ -155,25 +168,25 @@ def _live(kind: str, place: str, seconds: float | None, rate: float) -> Iterator
         return
 
 
-def _pictures(stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> str:
-    """Redraw frames that are no video file."""
+def _redraw(stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> str:
+    """Redraw frames that do not come from a video file."""
     number = _write(stream.map(tqdm(prefetch(frames), unit="frame", total=len(names) or None)), names, target, rate)
     return f"{target}: {number} pictures"
 
 
-def _travelling(stream: Stream, prompts: Sequence[str], count: int, target: Path, rate: float) -> str:
-    """Pictures from noise, from one prompt to the next."""
+def _travel(stream: Stream, prompts: Sequence[str], count: int, target: Path, rate: float) -> str:
+    """Draw pictures from noise, from one prompt to the next."""
     if count < 1:
         raise ValueError(f"--count {count}: it must be at least 1")
     spans = max(len(prompts) - 1, 1)
 
     def pictures() -> Iterator[Frame]:
         for i in tqdm(range(count), unit="picture"):
-            where = i / max(count - 1, 1) * spans
-            here = min(int(where), spans - 1)
+            position = i / max(count - 1, 1) * spans
+            span = min(int(position), spans - 1)
             if len(prompts) > 1:
-                share = where - here
-                pairs = [(prompts[here], 1.0 - share), (prompts[here + 1], share)]
+                share = position - span
+                pairs = [(prompts[span], 1.0 - share), (prompts[span + 1], share)]
                 stream.set(prompt=[(text, weight) for text, weight in pairs if weight > 0.0])
             yield stream()
 
@@ -181,32 +194,32 @@ def _travelling(stream: Stream, prompts: Sequence[str], count: int, target: Path
 
 
 def _write(pictures: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> int:
-    """Into a folder, or into a video that is renamed when it is whole."""
+    """Write pictures into a folder, or into a video that is renamed when it is complete; return their number."""
     number = 0
     if target.suffix == "":
         target.mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures, 1):
             name = names[number - 1] if names else f"{number:06d}"
-            with written_aside(target / f"{name}.png") as (aside,):
-                PILImage.fromarray(picture).save(aside, "PNG")
+            with written_aside(target / f"{name}.png") as (temporary,):
+                PILImage.fromarray(picture).save(temporary, "PNG")
         return number
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    unfinished = target.with_name(f".{target.stem}.tmp{target.suffix}")
     writer: Writer | None = None
     speed = Fraction(rate).limit_denominator(1001)
 
     def write(picture: Frame) -> None:
         nonlocal number, writer
         if writer is None:
-            writer = Writer(aside, picture.shape[:2], speed, 1 / speed)
+            writer = Writer(unfinished, picture.shape[:2], speed, 1 / speed)
         writer.put(number, picture)
         number += 1
 
-    with BackgroundWriter(write) as behind:
+    with BackgroundWriter(write) as background:
         for picture in pictures:
-            behind.put(picture)
+            background.put(picture)
     if writer is None:
-        raise ValueError("no frame came")
+        raise ValueError(f"{target}: nothing was written, as the source gave no frame")
     writer.close()
-    aside.replace(target)
+    unfinished.replace(target)
     return number

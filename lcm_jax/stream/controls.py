@@ -1,4 +1,4 @@
-"""What a user may turn while a stream runs: plain values, checked in one place, for Python and for the wire."""
+"""The controls that change while a stream runs: plain values, checked in one place, for Python and the WebSocket."""
 
 from __future__ import annotations
 
@@ -18,28 +18,43 @@ from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.stream.prompt_cache import CAPACITY, Blend, Weighted
 
 Guidance = Literal["none", "self", "onetime", "full"]
-GRID = 50  # times that t_index counts, LCM's own
+GRID = 50  # times of the grid that t_index counts in, as many as LCM was distilled with
 MOST_STEPS = 16
 MOST_TEXT = 2000  # characters of a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """All of a stream's controls; ValueError names the one that is wrong.
+    """The controls of a stream; a wrong value raises ValueError, which names the control.
 
-    prompt: one text, or (text, weight) pairs that are blended, by "lerp" or "slerp"; a change of prompt is spread over
-    `travel` frames. steps and strength place the times on the sampler's grid of 50 as image-to-image does; t_index
-    gives their indices instead (0: noise, 49: almost clean).
+    prompt: one text, or (text, weight) pairs, which `blend` mixes by "lerp" or "slerp". travel: frames over which a
+    change of prompt is spread. negative_prompt: of guidance "full" and "onetime".
 
-    guidance: "none"; "full", classifier-free; "self" and "onetime", residual with the frame, or with what the negative
-    prompt made of one, as the negative. scale, delta: see `guidance.residual`; with "none" a network that has a
-    w-embedding is told the scale.
+    steps: n, the denoising steps of a frame. strength: in [0.02, 1], how much noise a frame is given. They place the
+    times on the sampler's grid of 50 as image-to-image does; t_index gives their indices instead (0: noise, 49: almost
+    clean).
 
-    seed: of the noise, or (seed, weight) pairs. add_noise: whether later steps get noise. fresh: new noise for every
-    frame. feedback: the share of the last picture in a frame. motion: less noise for what moves.
-    similarity: the filter's threshold, None for no filter; max_skips in a row.
-    batch: the stream batch, or n evaluations for each frame. remember: self-attention sees the last frame too.
-    lora: (name, weight) of adapters the stream was made with; 0 for those not named.
+    guidance: "none"; "full", classifier-free guidance, two rows of the network for each frame; or residual
+    classifier-free guidance (RCFG, StreamDiffusion, 2312.12491 section 3.2), one row: "self", self-negative, has the
+    frame itself as the negative, and "onetime", onetime-negative, what the negative prompt made of one frame. scale,
+    delta: see `guidance.residual_cfg`; with "none" the scale is an input of networks that have a w-embedding.
+
+    seed: of the noise, or (seed, weight) pairs. add_noise: whether later steps add noise. fresh: draw new noise for
+    every frame. feedback: share of the last picture in the next frame's latents, in [0, 0.95]. motion: in [0, 1], how
+    much less noise moving frames are given.
+
+    similarity: threshold of the similarity filter, in [0.5, 0.9999]; None for no filter. max_skips: skipped frames in
+    a row. batch: evaluate the network once a frame for all frames in flight (the stream batch, section 3.1), or n times
+    for each frame. remember: self-attention sees the last frame's tokens too.
+
+    lora: (name, weight) pairs of adapters that the stream was made with; those not named have weight 0.
+
+    >>> controls = Controls(prompt=[("a cat", 0.7), ("a dog", 0.3)], steps=4, guidance="self", scale=1.4)
+    >>> controls.prompts
+    (('a cat', 0.7), ('a dog', 0.3))
+    >>> Controls(strength=2)
+    Traceback (most recent call last):
+    ValueError: strength is 2.0: it must be from 0.02 to 1
     """
 
     prompt: str | Weighted = ""
@@ -88,25 +103,31 @@ class Controls:
             if len(text) > MOST_TEXT:
                 raise ValueError(f"a prompt has {len(text)} characters: at most {MOST_TEXT} are taken")
             if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError("a prompt has half a character in it, which no tokenizer takes")
+                raise ValueError("a prompt contains half of a surrogate pair, which no tokenizer takes; remove it")
         if self.t_index is not None:
             object.__setattr__(self, "t_index", _indices(self.t_index))
             object.__setattr__(self, "steps", len(self.t_index))
 
     @property
     def prompts(self) -> Weighted:
-        """(text, weight) pairs, the weights above 0."""
+        """The (text, weight) pairs of `prompt`, with weights above 0."""
         pairs: Any = self.prompt
         return pairs
 
     @property
     def seeds(self) -> Sequence[tuple[int, float]]:
-        """(seed, weight) pairs, the weights above 0."""
+        """The (seed, weight) pairs of `seed`, with weights above 0."""
         pairs: Any = self.seed
         return pairs
 
     def changed(self, **changes: Any) -> Controls:
-        """With other values; ValueError for a name that is none of them. steps or strength replace a t_index."""
+        """Return a copy with other values; a change of steps or strength alone discards t_index.
+
+        Raise ValueError for a name that is no control, or a wrong value.
+
+        >>> Controls(t_index=(10, 30)).changed(steps=3).t_index is None
+        True
+        """
         known = {field.name for field in fields(self)}
         for name in changes:
             if name not in known:
@@ -116,7 +137,15 @@ class Controls:
         return replace(self, **changes)
 
     def times(self, sampler: Sampler, schedule: Schedule, spacing: Spacing) -> Float[np.ndarray, " n_plus_1"]:
-        """t_0 > ... > t_n: entries of the sampler's grid of 50 steps, and its end."""
+        """Return t_0 > ... > t_n: n entries of the sampler's grid of 50 steps, and the end of that grid.
+
+        >>> from lcm_jax.diffusion.samplers import SAMPLERS
+        >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+        >>> from lcm_jax.diffusion.time_grids import Spacing
+        >>> times = Controls(t_index=(0, 25)).times(SAMPLERS["euler"], RectifiedFlow(), Spacing())
+        >>> [round(t, 2) for t in times.tolist()]
+        [1.0, 0.49, 0.0]
+        """
         grid = time_grid(sampler.at(GRID, spacing), schedule, GRID, spacing=spacing)
         index = self.t_index
         if index is None:
@@ -126,7 +155,13 @@ class Controls:
 
 
 def blended_noise(draw: Any, seeds: Sequence[tuple[int, float]]) -> Any:
-    """sum w_i eps_i / |w|: unit noise again, and for two seeds the arc between them. draw: of a seed."""
+    """Return sum w_i eps_i / |w|, unit noise from several seeds: for two of them it is on the arc between theirs.
+
+    draw: seed -> unit noise eps_i. seeds: (seed, weight) pairs.
+
+    >>> round(float(blended_noise(float, [(10, 3.0), (20, 4.0)])), 4)  # 0.6 x 10 + 0.8 x 20
+    22.0
+    """
     weights = np.array([weight for _, weight in seeds], np.float64)
     weights /= np.linalg.norm(weights)
     return sum(jnp.float32(weight) * draw(seed) for weight, (seed, _) in zip(weights, seeds, strict=True))
@@ -146,7 +181,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 
 
 def _pairs(name: str, value: Any, kind: type, *, empty: bool = False) -> tuple[tuple[Any, float], ...]:
-    """One value, or (value, weight) pairs, as pairs with weights above 0; those of adapters may be of any sign."""
+    """Return one value, or (value, weight) pairs, as pairs with weights above 0; `empty`: none, and of any sign."""
     if type(value) is kind:
         value = [(value, 1.0)]
     try:
@@ -170,7 +205,7 @@ def _indices(value: Any) -> tuple[int, ...]:
         index = tuple(int(i) for i in value)
     except (TypeError, ValueError):
         raise ValueError(f"t_index is {value!r:.80}: give whole numbers") from None
-    rising = all(a < b for a, b in pairwise(index))
-    if not 1 <= len(index) <= MOST_STEPS or not rising or index[0] < 0 or index[-1] >= GRID:
+    is_rising = all(a < b for a, b in pairwise(index))
+    if not 1 <= len(index) <= MOST_STEPS or not is_rising or index[0] < 0 or index[-1] >= GRID:
         raise ValueError(f"t_index is {list(index)}: give 1 to {MOST_STEPS} rising indices from 0 to {GRID - 1}")
     return index

@@ -1,4 +1,4 @@
-"""Threads between the parts of a stream: reading and writing go on while pictures are made."""
+"""Queues between threads, so that frames are read and pictures written while others are drawn."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ T = TypeVar("T")
 
 
 class _End:
-    """Of an iterable, and what ended it."""
+    """The end of an iterable, with the error that ended it, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
 
 
 def prefetch(items: Iterable[T], depth: int = 8) -> Iterator[T]:
-    """The items of an iterable, which is read in a thread, at most `depth` items ahead; its errors are raised here."""
-    held: queue.Queue[Any] = queue.Queue(depth)
+    """Yield the items of an iterable that a thread reads at most `depth` items ahead; its errors are raised here.
+
+    >>> list(prefetch(range(3)))
+    [0, 1, 2]
+    """
+    buffer: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
 
     def put(item: Any) -> None:
         while not stopped.is_set():
             try:
-                return held.put(item, timeout=0.1)
+                return buffer.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
@@ -36,14 +40,14 @@ def prefetch(items: Iterable[T], depth: int = 8) -> Iterator[T]:
                 if stopped.is_set():
                     return
             put(_End())
-        except BaseException as error:  # told to the reader
+        except BaseException as error:  # raised where the items are read
             put(_End(error))
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     try:
         while True:
-            item = held.get()
+            item = buffer.get()
             if isinstance(item, _End):
                 if item.error is not None:
                     raise item.error
@@ -55,13 +59,20 @@ def prefetch(items: Iterable[T], depth: int = 8) -> Iterator[T]:
 
 
 class BackgroundWriter(Generic[T]):
-    """A function that is called in a thread, in order, at most `depth` items behind; used as a context.
+    """A context with a thread that calls a function on each item in order, at most `depth` items behind.
 
     An error of the function is raised by the next `put`, or at the end of the context.
+
+    >>> written = []
+    >>> with BackgroundWriter(written.append) as background:
+    ...     for item in range(3):
+    ...         background.put(item)
+    >>> written
+    [0, 1, 2]
     """
 
     def __init__(self, function: Callable[[T], Any], depth: int = 8) -> None:
-        self._held: queue.Queue[Any] = queue.Queue(depth)
+        self._items: queue.Queue[Any] = queue.Queue(depth)
         self._error: BaseException | None = None
         self._function = function
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -71,28 +82,35 @@ class BackgroundWriter(Generic[T]):
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self._held.put(_End())
+        self._items.put(_End())
         self._thread.join()
         if self._error is not None and kind is None:
             raise self._error
 
     def put(self, item: T) -> None:
-        """Wait for room and hand the item over."""
+        """Wait for room in the queue, and add an item. Raise the error of an earlier item, if there was one."""
         if self._error is not None:
             raise self._error
-        self._held.put(item)
+        self._items.put(item)
 
     def _work(self) -> None:
-        while not isinstance(item := self._held.get(), _End):
+        while not isinstance(item := self._items.get(), _End):
             if self._error is None:
                 try:
                     self._function(item)
-                except BaseException as error:  # told to the writer; what still comes is let go
+                except BaseException as error:  # raised by `put`; later items are dropped
                     self._error = error
 
 
 class Latest(Generic[T]):
-    """A bounded queue for what is live: when it is full the oldest item is dropped, and counted."""
+    """A bounded queue of live data: when it is full, the oldest item is dropped, and counted in `dropped`.
+
+    >>> newest = Latest(size=1)
+    >>> for frame in range(3):
+    ...     newest.put(frame)
+    >>> newest.get(), newest.dropped
+    (2, 2)
+    """
 
     def __init__(self, size: int = 1) -> None:
         self._items: list[T] = []
@@ -100,6 +118,7 @@ class Latest(Generic[T]):
         self._changed = threading.Condition()
 
     def put(self, item: T) -> None:
+        """Add an item without waiting."""
         with self._changed:
             self._items.append(item)
             if len(self._items) > self._size:
@@ -108,7 +127,7 @@ class Latest(Generic[T]):
             self._changed.notify()
 
     def get(self, timeout: float | None = None) -> T:
-        """The oldest item; queue.Empty if none comes in `timeout` seconds."""
+        """Remove and return the oldest item. Raise queue.Empty if none comes in `timeout` seconds; None waits on."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._items, timeout):
                 raise queue.Empty

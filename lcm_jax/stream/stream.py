@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image as PILImage
 
-from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers import SAMPLERS, get_sampler
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.lora import Adapters, merge_all
 from lcm_jax.models.image_inputs import latent_mask
@@ -25,7 +25,6 @@ from lcm_jax.stream.step import Settings, State, StreamProgram, Weights, compile
 from lcm_jax.typing import Array, Cond, Params
 
 Picture = UInt8[np.ndarray, "*f h w 3"]
-ONE_EVALUATION = ("lcm", "tcd", "flow_map", "ddim", "euler", "euler_a", "dpm++2m")  # of a step, as a stream batch needs
 
 
 class Job(NamedTuple):
@@ -94,12 +93,13 @@ class Stream:
         loras: Mapping[str, Mapping[str, Adapters]] | None = None,
         **controls: Any,
     ) -> None:
-        if sampler not in ONE_EVALUATION:
-            raise ValueError(f"sampler {sampler!r} does not stream: use one of {', '.join(ONE_EVALUATION)}")
+        if not get_sampler(sampler).streams:
+            streaming = ", ".join(name for name, spec in SAMPLERS.items() if spec.streams)
+            raise ValueError(f"sampler {sampler!r} does not stream: use one of {streaming}")
         if frames < 1:
             raise ValueError(f"frames is {frames}: it must be at least 1")
         self.pipe, self.size, self.frames, self.image = pipe, pipe.check_size(size), frames, image
-        self._sampler, self.loras = SAMPLERS[sampler], {}
+        self._sampler, self.loras = get_sampler(sampler), {}
         for name, adapters in (loras or {}).items():
             others = set(adapters) - {pipe.folder.denoiser}
             if others:
@@ -315,7 +315,7 @@ class Stream:
             guidance={"self": "residual", "onetime": "residual"}.get(now.guidance, now.guidance),
             image=self.image,
             remember=now.remember,
-            is_low_precision=is_low_precision(*self._weights),
+            low_precision=is_low_precision(*self._weights),
         )
         another, self.program = before is None or program != self.program, program
         if before is not None and another:

@@ -1,1 +1,1 @@
-"""Training: a task, a loop, a step. Everything that learns in this library goes through `loop.fit`."""
+"""Training: a task, a loop and a step. Every network that this library trains is trained by `loop.fit`."""

@@ -1,4 +1,4 @@
-"""A run: what is trained, for how long, by which optimizer."""
+"""The config of a run: what is trained, for how long, and by which optimizer."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from lcm_jax.train.overrides import flatten
 from lcm_jax.train.train_step import TrainState
 from lcm_jax.weights.safetensors_files import read_json
 
-# What may change between a run and its continuation: none of it touches the parameters, but for the rounding of sums.
+# Keys that may change when a run is continued: none changes the parameters, except for the rounding of sums.
 WATCHING = ("log_every", "save_every", "preview_every", "keep", "mesh", "parallel", "profile", "hang_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything a run depends on."""
+    """Everything that a run depends on."""
 
-    task: Any  # a frozen dataclass with build() -> Task; all of its errors come before any long work
+    task: Any  # a frozen dataclass with build() -> Task; which raises all of its errors before any long work
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = LoopConfig()
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
 
     def check(self, workdir: Path) -> None:
         """Raise ValueError if `workdir` holds a run of another config, naming the first key that differs."""
-        record, mine = workdir / "config.json", self._record
-        theirs = read_json(record) if record.is_file() else mine
-        for key in sorted(mine.keys() | theirs.keys()):
-            if mine.get(key) != theirs.get(key):
+        path, new = workdir / "config.json", self._record
+        recorded = read_json(path) if path.is_file() else new
+        for key in sorted(new.keys() | recorded.keys()):
+            if new.get(key) != recorded.get(key):
                 raise ValueError(
-                    f"{workdir} holds a run with {key} = {theirs.get(key)}, not {mine.get(key)}: "
+                    f"{workdir} holds a run with {key} = {recorded.get(key)}, not {new.get(key)}: "
                     "give the same value, or another --workdir"
                 )
 
@@ -45,8 +45,10 @@ class TrainConfig:
         return {key: repr(value) for key, value in flatten(self) if key not in WATCHING}
 
     def run(self, workdir: Path) -> TrainState:
-        """Train, or go on training, in `workdir`; the result is in `workdir`/export, the numbers of its previews in
-        previews.json. ValueError as `check` says.
+        """Train in `workdir`, or continue the run that is there, and return its last state.
+
+        The result is written to `workdir`/export, and the numbers of the previews to `workdir`/previews.json. Raises
+        ValueError as `check` does, and OSError if `workdir` cannot be written to.
         """
         self.check(workdir)
         check_writable(workdir)

@@ -1,4 +1,4 @@
-"""The loop: batches in, checkpoints, scalars and pictures out. It knows no network and no loss."""
+"""The training loop: batches in, checkpoints, scalars and pictures out. It knows no network and no loss."""
 
 from __future__ import annotations
 
@@ -49,22 +49,33 @@ from lcm_jax.weights.safetensors_files import read_json
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long, how much at a time, and what is written on the way."""
+    """The length of a run, the size of its batches, and what it writes on the way.
 
-    steps: int = 1000
-    batch_size: int = 64
-    accumulate: int = 1  # micro-batches to a step
+    Raises ValueError for a value that cannot be used, such as
+
+    >>> from lcm_jax.train.loop import LoopConfig
+    >>> LoopConfig(batch_size=8, accumulate=3)
+    Traceback (most recent call last):
+    ValueError: loop.accumulate = 3 does not divide loop.batch_size = 8
+    >>> LoopConfig(steps=50, ema_every=100)
+    Traceback (most recent call last):
+    ValueError: loop.ema_every = 100 is above loop.steps = 50: the moving average, which is the result, would never move
+    """
+
+    steps: int = 1000  # training steps in all
+    batch_size: int = 64  # examples in a step, over all devices
+    accumulate: int = 1  # micro-batches in a step
     ema: float = 0.999  # decay of the moving average
-    ema_every: int = 1  # steps from one update of it to the next
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 200
-    preview_every: int = 500
+    ema_every: int = 1  # steps from one update of the average to the next
+    seed: int = 0  # of the parameters, the order of the data and the noise
+    log_every: int = 20  # steps from one logging of the scalars to the next
+    save_every: int = 200  # steps from one checkpoint to the next
+    preview_every: int = 500  # steps from one preview to the next
     keep: int = 2  # checkpoints on disk
-    mesh: str = ""  # devices along each axis: data=4,fsdp=2,tensor=1; one left out, or -1, is what the others leave
-    parallel: Parallel = "jit"  # pmap: plain data parallelism, in one process
-    profile: int = 0  # steps of which a trace for xprof or TensorBoard is written, to WORKDIR/profile
-    hang_timeout: float = 1800.0  # seconds without a step after which a process of several gives up; 0: never
+    mesh: str = ""  # devices along each axis, such as data=4,fsdp=2,tensor=1; -1 for one axis: all that remain
+    parallel: Parallel = "jit"  # pmap: data parallelism alone, in one process
+    profile: int = 0  # number of steps to trace for xprof or TensorBoard, written to WORKDIR/profile
+    hang_timeout: float = 1800.0  # seconds without a step after which a job of several processes ends; 0: never
 
     def __post_init__(self) -> None:
         MeshConfig.parse(self.mesh)
@@ -90,10 +101,15 @@ class LoopConfig:
 def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path) -> TrainState:
     """Train `task` for `loop.steps` steps, continuing where an earlier run in `workdir` stopped.
 
-    A run that was killed and started again ends with the same parameters, bit for bit, as one that was not: the state,
-    the data position and the step number (which is the random stream) are all a checkpoint holds and all there is.
-    Started again on another mesh or number of processes it sees the same examples and noise in the same order, and its
-    sums are rounded otherwise. `workdir` is one that all processes share.
+    A run that was killed and started again ends with the same parameters, bit for bit, as one that was not: a
+    checkpoint holds the state, the data position and the step number (which gives the random keys), and a run depends
+    on nothing else. On another mesh or number of processes it sees the same examples and noise in the same order, but
+    its sums are rounded differently.
+
+    workdir: a folder that all processes share. The average of the parameters is exported to workdir/export.
+
+    Raises ValueError if `workdir` holds a later step than `loop.steps`, FloatingPointError if a loss is not finite,
+    OSError if a file cannot be written, and Preempted if SIGTERM ended the run early.
     """
     check_writable(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +119,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     rate = learning_rate(optimizer, loop.steps)
     rows = local_batch_indices(placement.batch, loop.batch_size)
     batches = task.batches(loop.batch_size, loop.seed, rows if jax.process_count() > 1 else None)
-    # What closes the manager waits for the checkpoint under way, however the run ends.
+    # Closing the manager waits for the checkpoint that is being written, however the run ends.
     with Watchdog(loop.hang_timeout) as watchdog, checkpoint_manager(workdir, keep=loop.keep) as manager:
         if manager.latest_step() is None:
             state = create(
@@ -120,18 +136,18 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
 
         def advance(state: TrainState) -> tuple[TrainState, Metrics]:
             batch = make_global_batch(meter.wait(batches), placement.batch, rows, loop.batch_size)
-            if not meter.flops:  # the step is traced here once, and runs by what was traced
+            if not meter.flops:  # traced once: the trace is cached, and the call below runs it
                 meter.flops = flops(step_fn.trace(state, frozen, batch).jaxpr)
             return step_fn(state, frozen, batch)
 
-        # No more rows of a device at a time than its memory holds in training.
+        # At most as many examples on a device at a time as a training step has there, whose memory is known to suffice.
         batched_map = BatchedMap(mesh=mesh, most=max(1, loop.batch_size // loop.accumulate // parts_of(mesh)))
 
         def preview(state: TrainState) -> dict[str, float | np.ndarray]:
             return task.preview(state.ema, frozen, batched_map)
 
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
-            state = _Run(loop, rate, manager, batches, log, watchdog, meter).until_the_end(state, advance, preview)
+            state = _Run(loop, rate, manager, batches, log, watchdog, meter).run(state, advance, preview)
         watchdog.moved("the last checkpoint")
         with reporting_write_errors(manager):
             manager.wait_until_finished()
@@ -142,21 +158,21 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
 
 
 def initial_shapes(task: Task, tx: optax.GradientTransformation) -> TrainState:
-    """Of the state, without computing anything."""
+    """Return the shapes of the initial state, without computing anything."""
     return jax.eval_shape(lambda key: TrainState.create(task.init(key), tx), jax.random.key(0))
 
 
 def optimizer_and_step(
     task: Task, loop: LoopConfig, optimizer: OptimizerConfig, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, Placement, Step]:
-    """What a run's state is made with, where it lies, and its compiled step."""
+    """Return the optimizer of a run, the shardings of its trees, and its compiled step."""
     tx = task.optimizer(make_optimizer(optimizer, loop.steps))
     state = initial_shapes(task, tx)
     if loop.parallel == "pmap":
         placement = pmap_placement(state, task.frozen, mesh)
     else:
-        of_state, of_frozen = (tree_shardings(tree, mesh, task.rules) for tree in (state, task.frozen))
-        placement = Placement(mesh, of_state, of_frozen, batch_sharding(mesh))
+        state_shardings, frozen_shardings = (tree_shardings(tree, mesh, task.rules) for tree in (state, task.frozen))
+        placement = Placement(mesh, state_shardings, frozen_shardings, batch_sharding(mesh))
     step = make_train_step(
         task.loss,
         tx,
@@ -171,20 +187,20 @@ def optimizer_and_step(
 
 
 def check_pmap(task: Task, loop: LoopConfig, mesh: Mesh) -> None:
-    """ValueError where the loop asks for pmap and it would not do what jit does."""
+    """Raise ValueError if the loop asks for pmap where pmap would not give the same result as jit."""
     if loop.parallel != "pmap":
         return
     if mesh.shape["data"] != mesh.size or jax.process_count() > 1:
         raise ValueError(
-            f"loop.parallel = pmap is for the devices of one process, all along data, not {dict(mesh.shape)} in "
+            f"loop.parallel = pmap needs one process with all devices along data, not {dict(mesh.shape)} in "
             f"{jax.process_count()} processes: use jit"
         )
     if not task.separable:
-        raise ValueError("loop.parallel = pmap: this task's loss is no mean over examples; use jit")
+        raise ValueError("loop.parallel = pmap: this task's loss is not a mean over examples; use jit")
 
 
 class _Run:
-    """The steps of a run, and what is written on the way."""
+    """The steps of a run, and the files that it writes on the way."""
 
     def __init__(
         self,
@@ -199,23 +215,23 @@ class _Run:
         self.loop, self.rate, self.manager, self.batches, self.log = loop, rate, manager, batches, log
         self.watchdog, self.meter = watchdog, meter
         self.workdir = manager.directory.parent
-        self.losses: dict[int, jax.Array] = {}  # of the steps since they were last looked at
+        self.losses: dict[int, jax.Array] = {}  # step -> loss, for the steps that `check` has not read yet
 
-    def until_the_end(
+    def run(
         self,
         state: TrainState,
         advance: Callable[[TrainState], tuple[TrainState, Metrics]],
         preview: Callable[[TrainState], dict[str, float | np.ndarray]],
     ) -> TrainState:
-        """Preempted where the run is told to end before."""
+        """Run the remaining steps and return the last state; raise Preempted if the run is told to end earlier."""
         loop, start = self.loop, int(state.step)
         name = self.workdir.name
         bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not is_main())
         self.meter.restart(start)
         profile = Profile(self.workdir / "profile", start, loop.profile)
-        # Metrics are read one step late, so that the dispatch of a step never waits for the one before.
+        # Metrics are read one step late, so that dispatching a step never waits for the step before.
         pending: tuple[int, Metrics] | None = None
-        with bar, profile as trace, Preemption() as told_to_end:
+        with bar, profile as trace, Preemption() as preempted:
             for step in range(start + 1, loop.steps + 1):
                 self.watchdog.moved(f"step {step}")
                 trace(step, state)
@@ -225,24 +241,25 @@ class _Run:
                     self.write(*pending, bar)
                 pending = (step, metrics) if step % loop.log_every == 0 or step == loop.steps else None
                 bar.update()
-                if step == start + 1 < loop.steps:  # what compiled the step is no training
+                if step == start + 1 < loop.steps:  # the first step includes compilation, which is not training time
                     self.meter.restart(step)
-                last, ending = step == loop.steps, told_to_end(step)
+                last, ending = step == loop.steps, preempted(step)
                 if pending is not None and (last or ending or step % loop.preview_every == 0):
-                    self.write(*pending, bar)  # before the preview, which is not to count as training time
+                    self.write(*pending, bar)  # before the preview, which must not count as training time
                     pending = None
                 if last or step % loop.preview_every == 0:
                     self.show(step, preview(state))
                     self.meter.restart(step)
-                if last or ending or step % loop.save_every == 0:  # after the preview, which a run killed in between
-                    self.check(step)  # sees again; every checkpoint is of a run that was sound until then
+                # After the preview: a run killed between the two repeats the preview and loses none.
+                if last or ending or step % loop.save_every == 0:
+                    self.check(step)  # so that every checkpoint is of a run whose losses were finite until then
                     save_checkpoint(self.manager, state, self.batches)
                 if ending and not last:
                     self.stop(step)
         return state
 
     def check(self, until: int) -> None:
-        """FloatingPointError where a loss is not finite."""
+        """Raise FloatingPointError if a loss up to step `until` is not finite."""
         size = self.loop.batch_size
         for step in [step for step in self.losses if step <= until]:
             loss = self.losses.pop(step)
@@ -255,7 +272,7 @@ class _Run:
                 )
 
     def write(self, step: int, metrics: Metrics, bar: tqdm) -> None:
-        """Scalars of a step."""
+        """Log the scalars of a step."""
         scalars = {key: float(value) for key, value in metrics.items()}
         scalars |= self.meter.read(step)  # after the step, whose metrics have just been waited for
         speed = self.loop.batch_size / scalars["step_time"]
@@ -265,12 +282,12 @@ class _Run:
         bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {speed:.0f} samples/s", refresh=False)
         self.check(step)
         with reporting_write_errors(self.manager):
-            self.manager.check_for_errors()  # of the checkpoint that is written meanwhile
+            self.manager.check_for_errors()  # of the checkpoint that is written in the background
 
-    def show(self, step: int, seen: dict[str, float | np.ndarray]) -> None:
-        """Pictures and numbers of a preview."""
-        numbers = {title: float(value) for title, value in seen.items() if not isinstance(value, np.ndarray)}
-        for title, value in seen.items():
+    def show(self, step: int, preview: dict[str, float | np.ndarray]) -> None:
+        """Log the pictures and numbers of a preview, and add the numbers to previews.json."""
+        numbers = {title: float(value) for title, value in preview.items() if not isinstance(value, np.ndarray)}
+        for title, value in preview.items():
             if isinstance(value, np.ndarray):
                 self.log.add_image(title, value, step, dataformats="HWC")
             else:
@@ -279,7 +296,7 @@ class _Run:
             _record(Path(self.workdir) / "previews.json", step, numbers)
 
     def stop(self, step: int) -> None:
-        """Wait for the checkpoint, and end."""
+        """Wait for the checkpoint, then raise Preempted."""
         with reporting_write_errors(self.manager):
             self.manager.wait_until_finished()
         if is_main():
@@ -288,6 +305,6 @@ class _Run:
 
 
 def _record(path: Path, step: int, numbers: dict[str, float]) -> None:
-    """Add the numbers of a preview to a JSON file: step -> title -> number. What a killed run had seen later goes."""
+    """Add a preview's numbers to a JSON file, step -> title -> number, and drop the later ones of a killed run."""
     earlier = read_json(path) if path.is_file() else {}
     write_json(path, {k: v for k, v in earlier.items() if int(k) < step} | {str(step): numbers})

@@ -1,4 +1,4 @@
-"""What a run costs: read now and then from clocks and counters, of which none waits for a device."""
+"""Measurements of a run: times, FLOPs and memory, read from clocks and counters without waiting for a device."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import jax
 
 from lcm_jax.runtime.hardware import GIB, chip_of
 
-WARM = 10  # steps before those that are traced: compilation, and what fills caches
+WARM = 10  # steps before the traced ones: they compile and fill caches
 
 
 class Meter:
-    """Seconds of the steps since the last reading, of the waiting for data in them, and what became of the FLOPs.
+    """A meter of a run: time of a step, time spent waiting for data, and FLOPs reached, since the last reading.
 
-    flops: of one step over all devices; devices: that share them.
+    step: the step from which it counts. devices: the number of devices. `flops`, to be set by its user, is the FLOPs of
+    one step over all devices.
     """
 
     def __init__(self, step: int, devices: int) -> None:
@@ -27,24 +28,24 @@ class Meter:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """The steps from here on count: what has been since is no training."""
+        """Restart the timers at `step`, which leaves out what happened before, such as compilation and previews."""
         self._step, self._time, self._waited = step, time.perf_counter(), 0.0
 
     def wait(self, batches: Any) -> Any:
-        """next(batches), timed."""
+        """Return next(batches), and add its time to the time spent waiting for data."""
         start = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - start
         return batch
 
     def read(self, step: int) -> dict[str, float]:
-        """Since the last reading:
+        """Return the scalars since the last reading, and restart:
 
-        step_time    seconds of a step
-        data_wait    share of them in which the loop waited for a batch
-        mfu          FLOPs of matrix products and convolutions (what `remat` computes again counts too), of what the
-                     chips can do in bfloat16; for a chip that is not known tflops instead, a second, of each device
-        memory       GiB, the most that was in use so far: of one device, or of the process where a device does not say
+        step_time    seconds per step
+        data_wait    share of this time in which the loop waited for a batch
+        mfu          FLOPs of matrix products and convolutions (including what `remat` computes again), as a share of
+                     the chips' bfloat16 peak; for an unknown chip `tflops` instead: TFLOP/s on each device
+        memory       GiB, the highest use so far: of one device, or of the process if the device does not report it
         """
         seconds = max(time.perf_counter() - self._time, 1e-9)
         step_time = seconds / max(step - self._step, 1)
@@ -57,14 +58,17 @@ class Meter:
 
 
 def memory() -> int:
-    """Bytes: the most that this process's first device held at once, or the process itself."""
+    """Return the peak memory in bytes of this process's first device, or of the process if the device reports none."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Profile:
-    """A trace of `steps` steps, WARM after the run's start, in `folder`, for xprof or TensorBoard. 0: none."""
+    """A context that traces `steps` steps, from WARM steps after the start, into `folder`, for xprof or TensorBoard.
+
+    steps: 0 traces none.
+    """
 
     def __init__(self, folder: Path, start: int, steps: int) -> None:
         self._folder, self._first, self._end = folder, start + WARM + 1, start + WARM + steps
@@ -74,7 +78,7 @@ class Profile:
         return self._before
 
     def _before(self, step: int, state: Any) -> None:
-        """To be called before every step, with what the last gave."""
+        """Start or stop the trace; to be called before every step, with the state after the last."""
         if self._steps and step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True

@@ -1,4 +1,4 @@
-"""The optimizer of a run, from a handful of numbers: warm-up, decay and clipping around a rule, all of it optax."""
+"""The optimizer of a run, made from a few numbers: warm-up, decay and clipping around an update rule, all by optax."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from lcm_jax.typing import Params
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """adamw (Loshchilov and Hutter 2019, 1711.05101) has two moments for each parameter; lion (Chen et al. 2023,
-    2302.06675) one, for which it wants a learning rate 3 to 10 times lower; adafactor (Shazeer and Stern 2018,
-    1804.04235) for a matrix a row and a column of the second, without its scaling by the parameter's size.
+    """The optimizer's algorithm and its numbers.
+
+    adamw (Loshchilov and Hutter 2019, 1711.05101) keeps two moments for each parameter. lion (Chen et al. 2023,
+    2302.06675) keeps one, and needs a learning rate 3 to 10 times lower. adafactor (Shazeer and Stern 2018, 1804.04235)
+    keeps, for a matrix, one row and one column of the second moment; the update is not scaled by the parameter's size.
+
+    Raises ValueError for a value that cannot be used.
     """
 
     algorithm: Literal["adamw", "adafactor", "lion"] = "adamw"
@@ -37,20 +41,22 @@ class OptimizerConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
         if self.algorithm == "adafactor" and self.moment_dtype != "float32":
-            raise ValueError("optimizer.moment_dtype is of adamw and lion; adafactor has no first moment: leave it out")
+            raise ValueError(
+                "optimizer.moment_dtype is for adamw and lion: adafactor has no first moment; leave it out"
+            )
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant or cosine to zero at `steps`."""
+    """Return the schedule step -> learning rate: a linear warm-up, then constant, or a cosine to zero at `steps`."""
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1))
-    rest: optax.Schedule = optax.constant_schedule(config.learning_rate)
+    after: optax.Schedule = optax.constant_schedule(config.learning_rate)
     if config.decay == "cosine":
-        rest = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup, 1))
-    return optax.join_schedules([warmup, rest], [config.warmup])
+        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup, 1))
+    return optax.join_schedules([warmup, after], [config.warmup])
 
 
 def _decays(params: Params) -> Params:
-    """By name: in layers stacked by a scan norms and biases are matrices too, and a position grid is no weight."""
+    """Return a tree of bools: which leaves decay, by name, since a scan stacks norms and biases into matrices too."""
     names = ("kernel", "embedding", "down", "up")
     return jax.tree.map_with_path(lambda path, _: bool(path) and getattr(path[-1], "key", None) in names, params)
 
@@ -71,7 +77,7 @@ _RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clip, scale, decay the weights, times the learning rate."""
+    """Return the optimizer of `config`: clip, scale by the rule, decay the weights, times the learning rate."""
     rule = optax.chain(
         _RULES[config.algorithm](config),
         optax.add_decayed_weights(config.weight_decay, _decays),

@@ -1,4 +1,4 @@
-"""Configs from the command line: `--steps 200 --task.objective.skip 10` over a frozen dataclass, by tyro."""
+"""Overrides of a config from the command line, by tyro: `--steps 200 --task.objective.skip 10`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import tyro
 
-# A field that may be one of several types stays what the config made it; its keys are flags, not subcommands.
+# A field of a union type keeps the type that the config gave it; its keys are flags, not subcommands.
 AS_CONFIGURED = (tyro.conf.AvoidSubcommands,)
-BARE = ("loop", "optimizer")  # parts of a run whose keys need no prefix
+BARE = ("loop", "optimizer")  # fields of a TrainConfig whose keys have no prefix
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(override key, value) of every leaf of a config, in order."""
+    """Yield (override key, value) of every leaf of a config, in order."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         bare = not prefix and field.name in BARE
@@ -30,7 +30,11 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def override(config: Any, overrides: Sequence[str], name: str) -> Any:
-    """`config` with typed overrides. Raises ValueError in one line; an unknown key names the nearest there is."""
+    """Return `config` with the overrides applied and checked against the types of its fields.
+
+    overrides: arguments of the command line, such as ("--steps", "200"). name: the config's name, for messages. Raises
+    ValueError, in one line, for a wrong value or an unknown key, with the nearest key that exists.
+    """
     parse = partial(tyro.cli, type(config), default=config, args=list(overrides), config=AS_CONFIGURED)
     if any(text in ("-h", "--help") for text in overrides):
         return parse(prog=f"lcm-jax train --config {name}")
@@ -42,12 +46,12 @@ def override(config: Any, overrides: Sequence[str], name: str) -> Any:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
             raise ValueError(f"config {name} has no key {flag}{hint}")
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             return parse()
         except SystemExit:
             pass
-    words = " ".join(re.sub("[│╭╮╰╯─]", " ", said.getvalue()).split())
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", output.getvalue()).split())
     reason = re.search(r"(Error parsing .*?|Missing value.*?|Unrecognized .*?)(?= -{4,}|$)", words)
     raise ValueError(f"config {name}: {reason.group(1) if reason else words}")

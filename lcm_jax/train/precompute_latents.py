@@ -1,11 +1,11 @@
-"""Latents and text embeddings of a whole data set, computed once, in shards that any number of hosts write and read.
+"""Latents and text embeddings of a data set, computed once, in shards that any number of hosts write and read.
 
-Shard s of S holds pictures [s n / S, (s + 1) n / S) of n, so that the shards one after another are the data set in its
-order: a training reads from them what it would have encoded itself. Process p of P writes the shards p, p + P, ... and
-asks nothing of the others. A shard is `00003-of-00016.array_record`, and, written when that is whole, a .json that
-describes it alone; the manifest, which is all of these together, is written by whoever finds none missing.
+Shard s of S holds pictures [s n / S, (s + 1) n / S) of n, so the shards in sequence are the data set in its order, and
+a training reads from them what it would have encoded itself. Process p of P writes the shards p, p + P, ...; processes
+do not communicate. A shard is a file such as `00003-of-00016.array_record`, and a .json that describes it, written when
+that file is complete. The manifest joins all of these; the process that finds none missing writes it.
 
-The same command goes on where one was killed: a shard that is there with its checksum right is left as it is.
+The same command continues where one was killed: a shard that exists with the right checksum is left as it is.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from lcm_jax.models.image_inputs import check_size
 from lcm_jax.parallel.sharding import make_mesh, parts_of
 from lcm_jax.train.tasks.conditioner import Conditioner, encode_batch
 
-SHARD = 4096  # pictures, about, where the number of shards is not given
+SHARD = 4096  # pictures in a shard, about, if the number of shards is not given
 READERS = min(64, os.cpu_count() or 1)  # threads that decode pictures
-_OWN = re.compile(rf"\..*|{re.escape(MANIFEST)}|\d{{5}}-of-\d{{5}}\.(array_record|json)")
+_ENCODED = re.compile(rf"\..*|{re.escape(MANIFEST)}|\d{{5}}-of-\d{{5}}\.(array_record|json)")
 
 
 def encode(
@@ -51,28 +51,34 @@ def encode(
     part: tuple[int, int] | None = None,
     say: Callable[[str], None] = partial(print, flush=True),
 ) -> Cache | None:
-    """Encode what is missing of this process's shards; the whole data set, or None where others have shards to write.
+    """Encode the missing shards of this process; return the complete data set, or None if other shards are missing.
 
     Pictures that cannot be read are left out, counted, and listed in the manifest.
 
     Args:
-        model: whose autoencoder and text encoders are used: a bundled name, folder or hub id.
-        data, split: as of `lcm_jax.data.load_source`.
-        out: folder for the shards, seen by all processes.
-        size: pixels of the squares; the model's own by default.
-        shards: how many; one for every 4096 pictures by default. At least as many as processes keeps all of them busy.
-        batch: pictures at a time in this process; by default as many as make a megapixel on each device, at most 32.
-        mesh: of this process's devices; batches are cut over data and fsdp, the networks over fsdp and tensor.
-        part: (p, P) for processes that are not joined by jax.distributed, which says so itself.
+        model: a bundled name, folder or hub id; its autoencoder and text encoders are used.
+        data: the name of a data source, see `lcm_jax.data.load_source`.
+        split: its split.
+        out: the folder of the shards, shared by all processes.
+        size: edge of the square pictures in pixels; None: the model's.
+        shards: number of shards; None: one for every 4096 pictures. With fewer shards than processes some do nothing.
+        batch: pictures at a time in this process; None: as many as make a megapixel on each device, at most 32.
+        mesh: axes of this process's devices, see `MeshConfig.parse`; batches are sharded over data and fsdp, the
+            networks over fsdp and tensor.
+        part: (p, P) for processes that jax.distributed does not join; None: as jax.distributed says.
+        say: is called with each line of progress.
+
+    Raises ValueError for an option that cannot be used, and for a folder `out` that holds other files or an encoding
+    of something else.
     """
     process, processes = part or (jax.process_index(), jax.process_count())
     if not 0 <= process < processes:
         raise ValueError(f"--part {process}/{processes}: the first number must be from 0 to {processes - 1}")
     if batch is not None and batch < 1:
         raise ValueError(f"--batch {batch}: it must be at least 1")
-    here = make_mesh(mesh, batch_size=batch, devices=jax.local_devices())
+    local_mesh = make_mesh(mesh, batch_size=batch, devices=jax.local_devices())
     _check_folder(out)
-    conditioner = Conditioner.load(model, model, here)
+    conditioner = Conditioner.load(model, model, local_mesh)
     vae = conditioner.vae.module.config
     side = vae.sample_size if size is None else size
     try:
@@ -80,7 +86,7 @@ def encode(
     except ValueError as error:
         raise ValueError(f"--size: {error}") from None
     source = load_source(data, split, side, check=False)
-    batch = encode_batch((side, side), parts_of(here)) if batch is None else batch
+    batch = encode_batch((side, side), parts_of(local_mesh)) if batch is None else batch
     number = max(1, round(len(source) / SHARD)) if shards is None else shards
     if not 1 <= number <= min(len(source), 99999):
         raise ValueError(f"--shards {number}: it must be from 1 to the number of pictures, {len(source)}")
@@ -93,27 +99,30 @@ def encode(
     }
     out.mkdir(parents=True, exist_ok=True)
     parts = [Part(folder=out, index=i, count=number, pictures=len(source)) for i in range(number)]
-    for described in sorted(out.glob("*.json")):
-        check_same(read_manifest(described), produced_by)
-    mine = parts[process::processes]
-    todo = [each for each in mine if not each.is_whole()]
-    if len(todo) < len(mine):
-        say(f"{out}: {len(mine) - len(todo)} of {len(mine)} shards are there")
+    for path in sorted(out.glob("*.json")):
+        check_same(read_manifest(path), produced_by)
+    local_parts = parts[process::processes]
+    todo = [part for part in local_parts if not part.is_whole()]
+    if len(todo) < len(local_parts):
+        say(f"{out}: {len(local_parts) - len(todo)} of {len(local_parts)} shards are there")
     if todo:
         _write(todo, conditioner, source, produced_by, batch, say)
-    if missing := sum(not each.described.is_file() for each in parts):
+    if missing := sum(not part.described.is_file() for part in parts):
         say(f"{out}: this process is done, others have {missing} of {number} shards to write")
         return None
-    whole = join([read_manifest(each.described) for each in parts])
-    whole.save()
-    left_out = f"; {len(whole.left_out)} are left out, such as {whole.left_out[0]}" if whole.left_out else ""
-    say(f"{out}: {len(whole)} of {len(source)} pictures in {number} shards{left_out}")
-    return whole
+    joined = join([read_manifest(part.described) for part in parts])
+    joined.save()
+    left_out = f"; {len(joined.left_out)} are left out, such as {joined.left_out[0]}" if joined.left_out else ""
+    say(f"{out}: {len(joined)} of {len(source)} pictures in {number} shards{left_out}")
+    return joined
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A shard to be: which of the pictures it is for, and where it lies."""
+    """A shard to write: its pictures and its files.
+
+    index: from 0 to count - 1. pictures: number of pictures in the data set.
+    """
 
     folder: Path
     index: int
@@ -122,23 +131,26 @@ class Part:
 
     @property
     def name(self) -> str:
+        """The file name without its ending, such as "00003-of-00016"."""
         return f"{self.index:05}-of-{self.count:05}"
 
     @property
     def data(self) -> Path:
+        """The array_record file."""
         return self.folder / f"{self.name}.array_record"
 
     @property
     def described(self) -> Path:
+        """The .json file that describes this shard."""
         return self.folder / f"{self.name}.json"
 
     @property
     def indices(self) -> range:
-        """Of its pictures in the data set."""
+        """The data set's indices of this shard's pictures."""
         return range(self.index * self.pictures // self.count, (self.index + 1) * self.pictures // self.count)
 
     def is_whole(self) -> bool:
-        """Whether it has been written, and its checksum is right."""
+        """Return whether the shard has been written and its checksum is right."""
         try:
             read_manifest(self.described).check()
         except (FileNotFoundError, ValueError):
@@ -154,33 +166,33 @@ def _write(
     batch: int,
     say: Callable[[str], None],
 ) -> None:
-    done, total, begun = 0, sum(len(part.indices) for part in parts), time.perf_counter()
+    done, total, start = 0, sum(len(part.indices) for part in parts), time.perf_counter()
     bar = tqdm(total=total, desc="encoding", unit="picture", disable=None, dynamic_ncols=True)
     with ThreadPoolExecutor(READERS) as pool, bar:
         for part in parts:
             left_out: list[str] = []
 
             def records(part: Part = part, left_out: list[str] = left_out) -> Iterator[dict[str, Any]]:
-                read = _ahead(pool, lambda index: _read(source, index), part.indices, 2 * batch)
-                for group in _groups(read, batch, left_out, bar):
-                    arrays = conditioner.encode(group, batch, synthetic=produced_by["synthetic"])
-                    for record, row in zip(group, arrays, strict=True):
-                        yield {**row, **{name: text for name, text in record.items() if name != "image"}}
+                examples = _prefetch(pool, lambda index: _read(source, index), part.indices, 2 * batch)
+                for group in _groups(examples, batch, left_out, bar):
+                    encoded = conditioner.encode(group, batch, synthetic=produced_by["synthetic"])
+                    for record, arrays in zip(group, encoded, strict=True):
+                        yield {**arrays, **{name: text for name, text in record.items() if name != "image"}}
 
-            part.described.unlink(missing_ok=True)  # of a damaged shard, which is written again
+            part.described.unlink(missing_ok=True)  # it may describe a damaged shard, which is written again
             shard = replace(write_shard(part.data, records(), produced_by), left_out=tuple(left_out))
             shard.save(part.described.name)
             done += len(part.indices)
-            rate = done / (time.perf_counter() - begun)
-            rest = timedelta(seconds=round((total - done) / rate))
+            rate = done / (time.perf_counter() - start)
+            left = timedelta(seconds=round((total - done) / rate))
             bar.clear()
-            say(f"{part.data}: {len(shard)} pictures, {len(left_out)} left out, {rate:.3g} pictures/s, {rest} left")
+            say(f"{part.data}: {len(shard)} pictures, {len(left_out)} left out, {rate:.3g} pictures/s, {left} left")
 
 
-def _groups(read: Iterable[Record | str], batch: int, left_out: list[str], bar: Any) -> Iterator[list[Record]]:
-    """The records, `batch` at a time; what could not be read is added to `left_out`."""
+def _groups(examples: Iterable[Record | str], batch: int, left_out: list[str], bar: Any) -> Iterator[list[Record]]:
+    """Yield the records, `batch` at a time; add the reasons of those that could not be read to `left_out`."""
     group: list[Record] = []
-    for record in read:
+    for record in examples:
         bar.update()
         if isinstance(record, str):
             left_out.append(record)
@@ -194,15 +206,15 @@ def _groups(read: Iterable[Record | str], batch: int, left_out: list[str], bar: 
 
 
 def _read(source: Source, index: int) -> Record | str:
-    """A record, or in one line why it cannot be read."""
+    """Return a record, or in one line the reason why it cannot be read."""
     try:
         return source[index]
     except ValueError as error:
         return " ".join(str(error).split())
 
 
-def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], Any], indices: Iterable[int], most: int) -> Iterator[Any]:
-    """`read` of each index in order, at most `most` of them ahead."""
+def _prefetch(pool: ThreadPoolExecutor, read: Callable[[int], Any], indices: Iterable[int], most: int) -> Iterator[Any]:
+    """Yield read(index) of each index in order, with at most `most` of them read ahead."""
     waiting: deque[Future[Any]] = deque()
     for index in indices:
         waiting.append(pool.submit(read, index))
@@ -213,6 +225,7 @@ def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], Any], indices: Iterab
 
 
 def _first_readable(source: Source, name: str) -> Record:
+    """Return the first record that can be read; raise ValueError if there is none."""
     for index in range(len(source)):
         with suppress(ValueError):
             return source[index]
@@ -220,9 +233,11 @@ def _first_readable(source: Source, name: str) -> Record:
 
 
 def _check_folder(out: Path) -> None:
-    """An encoded data set has a folder to itself."""
+    """Raise ValueError unless `out` is new, or a folder with nothing but an encoded data set in it."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    strange = sorted(path.name for path in out.iterdir() if not _OWN.fullmatch(path.name)) if out.exists() else []
-    if strange:
-        raise ValueError(f"--out {out}: holds {strange[0]}, which is none of an encoded data set; name another folder")
+    foreign = sorted(path.name for path in out.iterdir() if not _ENCODED.fullmatch(path.name)) if out.exists() else []
+    if foreign:
+        raise ValueError(
+            f"--out {out}: holds {foreign[0]}, which is no file of an encoded data set; name another folder"
+        )

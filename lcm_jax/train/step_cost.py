@@ -1,4 +1,4 @@
-"""What a training step costs, read from the program and not from a clock."""
+"""The cost of a training step, read from its compiled program and not from a clock."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lcm_jax.train.loop import initial_shapes, optimizer_and_step
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """flops: floating-point operations of a step over all devices, of the branches of a `cond` the dearer one.
+    """The cost of one training step.
 
+    flops: floating-point operations over all devices; of the branches of a `cond` the more expensive one counts.
     memory: bytes on one device of all arguments (state, frozen trees, batch), results and temporaries of the compiled
-    step, donated buffers once.
+    step; donated buffers count once.
     """
 
     flops: float
@@ -26,9 +27,9 @@ class StepCost:
 
 
 def step_cost(config: TrainConfig, *, compile: bool = True) -> StepCost:
-    """Of one step of a run. compile=False leaves `memory` 0 and takes seconds; nothing is trained either way."""
+    """Return the cost of one step of a run; nothing is trained. compile=False leaves `memory` 0 and takes seconds."""
     task, loop = config.task.build(), config.loop
-    mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)  # as in the loop, whose compilation is found in the cache
+    mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)  # as in the loop, to hit its compilation cache
     tx, _, step = optimizer_and_step(task, replace(loop, parallel="jit"), config.optimizer, mesh)
     batch = next(task.batches(loop.batch_size, loop.seed))
     shapes = jax.eval_shape(lambda *trees: trees, initial_shapes(task, tx), task.frozen, batch)

@@ -1,4 +1,4 @@
-"""A `Task`: everything that the training loop has to know about what it trains."""
+"""`Task`: everything that the training loop needs to know about what it trains."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import optax
 
-from lcm_jax.parallel.sharding import (
-    RULES,
-    BatchedMap,
-    Rules,
-)
+from lcm_jax.parallel.sharding import RULES, BatchedMap, Rules
 from lcm_jax.train.train_step import Loss
 from lcm_jax.typing import Key, Params
 
@@ -29,16 +25,19 @@ class Batches(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is trained: the trees, the loss, the data, and what to make of the result."""
+    """A training, as the loop sees it: parameters, loss, data, previews, and the export of the result.
+
+    `loss(params, ema, frozen, batch, key, step)` returns (loss, metrics); see `lcm_jax.train.train_step`.
+    """
 
     init: Callable[[Key], Params]
     loss: Loss
     frozen: Params
-    batches: Callable[..., Batches]  # (batch size, seed, which rows of a batch are read here; None: all) -> iterator
-    # (ema, frozen, rowwise) -> what is looked at on the way: numbers, and pictures uint8 (h, w, 3)
+    batches: Callable[..., Batches]  # (batch size, seed, rows of each batch to read; None: all) -> iterator
+    # (ema, frozen, batched_map) -> title -> number, or picture uint8 (h, w, 3)
     preview: Callable[[Params, Params, BatchedMap], dict[str, float | np.ndarray]]
-    export: Callable[[Params, Path], None]  # ema -> a folder that lcm_jax.load and diffusers read
-    # what becomes of the run's optimizer, for tasks that train several trees
+    export: Callable[[Params, Path], None]  # (ema, folder): writes files that lcm_jax.load and diffusers read
+    # the run's optimizer -> the one to use, for tasks that train several trees
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
-    rules: Rules = RULES  # which axis of which parameter the mesh's axis `tensor` cuts
-    separable: bool = True  # the loss is a mean over examples, so that it can be taken part by part
+    rules: Rules = RULES  # the axis of each parameter that the mesh axis `tensor` shards
+    separable: bool = True  # the loss is a mean over examples, so a batch may be split

@@ -16,15 +16,15 @@ from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Key, Params
 
 Metrics = dict[str, Array]
-# (params, ema, frozen, batch, key, step) -> (loss, metrics). `frozen` are the trees that never change (teacher, VAE):
-# arguments rather than closed-over constants, so that compilation does not copy them into the program.
+# (params, ema, frozen, batch, key, step) -> (loss, metrics). `frozen` holds the trees that never change (teacher, VAE):
+# arguments, not closed-over constants, so that compilation does not copy them into the program.
 Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]]
 
 Parallel = Literal["jit", "pmap"]
 
 
 class TrainState(NamedTuple):
-    """What changes while training. The random stream is `fold_in(key(seed), step)`: the step number restores it."""
+    """The trees that change in training. A step's random key is `fold_in(key(seed), step)`, so none is stored."""
 
     step: Array  # () int32
     params: Params
@@ -33,19 +33,26 @@ class TrainState(NamedTuple):
 
     @classmethod
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state before the first step; the moving average starts as a copy of the parameters."""
+        """Return the state before the first step; the moving average starts as a copy of the parameters."""
         return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
 class Step(Protocol):
-    """A compiled step."""
+    """A compiled training step; `trace` is that of a jitted function."""
 
     def __call__(self, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]: ...
     def trace(self, *arguments: Any) -> jax.stages.Traced: ...
 
 
 def ema_decay(update: Array, decay: float) -> Array:
-    """Decay of the moving average's n-th update: min(decay, (1 + n) / (10 + n)), so that the start is forgotten."""
+    """Return the decay of the moving average's n-th update: min(decay, (1 + n) / (10 + n)), which forgets the start.
+
+    update: n, from 0.
+
+    >>> from lcm_jax.train.train_step import ema_decay
+    >>> [round(float(ema_decay(n, 0.999)), 3) for n in (0, 10, 100, 10**6)]
+    [0.1, 0.55, 0.918, 0.999]
+    """
     return jnp.minimum(decay, (1.0 + update) / (10.0 + update))
 
 
@@ -60,15 +67,16 @@ def make_train_step(
     placement: Placement | None = None,
     parallel: Parallel = "jit",
 ) -> Step:
-    """Compiled `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
+    """Return the compiled step `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
 
-    placement: where all of it lies, and the new state as the old; None: where the arguments do.
-    parallel: "pmap" has the same result on a mesh of one axis, for losses that are means over examples.
-
-    With `accumulate` = m the batch is cut into m micro-batches whose gradients are averaged by a scan: the same update
-    as the whole batch at once (for losses that are means over examples), at 1/m of the activation memory.
-
-    The moving average is updated after every `ema_every`-th step: SD3 (2403.03206) has a decay of 0.99 every 100.
+    decay: the largest decay of the moving average, see `ema_decay`.
+    seed: the step's key is fold_in(key(seed), state.step).
+    accumulate: m cuts the batch into m micro-batches whose gradients are averaged by a scan: the same update as with
+        the full batch (for losses that are means over examples), with 1/m of the activation memory.
+    ema_every: the moving average is updated after every `ema_every`-th step. SD3 (2403.03206) uses a decay of 0.99
+        every 100 steps.
+    placement: shardings of the arguments; the new state has the old one's. None: those of the arrays given.
+    parallel: "pmap" has the same result on a mesh with devices along one axis, for losses that are means over examples.
     """
 
     def gradients(state: TrainState, frozen: Params, batch: Any, key: Key) -> tuple[Params, Metrics]:
@@ -77,11 +85,11 @@ def make_train_step(
             return grad(state.params, state.ema, frozen, batch, key, state.step)
 
         def micro(total: Any, part: Any) -> tuple[Any, None]:
-            one = grad(state.params, state.ema, frozen, part[0], part[1], state.step)
-            return jax.tree.map(lambda a, b: a + b / accumulate, total, one), None
+            summand = grad(state.params, state.ema, frozen, part[0], part[1], state.step)
+            return jax.tree.map(lambda a, b: a + b / accumulate, total, summand), None
 
         parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
-        if placement is not None:  # else a micro-batch would lie on some of the devices, and the rest be idle
+        if placement is not None:  # else a micro-batch would be on some devices, and the rest idle
             parts = jax.lax.with_sharding_constraint(parts, placement.micro)
         keys = jax.random.split(key, accumulate)
         first = (jax.tree.map(lambda a: a[0], parts), keys[0])
@@ -108,7 +116,7 @@ def make_train_step(
         return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
     if parallel == "pmap":
         return OverDevices(train_step, placement.mesh)
-    lie = (placement.state, placement.frozen, placement.batch)
+    inputs = (placement.state, placement.frozen, placement.batch)
     results = (placement.state, replicated(placement.mesh))
     options = compiler_options(platform=placement.mesh.devices.flat[0].platform)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=lie, out_shardings=results, compiler_options=options)
+    return jax.jit(train_step, donate_argnums=0, in_shardings=inputs, out_shardings=results, compiler_options=options)

@@ -1,1 +1,1 @@
-"""Weights in and out: the rule-table engine, and the files that hold tensors and configs."""
+"""Weights read and written: conversion by tables of rules, and the files that hold tensors and configs."""

@@ -1,4 +1,4 @@
-"""Shapes of a network's parameters, kept between runs: a UNet takes longer to trace than to open."""
+"""Shapes of a network's parameters, cached between runs: a UNet takes longer to trace than its file to open."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from lcm_jax.typing import Params
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_json
 
-_WORTH_KEEPING = 0.1  # seconds
+_MIN_SECONDS = 0.1  # a faster trace is not cached
 
 
 @lru_cache(maxsize=64)
 def abstract_params(kind: str, config: Any, scan: bool = False) -> Params:
-    """The parameters of a class of `FAMILIES` as a tree of ShapeDtypeStruct, which is shared: do not change it.
+    """Return a network's parameters as a tree of ShapeDtypeStruct, which callers share: do not change it.
 
-    scan: with the layers that are alike stacked, of networks that can.
+    kind: a class name in `FAMILIES`. scan: whether equal layers are stacked, for networks that can.
 
-    What took long to trace is kept in `cache_dir()`, under a digest of the networks' code and the config.
+    The result of a slow trace is cached in `cache_dir()`, under a digest of the networks' code and the config.
     """
-    named = f"{_code()} {kind} {config!r}{' scan' * scan}"
-    place = cache_dir() / "shapes" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"
+    name = f"{_code()} {kind} {config!r}{' scan' * scan}"
+    file = cache_dir() / "shapes" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
-        leaves = read_json(place).items()
-        kept = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (dtype, *shape) in leaves}
-        return traverse_util.unflatten_dict(kept, sep="/")
+        leaves = read_json(file).items()
+        cached = {path: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for path, (dtype, *shape) in leaves}
+        return traverse_util.unflatten_dict(cached, sep="/")
     start = time.perf_counter()
     params = _trace(kind, config, scan)
-    if time.perf_counter() - start > _WORTH_KEEPING:
+    if time.perf_counter() - start > _MIN_SECONDS:
         leaves = traverse_util.flatten_dict(params, sep="/")
-        with contextlib.suppress(OSError):  # a home that cannot be written to
-            write_json(place, {path: [leaf.dtype.name, *leaf.shape] for path, leaf in leaves.items()})
+        with contextlib.suppress(OSError):  # the cache folder may not be writable
+            write_json(file, {path: [leaf.dtype.name, *leaf.shape] for path, leaf in leaves.items()})
     return params
 
 
 def stacking(scan: bool) -> dict[str, bool]:
-    """The option of networks that can stack their layers, where it is asked for."""
+    """Return {"scan": True} if scan, else no option: only some networks take it."""
     return {"scan": True} if scan else {}
 
 
@@ -62,7 +62,7 @@ def _trace(kind: str, config: Any, scan: bool) -> Params:
 
 @cache
 def _code() -> str:
-    """A digest of all that the shapes depend on besides the config."""
+    """Return a digest of everything but the config that the shapes depend on."""
     digest = hashlib.sha256(f"{version('jax')} {version('flax')}".encode())
     for package in (mmdit, nets, vae16):
         for file in sorted(Path(package.__path__[0]).rglob("*.py")):

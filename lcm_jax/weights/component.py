@@ -1,4 +1,4 @@
-"""A network as named tensors: what lies between its files, whatever their format, and its parameters here."""
+"""A network as named tensors: the form between files of any format and the parameter trees of this library."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ from lcm_jax.weights.torch_params import Shardings, check, from_torch, to_torch,
 
 
 class Part(NamedTuple):
-    """A network in diffusers' or transformers' naming; its tensors may be memory maps or made when asked for."""
+    """A network in diffusers' or transformers' naming; its tensors may be memory maps or computed on access."""
 
     kind: str  # class name
-    config: Any  # a config of ours
+    config: Any  # of this library's class
     tensors: Mapping[str, np.ndarray]
     source: str  # named in errors
 
 
 class Component:
-    """A network and its parameters: a tree, or what places one on the device when it is first asked for.
+    """A network and its parameters: a tree, or a function that places the tree on the device on first access.
 
-    `module, params = component` works too.
+    A component also unpacks: `module, params = component`.
     """
 
     def __init__(self, module: Any, params: Params | Callable[..., Params]) -> None:
-        """module: a flax module with a `config`. params: a callable takes `each`, as `from_torch` does."""
+        """Bind a flax module that has a `config` to its parameters; a callable must take `each`, as `from_torch` does."""
         self.module = module
         self._params = params
         self._make = params if callable(params) else None
 
     @property
     def params(self) -> Params:
+        """The parameter tree; the first access places it on the device."""
         if callable(self._params):
             self._params = self._params()
         return self._params
 
     def release(self) -> None:
-        """Free what was placed: whoever asks again has it placed again."""
+        """Drop the parameters from the device; the next access places them again. A given tree stays."""
         self._params = self._make or self._params
 
     def made_of(self, each: Callable[[str, Any], Any]) -> Params:
-        """The tree of each(path, parameter), made one by one where the parameters are not placed yet."""
+        """Return the tree of each(path, parameter), one parameter at a time if they are not on the device yet."""
         if callable(self._params):
             return self._params(each=each)
         return traverse_util.path_aware_map(lambda path, leaf: each("/".join(map(str, path)), leaf), self._params)
@@ -63,7 +64,7 @@ class Component:
 
 
 class Lazy(Mapping[str, np.ndarray]):
-    """Tensors made when they are asked for, so that a model is written in the memory of its largest tensor."""
+    """Tensors that are computed on access, so that writing a model needs the memory of its largest tensor only."""
 
     def __init__(self, makers: Mapping[str, Callable[[], np.ndarray]]) -> None:
         self._makers = makers
@@ -79,7 +80,7 @@ class Lazy(Mapping[str, np.ndarray]):
 
 
 def cast(tensors: Mapping[str, np.ndarray], dtype: Any) -> Mapping[str, np.ndarray]:
-    """The tensors, floating ones in `dtype` (None: as they are), each cast when it is asked for."""
+    """Return the tensors with floating ones in `dtype` (None: unchanged), each cast on access."""
 
     def make(name: str) -> np.ndarray:
         tensor = tensors[name]
@@ -90,12 +91,12 @@ def cast(tensors: Mapping[str, np.ndarray], dtype: Any) -> Mapping[str, np.ndarr
 
 @lru_cache(maxsize=64)
 def names_of(kind: str, config: Any) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of a network's tensors."""
+    """Return {name: shape} of a network's tensors in diffusers' or transformers' naming."""
     return MappingProxyType(torch_shapes(abstract_params(kind, config), FAMILIES[kind].rules))
 
 
 def config_of(source: Path) -> tuple[str, Any]:
-    """The class and config that a config.json describes."""
+    """Return the class name and the config in a config.json; ValueError if the class is not supported."""
     values = read_json(source)
     kind = values.get("_class_name") or next(iter(values.get("architectures") or [None]))
     if kind not in FAMILIES:
@@ -104,18 +105,21 @@ def config_of(source: Path) -> tuple[str, Any]:
 
 
 def read_part(folder: Path, *, variant: str | None = None) -> Part:
-    """The network in a folder with config.json and safetensors. Errors name the file and what does not fit."""
+    """Return the network in a folder with config.json and safetensors; errors name the file and the reason.
+
+    variant: such as "fp16", in the name of the file to read. The tensors are memory maps and not checked: `check_part`.
+    """
     kind, config = config_of(folder / "config.json")
     family = FAMILIES[kind]
     tensors = load_tensors(folder, stem=family.stem, variant=variant)
     if family.prefix:
         tensors = {family.prefix + key if key.startswith(TOWER) else key: tensor for key, tensor in tensors.items()}
-    tensors = {name: tensors[other] for other, name in family.aliases.items() if other in tensors} | tensors
+    tensors = {name: tensors[alias] for alias, name in family.aliases.items() if alias in tensors} | tensors
     return Part(kind, config, tensors, str(folder))
 
 
 def write_config(folder: Path, kind: str, config: Any) -> None:
-    """The config.json of a network, as diffusers or transformers would write it."""
+    """Write the config.json of a network, as diffusers or transformers would."""
     values = dict(config.to_dict())
     if FAMILIES[kind].library == "transformers":
         values["architectures"] = [kind]
@@ -123,18 +127,21 @@ def write_config(folder: Path, kind: str, config: Any) -> None:
 
 
 def write_part(folder: Path, part: Part, *, dtype: Any = None, variant: str | None = None) -> tuple[str, str]:
-    """Write a network's folder as diffusers or transformers would; returns (library, class) for model_index.json."""
+    """Write a network's folder as diffusers or transformers would; return (library, class) for model_index.json.
+
+    dtype: that of the floating tensors in the file; None keeps each tensor's. variant: such as "fp16", in its name.
+    """
     family = FAMILIES[part.kind]
     folder.mkdir(parents=True, exist_ok=True)
     stem = family.stem if variant is None else f"{family.stem}.{variant}"
-    wanted = names_of(part.kind, part.config)
-    save_tensors(folder / f"{stem}.safetensors", cast({name: part.tensors[name] for name in wanted}, dtype))
+    names = names_of(part.kind, part.config)
+    save_tensors(folder / f"{stem}.safetensors", cast({name: part.tensors[name] for name in names}, dtype))
     write_config(folder, part.kind, part.config)
     return family.library, part.kind
 
 
 def check_part(part: Part) -> None:
-    """ValueError that lists what a part lacks, has too much, or has in another shape than its config says."""
+    """Raise ValueError if a network's tensors do not fit its config; it lists what is missing, unexpected, mis-shaped."""
     family = FAMILIES[part.kind]
     check(
         part.tensors,
@@ -148,10 +155,11 @@ def check_part(part: Part) -> None:
 def to_component(
     part: Part, *, dtype: Any = jnp.float32, shardings: Shardings | None = None, scan: bool = False
 ) -> Component:
-    """The network; its parameters are placed on the device when first asked for, and until then stay in the file.
+    """Return the network as a component; its parameters stay in the file until the first access.
 
-    dtype: of both; float32 for weights that overflow in float16. Raises one ValueError for all that does not fit, at
-    once; values that are not finite are found when the parameters are placed.
+    dtype: that of parameters and computation; float16 becomes float32 for weights that overflow in it (force_upcast).
+    shardings: see `from_torch`. scan: whether equal layers are stacked, for networks that can. Raises one ValueError
+    with everything that does not fit; values that are not finite raise when the parameters are placed.
     """
     family = FAMILIES[part.kind]
     if dtype == jnp.float16 and getattr(part.config, "force_upcast", False):
@@ -172,6 +180,6 @@ def to_component(
 
 
 def to_part(component: Component, *, source: str = "model") -> Part:
-    """The way back; tensors are on the host."""
+    """Return a component as named tensors on the host: the inverse of `to_component`."""
     kind = class_name(component.module)
     return Part(kind, component.module.config, to_torch(component.params, FAMILIES[kind].rules), source)

@@ -1,4 +1,4 @@
-"""A whole model between two formats: networks as named tensors, and the small files around them."""
+"""A model as read from any format: its networks as named tensors, and the small files that belong to it."""
 
 from __future__ import annotations
 
@@ -26,30 +26,27 @@ PUBLISHED: Mapping[str, str] = {
     "refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
 }
-# Components that are no networks and are taken over as they are.
+# Components that are not networks; their folders are copied unchanged.
 SMALL = ("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
-T5 = ("text_encoder_3", "tokenizer_3")  # without which SD3 draws, too
-# Components that draw nothing.
+T5 = ("text_encoder_3", "tokenizer_3")  # optional: SD3 also works without them
+# Components that have no effect on the image.
 UNUSED = ("safety_checker", "feature_extractor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """parts: component -> network. small: component -> the folder with its tokenizer or scheduler, which is copied.
-
-    index: model_index.json. prediction: "epsilon", "v_prediction" or "flow". dropped: what the source had besides.
-    """
+    """A model as read from a folder or file, before its parameters are placed on a device."""
 
     source: str  # model_index.json or single file, named in errors
-    parts: Mapping[str, Part]
-    small: Mapping[str, Path]
-    scheduler: Mapping[str, Any]
-    index: Mapping[str, Any]
-    dropped: tuple[str, ...] = field(default=())
+    parts: Mapping[str, Part]  # component -> network
+    small: Mapping[str, Path]  # component -> folder of its tokenizer or scheduler, which is copied
+    scheduler: Mapping[str, Any]  # scheduler_config.json
+    index: Mapping[str, Any]  # model_index.json
+    dropped: tuple[str, ...] = field(default=())  # components or keys of the source that are not used
 
     @property
     def prediction(self) -> str:
-        """What the network predicts, as the scheduler's config says."""
+        """The network's output as the scheduler's config declares it: "epsilon", "v_prediction" or "flow"."""
         flow = "FlowMatch" in self.scheduler.get("_class_name", "")
         return str(self.scheduler.get("prediction_type", "flow" if flow else "epsilon"))
 
@@ -57,11 +54,12 @@ class Model:
 def read_model(
     name: str | Path, *, config: str | Path | None = None, variant: str | None = None, t5: bool = True
 ) -> Model:
-    """A bundled name, a diffusers or orbax folder, a hub id, or a single file.
+    """Return the model of a bundled name, a diffusers or orbax folder, a hub id, or a single file.
 
     config: for a single file, a diffusers folder or hub id whose configs, tokenizers and scheduler describe it; None
-    reads the configs from the shapes and takes the rest from the published folder of its family. t5: False leaves out
-    SD3's third text encoder, whether it is there or not.
+    infers the configs from the shapes and takes the rest from the published folder of its family. variant: such as
+    "fp16", in the names of the files to read. t5: False leaves out SD3's third text encoder if there is one. Raises
+    FileNotFoundError if a file is missing, and ValueError if a file does not fit or config= is given for a folder.
     """
     location = locate(name, variant)
     if location.path.is_file():
@@ -78,7 +76,7 @@ def _read_index(source: Path, *, t5: bool) -> dict[str, Any]:
 
 @contextmanager
 def dispensable(name: str) -> Iterator[None]:
-    """What is missing of a component, with what to do where pictures can be drawn without it."""
+    """Return a context that adds a hint to FileNotFoundError if `name` is a component that the model works without."""
     try:
         yield
     except FileNotFoundError as error:
@@ -88,7 +86,11 @@ def dispensable(name: str) -> Iterator[None]:
 
 
 def read_folder(location: Location, *, variant: str | None = None, t5: bool = True) -> Model:
-    """A diffusers folder, or one with an orbax checkpoint: every component that its model_index.json names."""
+    """Return the model in a diffusers folder or one with an orbax checkpoint: all components in its model_index.json.
+
+    Raises FileNotFoundError if a component that it names is missing, and ValueError if it names no scheduler or a config
+    is not supported.
+    """
     source = location.path / location.subpath("model_index.json")
     index = _read_index(source, t5=t5)
     named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
@@ -114,7 +116,7 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
 
 
 def _unshifted(parts: Mapping[str, Part]) -> Mapping[str, Part]:
-    """The parts of a model with a UNet draw as in diffusers, whose pipelines only scale latents."""
+    """Return the parts; the VAE of a model with a UNet without shift_factor, as diffusers' pipelines ignore it there."""
     vae = parts.get("vae")
     if "unet" not in parts or vae is None or not vae.config.shift_factor:
         return parts
@@ -174,9 +176,10 @@ def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
 
 
 def lora_networks(networks: Mapping[str, tuple[str, Any, Any]]) -> dict[str, Network]:
-    """How LoRA files name the modules of a model: component -> (class, config, parameters or their shapes).
+    """Return component -> the tables that name its modules in LoRA files, for the components that a LoRA can have.
 
-    Original names are read for every network that denoises; kohya's files have them for SDXL and SD3 only.
+    networks: component -> (class, config, parameters or their shapes). A UNet or MMDiT also gets its original names for
+    reading; of the files that are written, only kohya's for SDXL and SD3 have them.
     """
     return {
         name: Network(like, FAMILIES[kind].rules, layout_of(kind, config) if name in DENOISERS else None)

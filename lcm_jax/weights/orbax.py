@@ -1,6 +1,6 @@
-"""Models as orbax checkpoints: parameter trees, restored onto any sharding; configs and tokenizers lie beside them.
+"""Models as orbax checkpoints: parameter trees that can be restored with any sharding.
 
-The folder is a diffusers folder in which `params/` takes the place of every safetensors file.
+The folder is a diffusers folder, with its configs and tokenizers, but `params/` replaces all safetensors files.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ NAME = "params"
 
 
 def save_params(folder: Path, components: Mapping[str, Component]) -> None:
-    """Write the parameters of all components as one checkpoint (orbax renames it into place when it is whole)."""
-    import orbax.checkpoint as ocp  # here, as it would be a tenth of every start
+    """Write the parameters of all components as one checkpoint, which orbax renames into place when it is complete."""
+    import orbax.checkpoint as ocp  # imported late: it would be a tenth of the start-up time of every program
 
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((folder / NAME).absolute(), {name: part.params for name, part in components.items()})
 
 
 def load_params(folder: Path, names: Mapping[str, str], *, shardings: Any = None) -> dict[str, Component]:
-    """Components (name -> sub-folder) of a checkpoint. shardings: tree beside the parameters; None: one device."""
+    """Return the components of a checkpoint with their parameters.
+
+    names: component -> sub-folder that holds its config.json. shardings: a tree in the structure of the parameters,
+    component -> its tree; None puts everything on one device.
+    """
     import orbax.checkpoint as ocp
 
     modules, like = {}, {}
-    for name, place in names.items():
-        kind, config = config_of(folder / place / "config.json")
+    for name, subfolder in names.items():
+        kind, config = config_of(folder / subfolder / "config.json")
         modules[name] = FAMILIES[kind].build(config)
         like[name] = abstract_params(kind, config)
     if shardings is not None:

@@ -1,45 +1,37 @@
-"""scheduler_config.json: the schedule and the kind of output, in and out, and what in it would be drawn differently."""
+"""scheduler_config.json in and out: the schedule, the kind of network output and the sampler."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from numbers import Real
 from typing import Any, get_args
 
-from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.samplers import SAMPLERS, sampler_name
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.typing import Kind, Schedule
 
 CONTINUOUS = "ContinuousScheduler"
-"""Of models that no scheduler of diffusers draws with, which refuses them by this name: `schedules.from_config`."""
+"""The class name written for models that no scheduler of diffusers draws; diffusers refuses it (`from_config`)."""
 
 SCHEDULERS: Mapping[str, str] = {
-    "DDIMScheduler": "ddim",
-    "DDPMScheduler": "ddim",
-    "PNDMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "LMSDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "HeunDiscreteScheduler": "heun",
-    "KDPM2DiscreteScheduler": "heun",
-    "KDPM2AncestralDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpm++2m",
-    "DPMSolverSinglestepScheduler": "dpm++2m",
-    "DPMSolverSDEScheduler": "dpm++2m",
-    "DEISMultistepScheduler": "dpm++2m",
-    "UniPCMultistepScheduler": "dpm++2m",
-    "LCMScheduler": "lcm",
-    "TCDScheduler": "tcd",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "FlowMatchHeunDiscreteScheduler": "heun",
-    "FlowMatchLCMScheduler": "lcm",
-    CONTINUOUS: "euler",
+    name: sampler for sampler, spec in SAMPLERS.items() for name in (*spec.diffusers, *spec.replaces)
+} | {CONTINUOUS: "euler"}
+"""The scheduler classes that can be read, each with the sampler that is it or stands in for it."""
+
+CONTINUOUS_SCHEDULES: Mapping[str, type[Any]] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
+
+# The defaults of the diffusers classes, for configs that leave a key out.
+_LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LCMScheduler": _LATENT,
+    "TCDScheduler": _LATENT,
+    "HeunDiscreteScheduler": _LATENT | {"beta_schedule": "linear"},
 }
-"""The scheduler classes that are read, each with the sampler that is it or comes closest; all but one diffusers'."""
+_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
 # Keys our samplers have no choice about, with every value that leaves their pictures unchanged.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
@@ -86,8 +78,11 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
     name = config.get("_class_name")
     if name is not None and name not in SCHEDULERS:
         raise ValueError(f"{source}: _class_name {name!r} is not supported; known are {', '.join(SCHEDULERS)}")
-    if config.get("sampler") is not None and config["sampler"] not in SAMPLERS:
-        raise ValueError(f"{source}: sampler {config['sampler']!r} is unknown; known are {', '.join(SAMPLERS)}")
+    if config.get("sampler") is not None:
+        try:
+            sampler_name(str(config["sampler"]))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     for key, value in config.items():
         if key in _FIXED and value not in _FIXED[key]:
             raise ValueError(f"{source}: {key}={value!r} is not supported; set it to {_FIXED[key][0]!r}")
@@ -97,80 +92,12 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
             warnings.warn(f"{source}: {key}={value!r} is not known and is ignored", stacklevel=2)
 
 
-def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> tuple[Schedule, Kind]:
-    """What a scheduler_config.json declares. A flow-matching scheduler has no prediction_type: its kind is flow."""
-    check_config(config, source=source)
-    schedule = from_config(config, source=source)
-    kind = config.get("prediction_type", "epsilon" if isinstance(schedule, DDPM) else "flow")
-    kind = {"flow_prediction": "flow"}.get(kind, kind)  # as the DPM solvers call it
-    known = [name for name in get_args(Kind) if name != "edm" or "schedule" in config]  # diffusers has none of its own
-    if kind not in known:
-        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; known are {', '.join(known)}")
-    return schedule, kind
-
-
-def sampler_of(config: Mapping[str, Any]) -> str:
-    """The sampler that a scheduler_config.json asks for, or what comes closest."""
-    return str(config.get("sampler") or SCHEDULERS.get(config.get("_class_name", ""), "ddim"))
-
-
-def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
-    """scheduler_config.json of a schedule, for a sampler; the key "sampler" names one that is not its class's."""
-    config = _scheduler_config(schedule, kind, sampler)
-    own = SCHEDULERS[config["_class_name"]]
-    return config if sampler in (own, "ddim", "euler") else {**config, "sampler": sampler}
-
-
-def _scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
-    if isinstance(schedule, Cosine) or (isinstance(schedule, RectifiedFlow) and kind != "flow"):
-        name = next(name for name, made in CONTINUOUS_SCHEDULES.items() if isinstance(schedule, made))
-        return {"_class_name": CONTINUOUS, "schedule": name, "prediction_type": kind, **asdict(schedule)}
-    if isinstance(schedule, RectifiedFlow):
-        name = "FlowMatchLCMScheduler" if sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
-        return {"_class_name": name, "num_train_timesteps": 1000, "shift": schedule.shift}
-    if not isinstance(schedule, DDPM) or kind == "edm":
-        raise ValueError(
-            f"no scheduler_config.json is written for {kind!r} on {type(schedule).__name__}; use a rectified flow"
-        )
-    shared = {
-        "num_train_timesteps": schedule.num_train_timesteps,
-        "beta_start": schedule.beta_start,
-        "beta_end": schedule.beta_end,
-        "beta_schedule": schedule.beta_schedule,
-        "rescale_betas_zero_snr": schedule.rescale_betas_zero_snr,
-        "prediction_type": kind,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-    }
-    if sampler in ("lcm", "tcd"):
-        name = {"lcm": "LCMScheduler", "tcd": "TCDScheduler"}[sampler]
-        return {"_class_name": name, **shared, "original_inference_steps": 50, "timestep_scaling": 10.0}
-    return {"_class_name": "DDIMScheduler", **shared, "timestep_spacing": "trailing", "steps_offset": 0}
-
-
-CONTINUOUS_SCHEDULES: Mapping[str, Any] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
-
-
-# The defaults of the diffusers classes, for configs that leave a key out.
-_LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-_CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "LCMScheduler": _LATENT,
-    "TCDScheduler": _LATENT,
-    "HeunDiscreteScheduler": _LATENT | {"beta_schedule": "linear"},
-}
-
-
-_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
-
-
 def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
-    """The schedule a diffusers scheduler_config.json describes (betas or flow; spacing and prediction are elsewhere).
+    """Return the schedule that a diffusers scheduler_config.json describes by its betas or its flow shift.
 
-    A key of ours, `schedule`, names one of CONTINUOUS_SCHEDULES, for what diffusers has no scheduler.
-
-    Raises ValueError for betas given as a list, for resolution-dependent shifting and for an unknown beta_schedule.
+    `Spacing.from_config` reads the spacing, `read_scheduler` the prediction type. The key `schedule`, which diffusers
+    does not have, names one of CONTINUOUS_SCHEDULES. Raises ValueError for betas given as a list, for
+    resolution-dependent shifting and for an unknown beta_schedule.
     """
     name = str(config.get("_class_name", ""))
     if config.get("trained_betas") is not None:
@@ -192,3 +119,82 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
         return DDPM(**fields)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+
+
+def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> tuple[Schedule, Kind]:
+    """What a scheduler_config.json declares. A flow-matching scheduler has no prediction_type: its kind is flow."""
+    check_config(config, source=source)
+    schedule = from_config(config, source=source)
+    kind = config.get("prediction_type", schedule.usual_kind)
+    kind = {"flow_prediction": "flow"}.get(kind, kind)  # as the DPM solvers call it
+    known = [name for name in get_args(Kind) if name != "edm" or "schedule" in config]  # diffusers has none of its own
+    if kind not in known:
+        raise ValueError(f"{source}: prediction_type {kind!r} is unknown; known are {', '.join(known)}")
+    return schedule, kind
+
+
+def sampler_of(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> str:
+    """Return the sampler that a scheduler_config.json asks for; a UserWarning where another one stands in for it.
+
+    >>> from lcm_jax.weights.scheduler_config import sampler_of
+    >>> sampler_of({"_class_name": "HeunDiscreteScheduler"})
+    'heun'
+    """
+    if config.get("sampler"):
+        return sampler_name(str(config["sampler"]))
+    scheduler = config.get("_class_name", "")
+    sampler = SCHEDULERS.get(scheduler, "ddim")
+    if scheduler in SAMPLERS[sampler].replaces:
+        warnings.warn(
+            f"{source} asks for {scheduler}, which this library does not have: {sampler!r} "
+            f"({SAMPLERS[sampler].diffusers[0]}) draws in its place; name a sampler to choose another",
+            stacklevel=2,
+        )
+    return sampler
+
+
+def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
+    """scheduler_config.json of a schedule, for a sampler; the key "sampler" names one that is not its class's."""
+    config = _scheduler_config(schedule, kind, sampler)
+    own = SCHEDULERS[config["_class_name"]]
+    return config if sampler in (own, "ddim", "euler") else {**config, "sampler": sampler}
+
+
+def _scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
+    writer = _WRITERS.get(type(schedule))
+    config = None if writer is None else writer(schedule, kind, sampler)
+    if config is None:
+        raise ValueError(
+            f"no scheduler_config.json is written for {kind!r} on {type(schedule).__name__}; use a rectified flow"
+        )
+    return config
+
+
+def _continuous_config(schedule: Any, kind: Kind, _: str) -> dict[str, Any]:
+    name = next(name for name, kept in CONTINUOUS_SCHEDULES.items() if type(schedule) is kept)
+    return {"_class_name": CONTINUOUS, "schedule": name, "prediction_type": kind, **asdict(schedule)}
+
+
+def _flow_config(schedule: RectifiedFlow, kind: Kind, sampler: str) -> dict[str, Any]:
+    if kind != "flow":
+        return _continuous_config(schedule, kind, sampler)
+    name = "FlowMatchLCMScheduler" if sampler == "lcm" else "FlowMatchEulerDiscreteScheduler"
+    return {"_class_name": name, "num_train_timesteps": 1000, "shift": schedule.shift}
+
+
+def _table_config(schedule: DDPM, kind: Kind, sampler: str) -> dict[str, Any] | None:
+    if kind == "edm":
+        return None
+    shared = {name: getattr(schedule, name) for name in _FIELDS}
+    shared |= {"prediction_type": kind, "clip_sample": False, "set_alpha_to_one": True}
+    if sampler in ("lcm", "tcd"):
+        name = SAMPLERS[sampler].diffusers[0]
+        return {"_class_name": name, **shared, "original_inference_steps": 50, "timestep_scaling": 10.0}
+    return {"_class_name": "DDIMScheduler", **shared, "timestep_spacing": "trailing", "steps_offset": 0}
+
+
+_WRITERS: Mapping[type[Any], Callable[..., dict[str, Any] | None]] = {
+    DDPM: _table_config,
+    RectifiedFlow: _flow_config,
+    Cosine: _continuous_config,
+}

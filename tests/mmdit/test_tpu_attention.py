@@ -93,7 +93,7 @@ mesh = jax.make_mesh((2, 2), ("rows", "heads"), axis_types=(jax.sharding.AxisTyp
 rows = NamedSharding(mesh, PartitionSpec("rows"))
 for heads, cut in ((2, "heads"), (3, None)):  # three do not divide among two devices: both have all of them
     qkv = arrays(2, 5, 9, heads, 8)
-    with module.cut_over(mesh, ("rows",), "heads"):
+    with module.attention_mesh(mesh, ("rows",), "heads"):
         mine = jax.jit(partial(everything, "tpu"), in_shardings=(rows,) * 3)(*qkv)
     assert mine[0].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("rows", None, cut)), 4), mine[0].sharding
     jax.tree.map(near, mine, everything("xla", *qkv))

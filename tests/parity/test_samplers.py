@@ -18,7 +18,7 @@ from lcm_jax.diffusion.parameterization import add_noise, bind, to_prediction
 from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.diffusion.solvers import DDIM, TCD, Heun
-from lcm_jax.diffusion.time_grids import Spacing, flow_grid, lcm_grid
+from lcm_jax.diffusion.time_grids import Spacing, lcm_grid
 from lcm_jax.typing import Kind, Prediction, Schedule, Solver
 from lcm_jax.weights.scheduler_config import from_config
 
@@ -235,7 +235,7 @@ def test_flow_sigmas() -> None:
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
             scheduler.set_timesteps(steps)
             schedule = RectifiedFlow(shift=shift)
-            grid = flow_grid(steps, schedule)
+            grid = schedule.grid(steps)
             np.testing.assert_allclose(schedule.sigma(grid), scheduler.sigmas.numpy(), rtol=1e-5, atol=1e-7)
             np.testing.assert_allclose(schedule.network_time(grid)[:-1], scheduler.timesteps.numpy(), rtol=1e-5)
 

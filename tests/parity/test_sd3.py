@@ -14,7 +14,7 @@ import pytest
 
 import lcm_jax
 from lcm_jax.diffusion.schedules import RectifiedFlow
-from lcm_jax.diffusion.time_grids import Spacing, flow_grid
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.weights.convert import convert
 from mmdit.text import train_tokenizer, train_unigram
 
@@ -242,7 +242,7 @@ def test_shift(families: Callable[[str], Family], shift: float) -> None:
 
 def test_single_shift(families: Callable[[str], Family]) -> None:
     schedule = RectifiedFlow()
-    grid = flow_grid(4, schedule, Spacing(double_shift=False))
+    grid = schedule.grid(4, Spacing(double_shift=False))
     compare(families("medium"), ours={"double_shift": False}, theirs={"sigmas": grid[:-1].tolist()})
 
 

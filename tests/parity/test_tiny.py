@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.models.latent_diffusion import Generator
+from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
 from lcm_jax.weights.safetensors_files import load_tensors
 from lcm_jax.weights.taesd import load_tiny, save_tiny_original
@@ -116,7 +116,7 @@ def test_there_and_back_and_loaded_there_again(pair, tmp_path):
 def test_it_takes_the_autoencoders_place_in_a_pipeline(pair):
     oracle, _, (module, params) = pair
     _, z = inputs(module.config)
-    generator = Generator(
+    generator = LatentDiffusion(
         net=None, vae=module, schedule=DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="linear"), kind="epsilon"
     )
     pictures = np.asarray(generator.decode(params, z))

@@ -1,1 +1,1 @@
-"""What can be trained. A task config says it in a few fields; `build()` gives the loop its `Task`."""
+"""The tasks that can be trained: each is a config of a few fields, whose `build()` returns the loop's `Task`."""

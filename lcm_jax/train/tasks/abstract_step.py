@@ -1,4 +1,4 @@
-"""A training's shapes without its weights and data: what follows from the configs of its models alone."""
+"""The shapes of a training without its weights and data, derived from the configs of its models alone."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ Shapes = Any  # a tree of ShapeDtypeStruct
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outline:
-    """Of a model. net: the denoiser's config. tokens: of a prompt, in the conditioning's `context`."""
+class ModelShapes:
+    """The configs of a model that determine its shapes.
+
+    net: the denoiser's config. tokens: length of a prompt in the conditioning's `context`, in tokens.
+    """
 
     net: Any
     vae: AutoencoderConfig
@@ -53,17 +56,17 @@ _VAE_SD3 = replace(
 _SD = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
-def _sd3(net: Any) -> Outline:
-    return Outline(net=net, vae=_VAE_SD3, tokens=77 + 256, schedule=RectifiedFlow(shift=3.0), kind="flow")
+def _sd3(net: Any) -> ModelShapes:
+    return ModelShapes(net=net, vae=_VAE_SD3, tokens=77 + 256, schedule=RectifiedFlow(shift=3.0), kind="flow")
 
 
-# What the repositories hold, so that a plan needs no connection; of all others the config.json files are read.
-PUBLISHED: Mapping[str, Outline] = MappingProxyType(
+# The contents of these repositories, so that a plan needs no connection; other models' config.json files are read.
+PUBLISHED: Mapping[str, ModelShapes] = MappingProxyType(
     {
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": Outline(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": ModelShapes(
             net=SD15, vae=_VAE, tokens=77, schedule=_SD, kind="epsilon"
         ),
-        "stabilityai/stable-diffusion-xl-base-1.0": Outline(
+        "stabilityai/stable-diffusion-xl-base-1.0": ModelShapes(
             net=SDXL, vae=_VAE_SDXL, tokens=77, schedule=_SD, kind="epsilon"
         ),
         "stabilityai/stable-diffusion-3-medium-diffusers": _sd3(SD3_MEDIUM),
@@ -73,50 +76,56 @@ PUBLISHED: Mapping[str, Outline] = MappingProxyType(
 )
 
 
-def outline_of(model: str) -> Outline:
-    """Of a published model, or of a bundled name, folder or hub id, of which no weights are read.
+def model_shapes(model: str) -> ModelShapes:
+    """Return the shapes of a model: one of PUBLISHED, or a bundled name, folder or hub id; no weights are read.
 
-    What a folder does not hold is None or 0; `needs` says so where it is asked for.
+    A field for which the folder has no file is None or 0; `required_shape_of` raises ValueError for it.
     """
     if model in PUBLISHED:
         return PUBLISHED[model]
     location = locate(model, weights=False)
     names = [name for name in (*DENOISERS, "vae", *TOKENIZERS) if location.at(name).is_dir()]
-    parts = {name: config_of(location.at(name) / "config.json") for name in names}
-    configs = {name: config for name, (_, config) in parts.items()}
+    components = {name: config_of(location.at(name) / "config.json") for name in names}
+    configs = {name: config for name, (_, config) in components.items()}
     scheduler = location.at("scheduler") / "scheduler_config.json"
     schedule, kind = (
         read_scheduler(read_json(scheduler), source=str(scheduler)) if scheduler.is_file() else (None, None)
     )
-    texts = {name: parts[name] for name in TOKENIZERS if name in parts}
+    texts = {name: components[name] for name in TOKENIZERS if name in components}
     tokens = 0
     if texts:
         prompts = Prompts(
-            modules={name: FAMILIES[part].build(config) for name, (part, config) in texts.items()},
+            modules={name: FAMILIES[family].build(config) for name, (family, config) in texts.items()},
             tokenizers={name: Tokenizer.load(location.at(TOKENIZERS[name])) for name in texts},
             family=FAMILY_OF[max(texts)],
         )
         tokens = prompts.lengths["text_encoder"] + prompts.lengths.get("t5", 0)
     net: Any = next((configs[name] for name in DENOISERS if name in configs), None)
-    found: dict[str, Any] = {"net": net, "vae": configs.get("vae"), "schedule": schedule, "kind": kind}
-    return Outline(tokens=tokens, **found)
+    fields: dict[str, Any] = {"net": net, "vae": configs.get("vae"), "schedule": schedule, "kind": kind}
+    return ModelShapes(tokens=tokens, **fields)
 
 
-def needs(model: str, part: str) -> Any:
-    """A field of a model's outline; ValueError where it has none."""
-    found = getattr(outline_of(model), part)
-    if not found:
-        raise ValueError(f"model {model}: its folder says nothing of a {part}; name one that has it")
-    return found
+def required_shape_of(model: str, part: str) -> Any:
+    """Return the field `part` of a model's shapes; raise ValueError if its folder has no file for it."""
+    value = getattr(model_shapes(model), part)
+    if not value:
+        raise ValueError(f"model {model}: its folder has no config of its {part}; name a model that has one")
+    return value
 
 
-def surroundings(net: Any, vae: str, text: str, size: Size) -> tuple[dict[str, Shapes], Callable[[int], Shapes]]:
-    """({"null", "vae"} of the frozen trees, rows -> a batch of encoded records) of a latent task whose pictures have
-    `size` (height, width). net: the denoiser's config, which knows its conditioning."""
-    config = needs(vae, "vae")
+def frozen_and_batch_shapes(
+    net: Any, vae: str, text: str, size: Size
+) -> tuple[dict[str, Shapes], Callable[[int], Shapes]]:
+    """Return the shapes of a latent task's frozen trees "null" and "vae", and a function b -> shapes of a batch of b.
+
+    net: the denoiser's config, which determines the conditioning. vae, text: models whose autoencoder and text encoders
+    are used. size: (height, width) of the pictures in pixels. Raises ValueError if the channels of `net` and of the
+    autoencoder differ, or if a model lacks a part.
+    """
+    config = required_shape_of(vae, "vae")
     if config.latent_channels != net.in_channels:
         raise ValueError(f"in_channels is {net.in_channels}, but the VAE has {config.latent_channels} latent channels")
-    tokens, family = needs(text, "tokens"), denoiser_of(net)[1]
+    tokens, family = required_shape_of(text, "tokens"), denoiser_of(net)[1]
     h, w = (side // config.downsample_factor for side in size)
 
     def conditioning(n: int) -> Shapes:
@@ -134,25 +143,28 @@ def surroundings(net: Any, vae: str, text: str, size: Size) -> tuple[dict[str, S
 
 
 def cast(shapes: Shapes, dtype: Any) -> Shapes:
-    """The same in another type."""
+    """Return the same shapes with another dtype."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
-def outlined(
-    begin: Callable[[Key], Params],
+def abstract_task(
+    init: Callable[[Key], Params],
     loss: Loss,
     frozen: Shapes,
     batch: Callable[[int], Shapes],
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
 ) -> Task:
-    """A task whose step can be compiled and whose frozen trees and batches are shapes; `begin` is only traced."""
+    """Return a task whose step can be compiled but not run: its frozen trees and batches are shapes.
+
+    init: is only traced. batch: b -> shapes of a batch of b.
+    """
 
     def refuse(*_: Any) -> NoReturn:
-        raise TypeError("an outline has no weights to draw with or to write")
+        raise TypeError("an abstract task has no weights: it can neither draw previews nor export; use build()")
 
     def batches(n: int, *_: Any) -> Any:
         return itertools.repeat(batch(n))
 
     return Task(
-        init=begin, loss=loss, frozen=frozen, batches=batches, preview=refuse, export=refuse, optimizer=optimizer
+        init=init, loss=loss, frozen=frozen, batches=batches, preview=refuse, export=refuse, optimizer=optimizer
     )

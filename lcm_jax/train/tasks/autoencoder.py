@@ -1,4 +1,4 @@
-"""Training autoencoders (see vae16.losses): one that finds its own latents, a tiny one for those of another."""
+"""Training of autoencoders (see vae16.losses): one that learns its latents, and a tiny one for another's latents."""
 
 from __future__ import annotations
 
@@ -40,23 +40,29 @@ from vae16 import (
 )
 
 Vae = AutoencoderKL | AutoencoderTiny
-# (critic, perceptual, params, frozen, pictures in [-1, 1], key, step) -> loss and metrics
+# (critic, perceptual distance, params, frozen, pictures in [-1, 1], key, step) -> (loss, metrics)
 PictureLoss = Callable[..., tuple[Array, Metrics]]
-Export = Callable[[Params, Path, Source], None]  # of the average, given the pictures that were trained on
+Export = Callable[
+    [Params, Path, Source], None
+]  # (average of the parameters, folder, training pictures): writes the result
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureTask:
-    """What is the same of every autoencoder: pictures alone, an optional critic and an optional perceptual term."""
+    """The base of the autoencoder tasks: pictures alone, an optional discriminator and an optional perceptual term."""
 
     data: DataConfig = DataConfig()
     loss: PictureLossConfig = PictureLossConfig(perceptual_weight=0.0)
-    lpips: str | None = None  # a .safetensors file of LPIPS weights, where loss.perceptual_weight is not zero
+    lpips: str | None = None  # a .safetensors file of LPIPS weights, needed if loss.perceptual_weight is not zero
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
 
     def task(self, vae: Vae, loss: PictureLoss, frozen: Params, export: Export) -> Task:
-        """The training of `vae`."""
+        """Return the task that trains `vae`.
+
+        Raises ValueError if the pictures' size does not fit the autoencoder, or if only one is given of the perceptual
+        weight and the LPIPS file.
+        """
         factor = vae.config.downsample_factor
         if self.data.size % factor:
             raise ValueError(f"task.data.size is {self.data.size}; it must be a multiple of the VAE's factor {factor}")
@@ -79,7 +85,7 @@ class PictureTask:
                 params["discriminator"] = critic.init(jax.random.fold_in(key, 1), image)["params"]
             return params
 
-        def of_batch(
+        def batch_loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
             distance = partial(lpips.apply, {"params": frozen["lpips"]}) if "lpips" in frozen else None
@@ -87,24 +93,24 @@ class PictureTask:
 
         @jax.jit
         def reconstruct(params: Params, pictures: Array) -> Array:
-            made: Any = vae.apply({"params": params["vae"]}, to_float(pictures))
-            return to_uint8(made)
+            reconstruction: Any = vae.apply({"params": params["vae"]}, to_float(pictures))
+            return to_uint8(reconstruction)
 
-        shown = np.stack([held_out[i]["image"] for i in range(min(16, len(held_out)))])
+        pictures = np.stack([held_out[i]["image"] for i in range(min(16, len(held_out)))])
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
-            made = batched_map(partial(reconstruct, ema), shown)
-            quality = float(jnp.mean(psnr(jnp.asarray(shown), jnp.asarray(made), data_range=255.0)))
-            return {"validation": grid(np.concatenate([shown, made]), 8), "validation_psnr": quality}
+            decoded = batched_map(partial(reconstruct, ema), pictures)
+            quality = float(jnp.mean(psnr(jnp.asarray(pictures), jnp.asarray(decoded), data_range=255.0)))
+            return {"validation": grid(np.concatenate([pictures, decoded]), 8), "validation_psnr": quality}
 
         return Task(
             init=init,
-            loss=of_batch,
+            loss=batch_loss,
             frozen=frozen,
             batches=loader(source, transform=lambda record: {"image": record["image"]}),
             preview=preview,
             export=lambda ema, folder: export(ema, folder, source),
-            separable=critic is None,  # the critic is weighed by gradients of the whole batch
+            separable=critic is None,  # the discriminator's weight depends on gradients of the full batch
         )
 
 
@@ -116,6 +122,7 @@ class AutoencoderTask(PictureTask):
     loss: LossConfig = LossConfig(perceptual_weight=0.0)
 
     def build(self) -> Task:
+        """Return the task; its errors are those of `PictureTask.task`."""
         vae = AutoencoderKL(self.model)
 
         def loss(
@@ -127,9 +134,9 @@ class AutoencoderTask(PictureTask):
             encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
             size = self.data.size
             pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
-            some = at_once((size, size))
+            chunk = at_once((size, size))
             means = np.concatenate(
-                [encode(ema, to_float(pictures[i : i + some]))[0] for i in range(0, len(pictures), some)]
+                [encode(ema, to_float(pictures[i : i + chunk]))[0] for i in range(0, len(pictures), chunk)]
             )
             config = replace(
                 self.model, shift_factor=float(means.mean()), scaling_factor=float(1.0 / means.std()), sample_size=size
@@ -141,25 +148,26 @@ class AutoencoderTask(PictureTask):
 
 @dataclass(frozen=True, kw_only=True)
 class TinyAutoencoderTask(PictureTask):
-    """A tiny autoencoder (TAESD) for the latents of `vae`, to be given as `tiny_vae` to any model that has them."""
+    """A tiny autoencoder (TAESD) for the latents of `vae`, given as `tiny_vae` to any model with these latents."""
 
     model: TinyConfig = TinyConfig()
     vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
 
     def build(self) -> Task:
+        """Return the task; raise ValueError if the tiny autoencoder's latents have another shape than `vae`'s."""
         location = locate(self.vae)
         teacher = location.load("vae", shardings=by_path(own_devices()))
         for name in ("latent_channels", "downsample_factor"):
-            own, theirs = getattr(self.model, name), getattr(teacher.module.config, name)
-            if own != theirs:
-                raise ValueError(f"task.model has {name} {own}, that of {self.vae} {theirs}: make them equal")
+            value, expected = getattr(self.model, name), getattr(teacher.module.config, name)
+            if value != expected:
+                raise ValueError(f"task.model has {name} {value}, that of {self.vae} {expected}: make them equal")
         tiny = AutoencoderTiny(self.model)
 
         def loss(
             critic: Any, distance: Any, params: Params, frozen: Params, x: Array, key: Key, step: Array
         ) -> tuple[Array, Metrics]:
-            around = critic, distance, params, frozen["teacher"]
-            return tiny_loss(tiny, teacher.module, *around, x, key, step, self.loss)
+            networks = critic, distance, params, frozen["teacher"]
+            return tiny_loss(tiny, teacher.module, *networks, x, key, step, self.loss)
 
         def export(ema: Params, folder: Path, source: Source) -> None:
             save_component(folder, "", Component(tiny, jax.device_get(ema["vae"])))

@@ -1,4 +1,4 @@
-"""What the tasks share: the pictures they read and the grids they show."""
+"""The data that all tasks read: the config of a data source, its captions, and its batches."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ from lcm_jax.runtime.image_io import Size
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Captioned pictures: "openmoji", "openmoji-outline", "folder:PATH", "tar:FILES", "tfds:NAME", or the folder that
-    `lcm-jax encode` wrote of one of these, for tasks that train on latents.
+    """A data set of captioned pictures, by the name of its source.
 
-    Squares of `size`, or with `buckets` pictures of all shapes of about as many pixels, each batch of one shape (see
-    lcm_jax.data.buckets). Buckets and synthetic captions are for the data of diffusion and of its distillation.
+    name: "openmoji", "openmoji-outline", "folder:PATH", "tar:FILES", "tfds:NAME", or, for tasks that train on latents,
+    the folder that `lcm-jax encode` wrote from one of these; see `lcm_jax.data.load_source`.
+
+    The pictures are squares of `size`. With `buckets` they have all shapes of about as many pixels, and each batch has
+    one shape (see lcm_jax.data.buckets). Buckets and synthetic captions are for DiffusionTask and DistillationTask.
+
+    Raises ValueError for sizes and shares that cannot be used.
     """
 
     name: str = "openmoji"
     split: str = "train"
-    size: int = 64  # pixels
+    size: int = 64  # edge of the squares, in pixels
     buckets: bool = False
-    aspect: float = 2.0  # of buckets: the longer side over the shorter, at most
-    multiple: int = 16  # of buckets: what sides are multiples of; the larger, the fewer buckets and compilations
-    synthetic: float | None = None  # share of synthetic captions; None: half of them where the data has them, else none
+    aspect: float = 2.0  # for buckets: the largest ratio of the longer side to the shorter
+    multiple: int = 16  # for buckets: sides are multiples of it; a larger one gives fewer buckets and compilations
+    synthetic: float | None = None  # share of synthetic captions; None: 0.5 if the data has any, else 0
 
     def __post_init__(self) -> None:
         _ = self.sizes  # raises ValueError
@@ -44,11 +48,14 @@ class DataConfig:
 
     @property
     def sizes(self) -> tuple[Size, ...]:
-        """Of the pictures."""
+        """Every (height, width) that a picture can have, in pixels."""
         return bucket_sizes(self.size, self.multiple, self.aspect) if self.buckets else ((self.size, self.size),)
 
     def open(self, *, encoded: bool = False) -> Source:
-        """The squares. encoded: their latents are welcome too."""
+        """Open the source of square pictures; with `encoded` it may be one of their latents instead.
+
+        Raises ValueError if the config asks for buckets or synthetic captions.
+        """
         if self.buckets or self.synthetic:
             raise ValueError(
                 f"{self.name} with buckets={self.buckets}, synthetic={self.synthetic}: only task.data of diffusion and "
@@ -57,14 +64,17 @@ class DataConfig:
         return load_source(self.name, self.split, self.size, encoded=encoded)
 
     def open_buckets(self) -> dict[Size, Source]:
-        """A source for each size that has pictures."""
+        """Open the sources of the pictures, one for each size that has any."""
         return load_buckets(self.name, self.split, self.sizes)
 
     def mix(self, source: Source) -> CaptionMix | None:
-        """What mixes in the source's synthetic captions."""
-        there = "synthetic_caption" in source[0]
-        rate = (0.5 if there else 0.0) if self.synthetic is None else self.synthetic
-        if rate and not there:
+        """Return the mix of the source's captions with its synthetic ones, or None if none are used.
+
+        Raises ValueError if the config asks for synthetic captions and the source has none.
+        """
+        has_synthetic = "synthetic_caption" in source[0]
+        rate = (0.5 if has_synthetic else 0.0) if self.synthetic is None else self.synthetic
+        if rate and not has_synthetic:
             raise ValueError(
                 f"data.synthetic is {rate}, but {self.name} has no synthetic captions: "
                 'give every line of its metadata.jsonl a "synthetic" text'
@@ -73,21 +83,25 @@ class DataConfig:
 
 
 class StartBatches(Protocol):
-    """Batches of a size, in the order of a seed; of each batch only `rows` are read (None: all)."""
+    """A function that returns an iterator of batches, in an order given by `seed`.
+
+    rows: the indices of each batch that are read; None: all.
+    """
 
     def __call__(self, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> LoaderIterator: ...
 
 
 def captions(source: Source, most: int | None = None) -> list[str]:
-    """The first captions of a source, or all."""
+    """Return the first `most` captions of a source, or all."""
     count = len(source) if most is None else min(most, len(source))
     return [source[i]["caption"] for i in range(count)]
 
 
 def loader(*sources: Any, transform: Transform | None = None, augment: Augment | None = None) -> StartBatches:
-    """A resumable iterator over random-access records, each passed through `augment`, then `transform`.
+    """Return a function (batch_size, seed, rows) -> resumable iterator of batches of the sources' records.
 
-    Of several sources every batch is of one (BucketLoader).
+    Each record is passed through `augment`, then `transform`. With several sources each batch comes from one of them
+    (BucketLoader).
     """
 
     def start(batch_size: int, seed: int, rows: Sequence[int] | None = None) -> LoaderIterator:

@@ -1,4 +1,4 @@
-"""The frozen networks around the one that learns, and how pictures and captions go through them."""
+"""The frozen networks around the trained one, and the encoding of pictures and captions by them."""
 
 from __future__ import annotations
 
@@ -29,111 +29,110 @@ from lcm_jax.weights.registry import class_name
 from mmdit.text import Tokenizer, size_ids, zero_prompt
 from vae16 import scale
 
-ENCODE_BATCH = 32
-
-
-MEGAPIXEL = 2**20
-
-
-Learned = tuple[Mapping[str, Params], BatchedMap]  # text encoders, and the devices that they lie on
-
-
+ENCODE_BATCH = 32  # pictures that are encoded together, at most
+MEGAPIXEL = 2**20  # pixels
+Learned = tuple[Mapping[str, Params], BatchedMap]  # text encoders' parameters, and the devices that hold them
 FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioner:
-    """The frozen networks around the one that learns, and how captions become its conditioning.
+    """The frozen networks around the trained one: an autoencoder, and text encoders that make the conditioning.
 
-    A model with one text encoder conditions as Stable Diffusion 1 and 2 do, with two as SDXL, with three as SD3. The
-    networks are cut over the devices of `batched_map`, and so are the rows of what goes through them.
+    A model with one text encoder has the conditioning of Stable Diffusion 1 and 2, with two that of SDXL, with three
+    that of SD3. The networks are sharded over the devices of `batched_map`, and so are the batches that they encode.
     """
 
     vae: Component
     texts: Mapping[str, Component]
     prompts: Prompts
-    digest: str  # of the weights, to name what was encoded with them
+    digest: str  # of the weights, part of the name of what they encoded
     batched_map: BatchedMap
 
     @classmethod
     def load(cls, vae: str, text: str, mesh: Mesh | None = None) -> Conditioner:
-        """From two models (names or folders): one gives the autoencoder, one the text encoders and tokenizers.
+        """Load the autoencoder of one model, and the text encoders and tokenizers of another (names or folders).
 
-        mesh: of devices of this process; all of them by default.
+        mesh: devices of this process; None: all of them.
         """
         mesh = own_devices() if mesh is None else mesh
-        vae_at, text_at = locate(vae), locate(text)
-        names = tuple(name for name in TOKENIZERS if text_at.at(name).is_dir()) or ("text_encoder",)
+        vae_location, text_location = locate(vae), locate(text)
+        names = tuple(name for name in TOKENIZERS if text_location.at(name).is_dir()) or ("text_encoder",)
         family = FAMILY_OF[names[-1]]
-        texts = {name: text_at.load(name, shardings=by_path(mesh)) for name in names}
+        texts = {name: text_location.load(name, shardings=by_path(mesh)) for name in names}
         prompts = Prompts(
             modules={name: part.module for name, part in texts.items()},
-            tokenizers={name: Tokenizer.load(text_at.at(TOKENIZERS[name])) for name in names},
+            tokenizers={name: Tokenizer.load(text_location.at(TOKENIZERS[name])) for name in names},
             family=family,
             width=texts["text_encoder_3"].module.config.d_model if family == "sd3" else 0,
         )
         digest = hashlib.sha256()
-        for path in (vae_at.at("vae"), *map(text_at.at, names)):
+        for path in (vae_location.at("vae"), *map(text_location.at, names)):
             for file in sorted(path.glob("*.safetensors")):
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):
                         digest.update(block)
-        component = vae_at.load("vae", shardings=by_path(mesh))
+        component = vae_location.load("vae", shardings=by_path(mesh))
         batched_map = BatchedMap(mesh=mesh, most=ENCODE_BATCH)
         return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), batched_map=batched_map)
 
     @property
     def params(self) -> dict[str, Params]:
-        """Of the text encoders."""
+        """The parameters of the text encoders, by name."""
         return {name: text.params for name, text in self.texts.items()}
 
     def release(self) -> None:
-        """Free the text encoders, which are read again when they are asked for."""
+        """Free the parameters of the text encoders; they are read again when they are needed."""
         for text in self.texts.values():
             text.release()
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Channels of each leaf of the conditioning."""
-        shapes = {name: abstract_params(class_name(own.module), own.module.config) for name, own in self.texts.items()}
+        """The channels of each leaf of the conditioning."""
+        shapes = {
+            name: abstract_params(class_name(text.module), text.module.config) for name, text in self.texts.items()
+        }
         return {name: shape[-1] for name, shape in self.prompts.shapes(shapes).items()}
 
     def encode_text(self, captions: list[str], size: Size | None = None, learned: Learned | None = None) -> Cond:
-        """Captions to conditioning: {"context": (n, l, d)}, of several encoders "pooled" (n, p) too, and of SDXL
-        "time_ids" (n, 6), of a picture of `size` (None: the autoencoder's) of which nothing was cut off.
+        """Return the conditioning of n captions: {"context": (n, l, d)}, with several encoders also "pooled" (n, p).
 
-        learned: text encoders that learn, in the place of its own.
+        SDXL has "time_ids" (n, 6) too, which say that the picture has `size` and was not cropped.
+
+        size: (height, width) in pixels; None: the autoencoder's. learned: text encoders used instead of the frozen ones.
         """
         side = self.vae.module.config.sample_size
         sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
         params, batched_map = (self.params, self.batched_map) if learned is None else learned
-        given: Cond = batched_map(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
-        return given
+        cond: Cond = batched_map(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
+        return cond
 
     @cached_property
     def _encode_text(self) -> Any:
-        return jax.jit(lambda params, rows: self.prompts.encode(params, *rows), compiler_options=compiler_options())
+        return jax.jit(lambda params, inputs: self.prompts.encode(params, *inputs), compiler_options=compiler_options())
 
     def empty(self, n: int = 1, learned: Learned | None = None) -> Cond:
-        """The conditioning of n empty prompts; SDXL's are zeros."""
+        """Return the conditioning of n empty prompts; for SDXL it is zero."""
         cond = self.encode_text([""], learned=learned)
         cond = zero_prompt(cond) if self.prompts.family == "sdxl" else cond
         return {name: jnp.repeat(leaf, n, axis=0) for name, leaf in cond.items()}
 
     @cached_property
     def null(self) -> Cond:
-        """What stands in a caption's place: `empty` less SDXL's time_ids, which tell of the picture."""
+        """The unconditional embedding for caption dropout: `empty` without time_ids, which describe the picture."""
         return {name: leaf for name, leaf in self.empty().items() if name != "time_ids"}
 
     def encode(
         self, records: Sequence[Record], batch: int, *, synthetic: bool = False
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Posterior mean and deviation of each picture's latent (scaled) and its caption's conditioning, float16.
+        """Yield, for each record, its latent's posterior "mean" and "std" (scaled) and its caption's conditioning.
 
-        records: at most `batch`, of pictures of one size. synthetic: the conditioning of the synthetic caption too, as
-        synthetic_context and so on.
+        All arrays are float16.
+
+        records: at most `batch`, with pictures of one size. synthetic: the conditioning of the synthetic caption is
+        added, as synthetic_context and so on.
         """
-        fill = batch - len(records)  # one shape, one compilation
+        fill = batch - len(records)  # every batch has one shape, so there is one compilation
         images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
         most = batch // parts_of(self.batched_map.mesh)
         mean, std = self.batched_map(partial(self._posterior, self.vae.params), images, most=most)
@@ -159,15 +158,19 @@ class Conditioner:
 
     @property
     def produced_by(self) -> dict[str, Any]:
-        """Of what is encoded, all that comes from the networks and this code."""
+        """The part of a cache's description that the networks and this code determine."""
         return {"kind": "latents", "version": 1, "weights": self.digest}
 
     def encode_source(
         self, source: Source, described: dict[str, Any], *, synthetic: bool = False, first: int | None = None
     ) -> Source:
-        """The records that `encode` makes of each picture, or of the first ones, made once; all have one size.
+        """Return the source's records as `encode` makes them, computed once and then read from a cache.
 
-        A source that `lcm-jax encode` has made is taken as it is.
+        A source that `lcm-jax encode` has made is returned as it is.
+
+        source: pictures of one size. described: the rest of the cache's description, see `cached`. synthetic: as for
+        `encode`. first: the number of records to encode; None: all. Raises ValueError for a source that was encoded
+        with other weights.
         """
         count = len(source) if first is None else min(first, len(source))
         if isinstance(source, Cache):
@@ -195,15 +198,15 @@ class Conditioner:
 
 
 def at_once(size: Size) -> int:
-    """Pictures of (height, width) that a device takes at a time through an autoencoder: a megapixel together."""
+    """Return how many pictures of (height, width) a device encodes or decodes at a time: a megapixel together."""
     return max(1, MEGAPIXEL // (size[0] * size[1]))
 
 
 def encode_batch(size: Size, parts: int = 1) -> int:
-    """Pictures that so many devices encode at a time."""
+    """Return how many pictures of (height, width) are encoded at a time by `parts` devices."""
     return parts * max(1, min(at_once(size), ENCODE_BATCH // parts))
 
 
 def own_devices() -> Mesh:
-    """Of this process, over which large networks are cut: a T5-XXL is larger than a small chip."""
+    """Return a mesh of this process's devices that shards large networks: a T5-XXL is larger than a small chip."""
     return make_mesh(f"fsdp={jax.local_device_count()}", devices=jax.local_devices())

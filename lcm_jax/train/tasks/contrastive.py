@@ -1,4 +1,4 @@
-"""Training a CLIP from scratch: text tower and image tower under the symmetric contrastive loss."""
+"""Training of a CLIP from scratch: a text tower and an image tower, with the symmetric contrastive loss."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ from mmdit.text import (
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveTask:
-    """A CLIP and its tokenizer, both from the captions of `data`; the vocabulary size is set by the tokenizer's."""
+    """A CLIP and its tokenizer, trained on `data`; the vocabulary size of `text` is replaced by the tokenizer's."""
 
     text: CLIPTextConfig = CLIPTextConfig()
     vision: CLIPVisionConfig = CLIPVisionConfig()
-    vocabulary: int = 2000  # most tokens of the byte-pair tokenizer
+    vocabulary: int = 2000  # tokens of the byte-pair tokenizer, at most
     data: DataConfig = DataConfig()
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
-    shift: int = 4  # pixels: pictures are moved at random by up to this many, on white
+    shift: int = 4  # pixels: pictures are shifted at random by up to this many, with white at the edges
 
     def build(self) -> Task:
+        """Return the task; the tokenizer is trained first."""
         source, held_out = self.data.open(), self.validation.open()
         length = self.text.max_position_embeddings
         texts = captions(source)
@@ -71,12 +72,12 @@ class ContrastiveTask:
             value, metrics = compare(params, batch, key)
             return value, {"loss": value, **metrics}
 
-        rows = [transform(held_out[i]) for i in range(len(held_out))]
-        unseen = {name: np.stack([row[name] for row in rows]) for name in ("image", "ids")}
-        retrieve = jax.jit(lambda params, batch: compare(params, batch, None))
+        records = [transform(held_out[i]) for i in range(len(held_out))]
+        validation_batch = {name: np.stack([record[name] for record in records]) for name in ("image", "ids")}
+        validate = jax.jit(lambda params, batch: compare(params, batch, None))
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
-            value, metrics = retrieve(ema, unseen)
+            value, metrics = validate(ema, validation_batch)
             return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
 
         def export(ema: Params, folder: Path) -> None:
@@ -99,7 +100,7 @@ class ContrastiveTask:
 
 
 def move(key: Key, images: Float[Array, "b h w 3"], most: int) -> Float[Array, "b h w 3"]:
-    """Each picture moved by up to `most` pixels in both directions, white coming in at the edges."""
+    """Return each picture shifted at random by up to `most` pixels along both axes, with white at the edges."""
     offsets = jax.random.randint(key, (len(images), 2), 0, 2 * most + 1)
     padded = jnp.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), constant_values=1.0)
     return jax.vmap(lambda image, o: jax.lax.dynamic_slice(image, (o[0], o[1], 0), images.shape[1:]))(padded, offsets)

@@ -1,4 +1,4 @@
-"""Training a latent diffusion model: the teacher."""
+"""Training of a latent diffusion model, such as the teacher of a distillation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lcm_jax.objectives import Diffusion, validation_losses
 from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.abstract_step import outlined, surroundings
+from lcm_jax.train.tasks.abstract_step import abstract_task, frozen_and_batch_shapes
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
@@ -33,33 +33,34 @@ from mmdit.attention import Implementation
 from mmdit.blocks import Remat
 
 Denoiser = UNetConfig | MMDiTConfig
-HELD_OUT = 256
+HELD_OUT = 256  # pictures of the validation loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionTask(LatentTask):
-    """A UNet or an MMDiT trained to undo noise, with caption dropout for guidance.
+    """A UNet or an MMDiT trained to remove noise, with caption dropout for classifier-free guidance.
 
-    A preview has pictures of the first captions of `prompts`, and the `validation_loss` over the first HELD_OUT of its
-    pictures at eight even times.
+    A preview shows pictures for the first captions of `prompts`, and the `validation_loss`: the mean over the first
+    HELD_OUT pictures of `prompts` at eight evenly spaced times.
     """
 
     net: Denoiser = UNetConfig()
     objective: Diffusion = Diffusion(schedule=DDPM())
     preview_steps: int = 25
     preview_guidance: float = 3.0
-    scan: bool = False  # compile one of the blocks that are alike; see the network
-    remat: Remat = False  # what the backward pass computes again: nothing, all of a block, or what a policy leaves out
+    scan: bool = False  # compile blocks of one shape once, as a scan; see the network
+    remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
     dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
 
     def build(self) -> Task:
+        """Return the task; raise ValueError, before any picture is encoded, if network, models and data do not fit."""
         conditioner = Conditioner.load(self.vae, self.text)
         check_fit(self.net, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
         batches = self.batches(conditioner, sources)
         net = self._net()
 
-        sampler = "ddim" if isinstance(self.objective.schedule, DDPM) else "euler"
+        sampler = self.objective.schedule.usual_sampler
         model = LatentDiffusion(
             net=net, vae=conditioner.vae.module, schedule=self.objective.schedule, kind=self.objective.kind
         )
@@ -78,13 +79,13 @@ class DiffusionTask(LatentTask):
         conditioner.release()
 
         @jax.jit
-        def held_out_losses(params: Params, numbered: tuple[Array, dict[str, Array]]) -> Array:
-            number, batch = numbered
-            draw, noise = (jax.vmap(partial(jax.random.fold_in, jax.random.key(i)))(number) for i in (0, 1))
+        def held_out_losses(params: Params, inputs: tuple[Array, dict[str, Array]]) -> Array:
+            numbers, batch = inputs
+            draw, noise = (jax.vmap(partial(jax.random.fold_in, jax.random.key(i)))(numbers) for i in (0, 1))
             latents = jax.vmap(draw_latents)(draw, batch)
             return validation_losses(self.objective, Nets(as_apply(net), params), latents, noise)
 
-        def look(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
+        def full_preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             losses = batched_map(partial(held_out_losses, ema), (np.arange(len(encoded)), held_out))
             return {"validation_loss": float(losses.mean()), **show(ema, frozen["vae"], batched_map)}
 
@@ -97,15 +98,15 @@ class DiffusionTask(LatentTask):
             loss=self._loss(net),
             frozen={"null": conditioner.null, "vae": conditioner.vae.params},
             batches=batches,
-            preview=look,
+            preview=full_preview,
             export=export,
         )
 
-    def outline(self) -> Task:
-        """The task in shapes alone: no weights and no data are read, and nothing but its step can be compiled."""
+    def abstract(self) -> Task:
+        """Return the task in shapes alone: no weights or data are read, and only its step can be compiled."""
         net = self._net()
-        frozen, batch = surroundings(self.net, self.vae, self.text, self.data.sizes[0])
-        return outlined(initial(net), self._loss(net), frozen, batch)
+        frozen, batch = frozen_and_batch_shapes(self.net, self.vae, self.text, self.data.sizes[0])
+        return abstract_task(initial(net), self._loss(net), frozen, batch)
 
     def _net(self) -> Any:
         return build_net(self.net, dtype=self.dtype, remat=self.remat, scan=self.scan)
@@ -121,7 +122,10 @@ class DiffusionTask(LatentTask):
 
 
 def check_fit(net: Denoiser, conditioner: Conditioner, sizes: Sequence[Size]) -> None:
-    """The network's channels and widths must be those of the networks around it, and the pictures' sizes possible."""
+    """Raise ValueError unless the network fits the autoencoder's channels, the text encoders' widths and the sizes.
+
+    sizes: (height, width) of the pictures in pixels.
+    """
     channels, cond = conditioner.vae.module.config.latent_channels, conditioner.widths
     if net.in_channels != channels:
         raise ValueError(f"task.net.in_channels is {net.in_channels}, but the VAE has {channels} latent channels")
@@ -132,9 +136,9 @@ def check_fit(net: Denoiser, conditioner: Conditioner, sizes: Sequence[Size]) ->
             "joint_attention_dim": (net.joint_attention_dim, cond["context"]),
             "pooled_projection_dim": (net.pooled_projection_dim, cond.get("pooled", 0)),
         }
-    for key, (mine, given) in keys.items():
-        if mine != given:
-            raise ValueError(f"task.net.{key} is {mine}, but the text encoders' width is {given}")
+    for key, (value, width) in keys.items():
+        if value != width:
+            raise ValueError(f"task.net.{key} is {value}, but the text encoders' width is {width}")
     factor = conditioner.vae.module.config.downsample_factor * getattr(net, "patch_size", 1)
     for size in sizes:
         try:
@@ -144,7 +148,7 @@ def check_fit(net: Denoiser, conditioner: Conditioner, sizes: Sequence[Size]) ->
 
 
 def initial(net: Any) -> Callable[[Key], Params]:
-    """Random parameters of a denoiser."""
+    """Return a function key -> random parameters of a denoiser."""
     family = denoiser_of(net.config)[1]
     return lambda key: net.init(key, *family.example(net.config))["params"]
 
@@ -152,6 +156,9 @@ def initial(net: Any) -> Callable[[Key], Params]:
 def build_net(
     config: Denoiser, *, dtype: str, remat: Remat, scan: bool = False, attention: Implementation | None = None
 ) -> Any:
-    """The module of a denoiser's config. attention: the kernel; None chooses by platform and precision."""
+    """Return the module of a denoiser's config.
+
+    dtype: of the computation. attention: the kernel; None chooses by platform and precision.
+    """
     options = {"dtype": jnp.dtype(dtype), "remat": remat, "scan": scan, "attention": attention}
     return denoiser_of(config)[1].build(config, **options)

@@ -1,4 +1,4 @@
-"""The discriminator of adversarial distillation: heads on the features of a frozen network."""
+"""The discriminator of adversarial distillation: trained heads on the features of a frozen network."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from lcm_jax.typing import Array, Cond, Image, Key, Params
 
 @dataclass(frozen=True, kw_only=True)
 class Discriminator:
-    """Heads on features; `frozen` has the parameters these are computed with, if they are not the objective's base."""
+    """Heads on features of a frozen network.
+
+    features: (params, x, t, cond) -> features. net: the student's network, for the shape of x. frozen: {"eyes":
+    parameters of a separate feature extractor}, or empty: the features are those of the objective's base network.
+    """
 
     features: Callable[[Params, Image, Array, Cond], list[Array]]
     net: Any
     frozen: dict[str, Params]
 
     def bind(self, frozen: Params) -> Callable[..., Array]:
-        """The `Critic` that objectives ask."""
-        eyes = frozen["eyes"] if self.frozen else None
+        """Return the `Critic` of the objectives, which computes logits from the heads' parameters."""
+        extractor = frozen["eyes"] if self.frozen else None
 
-        def logits_of(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
-            hidden = self.features(base if eyes is None else eyes, x, t, cond)
-            logits: Array = Heads().apply({"params": heads}, hidden)  # type: ignore[assignment]
+        def critic(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
+            features = self.features(base if extractor is None else extractor, x, t, cond)
+            logits: Array = Heads().apply({"params": heads}, features)  # type: ignore[assignment]
             return logits
 
-        return logits_of
+        return critic
 
     def init(self, key: Key, teacher: Params, null: Cond) -> Params:
-        """Random heads."""
+        """Return random parameters of the heads."""
         side, channels = self.net.config.sample_size, self.net.config.in_channels
         base = self.frozen["eyes"] if self.frozen else teacher
 
-        def hidden(base: Params, null: Cond) -> list[Array]:
+        def features(base: Params, null: Cond) -> list[Array]:
             return self.features(base, jnp.zeros((1, side, side, channels)), jnp.zeros(1), null)
 
-        shapes = jax.eval_shape(hidden, base, null)
+        shapes = jax.eval_shape(features, base, null)
         return Heads().init(key, [jnp.zeros(leaf.shape) for leaf in shapes])["params"]

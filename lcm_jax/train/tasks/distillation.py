@@ -1,4 +1,4 @@
-"""Few-step students: distilled from a teacher by any method of `lcm_jax.objectives`, or trained on pictures alone."""
+"""Training of few-step students: distilled from a teacher by any method of `lcm_jax.objectives`, or on data alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from lcm_jax.nets.discriminator_heads import features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import by_path
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.abstract_step import cast, needs, outline_of, outlined, surroundings
+from lcm_jax.train.tasks.abstract_step import (
+    abstract_task,
+    cast,
+    frozen_and_batch_shapes,
+    model_shapes,
+    required_shape_of,
+)
 from lcm_jax.train.tasks.common import captions
 from lcm_jax.train.tasks.conditioner import Conditioner, own_devices
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
@@ -42,25 +48,25 @@ from vae16 import AutoencoderKL, unscale
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationTask(LatentTask):
-    """A student of `teacher` (a bundled name, folder or hub id). The schedule and the kind are the teacher's.
+    """A few-step student of `teacher` (a bundled name, folder or hub id), with the teacher's schedule and kind.
 
-    With `lora` only adapters are trained, the student is the teacher with them merged and has no w-embedding: one
-    network in memory is teacher and student. Otherwise the student is a copy of the teacher, with a zero-initialised
-    w-embedding of `guidance_dim` and an embedding of the step's length where the objective has use for them, so that it
-    starts as the teacher.
+    With `lora` only adapters are trained: the student is the teacher with the adapters merged, without a w-embedding,
+    so teacher and student share one network in memory. Otherwise the student is a copy of the teacher. If the objective
+    uses them, it has a w-embedding of `guidance_dim` and an embedding of the step's length; both are initialised to
+    zero, so that it starts as the teacher.
     """
 
     teacher: str = "openmoji-teacher"
-    start: str | None = None  # a student (name or folder) to go on from; None starts as the teacher. Not for LoRA
+    start: str | None = None  # a student (name or folder) to start from; None: the teacher. Not for LoRA
     objective: FewStep = LatentConsistencyDistillation(schedule=DDPM())
     lora: LoraConfig | None = None
     guidance_dim: int = 256
-    rate_of_others: float = 1.0  # the learning rate of a fake score or a discriminator, over the student's
-    image_encoder: str = "openmoji"  # a model whose image tower a discriminator of pictures looks through
+    rate_of_others: float = 1.0  # the learning rate of a fake score or discriminator, divided by the student's
+    image_encoder: str = "openmoji"  # a model whose image tower gives the features of a discriminator of pictures
     preview_guidance: float = 3.0
     preview_steps: int = 4
-    scan: bool = False  # compile one of the blocks that are alike; see the network
-    remat: Remat = False  # what the backward pass computes again: nothing, all of a block, or what a policy leaves out
+    scan: bool = False  # compile blocks of one shape once, as a scan; see the network
+    remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
     dtype: str = "float32"
     teacher_dtype: str = "float32"  # of the teacher's parameters
 
@@ -69,6 +75,7 @@ class DistillationTask(LatentTask):
             raise ValueError("task.scan with task.lora: adapters are for each layer, so leave scan out")
 
     def build(self) -> Task:
+        """Return the task; raise ValueError, before any picture is encoded, if objective, models and data do not fit."""
         location = locate(self.teacher)
         scheduler = location.at("scheduler") / "scheduler_config.json"
         schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
@@ -76,15 +83,15 @@ class DistillationTask(LatentTask):
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         dtype = jnp.dtype(self.teacher_dtype)
-        cut = by_path(own_devices())
-        teacher = location.load(part, dtype=dtype, scan=self.scan, shardings=cut)
+        shardings = by_path(own_devices())
+        teacher = location.load(part, dtype=dtype, scan=self.scan, shardings=shardings)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
         sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
         first = teacher.params
         if self.start is not None:
-            begun = locate(self.start)
-            student_net, first = begun.load(part, scan=self.scan, shardings=cut)
+            start = locate(self.start)
+            student_net, first = start.load(part, scan=self.scan, shardings=shardings)
             config = student_net.config
         net = self._student(config, objective)
         config = net.config
@@ -94,9 +101,9 @@ class DistillationTask(LatentTask):
         frozen = {"teacher": teacher.params, "null": conditioner.null, "vae": conditioner.vae.params, **learner.frozen}
 
         def init(key: Key) -> Params:
-            return learner.begin(key, first, frozen)
+            return learner.init_params(key, first, frozen)
 
-        jax.eval_shape(init, jax.random.key(0))  # so that what does not fit is said before the pictures are encoded
+        jax.eval_shape(init, jax.random.key(0))  # raises what does not fit before the pictures are encoded
         batches = self.batches(conditioner, sources)
         model = LatentDiffusion(
             net=net,
@@ -106,7 +113,7 @@ class DistillationTask(LatentTask):
             embeds_guidance=embeds_guidance,
             embeds_span=config.span_embedding,
         )
-        # A student that was not told w has the guidance it was trained with inside, if any.
+        # A student without w as an input has the guidance of its training built in, if any.
         guidance = self.preview_guidance if embeds_guidance or not objective.needs_teacher else 1.0
         show = preview(
             model,
@@ -120,12 +127,12 @@ class DistillationTask(LatentTask):
         conditioner.release()
 
         def export(ema: Params, path: Path) -> None:
-            own = jax.device_get(split(ema)[0])
+            params = jax.device_get(split(ema)[0])
             if self.lora is not None:
                 path.mkdir(parents=True, exist_ok=True)
-                save_lora(path / "pytorch_lora_weights.safetensors", own, denoiser_of(config)[1].rules)
+                save_lora(path / "pytorch_lora_weights.safetensors", params, denoiser_of(config)[1].rules)
                 return
-            export_folder(path, Component(net, own), conditioner, schedule, kind, sampler=objective.sampler)
+            export_folder(path, Component(net, params), conditioner, schedule, kind, sampler=objective.sampler)
 
         return Task(
             init=init,
@@ -137,79 +144,88 @@ class DistillationTask(LatentTask):
             optimizer=partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others),
         )
 
-    def outline(self) -> Task:
-        """The task in shapes alone: no weights and no data are read, and nothing but its step can be compiled."""
-        teacher = outline_of(self.teacher)
-        objective = self._objective(needs(self.teacher, "schedule"), needs(self.teacher, "kind"))
-        net = self._student(teacher.net if self.start is None else needs(self.start, "net"), objective)
-        frozen, batch = surroundings(needs(self.teacher, "net"), self.vae, self.text, self.data.sizes[0])
-        around = Component(AutoencoderKL(needs(self.vae, "vae")), frozen["vae"])
-        critic = self.critic(objective, net, around) if objective.adversarial else None
+    def abstract(self) -> Task:
+        """Return the task in shapes alone: no weights or data are read, and only its step can be compiled."""
+        teacher = model_shapes(self.teacher)
+        objective = self._objective(
+            required_shape_of(self.teacher, "schedule"), required_shape_of(self.teacher, "kind")
+        )
+        net = self._student(teacher.net if self.start is None else required_shape_of(self.start, "net"), objective)
+        frozen, batch = frozen_and_batch_shapes(
+            required_shape_of(self.teacher, "net"), self.vae, self.text, self.data.sizes[0]
+        )
+        vae = Component(AutoencoderKL(required_shape_of(self.vae, "vae")), frozen["vae"])
+        critic = self.critic(objective, net, vae) if objective.adversarial else None
         learner = Learner(net=net, objective=objective, lora=self.lora, critic=critic)
         base = build_net(teacher.net, dtype=self.dtype, remat=self.remat, scan=self.scan)
         first = jax.eval_shape(initial(base), jax.random.key(0))
         frozen |= {"teacher": cast(first, jnp.dtype(self.teacher_dtype)), **learner.frozen}
 
-        def begin(key: Key) -> Params:
-            shapes = jax.eval_shape(learner.begin, key, first, frozen)
+        def init(key: Key) -> Params:
+            shapes = jax.eval_shape(learner.init_params, key, first, frozen)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
         optimizer = partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others)
-        return outlined(begin, learner.loss, frozen, batch, optimizer)
+        return abstract_task(init, learner.loss, frozen, batch, optimizer)
 
     def _objective(self, schedule: Schedule, kind: Kind) -> FewStep:
-        """The objective on the teacher's schedule; ValueError for what does not go together."""
+        """Return the objective on the teacher's schedule; raise ValueError if it does not fit the teacher or the LoRA."""
         embed_w = self.objective.embed_w and self.lora is None
         objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
         if kind == "epsilon" and float(schedule.alpha(schedule.t_max)) == 0.0:
             raise ValueError(
-                f"{self.teacher} predicts epsilon, which at the end of a schedule of zero terminal SNR says nothing of "
-                "the picture: few-step students need v_prediction or flow"
+                f"{self.teacher} predicts epsilon, which at the end of a schedule of zero terminal SNR does not "
+                "determine the picture: few-step students need a teacher with v_prediction or flow"
             )
         if self.lora is not None and objective.spans:
-            raise ValueError("the objective tells the student how far a step reaches, which a LoRA's network cannot be")
+            raise ValueError(
+                "the objective tells the student how far a step reaches, which a LoRA's network cannot take: leave task.lora out"
+            )
         if objective.needs_w and not embed_w and objective.w_min < objective.w_max:
             raise ValueError(
                 f"the objective tells the student its guidance, w from {objective.w_min} to {objective.w_max}, which a "
-                "network without a w-embedding, such as a LoRA's, cannot be: set w_min and w_max to one value"
+                "network without a w-embedding, such as a LoRA's, cannot take: set w_min and w_max to one value"
             )
         if self.lora is not None and self.start is not None:
-            raise ValueError("task.start is for whole students; a LoRA starts from its teacher")
+            raise ValueError("task.start is not for a LoRA, which starts from its teacher: leave task.start out")
         return objective
 
     def _student(self, config: Any, objective: FewStep) -> Any:
-        """The student's network. config: of what it starts as."""
+        """Return the student's network. config: that of the network whose parameters it starts from."""
         if objective.embed_w and config.time_cond_proj_dim is None:
             config = replace(config, time_cond_proj_dim=self.guidance_dim)
         config = replace(config, span_embedding=config.span_embedding or objective.spans)
         kernel: Implementation | None = "xla" if objective.forward_mode else None
         return build_net(config, dtype=self.dtype, remat=self.remat, scan=self.scan, attention=kernel)
 
-    def critic(self, objective: FewStep, net: Any, around: Component) -> Discriminator:
-        """Heads on the teacher's blocks, or on the image tower's layers where the objective shows it pictures."""
+    def critic(self, objective: FewStep, net: Any, vae: Component) -> Discriminator:
+        """Return the discriminator: heads on the teacher's blocks, or on an image tower if it judges pictures."""
         if not objective.judges_pictures:
             return Discriminator(features=partial(features, net), net=net, frozen={})
-        at = locate(self.image_encoder)
-        tower, vae = at.load("image_encoder"), around.module
+        tower = locate(self.image_encoder).load("image_encoder")
 
         def image_features(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
-            pictures = vae.apply({"params": params["vae"]}, unscale(x, vae.config), method="decode")
-            hidden = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
-            return [hidden.last_hidden]
+            latents = unscale(x, vae.module.config)
+            pictures = vae.module.apply({"params": params["vae"]}, latents, method="decode")
+            output = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
+            return [output.last_hidden]
 
-        frozen = {"vae": around.params, "tower": tower.params}
+        frozen = {"vae": vae.params, "tower": tower.params}
         return Discriminator(features=image_features, net=net, frozen={"eyes": frozen})
 
 
 def split(params: Params) -> tuple[Params, Any]:
-    """The student, and what is trained beside it, if anything is."""
+    """Return the student's parameters, and the trees that are trained beside it, or None."""
     pair = isinstance(params, dict) and params.keys() == {"student", "others"}
     return (params["student"], params["others"]) if pair else (params, None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What is pure in a distillation: how the student begins, and its loss."""
+    """The pure functions of a distillation: the initial parameters, and the loss.
+
+    net: the student's network. critic: the discriminator, if the objective is adversarial.
+    """
 
     net: Any
     objective: FewStep
@@ -218,33 +234,39 @@ class Learner:
 
     @property
     def frozen(self) -> dict[str, Params]:
-        """What the loss needs of the frozen trees besides teacher and null."""
+        """The frozen trees that the loss needs besides "teacher" and "null"."""
         return {} if self.critic is None else self.critic.frozen
 
-    def begin(self, key: Key, first: Params, frozen: Params) -> Params:
-        """The trained trees before the first step. first: what a whole student is a copy of."""
+    def init_params(self, key: Key, first: Params, frozen: Params) -> Params:
+        """Return the trained trees before the first step: the student, or {"student", "others"}.
+
+        first: the parameters that a student without LoRA starts from. frozen: has "teacher" and "null".
+        """
         teacher = frozen["teacher"]
         if self.lora is not None:
-            own = lora.init(key, teacher, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.lora.targets)
+            student = lora.init(key, teacher, rank=self.lora.rank, alpha=self.lora.alpha, targets=self.lora.targets)
         else:
-            own = merge_pretrained(initial(self.net)(key), first)
+            student = merge_pretrained(initial(self.net)(key), first)
         others = dict(self.objective.others(key, jax.tree.map(jnp.copy, teacher)))
         if self.critic is not None:
             others["heads"] = self.critic.init(key, teacher, frozen["null"])
-        return {"student": own, "others": others} if others else own
+        return {"student": student, "others": others} if others else student
 
     def student(self, params: Params, frozen: Params, key: Key | None = None) -> Params:
-        """The student's parameters; of a LoRA adapters on the teacher's. key: of their dropout, in training."""
-        own = split(params)[0]
+        """Return the student's parameters; those of a LoRA are the teacher's with adapters.
+
+        key: of the adapters' dropout, in training; None: no dropout.
+        """
+        student = split(params)[0]
         if self.lora is None:
-            return own
-        drops = None if key is None or self.lora.dropout == 0.0 else lora.Dropout(key=key, rate=self.lora.dropout)
-        return lora.Adapted(frozen["teacher"], own, drops)
+            return student
+        dropout = None if key is None or self.lora.dropout == 0.0 else lora.Dropout(key=key, rate=self.lora.dropout)
+        return lora.Adapted(frozen["teacher"], student, dropout)
 
     def loss(
         self, params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
     ) -> tuple[Array, Metrics]:
-        """As the training step takes it."""
+        """Return (loss, metrics) of a batch of encoded records; a `Loss` of the training step."""
         draw, rest = jax.random.split(key)
         nets = Nets(
             as_apply(self.net),
@@ -262,20 +284,23 @@ class Learner:
 def partitioned_optimizer(
     tx: optax.GradientTransformation, *, every: Mapping[str, int], rate: float
 ) -> optax.GradientTransformation:
-    """The optimizer of a state {"student", "others"}: each tree by itself, its gradient clipped by itself.
+    """Return the optimizer of {"student", "others"}, each with a state and gradient clipping of its own.
 
-    every: tree -> one of how many steps it is updated in. rate: the learning rate of the others over the student's.
+    For parameters that are a student alone it is `tx`.
+
+    every: tree -> k: it is updated in every k-th step; 1 if it is missing. rate: the learning rate of the others,
+    divided by the student's.
     """
 
-    def of(name: str) -> optax.GradientTransformation:
-        own = tx if name == "student" else optax.chain(tx, optax.scale(rate))
+    def optimizer_of(name: str) -> optax.GradientTransformation:
+        optimizer = tx if name == "student" else optax.chain(tx, optax.scale(rate))
         period = every.get(name, 1)
-        return own if period == 1 else optax.conditionally_mask(own, partial(_is_due, period))
+        return optimizer if period == 1 else optax.conditionally_mask(optimizer, partial(_is_due, period))
 
     def label(params: Params) -> Params:
         return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
 
-    both = optax.partition({name: of(name) for name in ("student", "others")}, label)
+    both = optax.partition({name: optimizer_of(name) for name in ("student", "others")}, label)
 
     def pick(params: Params) -> optax.GradientTransformation:
         return both if isinstance(params, dict) and params.keys() == {"student", "others"} else tx
@@ -291,7 +316,7 @@ def _is_due(period: int, step: Array, **_: Any) -> Array:
 
 
 def merge_pretrained(fresh: Params, trained: Params) -> Params:
-    """`fresh` with every leaf that `trained` has; what is new (an embedding) keeps its zero initialisation."""
+    """Return `fresh` with the leaves that `trained` has too taken from it; a new embedding keeps its initialisation."""
     if not isinstance(fresh, dict):
         return trained.astype(fresh.dtype)
     return {key: merge_pretrained(value, trained[key]) if key in trained else value for key, value in fresh.items()}

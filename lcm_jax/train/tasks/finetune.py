@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lcm_jax import lora
 from lcm_jax.data import Cache, Source, cached
-from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.samplers import get_sampler, time_grid
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
@@ -185,7 +185,7 @@ class FinetuneTask:
 
         weights: the digest of all that draws.
         """
-        spec, spacing = SAMPLERS[sampler_of(scheduler)], Spacing.from_config(scheduler)
+        spec, spacing = get_sampler(sampler_of(scheduler)), Spacing.from_config(scheduler)
         times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
         parts = parts_of(conditioner.batched_map.mesh)
         drawn = min(DRAWN, parts * at_once((self.data.size, self.data.size)))

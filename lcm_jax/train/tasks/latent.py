@@ -1,4 +1,4 @@
-"""What training in latent space shares: frozen autoencoder and text encoder, encoded data, previews, export."""
+"""The parts that all trainings in latent space share: config fields, encoded data, previews and export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import LoaderIterator, Source
-from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.samplers import get_sampler, time_grid
 from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.parallel.sharding import BatchedMap
@@ -29,15 +29,18 @@ from lcm_jax.weights.scheduler_config import scheduler_config
 
 @dataclass(frozen=True, kw_only=True)
 class LatentTask:
-    """Fields of every task that trains a network between these frozen ones."""
+    """The fields of every task that trains a denoiser between a frozen autoencoder and frozen text encoders."""
 
     vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
-    text: str = "openmoji"  # likewise its text encoders and tokenizers
+    text: str = "openmoji"  # likewise; its text encoders and tokenizers are used
     data: DataConfig = DataConfig()
     prompts: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))  # captions of the previews
 
     def batches(self, conditioner: Conditioner, sources: Mapping[Size, Source]) -> Callable[[int, int], LoaderIterator]:
-        """The training data, encoded, as the loop takes it: a cache for each bucket, whose latents have one shape."""
+        """Encode the sources, each into a cache of its own, and return the loop's function that iterates over batches.
+
+        sources: (height, width) -> source, since latents of one cache have one shape.
+        """
         mix = self.data.mix(next(iter(sources.values())))
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
 
@@ -49,26 +52,30 @@ class LatentTask:
 
 
 def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
-    """A batch of encoded records to what objectives take: x0 drawn from the posterior, and cond."""
+    """Return an objective's batch {"x0", "cond"} from encoded records: x0 = mean + std eps, drawn from the posterior.
+
+    batch: "mean" and "std" (b, h, w, c), and the conditioning under all other names; the result is float32.
+    """
     mean, std = batch["mean"].astype(jnp.float32), batch["std"].astype(jnp.float32)
     x0 = mean + std * jax.random.normal(key, mean.shape)
-    rest = {name: leaf.astype(jnp.float32) for name, leaf in batch.items() if name not in ("mean", "std")}
-    return {"x0": x0, "cond": rest}
+    cond = {name: leaf.astype(jnp.float32) for name, leaf in batch.items() if name not in ("mean", "std")}
+    return {"x0": x0, "cond": cond}
 
 
 def preview(
     model: LatentDiffusion, conditioner: Conditioner, captions: list[str], *, sampler: str, steps: int, guidance: float
 ) -> Any:
-    """`(net params, vae params, rowwise) -> {title: grid}`: the captions' pictures, the same noise every time.
+    """Return a function (params, vae_params, batched_map, texts) -> {title: grid of the captions' pictures}.
 
-    A fourth argument are the text encoders' parameters, where they learn.
+    The noise is the same every time. texts: parameters of the text encoders, if these are trained; None: the
+    conditioner's own.
     """
-    n, spec = len(captions), SAMPLERS[sampler]
+    n, spec = len(captions), get_sampler(sampler)
 
     def encode(learned: Learned | None = None) -> tuple[Cond, Cond]:
         return conditioner.encode_text(captions, learned=learned), conditioner.empty(n, learned)
 
-    still = encode()
+    frozen_cond = encode()
     times = time_grid(spec, model.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
@@ -76,15 +83,15 @@ def preview(
     most = at_once((vae.sample_size, vae.sample_size))
 
     @jax.jit
-    def run(params: Params, vae_params: Params, rows: tuple[Cond, Cond, Image]) -> Array:
+    def run(params: Params, vae_params: Params, inputs: tuple[Cond, Cond, Image]) -> Array:
         options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
-        x = model.latents(params, *rows, pad(times), guidance, jax.random.key(1), **options)
+        x = model.latents(params, *inputs, pad(times), guidance, jax.random.key(1), **options)
         return model.decode(vae_params, x)
 
     def show(
         params: Params, vae_params: Params, batched_map: BatchedMap, texts: Mapping[str, Params] | None = None
     ) -> dict[str, float | np.ndarray]:
-        cond, null = still if texts is None else encode((texts, batched_map))
+        cond, null = frozen_cond if texts is None else encode((texts, batched_map))
         pictures = batched_map(partial(run, params, vae_params), (cond, null, noise), most=most)
         return {f"{sampler}, {steps} steps": grid(pictures, 8)}
 
@@ -94,7 +101,10 @@ def preview(
 def export_folder(
     path: Path, net: Component, conditioner: Conditioner, schedule: Schedule, kind: Kind, *, sampler: str
 ) -> None:
-    """The trained network with all it needs, as a diffusers folder."""
+    """Write a diffusers folder of the trained network and the frozen networks around it.
+
+    sampler: the name of the sampler that the folder's scheduler config asks for.
+    """
     name, _ = denoiser_of(net.module.config)
     components = {name: net, "vae": conditioner.vae, **conditioner.texts}
     scheduler = scheduler_config(schedule, kind, sampler)

@@ -1,1 +1,1 @@
-"""LoRA files in PEFT, diffusers and kohya form."""
+"""LoRA files in the formats of PEFT, diffusers and kohya: reading and writing."""

@@ -1,13 +1,13 @@
-"""LoRA files in and out: the key styles of PEFT and diffusers, of older diffusers, and of kohya's scripts.
+"""LoRA files, read and written: the key styles of PEFT and diffusers, of older diffusers, and of kohya's scripts.
 
-Reading tells the styles apart key by key (`lora_names`), in diffusers' names of modules and, with a layout, in those of
-the original files. Alpha comes from a `.alpha` tensor, else from the adapter config in the file's header (diffusers) or
-beside it (PEFT), else it is the rank. Writing puts alpha in the header, for kohya in `.alpha`: programs that do not
-read the header take alpha for the rank, so give those kohya files. (diffusers up to 0.42 loses the `.alpha` of
-attention layers in kohya files where alphas differ: give it one of the other formats.)
+The reader recognises the style key by key (`lora.names`), with diffusers' module names and, if a layout is given, with
+the module names of the original files. Alpha is read from a `.alpha` tensor, else from the adapter config in the file's
+header (diffusers) or in a file beside it (PEFT); if neither exists, alpha is the rank. The writer puts alpha in the
+header, for kohya in `.alpha`. Programs that do not read the header assume alpha = rank: give them kohya files.
+(diffusers up to 0.42 loses the `.alpha` of attention layers in kohya files where alphas differ: use another format.)
 
-Tools around kohya's scripts expect diffusers' names of modules for SD1 and SD2, the original names for SDXL (SGM) and
-SD3: write kohya files for these with a layout.
+Tools around kohya's scripts expect diffusers' module names for SD1 and SD2, but the original names for SDXL (SGM) and
+SD3: write kohya files for these two with a layout.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ FILE_NAMES = ("pytorch_lora_weights.safetensors", FOLDER_NAME)
 
 
 def lora_components(path: str | Path) -> tuple[str, ...]:
-    """The components that a LoRA file has adapters for; empty if its keys do not say."""
-    found = {component_of(key)[0] for key in read_safetensors(_find(path))}
-    return tuple(component for component in COMPONENTS if component in found)
+    """Return the components that a LoRA file or folder has adapters for; empty if the keys do not say."""
+    components = {component_of(key)[0] for key in read_safetensors(_find(path))}
+    return tuple(component for component in COMPONENTS if component in components)
 
 
 def load_lora(
@@ -77,13 +77,23 @@ def load_lora(
     layout: Layout | None = None,
     component: str | None = None,
 ) -> Adapters:
-    """Adapters for the network whose parameters are shaped as `like`, in float32, from a LoRA file or its folder.
+    """Return float32 adapters from a LoRA file or its folder, for the network whose parameters are shaped as `like`.
 
     like: nested dicts of arrays or ShapeDtypeStruct; None takes paths (of a network without stacked layers) and shapes
-    from the file itself, which kohya's names do not allow. layout: the original names of modules, for files that have
-    them. component: whose keys to take where a file holds several; None is the network that denoises.
+    from the file itself, which kohya's names do not allow. layout: the original module names, for files that use them.
+    component: the component to read where a file holds several; None is the UNet or MMDiT.
     Layers stacked in one kernel may differ in rank or lack an adapter: they are padded with zeros to the largest rank.
-    Raises ValueError that names what the network does not have, what is incomplete and what is mis-shaped.
+    Raises FileNotFoundError if there is no file, and one ValueError that names the modules which the network lacks,
+    those that are incomplete and those whose shapes do not fit.
+
+    >>> import tempfile, jax.numpy as jnp, lcm_jax
+    >>> adapter = {"down": jnp.ones((4, 2)), "up": jnp.ones((2, 4)), "alpha": jnp.asarray(1.0)}
+    >>> paths = ["mid_block/attentions_0/proj_in/kernel", "mid_block/attentions_0/proj_out/kernel"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lcm_jax.save_lora(f"{folder}/style.safetensors", dict.fromkeys(paths, adapter))
+    ...     adapters = lcm_jax.load_lora(f"{folder}/style.safetensors")
+    >>> sorted(adapters) == paths, adapters[paths[0]]["down"].shape, float(adapters[paths[0]]["alpha"])
+    (True, (4, 2), 1.0)
     """
     if component is not None:
         _check_component(component)
@@ -99,19 +109,21 @@ def load_lora(
 
 
 def load_loras(path: str | Path, networks: Mapping[str, Network]) -> dict[str, Adapters]:
-    """Component -> adapters, for all that a LoRA file has; a file that does not say is of the network that denoises.
+    """Return component -> adapters for every component in a LoRA file.
 
-    networks: component -> (like, rules, layout) as for `load_lora`; components that no LoRA is for may be among them.
+    Keys without a component's name belong to the UNet or MMDiT. networks: component -> (like, rules, layout) as for
+    `load_lora`; it may hold components that the file has no adapters for. Raises ValueError if the file has adapters
+    for a component that is not in `networks`, or adapters that do not fit.
     """
     path = _find(path)
     groups = split(read_safetensors(path), path)
     if None in groups:
         groups = {next((name for name in DENOISERS if name in networks), "unet"): groups[None]}
-    strange = [str(name) for name in groups if name not in networks]
-    if strange:
-        made = [base_of(width) for name in DENOISERS if name in strange and (width := _width(groups[name]))]
-        hint = f" (it is made for {made[0]})" if made else ""
-        raise ValueError(f"{path}: has adapters for {_and(strange)}{hint}, but the model has only {_and(networks)}")
+    absent = [str(name) for name in groups if name not in networks]
+    if absent:
+        bases = [base_of(width) for name in DENOISERS if name in absent and (width := _width(groups[name]))]
+        hint = f" (it is made for {bases[0]})" if bases else ""
+        raise ValueError(f"{path}: has adapters for {_and(absent)}{hint}, but the model has only {_and(networks)}")
     return {
         name: _fit(groups[name], read_config(path, name), Network(*networks[name]), path)
         for name in COMPONENTS
@@ -129,7 +141,7 @@ def _and(names: Collection[str | None]) -> str:
 
 
 def _find(path: str | Path) -> Path:
-    """The file itself, or the LoRA file in a folder."""
+    """Return the path itself if it is no folder, else the LoRA file in it; FileNotFoundError if there is none."""
     path = Path(path)
     if not path.is_dir():
         return path
@@ -140,7 +152,7 @@ def _find(path: str | Path) -> Path:
 
 
 def _skeleton(groups: Mapping[str, Group], path: Path) -> Any:
-    """The kernels that a file with dotted module names adapts, as ShapeDtypeStruct."""
+    """Return the kernels that a file with dotted module names adapts, as a tree of ShapeDtypeStruct."""
     kernels = {}
     for module, group in groups.items():
         if "." not in module:
@@ -154,80 +166,82 @@ def _skeleton(groups: Mapping[str, Group], path: Path) -> Any:
 
 
 def _fit(groups: Mapping[str, Group], config: Mapping[str, Any], network: Network, path: Path) -> Adapters:
-    """The adapters of one network from the modules of a file, all of which must find their place."""
+    """Return the adapters of one network from the modules of a file; ValueError if a module fits no kernel."""
     kernels, table = traverse_util.flatten_dict(network.like, sep="/"), places(network)
     layers: dict[str, dict[tuple[int, ...], Factors]] = {}
     unknown, incomplete, misshaped, twice = [], [], [], []
     for module, group in groups.items():
-        found = table.get(module.replace(".", "_"))
-        if found is None:
+        destinations = table.get(module.replace(".", "_"))
+        if destinations is None:
             unknown.append(f"{module}{_shapes(group)}")
         elif "down" not in group or "up" not in group:
             incomplete.append(module)
         else:
             down, up = (np.asarray(group[half], np.float32) for half in ("down", "up"))
             alpha = group["alpha"].item() if "alpha" in group else alpha_of(config, module, len(down))
-            for slot, place in found.values():
-                kernel = kernels[place.path]
-                factors = _place(Factors(down, up, float(alpha)), slot, kernel.shape[len(place.layer) :])
+            for slot, destination in destinations.values():
+                kernel = kernels[destination.path]
+                layer_shape = kernel.shape[len(destination.layer) :]
+                factors = _layer_factors(Factors(down, up, float(alpha)), slot, layer_shape)
                 if factors is None:
                     misshaped.append(f"{module}{_shapes(group, kernel.shape)}")
                     break
-                mine = layers.setdefault(place.path, {}).setdefault(place.layer, factors)
-                if mine is not factors and not alike(mine, factors):
+                first = layers.setdefault(destination.path, {}).setdefault(destination.layer, factors)
+                if first is not factors and not alike(first, factors):
                     twice.append(module)
     faults = {"modules the network lacks": unknown, "modules without both halves": incomplete}
     faults |= {"modules of another shape": misshaped, "modules given twice and differently": twice}
     if problem := listed(faults):
-        mine_wide = text_width({name: kernels[_any(found).path].shape[-2] for name, found in table.items()})
-        wide = _width(groups)
-        if wide is not None and wide != mine_wide and (misshaped or unknown):
-            problem = f"made for {base_of(wide)}, not for {base_of(mine_wide)}: {min(misshaped + unknown)}"
+        inputs = {name: kernels[_first(destinations).path].shape[-2] for name, destinations in table.items()}
+        file_width, network_width = _width(groups), text_width(inputs)
+        if file_width is not None and file_width != network_width and (misshaped or unknown):
+            misfit = min(misshaped + unknown)
+            problem = f"made for {base_of(file_width)}, not for {base_of(network_width)}: {misfit}"
         elif network.layout is None and any(ORIGINAL.match(module) for module in unknown):
             problem += "; these names are of original files: pass layout="
         raise ValueError(f"{path}: does not fit the network: {problem}")
     return {name: _assemble(kernels[name], parts) for name, parts in layers.items()}
 
 
-def _any(found: Mapping[int, tuple[Slot, Place]]) -> Place:
-    return next(iter(found.values()))[1]
+def _first(destinations: Mapping[int, tuple[Slot, Place]]) -> Place:
+    return next(iter(destinations.values()))[1]
 
 
 def _width(groups: Mapping[str, Group]) -> int | None:
-    """The width of the text that a file's LoRA attends to."""
-    halves = {module.replace(".", "_"): group["down"] for module, group in groups.items() if "down" in group}
-    return text_width({module: down.shape[1] for module, down in halves.items()})
+    """Return the width of the text embeddings that a file's LoRA attends to; None if no module tells."""
+    downs = {module.replace(".", "_"): group["down"] for module, group in groups.items() if "down" in group}
+    return text_width({module: down.shape[1] for module, down in downs.items()})
 
 
 def _shapes(group: Group, kernel: tuple[int, ...] | None = None) -> str:
-    """` (down (4, 320), up (640, 4), network's kernel (320, 320))`"""
+    """Return the shapes for a message: ` (down (4, 320), up (640, 4), network's kernel (320, 320))`."""
     parts = [f"{half} {group[half].shape}" for half in ("down", "up") if half in group]
     parts += [] if kernel is None else [f"network's kernel {tuple(kernel)}"]
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _place(whole: Factors, slot: Slot, kernel: tuple[int, ...]) -> Factors | None:
-    """A layer's halves in the axes of ours, None if they do not fit a kernel of this shape."""
-    if len(whole.up) % slot.parts or whole.up.shape[1] != len(whole.down):
+def _layer_factors(module: Factors, slot: Slot, kernel: tuple[int, ...]) -> Factors | None:
+    """Return one layer's factors of a module in JAX's axes; None if they do not fit a kernel of this shape."""
+    if len(module.up) % slot.parts or module.up.shape[1] != len(module.down):
         return None
-    down, up, alpha = share(whole, slot)
+    down, up, alpha = share(module, slot)
     down, up = to_kernel(down, len(kernel)), to_kernel(up, len(kernel))
-    want = shapes(np.broadcast_to(np.int8(0), kernel), down.shape[-1])
-    return Factors(down, up, alpha) if (down.shape, up.shape) == (want["down"], want["up"]) else None
+    expected = shapes(np.broadcast_to(np.int8(0), kernel), down.shape[-1])
+    return Factors(down, up, alpha) if (down.shape, up.shape) == (expected["down"], expected["up"]) else None
 
 
 def _assemble(kernel: Any, layers: Mapping[tuple[int, ...], Factors]) -> dict[str, Any]:
-    """The adapter of a kernel from those of its layers; alpha grows with the rank padded to."""
+    """Return a kernel's adapter from its layers' factors, padded to the largest rank R: alpha becomes alpha R / r."""
     rank = max(part.down.shape[-1] for part in layers.values())
     shape = shapes(kernel, rank)
-    whole = {"down": np.zeros(shape["down"], np.float32), "up": np.zeros(shape["up"], np.float32)}
+    padded = {"down": np.zeros(shape["down"], np.float32), "up": np.zeros(shape["up"], np.float32)}
     alphas = np.full(shape["alpha"], rank, np.float32)
     for index, (down, up, alpha) in layers.items():
         r = down.shape[-1]
-        whole["down"][index][..., :r] = down
-        whole["up"][index][..., :r, :] = up
+        padded["down"][index][..., :r] = down
+        padded["up"][index][..., :r, :] = up
         alphas[index] = alpha * rank / r
-    return {name: jnp.asarray(array) for name, array in (whole | {"alpha": alphas}).items()}
+    return {name: jnp.asarray(array) for name, array in (padded | {"alpha": alphas}).items()}
 
 
 def save_lora(
@@ -240,10 +254,24 @@ def save_lora(
     component: str = "unet",
     dtype: Any = None,
 ) -> None:
-    """Write adapters to a safetensors file; diffusers finds it in a folder as pytorch_lora_weights.safetensors.
+    """Write adapters to a safetensors file; in a folder diffusers looks for pytorch_lora_weights.safetensors.
 
-    layout: the original names of modules, which SDXL's and SD3's tools expect of kohya files (see the module's text).
-    dtype: of the tensors; None keeps theirs. alpha stays as it is in every format.
+    layout: the original module names, which tools for SDXL and SD3 expect in kohya files (see the module's docstring).
+    dtype: the dtype of the tensors in the file; None keeps that of the adapters. Every format keeps alpha. Raises
+    ValueError for an unknown format or component, for no adapters, and for a layout with a format other than kohya.
+
+    >>> import tempfile, jax.numpy as jnp, lcm_jax
+    >>> from lcm_jax.weights.safetensors_files import load_tensors
+    >>> adapter = {"down": jnp.ones((4, 2)), "up": jnp.ones((2, 4)), "alpha": jnp.asarray(1.0)}
+    >>> paths = ["mid_block/attentions_0/proj_in/kernel", "mid_block/attentions_0/proj_out/kernel"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     lcm_jax.save_lora(f"{folder}/style.safetensors", dict.fromkeys(paths, adapter), format="kohya")
+    ...     tensors = load_tensors(f"{folder}/style.safetensors")
+    ...     for key in sorted(tensors)[:3]:
+    ...         print(key, tensors[key].shape)
+    lora_unet_mid_block_attentions_0_proj_in.alpha ()
+    lora_unet_mid_block_attentions_0_proj_in.lora_down.weight (2, 4)
+    lora_unet_mid_block_attentions_0_proj_in.lora_up.weight (4, 2)
     """
     if layout is not None and format != "kohya":
         raise ValueError(f"layout= is for format='kohya'; files of format={format!r} have diffusers' names")
@@ -258,34 +286,37 @@ def save_loras(
     format: Format = "peft",
     dtype: Any = None,
 ) -> None:
-    """Write the adapters of several components to one file. networks: of the whole model, by their rules and layouts;
-    kohya files have the original names of modules where there is a layout, the other formats never."""
+    """Write the adapters of several components, component -> adapters, to one safetensors file.
+
+    networks: the rules and layouts of all components of the model. kohya files get the original module names where a
+    network has a layout, the other formats never. dtype and the errors are those of `save_lora`.
+    """
     if format not in SUFFIXES:
         raise ValueError(f"format={format!r}: expected one of {', '.join(SUFFIXES)}")
     tensors: dict[str, np.ndarray] = {}
     header: dict[str, Any] = {}
-    for component, own in adapters.items():
+    for component, component_adapters in adapters.items():
         _check_component(component)
-        if not own:
+        if not component_adapters:
             raise ValueError(f"{path}: no adapters to write for {component}")
         layout = networks[component].layout if format == "kohya" else None
         start = start_of(component, networks, original=layout is not None)
-        parts = _spelt(own, networks[component].rules, layout)
+        parts = _file_modules(component_adapters, networks[component].rules, layout)
         for module, (down, up, alpha) in parts.items():
             stem = f"{component}.{module}"
             if format == "kohya":
                 stem = start + module.replace(".", "_")
                 tensors[f"{stem}.alpha"] = np.asarray(alpha, np.float32)
             for suffix, array in zip(suffixes(format, component, module), (down, up), strict=True):
-                kind = array.dtype if dtype is None else jnp.dtype(dtype)
-                tensors[f"{stem}.{suffix}"] = np.ascontiguousarray(array, kind)
+                file_dtype = array.dtype if dtype is None else jnp.dtype(dtype)
+                tensors[f"{stem}.{suffix}"] = np.ascontiguousarray(array, file_dtype)
         header |= {f"{component}.{key}": value for key, value in write_config(parts, component).items()}
     metadata = {} if format == "kohya" else {HEADER_KEY: json.dumps(header, sort_keys=True)}
     save_tensors(path, tensors, metadata)
 
 
-def _spelt(adapters: Adapters, rules: Rules, layout: Layout | None) -> dict[str, Factors]:
-    """Module by its name in the file, fused where original files fuse them -> its LoRA."""
+def _file_modules(adapters: Adapters, rules: Rules, layout: Layout | None) -> dict[str, Factors]:
+    """Return module name in the file -> its factors; layers that original files fuse are fused."""
     shares: dict[str, dict[int, Factors]] = {}
     parts: dict[str, int] = {}
     for path in sorted(adapters):
@@ -295,4 +326,4 @@ def _spelt(adapters: Adapters, rules: Rules, layout: Layout | None) -> dict[str,
             factors = Factors(to_weight(down[layer]), reorder(to_weight(up[layer]), slot), float(alpha[layer]))
             shares.setdefault(slot.key, {})[slot.part] = factors
             parts[slot.key] = slot.parts
-    return {key: found[0] if parts[key] == 1 else fuse(found, parts[key]) for key, found in shares.items()}
+    return {key: by_part[0] if parts[key] == 1 else fuse(by_part, parts[key]) for key, by_part in shares.items()}

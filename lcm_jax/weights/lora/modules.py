@@ -1,4 +1,4 @@
-"""Where the modules of a LoRA file lie in a network: looked up by name, split where the file fuses several layers."""
+"""The modules of LoRA files and the kernels they adapt: found by name, split where a file fuses several layers."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from lcm_jax.weights.torch_params import Rules, torch_name, unstack
 
 
 class Network(NamedTuple):
-    """What a component's modules are called: by its parameters (nested dicts of arrays or ShapeDtypeStruct) and rules
-    in diffusers or transformers, by its layout in original files."""
+    """A component's parameters, and the tables that name its modules in files."""
 
-    like: Any
-    rules: Rules
-    layout: Layout | None = None
+    like: Any  # nested dicts of arrays or ShapeDtypeStruct
+    rules: Rules  # names in diffusers or transformers
+    layout: Layout | None = None  # names in original files
 
 
 class Place(NamedTuple):
-    """The kernel of a torch module."""
+    """The kernel that holds the weight of a PyTorch module."""
 
-    module: str
-    path: str
-    layer: tuple[int, ...]  # its index in the stacked axes
+    module: str  # name in PyTorch
+    path: str  # "/"-joined path of the kernel
+    layer: tuple[int, ...]  # index of the module in the kernel's stacked axes
 
 
 class Factors(NamedTuple):
-    """A LoRA of one module in PyTorch's axes: down (r, i[, h, w]), up (o, r[, 1, 1]); W' = W + alpha / r * up down."""
+    """A module's LoRA in PyTorch's axes: down (r, i[, h, w]), up (o, r[, 1, 1]); W' = W + alpha / r * up @ down."""
 
     down: np.ndarray
     up: np.ndarray
@@ -38,7 +37,7 @@ class Factors(NamedTuple):
 
 
 def modules(path: str, kernel: Any, rules: Rules) -> Iterator[Place]:
-    """The torch modules whose weights a kernel holds: one, or as many as are stacked in it."""
+    """Yield the PyTorch modules whose weights a kernel holds: one, or one for each layer stacked in it."""
     name = torch_name(path, rules).removesuffix(".weight")
     layers = np.ndindex(*kernel.shape[: name.count("*")])
     for module, layer in zip(unstack(name, kernel.shape, path), layers, strict=True):
@@ -46,40 +45,42 @@ def modules(path: str, kernel: Any, rules: Rules) -> Iterator[Place]:
 
 
 def slot_of(module: str, layout: Layout | None) -> Slot:
-    """Where original files keep a module, by the module's name there; as it is where it is no module of theirs."""
+    """Return the slot of a module in original files, by module names; the name itself if they have no such module."""
     slot = Slot("") if layout is None else layout(f"{module}.weight")
     return slot._replace(key=slot.key.removesuffix(".weight")) if slot.key.endswith(".weight") else Slot(module)
 
 
 def places(network: Network) -> dict[str, dict[int, tuple[Slot, Place]]]:
-    """Module as files spell it, dots as underscores -> share of it -> its place.
+    """Return {module name in files, dots as underscores: {part of a fused module: (its slot, the kernel it adapts)}}.
 
-    Kohya's names cannot be split again, so all are looked up: in diffusers' naming, without `text_model.` (which a
-    bare text encoder lacks in transformers 5), and in the original naming.
+    Kohya's names have underscores for dots and cannot be split again, so the table has every spelling of each module:
+    diffusers' name, that name without `text_model.` (which a bare text encoder lacks in transformers 5), and the
+    original name. Raises ValueError if two modules have the same spelling.
     """
-    found: dict[str, dict[int, tuple[Slot, Place]]] = {}
+    table: dict[str, dict[int, tuple[Slot, Place]]] = {}
     for path, kernel in traverse_util.flatten_dict(network.like, sep="/").items():
         if not path.endswith("kernel"):
             continue
-        for place in modules(path, kernel, network.rules):
-            short = place.module.removeprefix("text_model.")
-            for slot in {Slot(place.module), Slot(short), slot_of(place.module, network.layout)}:
-                shares = found.setdefault(slot.key.replace(".", "_"), {})
-                if shares.setdefault(slot.part, (slot, place)) != (slot, place):
-                    raise ValueError(f"{place.module} and {shares[slot.part][1].module} look alike in LoRA files")
-    return found
+        for destination in modules(path, kernel, network.rules):
+            module = destination.module
+            short = module.removeprefix("text_model.")
+            for slot in {Slot(module), Slot(short), slot_of(module, network.layout)}:
+                by_part = table.setdefault(slot.key.replace(".", "_"), {})
+                if by_part.setdefault(slot.part, (slot, destination)) != (slot, destination):
+                    raise ValueError(f"{module} and {by_part[slot.part][1].module} look alike in LoRA files")
+    return table
 
 
 def alike(a: Factors, b: Factors) -> bool:
-    """Whether two LoRAs are the same, number by number."""
+    """Return whether two LoRAs are equal, number by number."""
     return a.alpha == b.alpha and np.array_equal(a.down, b.down) and np.array_equal(a.up, b.up)
 
 
 def share(whole: Factors, slot: Slot) -> Factors:
-    """A layer's own LoRA out of the one of the module that holds it in original files.
+    """Return one layer's LoRA from that of the module which holds the layer in original files, possibly fused.
 
-    Fused layers share down and have rows of up each. Where those rows have no use for some of the rank (a file whose
-    layers were trained apart has up block by block), it is dropped.
+    Fused layers share down, and each has its own rows of up. Components of the rank that are zero in a layer's rows are
+    dropped: in a file whose layers were trained separately, up is block diagonal.
     """
     down, up, alpha = whole
     if slot.parts > 1:
@@ -91,9 +92,10 @@ def share(whole: Factors, slot: Slot) -> Factors:
 
 
 def fuse(shares: Mapping[int, Factors], parts: int) -> Factors:
-    """The LoRA of a module of original files that holds `parts` layers, from those of its layers; the others get zeros.
+    """Return the LoRA of a module of original files that fuses `parts` layers, from {part: the LoRA of that layer}.
 
-    Layers that share down and alpha keep them; else each has a block of up, and the ranks add up.
+    Parts without a LoRA get zeros. If all parts have the same down and alpha, these are kept; otherwise up is block
+    diagonal and the rank is the sum of the ranks.
     """
     shares = dict(sorted(shares.items()))
     factors = list(shares.values())
@@ -112,12 +114,16 @@ def fuse(shares: Mapping[int, Factors], parts: int) -> Factors:
 
 
 def reorder(up: np.ndarray, slot: Slot) -> np.ndarray:
-    """up with its outputs in the order of the other naming: scale and shift may have to change places."""
+    """Return up with its outputs in the order of the other naming: scale and shift are swapped in some modules."""
     return np.roll(up, len(up) // 2, axis=0) if slot.form == "swapped" else up
 
 
 def to_kernel(array: np.ndarray, dimensions: int) -> np.ndarray:
-    """(out, in[, h, w]) with the axes of ours, for a kernel of so many; dense and 1 x 1 are interchangeable."""
+    """Return a float32 array (out, in[, h, w]) of PyTorch in JAX's axes, ([h, w,] in, out).
+
+    dimensions: the number of axes of the kernel, below 4 for a dense layer. Dense layers and 1 x 1 convolutions are
+    converted into each other.
+    """
     array = np.asarray(array, np.float32)
     if dimensions >= 4:
         array = array[..., None, None] if array.ndim == 2 else array
@@ -127,5 +133,5 @@ def to_kernel(array: np.ndarray, dimensions: int) -> np.ndarray:
 
 
 def to_weight(array: np.ndarray) -> np.ndarray:
-    """(..., in, out) in the axes of PyTorch."""
+    """Return an array ([h, w,] in, out) in PyTorch's axes, (out, in[, h, w])."""
     return array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))

@@ -1,4 +1,4 @@
-"""PEFT's LoraConfig, which holds alpha: in the header of a LoRA file (diffusers) or beside it (PEFT); in and out."""
+"""PEFT's LoraConfig, which holds alpha, read and written: in a LoRA file's header (diffusers) or beside it (PEFT)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from lcm_jax.weights.lora.modules import Factors
 from lcm_jax.weights.safetensors_files import read_json, read_metadata
 
 HEADER_KEY = "lora_adapter_metadata"
-FOLDER_NAME = "adapter_model.safetensors"  # of PEFT, with adapter_config.json beside it
+FOLDER_NAME = "adapter_model.safetensors"  # PEFT's name, with adapter_config.json in the same folder
 
 
 def read_config(path: Path, component: str) -> dict[str, Any]:
-    """The adapter's PEFT config, from the file's header or from beside it; empty if there is none."""
+    """Return the PEFT config of a component's adapter, from the file's header or from adapter_config.json beside it.
+
+    The dict is empty if there is neither. Raises ValueError for a config that cannot be read, and for an initialisation
+    (init_lora_weights) that changed the base model too, such as PiSSA's.
+    """
     header, beside = read_metadata(path).get(HEADER_KEY), path.parent / "adapter_config.json"
     config, source = {}, f"{path}: {HEADER_KEY} in its header"
     if header is not None:
@@ -30,19 +34,23 @@ def read_config(path: Path, component: str) -> dict[str, Any]:
         config, source = read_json(beside), str(beside)
     for values in ({"lora_alpha": config.get("lora_alpha", 0)}, config.get("alpha_pattern") or {}):
         try:
-            wrong = not all(re.compile(name) and math.isfinite(value) for name, value in values.items())
+            valid = all(re.compile(name) and math.isfinite(value) for name, value in values.items())
         except (AttributeError, TypeError, OverflowError, re.error):
-            wrong = True
-        if wrong:
-            raise ValueError(f"{source}: lora_alpha and alpha_pattern must be numbers by regexes, not {values!r}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and re.match("pissa|olora|corda|loftq|lora_ga", start.lower()):
-        raise ValueError(f"{source}: init_lora_weights={start!r} changed its base too; save a plain LoRA with PEFT")
+            valid = False
+        if not valid:
+            message = "lora_alpha and alpha_pattern must be numbers, the latter with regexes as keys"
+            raise ValueError(f"{source}: {message}, not {values!r}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and re.match("pissa|olora|corda|loftq|lora_ga", init.lower()):
+        raise ValueError(f"{source}: init_lora_weights={init!r} changed its base too; save a plain LoRA with PEFT")
     return config
 
 
 def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """PEFT's alpha of a module: the first pattern that fits the end of its name, else the common one."""
+    """Return PEFT's alpha of a module: that of the first pattern that fits the end of its name, else the common one.
+
+    With use_rslora it is alpha * sqrt(rank), so that alpha / rank becomes PEFT's alpha / sqrt(rank).
+    """
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -52,17 +60,20 @@ def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def write_config(parts: Mapping[str, Factors], component: str) -> dict[str, Any]:
-    """PEFT's LoraConfig as diffusers keeps it: rank and alpha most modules have, and the others as patterns."""
+    """Return PEFT's LoraConfig as diffusers stores it: the most frequent rank and alpha, the others as patterns.
+
+    parts: module name -> its factors in PyTorch's axes.
+    """
     text = component.startswith("text_encoder")
     # A bare text encoder has no `text_model.` in transformers 5, and PEFT compares the ends of names.
     names = {module: module.removeprefix("text_model.") if text else module for module in parts}
 
     def common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         values = {names[module]: value for module, value in values.items()}
-        found = list(values.values())
-        most = max(set(found), key=found.count)
-        start = "" if text else "^"
-        return most, {start + re.escape(name): value for name, value in values.items() if value != most}
+        counted = list(values.values())
+        most = max(set(counted), key=counted.count)
+        anchor = "" if text else "^"
+        return most, {anchor + re.escape(name): value for name, value in values.items() if value != most}
 
     rank, rank_pattern = common({module: len(part.down) for module, part in parts.items()})
     alpha, alpha_pattern = common({module: part.alpha for module, part in parts.items()})

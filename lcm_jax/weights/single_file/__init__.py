@@ -1,1 +1,1 @@
-"""Single-file checkpoints (LDM, SGM, SD3)."""
+"""Single-file checkpoints in the naming of LDM, SGM and SD3: reading and writing."""

@@ -1,7 +1,7 @@
-"""What network a single file holds, read from its keys and shapes (original naming, prefixes removed).
+"""Configs of the networks in a single file, inferred from keys and shapes (original naming, prefixes removed).
 
-Widths, depths and conditioning show in the shapes. What does not (numbers of heads, activations, norm groups, scale of
-the latents) is that of the published families: heads of 64 channels except SD1's eight, 32 groups.
+The shapes tell widths, depths and conditioning. The rest (numbers of heads, activations, norm groups, scale of the
+latents) is taken from the published families: heads of 64 channels, but eight heads in SD1, and 32 groups.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D",
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` captures in a key."""
-    found = (re.match(pattern, key) for key in keys)
-    return max((int(match[1]) for match in found if match), default=-1) + 1
+    """Return one more than the largest number that `pattern` captures in a key; 0 if it matches none."""
+    matches = (re.match(pattern, key) for key in keys)
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
 def _same(values: list[Any]) -> Any:
-    """The one value of a list of equals, else the list."""
+    """Return the common value of a list of equal values, else the list as a tuple."""
     return values[0] if all(value == values[0] for value in values) else tuple(values)
 
 
 def unet_config(shapes: Shapes, *, source: str) -> UNetConfig:
-    """The UNet of LDM's or SGM's naming."""
+    """Return the config of a UNet in LDM's or SGM's naming.
+
+    shapes: key -> shape. source: the file that errors name. Raises ValueError for a UNet that is incomplete or not of
+    Stable Diffusion's families.
+    """
     for key in ("input_blocks.0.0.weight", "out.2.weight", "time_embed.0.weight"):
         if key not in shapes:
-            raise ValueError(f"{source}: its UNet has no {key}; the file is not whole")
+            raise ValueError(f"{source}: its UNet has no {key}; the file is incomplete")
     levels: list[tuple[int, list[int]]] = [(0, [])]  # (channels, transformer depth of each layer)
     for i in range(1, _count(shapes, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{i}.0.op.weight" in shapes:
@@ -81,12 +85,15 @@ def unet_config(shapes: Shapes, *, source: str) -> UNetConfig:
 
 
 def _depth(shapes: Shapes, prefix: str) -> int:
-    """Transformer blocks of an attention layer; 0 where there is none."""
+    """Return the number of transformer blocks of an attention layer; 0 if there is no such layer."""
     return _count(shapes, re.escape(prefix) + r"\.transformer_blocks\.(\d+)\.")
 
 
 def _depths(down: list[list[int]], middle: int, up: list[list[int]]) -> dict[str, Any]:
-    """transformer_layers_per_block, with its reverse where a level's layers differ or the two halves do (SSD-1B)."""
+    """Return transformer_layers_per_block, with the reverse_ one if layers of a level or the two halves differ (SSD-1B).
+
+    down, up: for each level the depth of each of its layers. middle: the depth of the middle block.
+    """
     # The middle's depth is the coarsest level's, even where that level itself does not attend (SDXL's refiner).
     plain = [max(depths) or 1 for depths in down[:-1]] + [max(down[-1]) or middle or 1]
     ups = [max(depths) or depth for depths, depth in zip(up, plain[::-1], strict=True)]
@@ -103,10 +110,14 @@ def _depths(down: list[list[int]], middle: int, up: list[list[int]]) -> dict[str
 
 
 def vae_config(shapes: Shapes, *, source: str, family: str) -> AutoencoderConfig:
-    """The autoencoder of LDM's naming. family: whose scale the latents have ("sd", "sdxl" or "sd3")."""
+    """Return the config of an autoencoder in LDM's naming.
+
+    shapes, source: as for `unet_config`. family: the one that sets scale and shift of the latents ("sd", "sdxl" or
+    "sd3"), which the shapes do not tell. Raises ValueError for an autoencoder that is incomplete.
+    """
     for key in ("encoder.conv_in.weight", "decoder.conv_in.weight"):
         if key not in shapes:
-            raise ValueError(f"{source}: its autoencoder has no {key}; the file is not whole")
+            raise ValueError(f"{source}: its autoencoder has no {key}; the file is incomplete")
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     scaling = {"sd": (0.18215, None), "sdxl": (0.13025, None), "sd3": (1.5305, 0.0609)}[family]
     return AutoencoderConfig(
@@ -122,7 +133,10 @@ def vae_config(shapes: Shapes, *, source: str, family: str) -> AutoencoderConfig
 
 
 def clip_config(shapes: Shapes, *, source: str) -> CLIPTextConfig:
-    """A text tower in transformers' naming (CLIP-L) or OpenCLIP's (H, bigG)."""
+    """Return the config of a text encoder in transformers' naming (CLIP-L) or in OpenCLIP's (H, bigG).
+
+    shapes, source: as for `unet_config`. Raises ValueError for an encoder that is incomplete.
+    """
     if open_clip := "positional_embedding" in shapes:
         position, token, first = (
             "positional_embedding",
@@ -135,7 +149,7 @@ def clip_config(shapes: Shapes, *, source: str) -> CLIPTextConfig:
         token, first = f"{prefix}embeddings.token_embedding.weight", f"{prefix}encoder.layers.0.mlp.fc1.weight"
     for key in (position, token, first):
         if key not in shapes:
-            raise ValueError(f"{source}: its text encoder has no {key}; the file is not whole")
+            raise ValueError(f"{source}: its text encoder has no {key}; the file is incomplete")
     layers = r"transformer\.resblocks\.(\d+)\." if open_clip else r"text_model\.encoder\.layers\.(\d+)\."
     intermediate, hidden = shapes[first]
     projection = shapes.get("text_projection") or shapes.get("text_projection.weight", (hidden,))[::-1]
@@ -152,10 +166,13 @@ def clip_config(shapes: Shapes, *, source: str) -> CLIPTextConfig:
 
 
 def mmdit_config(shapes: Shapes, *, source: str) -> MMDiTConfig:
-    """The MMDiT of Stability's naming; its depth is its width / 64."""
+    """Return the config of an MMDiT in Stability's naming, with heads of 64 channels.
+
+    shapes, source: as for `unet_config`. Raises ValueError for an MMDiT that is incomplete.
+    """
     for key in ("x_embedder.proj.weight", "pos_embed", "final_layer.linear.weight", "context_embedder.weight"):
         if key not in shapes:
-            raise ValueError(f"{source}: its MMDiT has no {key}; the file is not whole")
+            raise ValueError(f"{source}: its MMDiT has no {key}; the file is incomplete")
     hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
     side = round(shapes["pos_embed"][1] ** 0.5)
     dual = [m[1] for key in shapes if (m := re.match(r"joint_blocks\.(\d+)\.x_block\.attn2\.qkv\.weight", key))]
@@ -181,12 +198,15 @@ def mmdit_config(shapes: Shapes, *, source: str) -> MMDiTConfig:
 
 
 def t5_config(shapes: Shapes, *, source: str) -> T5Config:
-    """A T5-v1.1 encoder in transformers' naming."""
+    """Return the config of a T5-v1.1 encoder in transformers' naming.
+
+    shapes, source: as for `unet_config`. Raises ValueError for an encoder that is incomplete.
+    """
     first = "encoder.block.0.layer."
     keys = ("shared.weight", f"{first}0.SelfAttention.q.weight", f"{first}1.DenseReluDense.wi_0.weight")
     for key in keys:
         if key not in shapes:
-            raise ValueError(f"{source}: its T5 encoder has no {key}; the file is not whole")
+            raise ValueError(f"{source}: its T5 encoder has no {key}; the file is incomplete")
     vocabulary, width = shapes[keys[0]]
     buckets, heads = shapes[f"{first}0.SelfAttention.relative_attention_bias.weight"]
     return replace(

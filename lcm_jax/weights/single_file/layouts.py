@@ -1,8 +1,8 @@
-"""The original names: where each tensor of diffusers' naming lies in a single file of Stable Diffusion's authors.
+"""The original names: the slot of each of diffusers' tensors in the single files of Stable Diffusion's authors.
 
-A layout is a function from diffusers' name to a `Slot`; reading, writing and LoRA files all go through it, so one
-table serves every direction. The layouts are LDM's and SGM's UNet (SD1, SD2, SDXL), their autoencoder, OpenCLIP's text
-tower, and the MMDiT of SD3 and SD3.5. (A CLIP-L or T5 keeps the names that transformers gives it.)
+A layout is a function from diffusers' name to a `Slot`. Reading, writing and LoRA files all use it, so one table serves
+every direction. The layouts are LDM's and SGM's UNet (SD1, SD2, SDXL), their autoencoder, OpenCLIP's text encoder, and
+the MMDiT of SD3 and SD3.5. (A CLIP-L or T5 has the names that transformers gives it.)
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ Form = Literal["same", "transposed", "pointwise", "swapped"]
 
 
 class Slot(NamedTuple):
-    """Where a tensor lies: a key, the share of it where several are fused along the first axis, and its form there.
+    """The key of a tensor in an original file, its part of the fused tensor there, and its form there.
 
-    transposed: of a matrix. pointwise: a dense weight (o, i) as a 1 x 1 convolution (o, i, 1, 1). swapped: the two
-    halves of the first axis, scale and shift, in the other order.
+    form: "same"; "transposed", a matrix; "pointwise", a dense weight (o, i) stored as a 1 x 1 convolution (o, i, 1, 1);
+    "swapped", the two halves of the first axis, scale and shift, in the other order.
     """
 
     key: str
-    part: int = 0
-    parts: int = 1
+    part: int = 0  # index among the tensors that are fused along the first axis
+    parts: int = 1  # number of tensors that are fused
     form: Form = "same"
 
 
@@ -70,10 +70,13 @@ _MID = re.compile(r"^mid_block\.(resnets|attentions)\.(\d+)\.(.*)$")
 
 
 def unet_layout(config: UNetConfig) -> Layout:
-    """LDM and SGM number the blocks of each half in one list: a residual block, then attention, then resampling."""
+    """Return the layout of LDM's and SGM's UNet.
+
+    They number the blocks of each half in one list. A block holds a residual block, then attention, then resampling.
+    """
     levels = len(config.block_out_channels)
     layers = [config.level("layers_per_block", level) for level in range(levels)]
-    # A down level has its layers and a downsampler; an up level one layer more, the upsampler in the last of them.
+    # A down level has its layers and then a downsampler; an up level has one layer more and the upsampler in the last.
     down = list(accumulate((n + 1 for n in layers), initial=1))
     up = list(accumulate((n + 1 for n in reversed(layers)), initial=0))
 
@@ -115,7 +118,10 @@ _VAE = (
 
 
 def vae_layout(config: AutoencoderConfig) -> Layout:
-    """LDM's autoencoder counts the decoder's levels from the finest, and its attention is of 1 x 1 convolutions."""
+    """Return the layout of LDM's autoencoder.
+
+    It counts the decoder's levels from the finest one, and its attention consists of 1 x 1 convolutions.
+    """
     last = len(config.block_out_channels) - 1
 
     def layout(name: str) -> Slot:
@@ -141,7 +147,14 @@ _OPENCLIP = (
 
 
 def openclip_layout(name: str) -> Slot:
-    """OpenCLIP's text tower (SD2's H, SDXL's bigG): query, key and value in one matrix, the projection transposed."""
+    """Return the slot of a tensor in OpenCLIP's text encoder (SD2's H, SDXL's bigG).
+
+    Query, key and value are one matrix there, and the text projection is transposed.
+
+    >>> from lcm_jax.weights.single_file.layouts import openclip_layout
+    >>> openclip_layout("text_model.encoder.layers.3.self_attn.k_proj.weight")
+    Slot(key='transformer.resblocks.3.attn.in_proj_weight', part=1, parts=3, form='same')
+    """
     if name == "text_projection.weight":
         return Slot("text_projection", form="transposed")
     key = _rename(name, _OPENCLIP)
@@ -177,7 +190,10 @@ _MMDIT = (
 
 
 def mmdit_layout(config: MMDiTConfig) -> Layout:
-    """Stability's MMDiT: query, key and value in one matrix; the final modulations in the other order."""
+    """Return the layout of Stability's MMDiT.
+
+    Query, key and value are one matrix there, and the final modulations have scale and shift in the other order.
+    """
     swapped = ("norm_out.linear.", f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear.")
 
     def layout(name: str) -> Slot:
@@ -190,20 +206,20 @@ def mmdit_layout(config: MMDiTConfig) -> Layout:
 
 
 def original_shapes(shapes: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of an original file, from names and shapes in diffusers' naming."""
-    found: dict[str, tuple[int, ...]] = {}
+    """Return {key: shape} of an original file from {name: shape} in diffusers' naming."""
+    original: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         slot = layout(name)
         if slot.form == "transposed":
             shape = shape[::-1]
         elif slot.form == "pointwise":
             shape = (*shape, 1, 1)
-        found[slot.key] = (slot.parts * shape[0], *shape[1:]) if slot.parts > 1 else shape
-    return found
+        original[slot.key] = (slot.parts * shape[0], *shape[1:]) if slot.parts > 1 else shape
+    return original
 
 
 def same_layout(name: str) -> Slot:
-    """Names that the original files share with transformers."""
+    """Return the slot of a tensor whose name is the same in original files and in transformers."""
     return Slot(name)
 
 
@@ -212,7 +228,7 @@ def _swap(array: np.ndarray) -> np.ndarray:
 
 
 def _reform(array: np.ndarray, form: Form, *, out: bool) -> np.ndarray:
-    """A tensor between its form in diffusers and the one in the original file (`out`: towards the file)."""
+    """Convert a tensor from the form of original files to that of diffusers, or back (`out`: into a file)."""
     if form == "transposed":
         return array.T
     if form == "swapped":
@@ -225,41 +241,45 @@ def _reform(array: np.ndarray, form: Form, *, out: bool) -> np.ndarray:
 def from_original(
     tensors: Mapping[str, np.ndarray], names: Iterable[str], layout: Layout, *, source: str, dropped: str = r"^$"
 ) -> dict[str, np.ndarray]:
-    """The tensors `names` (diffusers' naming) of an original file; views of it wherever the form allows.
+    """Return the tensors `names` (diffusers' naming) of an original file; views of it wherever the form allows.
 
-    dropped: regex of keys that may be left over. Raises one ValueError that lists what is missing and what is unknown.
+    tensors: those of the file, without the network's prefix. dropped: a regex of the keys that may be left over. Raises
+    one ValueError that lists the keys that are missing, unexpected or mis-shaped.
     """
     slots = {name: layout(name) for name in names}
     used = {slot.key for slot in slots.values()}
     missing = sorted(used - tensors.keys())
     unknown = sorted(key for key in tensors.keys() - used if not re.search(dropped, key))
     fused = {slot.key: slot.parts for slot in slots.values() if slot.parts > 1 and slot.key in tensors}
-    ragged = sorted(key for key, parts in fused.items() if tensors[key].ndim < 1 or tensors[key].shape[0] % parts)
-    faults = {"missing": missing, "unexpected": unknown, "mis-shaped": ragged}
+    misshaped = sorted(key for key, parts in fused.items() if tensors[key].ndim < 1 or tensors[key].shape[0] % parts)
+    faults = {"missing": missing, "unexpected": unknown, "mis-shaped": misshaped}
     if any(faults.values()):
         listed = [*other_depths(used, tensors), *(few(what, keys) for what, keys in faults.items() if keys)]
         raise ValueError(f"{source}: does not fit the network: {'; '.join(listed)}")
-    found = {}
+    converted = {}
     for name, slot in slots.items():
         array = tensors[slot.key]
         size = array.shape[0] // slot.parts if slot.parts > 1 else 0
-        share = array[slot.part * size : (slot.part + 1) * size] if slot.parts > 1 else array
-        found[name] = _reform(share, slot.form, out=False)
-    return found
+        part = array[slot.part * size : (slot.part + 1) * size] if slot.parts > 1 else array
+        converted[name] = _reform(part, slot.form, out=False)
+    return converted
 
 
 def to_original(tensors: Mapping[str, np.ndarray], layout: Layout) -> Mapping[str, np.ndarray]:
-    """Tensors of diffusers' naming under their original names, each fused or turned when it is asked for."""
-    shares: dict[str, dict[int, str]] = {}
+    """Return tensors of diffusers' naming under their original keys, each fused and converted when it is asked for.
+
+    Raises ValueError if a fused tensor lacks a part.
+    """
+    fused: dict[str, dict[int, str]] = {}  # key -> part -> diffusers' name
     slots = {name: layout(name) for name in tensors}
     for name, slot in slots.items():
-        shares.setdefault(slot.key, {})[slot.part] = name
-    broken = sorted({slot.key for slot in slots.values() if len(shares[slot.key]) != slot.parts})
-    if broken:
-        raise ValueError(f"cannot write {few('fused tensors of which a part is missing', broken)}")
+        fused.setdefault(slot.key, {})[slot.part] = name
+    incomplete = sorted({slot.key for slot in slots.values() if len(fused[slot.key]) != slot.parts})
+    if incomplete:
+        raise ValueError(f"cannot write {few('fused tensors of which a part is missing', incomplete)}")
 
     def make(names: dict[int, str]) -> np.ndarray:
         parts = [_reform(tensors[names[i]], slots[names[i]].form, out=True) for i in range(len(names))]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    return Lazy({key: partial(make, names) for key, names in shares.items()})
+    return Lazy({key: partial(make, names) for key, names in fused.items()})

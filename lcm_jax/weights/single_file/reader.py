@@ -1,7 +1,7 @@
-"""Single files: whole models as Stability, CompVis and ComfyUI write them, recognised by their keys; in and out.
+"""Single files: models as Stability, CompVis and ComfyUI write them, recognised by their keys; read and written.
 
-The networks lie in one .safetensors file under a prefix each. Configs, tokenizers and the noise schedule are not in it:
-configs are read from the shapes (`recognise`) or given, the schedule is its family's.
+One .safetensors file holds all networks, each under a prefix. Configs, tokenizers and the noise schedule are not in it:
+configs are inferred from the shapes (`infer_config`) or given, and the schedule is that of the model's family.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from lcm_jax.weights.single_file.layouts import (
 
 
 class Place(NamedTuple):
-    """Where a family of single files keeps a component."""
+    """The prefix and class of a component in a family of single files."""
 
-    prefix: str
-    kind: str
-    open_clip: bool = False
+    prefix: str  # of its keys
+    kind: str  # class name
+    open_clip: bool = False  # a text encoder in OpenCLIP's naming
 
 
 _VAE = Place("first_stage_model.", "AutoencoderKL")
@@ -59,7 +59,7 @@ PLACES: Mapping[str, Mapping[str, Place]] = {
         "text_encoder_3": Place("text_encoders.t5xxl.transformer.", "T5EncoderModel"),
     },
 }
-# What training left behind, and buffers that are computed here: dropped, and listed by `Single.dropped`.
+# Keys left behind by training, and buffers that this library computes: dropped, and listed in `Single.dropped`.
 _LEFTOVERS = re.compile(
     r"^model_ema\.|^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|scale_factor"
     r"|lvlb_weights|global_step|v_pred|ztsnr)$|^denoiser\.sigmas$|^first_stage_model\.loss\.|(^|\.)logit_scale$"
@@ -70,16 +70,19 @@ _SD2_LAST = r"^transformer\.resblocks\.{}\.|^text_projection$"
 
 @dataclass(frozen=True, kw_only=True)
 class Single:
-    """A single file's networks. dropped: the keys that were left out. prediction: what it says about its output."""
+    """The networks of a single file."""
 
-    family: str
-    parts: Mapping[str, Part]
-    dropped: tuple[str, ...]
-    prediction: str
+    family: str  # a key of PLACES
+    parts: Mapping[str, Part]  # component -> network
+    dropped: tuple[str, ...]  # the file's keys that are not used
+    prediction: str  # "epsilon", "v_prediction" or "flow"
 
 
 def layout_of(kind: str, config: Any, *, open_clip: bool = False) -> Layout:
-    """The original naming of a network."""
+    """Return the layout, that is the original names, of a network of class `kind`.
+
+    open_clip: whether a text encoder has OpenCLIP's names; the others have transformers' own.
+    """
     if kind == "UNet2DConditionModel":
         return unet_layout(config)
     if kind == "AutoencoderKL":
@@ -90,12 +93,16 @@ def layout_of(kind: str, config: Any, *, open_clip: bool = False) -> Layout:
 
 
 def is_single(path: str | Path) -> bool:
-    """Whether a path is a file of weights rather than a folder."""
+    """Return whether a path is a file of weights rather than a folder."""
     return Path(path).is_file()
 
 
 def family_of(keys: Any, *, source: str) -> str:
-    """The family whose prefixes the keys have."""
+    """Return the family ("sd1", "sd2", "sdxl", "refiner", "sd3") whose prefixes the keys have.
+
+    "bare" is a UNet without a text encoder. Raises ValueError for a LoRA and for keys of no family. source: the file
+    that the message names.
+    """
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in keys)
@@ -121,7 +128,7 @@ def family_of(keys: Any, *, source: str) -> str:
 
 
 def _bare(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """A lone UNet, MMDiT or autoencoder, given the prefix it has in whole models."""
+    """Return the tensors; those of a single UNet, MMDiT or autoencoder under the prefix that it has in full models."""
     for key, prefix in (
         ("input_blocks.0.0.weight", "model.diffusion_model."),
         ("x_embedder.proj.weight", "model.diffusion_model."),
@@ -133,7 +140,12 @@ def _bare(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarra
 
 
 def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | None = None) -> Single:
-    """The networks of a single file. configs: (class, config) of the components of which they are known."""
+    """Return the networks of a single file.
+
+    configs: component -> (class, config) for the components whose configs are known; the others are inferred from the
+    shapes. Raises FileNotFoundError, and ValueError if the file is of no known family, has keys that belong to no
+    network, or does not fit a config.
+    """
     source, configs = str(path), configs or {}
     metadata, tensors = read_metadata(path), _bare(read_safetensors(path), str(path))
     if "edm_mean" in tensors:
@@ -148,19 +160,18 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
         if family == "bare":
             width = next(t.shape[1] for key, t in tensors.items() if key.endswith(".attn2.to_k.weight"))
             family = {1024: "sd2", 2048: "sdxl", 1280: "refiner"}.get(width, "sd1")
-    places = PLACES[family]
     parts: dict[str, Part] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     dropped: list[str] = []
-    for component, place in places.items():
-        own = {k.removeprefix(place.prefix): t for k, t in tensors.items() if k.startswith(place.prefix)}
-        if not own:
+    for component, spec in PLACES[family].items():
+        network = {k.removeprefix(spec.prefix): t for k, t in tensors.items() if k.startswith(spec.prefix)}
+        if not network:
             continue
-        taken |= {place.prefix + key for key in own}
-        kind, config = configs.get(component) or (place.kind, _recognise(place, own, family, source))
-        parts[component], left = _read_part(place._replace(kind=kind), config, own, family, source)
-        dropped += [place.prefix + key for key in left]
-    rest = sorted(tensors.keys() - taken)
+        used |= {spec.prefix + key for key in network}
+        kind, config = configs.get(component) or (spec.kind, _infer_config(spec, network, family, source))
+        parts[component], unused = _read_part(spec._replace(kind=kind), config, network, family, source)
+        dropped += [spec.prefix + key for key in unused]
+    rest = sorted(tensors.keys() - used)
     unknown = [key for key in rest if not _LEFTOVERS.search(key)]
     if unknown:
         raise ValueError(f"{source}: {few('keys that belong to no network of this family', unknown)}")
@@ -172,52 +183,52 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
     )
 
 
-def _recognise(place: Place, own: Mapping[str, np.ndarray], family: str, source: str) -> Any:
-    shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
-    if place.kind == "UNet2DConditionModel":
+def _infer_config(spec: Place, tensors: Mapping[str, np.ndarray], family: str, source: str) -> Any:
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    if spec.kind == "UNet2DConditionModel":
         return unet_config(shapes, source=source)
-    if place.kind == "SD3Transformer2DModel":
+    if spec.kind == "SD3Transformer2DModel":
         return mmdit_config(shapes, source=source)
-    if place.kind == "AutoencoderKL":
+    if spec.kind == "AutoencoderKL":
         return vae_config(
             shapes, source=source, family={"sd3": "sd3", "sdxl": "sdxl", "refiner": "sdxl"}.get(family, "sd")
         )
-    if place.kind == "T5EncoderModel":
+    if spec.kind == "T5EncoderModel":
         return t5_config(shapes, source=source)
     config = clip_config(shapes, source=source)
-    if family == "sd2" and config.num_hidden_layers == 24:  # the last is never used: SD2 reads the one before it
+    if family == "sd2" and config.num_hidden_layers == 24:  # SD2 reads the output of layer 23; the last is never used
         config = replace_layers(config, 23)
     return config
 
 
 def replace_layers(config: Any, layers: int) -> Any:
-    """A text config with another number of layers."""
+    """Return a copy of a text encoder's config with another number of layers."""
     return type(config)(**{**vars(config), "num_hidden_layers": layers})
 
 
 def _read_part(
-    place: Place, config: Any, own: dict[str, np.ndarray], family: str, source: str
+    spec: Place, config: Any, original: dict[str, np.ndarray], family: str, source: str
 ) -> tuple[Part, list[str]]:
-    """One network in diffusers' naming, and the keys it has no use for."""
-    shapes = names_of(place.kind, config)
-    if place.kind == _PROJECTED and not place.open_clip and "text_projection.weight" not in own:
-        # SD3's CLIP-L gives its pooled output as it is; diffusers and we have a projection there.
-        own = own | {"text_projection.weight": np.eye(config.hidden_size, dtype=np.float32)}
-    if place.kind == "T5EncoderModel":
-        own = {key: tensor for key, tensor in own.items() if key != "encoder.embed_tokens.weight"} | (
-            {} if "shared.weight" in own else {"shared.weight": own["encoder.embed_tokens.weight"]}
+    """Return one network in diffusers' naming, and the keys of the file that it does not use."""
+    shapes = names_of(spec.kind, config)
+    if spec.kind == _PROJECTED and not spec.open_clip and "text_projection.weight" not in original:
+        # SD3's CLIP-L returns its pooled output without a projection; diffusers and this library have one there.
+        original = original | {"text_projection.weight": np.eye(config.hidden_size, dtype=np.float32)}
+    if spec.kind == "T5EncoderModel":
+        original = {key: tensor for key, tensor in original.items() if key != "encoder.embed_tokens.weight"} | (
+            {} if "shared.weight" in original else {"shared.weight": original["encoder.embed_tokens.weight"]}
         )
     dropped = _LEFTOVERS.pattern
-    if family == "sd2" and place.open_clip:
+    if family == "sd2" and spec.open_clip:
         dropped += "|" + _SD2_LAST.format(config.num_hidden_layers)
-    layout = layout_of(place.kind, config, open_clip=place.open_clip)
-    tensors = from_original(own, shapes, layout, source=source, dropped=dropped)
-    left = sorted(own.keys() - {layout(name).key for name in shapes})
-    return Part(place.kind, config, tensors, source), left
+    layout = layout_of(spec.kind, config, open_clip=spec.open_clip)
+    tensors = from_original(original, shapes, layout, source=source, dropped=dropped)
+    unused = sorted(original.keys() - {layout(name).key for name in shapes})
+    return Part(spec.kind, config, tensors, source), unused
 
 
 def _prediction(family: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """epsilon, v_prediction or flow: from the header, from marker keys, for SD2 from its weights."""
+    """Return "epsilon", "v_prediction" or "flow", from the header, from marker keys, or for SD2 from its weights."""
     if family == "sd3":
         return "flow"
     declared = metadata.get("modelspec.prediction_type")
@@ -225,32 +236,34 @@ def _prediction(family: str, tensors: Mapping[str, np.ndarray], metadata: Mappin
         return {"epsilon": "epsilon", "v": "v_prediction"}.get(declared, declared)
     if "v_pred" in tensors:
         return "v_prediction"
-    # SD2 was released in both; training for v widened this bias (the test that other loaders use, too).
-    mark = tensors.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
-    wide = family == "sd2" and mark is not None and float(np.std(np.asarray(mark, np.float32))) > 0.09
-    return "v_prediction" if wide else "epsilon"
+    # SD2 was released with both outputs. Training for v made this bias spread wider; other loaders test it too.
+    bias = tensors.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    is_v = family == "sd2" and bias is not None and float(np.std(np.asarray(bias, np.float32))) > 0.09
+    return "v_prediction" if is_v else "epsilon"
 
 
 def write_single(path: str | Path, parts: Mapping[str, Part], *, prediction: str, dtype: Any = None) -> dict[str, str]:
-    """Write the networks as one file in their family's original naming. Returns component -> prefix.
+    """Write the networks as one file in their family's original naming; return component -> prefix.
 
-    dtype: of floating tensors; None keeps each one's. Components that the family has no place for are an error.
+    parts: component -> network. prediction: "epsilon", "v_prediction" or "flow", for the file's header. dtype: that of
+    the floating tensors in the file; None keeps each tensor's. Raises ValueError for a network that does not fit its
+    config and for a component that the family's files do not hold.
     """
     family = _family_to_write(parts)
-    places = PLACES[family]
-    strange = sorted(parts.keys() - places.keys())
-    if strange:
-        raise ValueError(f"{path}: a single file of {family} has no place for {', '.join(strange)}")
+    specs = PLACES[family]
+    unsupported = sorted(parts.keys() - specs.keys())
+    if unsupported:
+        raise ValueError(f"{path}: a single file of {family} has no place for {', '.join(unsupported)}")
     makers: dict[str, Any] = {}
     for component, part in parts.items():
-        place = places[component]
+        spec = specs[component]
         check_part(part)
-        wanted = {name: part.tensors[name] for name in names_of(part.kind, part.config)}
-        original = to_original(cast(wanted, dtype), layout_of(part.kind, part.config, open_clip=place.open_clip))
-        makers |= {place.prefix + key: partial(original.__getitem__, key) for key in original}
-    spec = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction)
-    save_tensors(path, Lazy(makers), {} if spec is None else {"modelspec.prediction_type": spec})
-    return {component: places[component].prefix for component in parts}
+        tensors = {name: part.tensors[name] for name in names_of(part.kind, part.config)}
+        original = to_original(cast(tensors, dtype), layout_of(part.kind, part.config, open_clip=spec.open_clip))
+        makers |= {spec.prefix + key: partial(original.__getitem__, key) for key in original}
+    declared = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction)
+    save_tensors(path, Lazy(makers), {} if declared is None else {"modelspec.prediction_type": declared})
+    return {component: specs[component].prefix for component in parts}
 
 
 def _family_to_write(parts: Mapping[str, Part]) -> str:

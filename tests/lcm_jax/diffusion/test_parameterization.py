@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion.parameterization import KINDS, SIGMA_DATA, add_noise, bind, expand, rows, target, to_prediction
+from lcm_jax.diffusion.parameterization import (
+    KINDS,
+    SIGMA_DATA,
+    add_noise,
+    bind,
+    expand,
+    prediction_coefficients,
+    target,
+    to_prediction,
+)
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.typing import Kind, Schedule
 
@@ -92,4 +101,4 @@ def test_expand() -> None:
 
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="prediction type 'score' is unknown: use one of epsilon"):
-        rows("score", jnp.ones(()), jnp.ones(()))  # type: ignore[arg-type]
+        prediction_coefficients("score", jnp.ones(()), jnp.ones(()))  # type: ignore[arg-type]

@@ -13,7 +13,6 @@ from lcm_jax.diffusion.time_grids import (
     CAPACITY,
     Spacing,
     even_grid,
-    flow_grid,
     karras_grid,
     lcm_grid,
     pad,
@@ -95,7 +94,7 @@ def test_stable_diffusion_grids() -> None:
 
 
 def test_flow_grid() -> None:
-    twice, once = flow_grid(50, FLOW), flow_grid(50, FLOW, Spacing(double_shift=False))
+    twice, once = FLOW.grid(50), FLOW.grid(50, Spacing(double_shift=False))
     assert float(FLOW.sigma(twice[-2])) == pytest.approx(0.00893, abs=1e-5)
     assert float(FLOW.sigma(once[-2])) == pytest.approx(0.00299, abs=1e-5)
     assert twice[0] == 1.0

@@ -210,10 +210,15 @@ def test_steps_offset_of_sd_is_the_one_it_was_trained_with(tiny_components: dict
 
 @pytest.mark.parametrize(
     ("scheduler", "sampler"),
-    [("EulerAncestralDiscreteScheduler", "euler_a"), ("LCMScheduler", "lcm"), ("PNDMScheduler", "ddim")],
+    [("EulerAncestralDiscreteScheduler", "euler_a"), ("LCMScheduler", "lcm"), ("DDIMScheduler", "ddim")],
 )
 def test_the_folders_sampler(tiny_components: dict[str, Component], scheduler: str, sampler: str) -> None:
     assert bare(tiny_components, _class_name=scheduler).default_sampler == sampler
+
+
+def test_a_scheduler_that_another_sampler_stands_in_for_is_a_warning(tiny_components) -> None:
+    with pytest.warns(UserWarning, match=r"scheduler_config.json asks for PNDMScheduler.*'ddim' \(DDIMScheduler\) draws"):
+        assert bare(tiny_components, _class_name="PNDMScheduler").default_sampler == "ddim"
 
 
 @pytest.mark.parametrize("key", ["use_karras_sigmas", "clip_sample", "thresholding"])

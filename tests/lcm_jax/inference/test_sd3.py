@@ -18,7 +18,7 @@ from lcm_jax.diffusion.parameterization import bind
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import RectifiedFlow
-from lcm_jax.diffusion.time_grids import flow_grid, pad
+from lcm_jax.diffusion.time_grids import pad
 from lcm_jax.models.latent_diffusion import as_apply
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.diffusers_folder import Component
@@ -173,7 +173,7 @@ def test_one_step_of_the_published_size() -> None:
     cond = {"context": jnp.ones((1, 77 + 256, 4096), jnp.bfloat16), "pooled": jnp.ones((1, 2048))}
     noise = jax.random.normal(jax.random.key(1), (1, 64, 64, 16))
     schedule = RectifiedFlow(shift=3.0)
-    grid = pad(flow_grid(28, schedule)[:2], capacity=1)
+    grid = pad(schedule.grid(28)[:2], capacity=1)
 
     @jax.jit
     def step(params: Any, x: jax.Array) -> jax.Array:

@@ -100,7 +100,7 @@ def distillation(net: str, adapted: bool) -> Task:
     records = [record() for _ in range(24)]
     null = {name: jnp.zeros((1, *leaf.shape)) for name, leaf in records[0].items() if name not in ("mean", "std")}
     frozen = {"teacher": teacher, "null": null}
-    return task(lambda key: learner.begin(key, teacher, frozen), learner.loss, frozen, records)
+    return task(lambda key: learner.init_params(key, teacher, frozen), learner.loss, frozen, records)
 
 
 def disturbed(params: Any) -> Any:

@@ -424,7 +424,7 @@ from lcm_jax.plan import planning
 from lcm_jax.plan.planning import plan, search
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
-from lcm_jax.train.tasks.abstract_step import outlined
+from lcm_jax.train.tasks.abstract_step import abstract_task
 
 def loss(params, ema, frozen, batch, key, step):
     error = jnp.mean((batch["x"] @ params["kernel"] - batch["x"] @ frozen) ** 2)
@@ -432,10 +432,10 @@ def loss(params, ema, frozen, batch, key, step):
 
 @dataclass(frozen=True)
 class Linear:
-    def outline(self):
+    def abstract(self):
         square = jax.ShapeDtypeStruct(({WIDTH}, {WIDTH}), jnp.float32)
         rows = lambda n: {{"x": jax.ShapeDtypeStruct((n, {WIDTH}), jnp.float32)}}
-        return outlined(lambda key: {{"kernel": jnp.zeros(square.shape)}}, loss, square, rows)
+        return abstract_task(lambda key: {{"kernel": jnp.zeros(square.shape)}}, loss, square, rows)
 
 planning._TENSOR = (1,)
 config = TrainConfig(task=Linear(), loop=LoopConfig(batch_size={ROWS}, mesh="data=8"))
@@ -494,7 +494,7 @@ SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diffusion", "whole", "lora"])
-def test_an_outline_has_the_shapes_of_the_task(
+def test_an_abstract_task_has_the_shapes_of_the_task(
     kind: str, tiny_model: Path, tiny_components: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path))
@@ -508,14 +508,14 @@ def test_an_outline_has_the_shapes_of_the_task(
         lora = LoraConfig(rank=2) if kind == "lora" else None
         objective = LatentConsistencyDistillation(schedule=DDPM(), w_min=2.0, w_max=2.0)
         task = DistillationTask(teacher=str(tiny_model), objective=objective, lora=lora, **around)
-    built, outlined = task.build(), task.outline()
+    built, abstract = task.build(), task.abstract()
 
     def shapes(made: Any) -> Any:
         init = jax.eval_shape(made.init, jax.random.key(0))
         trees = (init, made.frozen, next(made.batches(4, 0)))
         return jax.tree.map(lambda leaf: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name), trees)
 
-    assert shapes(outlined) == shapes(built)
+    assert shapes(abstract) == shapes(built)
 
 
 # The counts of the papers and of the repositories; a w-embedding is 256 x 320, or 256 x the network's width.
@@ -533,6 +533,6 @@ LARGE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_the_large_models_have_their_size(name: str) -> None:
-    params = jax.eval_shape(configs.get(name).task.outline().init, jax.random.key(0))
+    params = jax.eval_shape(configs.get(name).task.abstract().init, jax.random.key(0))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == pytest.approx(LARGE[name], rel=1e-4)

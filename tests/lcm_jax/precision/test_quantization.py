@@ -218,7 +218,7 @@ def test_parts_and_kinds_are_parsed() -> None:
     assert quantization.parse([]) == {}
     assert quantization.parse(["int8", "text=int8w"]) == {"denoiser": "int8", "text": "int8w"}
     for texts, said in (
-        (["int8", "denoiser=int8w"], "'denoiser=int8w' is the second word on the denoiser"),
+        (["int8", "denoiser=int8w"], "'denoiser=int8w' sets the denoiser a second time"),
         (["clip=int8"], "part 'clip' is unknown; known are denoiser, text, vae"),
         (["text="], "quantize '' is unknown; known are int8, int8w, fp8"),
     ):

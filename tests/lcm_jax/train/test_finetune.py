@@ -152,7 +152,7 @@ def test_class_pictures_are_drawn_once_and_are_the_models(
     task = finetune(tiny_model, data, class_guidance=1.0, **PRIOR).build()
     drawn = {row.tobytes(): row for row in next(task.batches(6, 0))["mean"][:, 1]}
     assert len(drawn) == 3
-    monkeypatch.setattr("lcm_jax.models.latent_diffusion.Generator.latents", None)
+    monkeypatch.setattr("lcm_jax.models.latent_diffusion.LatentDiffusion.latents", None)
     again = next(finetune(tiny_model, data, class_guidance=1.0, **PRIOR).build().batches(6, 0))["mean"][:, 1]
     assert {row.tobytes() for row in again} == set(drawn)
     monkeypatch.undo()

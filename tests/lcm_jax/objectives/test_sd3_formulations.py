@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import kstest, norm
 
 from lcm_jax.configs.sd3_formulations import FORMULATIONS, Formulation
-from lcm_jax.diffusion.parameterization import bind, rows
+from lcm_jax.diffusion.parameterization import bind, prediction_coefficients
 from lcm_jax.diffusion.schedules import Cosine, log_snr
 
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -35,7 +35,7 @@ def test_the_posterior_mean_is_the_minimum(form: Formulation, gaussian_on, make_
     u = (jnp.arange(2000) + 0.5) / 2000
     t = u * objective.schedule.t_max if objective.times is None else objective.times.quantile(u)
     alpha, sigma = objective.schedule.alpha(t), objective.schedule.sigma(t)
-    a, b = rows(objective.kind, alpha, sigma)
+    a, b = prediction_coefficients(objective.kind, alpha, sigma)
     want = jnp.mean(((a * sigma - b * alpha) * V) ** 2 / ((alpha * V) ** 2 + sigma**2))
     np.testing.assert_allclose(loss, want, rtol=0.03)
     wrong = value(gaussian.teacher(m=0.6, v=0.9))[1]
@@ -94,7 +94,7 @@ def test_weights_of_the_paper() -> None:
         objective = FORMULATIONS[name].objective
         density = 1.0 if objective.times is None else objective.times.pdf(t)
         alpha, sigma = objective.schedule.alpha(t), objective.schedule.sigma(t)
-        a, b = rows(objective.kind, alpha, sigma)
+        a, b = prediction_coefficients(objective.kind, alpha, sigma)
         slope = jax.vmap(jax.grad(lambda t: 2.0 * log_snr(objective.schedule, t)))(t)
         return np.asarray(2.0 * density * (b - a * sigma / alpha) ** 2 / jnp.abs(slope))
 
