@@ -1,4 +1,4 @@
-"""Every run that can be named: `lcm-jax train --config NAME`."""
+"""The registered configs, which `lcm-jax train --config NAME` runs."""
 
 from lcm_jax.configs import openmoji as openmoji
 from lcm_jax.configs import openmoji_sd3 as openmoji_sd3

@@ -1,4 +1,4 @@
-"""The bundled model, from pictures to four-step pictures; experiments/openmoji/README.md has the commands."""
+"""The configs of the bundled model, from autoencoder to few-step student; see experiments/openmoji/README.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear
 
 @register
 def openmoji_vae() -> TrainConfig:
-    """16 channels, f8. The full-resolution stages are narrow: there a picture's time goes."""
+    """An autoencoder of 16 channels and factor 8, narrow at full resolution, where most of the time is spent."""
     model = AutoencoderConfig(
         latent_channels=16,
         block_out_channels=(16, 24, 64, 128),
@@ -46,7 +46,7 @@ def openmoji_vae() -> TrainConfig:
 
 @register
 def openmoji_tiny_vae() -> TrainConfig:
-    """For the latents of openmoji_vae, at half of its time: no block looks at the picture in full or half size."""
+    """A tiny autoencoder for the latents of openmoji_vae, in half the time: no block at full or half resolution."""
     model = TinyConfig(
         latent_channels=16,
         encoder_block_out_channels=(32, 32, 32, 32),
@@ -64,7 +64,7 @@ def openmoji_tiny_vae() -> TrainConfig:
 
 @register
 def openmoji_clip() -> TrainConfig:
-    """Text and image tower of four layers, on 64 pixels in patches of eight."""
+    """A CLIP with text and image towers of four layers, for pictures of 64 pixels in patches of eight."""
     text = CLIPTextConfig(
         hidden_size=192,
         intermediate_size=768,
@@ -93,7 +93,7 @@ def openmoji_clip() -> TrainConfig:
 
 @register
 def openmoji_teacher() -> TrainConfig:
-    """A UNet of two levels on 8x8x16 latents, v-prediction: x0 is well conditioned at every time, one step included."""
+    """A UNet of two levels on 8x8x16 latents, with v-prediction: x0 is well conditioned at every time, even t_max."""
     net = UNetConfig(
         sample_size=8,
         in_channels=16,
@@ -117,14 +117,14 @@ def openmoji_teacher() -> TrainConfig:
     )
 
 
-# The teacher's DDIM draws as well in eight steps as in fifty, so its step may be an eighth of the way: the student then
-# has eight skips to learn in place of fifty, and each carries more than noise.
+# The teacher's DDIM draws as well in eight steps as in fifty, so a step of it may be an eighth of the way: the student
+# then has eight skips to learn instead of fifty, and each of them changes more than noise.
 SKIP = 125.0
 
 
 @register
 def openmoji_lcm() -> TrainConfig:
-    """The teacher's student with a w-embedding. The rate is low: a student that moves fast forgets the teacher."""
+    """LCM of the teacher, with a w-embedding; at a higher learning rate the student forgets the teacher."""
     objective = LatentConsistencyDistillation(
         schedule=SCHEDULE, skip=SKIP, w_min=0.0, w_max=5.0, loss="huber", huber_c=0.05
     )
@@ -150,7 +150,7 @@ def openmoji_lcm_lora() -> TrainConfig:
 
 @register
 def openmoji_lcf() -> TrainConfig:
-    """Latent consistency finetuning of the teacher on pictures alone: no teacher is asked."""
+    """Latent consistency finetuning: the student starts as the teacher and trains on pictures, without the teacher."""
     objective = LatentConsistencyFinetuning(schedule=SCHEDULE, w_min=0.0, w_max=5.0, loss="huber", huber_c=1e-2)
     return TrainConfig(
         task=DistillationTask(objective=objective),
@@ -161,7 +161,7 @@ def openmoji_lcf() -> TrainConfig:
 
 @register
 def openmoji_outline() -> TrainConfig:
-    """The teacher in another style, black lines alone; experiments/few_step/universality.py puts LCM-LoRA onto it."""
+    """The teacher finetuned to another style, black lines alone; see experiments/few_step/universality.py."""
     objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.1, min_snr_gamma=5.0)
     return TrainConfig(
         task=FinetuneTask(data=DataConfig(name="openmoji-outline"), objective=objective),
@@ -172,7 +172,7 @@ def openmoji_outline() -> TrainConfig:
 
 @register
 def openmoji_dreambooth() -> TrainConfig:
-    """DreamBooth by adapters: a handful of pictures, "sks cat face" in each caption, held by cat faces drawn before."""
+    """DreamBooth with adapters: a few pictures with "sks cat face" in each caption, and cat faces as the prior."""
     objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.0, min_snr_gamma=5.0)
     task = FinetuneTask(
         data=DataConfig(name="folder:my-cat"),

@@ -1,4 +1,4 @@
-"""The bundled mini SD3, from captions to four-step pictures; experiments/openmoji_sd3/README.md has the commands."""
+"""The configs of the bundled mini SD3, from text encoders to student; see experiments/openmoji_sd3/README.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH = 320  # of T5 and so of the context: the two CLIPs' 192 + 128
 
 @register
 def openmoji_clip2() -> TrainConfig:
-    """A second, narrower CLIP text tower for the image tower of "openmoji"; quick_gelu, as the first has gelu."""
+    """A second, narrower CLIP text tower for the image tower of "openmoji", with quick_gelu; the first has gelu."""
     text = CLIPTextConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -42,7 +42,7 @@ def openmoji_clip2() -> TrainConfig:
 
 @register
 def openmoji_t5() -> TrainConfig:
-    """A T5 1.1 encoder of three layers, on captions alone."""
+    """A T5 1.1 encoder of three layers, trained on captions alone."""
     net = T5Config(d_model=WIDTH, d_kv=64, d_ff=640, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu")
     return TrainConfig(
         task=MaskedTask(net=net, tokens=TOKENS),
@@ -53,7 +53,7 @@ def openmoji_t5() -> TrainConfig:
 
 @register
 def openmoji_sd3() -> TrainConfig:
-    """An MMDiT of six blocks on 8x8x16 latents, each latent pixel a token: rectified flow, logit-normal times."""
+    """An MMDiT of six blocks on 8x8x16 latents, one token for each position: rectified flow, logit-normal times."""
     net = MMDiTConfig(
         sample_size=8,
         patch_size=1,
@@ -69,9 +69,9 @@ def openmoji_sd3() -> TrainConfig:
         schedule=RectifiedFlow(),
         kind="flow",
         times=LogitNormal(),
-        caption_dropout=0.1,  # to the empty prompt, which is what is drawn against
+        caption_dropout=0.1,  # to the empty prompt, which guidance uses
         encoders=TextEncoders(clip_tokens=TOKENS, clip_widths=(192, 128), pooled_widths=(128, 128)),
-        encoder_dropout=0.2,  # so that it draws without T5 too; the paper's 46.4 % leaves little to learn from
+        encoder_dropout=0.2,  # so that it also works without T5; the paper's 46.4 % would leave it little to learn from
     )
     return TrainConfig(
         task=DiffusionTask(text="openmoji-sd3", net=net, objective=objective, preview_steps=28),
@@ -80,12 +80,12 @@ def openmoji_sd3() -> TrainConfig:
     )
 
 
-# An eighth of the way, as for the UNet; see configs/openmoji.py.
+# An eighth of the time from 1 to 0, as for the UNet; see configs/openmoji.py.
 SKIP = 0.125
 
 
 def consistency(w_min: float, w_max: float) -> LatentConsistencyDistillation:
-    """An Euler step of the guided teacher along the flow."""
+    """Return consistency distillation with Euler steps of the guided teacher, for w from w_min to w_max."""
     return LatentConsistencyDistillation(
         schedule=RectifiedFlow(),
         kind="flow",
@@ -110,7 +110,7 @@ def openmoji_sd3_lcm() -> TrainConfig:
 
 @register
 def openmoji_sd3_lcm_lora() -> TrainConfig:
-    """LCM-LoRA of the same teacher: fixed w, adapters of the attentions only."""
+    """LCM-LoRA of the same teacher: fixed w, and adapters of the attentions only."""
     return TrainConfig(
         task=DistillationTask(
             text="openmoji-sd3",

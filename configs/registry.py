@@ -1,4 +1,4 @@
-"""The registry of configs. A config is a function without arguments, so that naming one builds none of the others."""
+"""The registry of configs: functions without arguments, so that using one config builds none of the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
-from lcm_jax.objectives import ProgressiveDistillation, method
+from lcm_jax.objectives import METHODS, method
+from lcm_jax.runtime.user_code import is_reference, load_object
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.tasks.distillation import DistillationTask
 
@@ -14,15 +15,28 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {}
 
 
 def register(make: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
-    """Register a config under its function's name."""
-    if make.__name__ in CONFIGS:
+    """Register a config under its function's name, and return it; raise ValueError if the name is taken."""
+    if CONFIGS.get(make.__name__, make) is not make:
         raise ValueError(f"config {make.__name__!r} is registered twice")
     CONFIGS[make.__name__] = make
     return make
 
 
 def get(name: str) -> TrainConfig:
-    """The config of that name; ValueError lists what there is, the nearest name first."""
+    """Return the config of that name; raise ValueError, with the nearest name or all names, if there is none.
+
+    "my_file.py:my_config" or "my_package.my_module:my_config" is a config of your own, a `TrainConfig` or a function
+    that returns one; see `lcm_jax.runtime.user_code.load_object` for its errors.
+
+    >>> from lcm_jax import configs
+    >>> configs.get("sd15_lcm").loop.batch_size
+    128
+    >>> configs.get("sd15_lcn")
+    Traceback (most recent call last):
+    ValueError: --config sd15_lcn: no such config; did you mean sd15_lcm?
+    """
+    if is_reference(name):
+        return _of_a_file(name)
     if name not in CONFIGS:
         near = difflib.get_close_matches(name, CONFIGS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(CONFIGS))}"
@@ -30,23 +44,36 @@ def get(name: str) -> TrainConfig:
     return CONFIGS[name]()
 
 
-def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig:
-    """A distillation by another method, with its published defaults; a student that is told w keeps
-    the config's range.
+def _of_a_file(reference: str) -> TrainConfig:
+    config = load_object(reference, option="--config")
+    if not isinstance(config, TrainConfig) and callable(config):
+        config = config()
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"--config {reference}: it is a {type(config).__name__}, not a TrainConfig or a function of one"
+        )
+    return config
 
-    Progressive distillation has a moving average that is a copy of the student, made anew at each stage's end, and as
-    many stages as lead to the steps of the preview.
+
+def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig:
+    """Return a distillation config with another method, at its published defaults.
+
+    A method with a teacher keeps the config's range of w if its student takes w as an input, or if the range is one
+    value. In progressive distillation the moving average is a copy of the student, taken at the end of each stage, and
+    there are as many stages as lead to the steps of the preview.
+
+    method_name: a method of `lcm_jax.objectives`, or FILE.py:CLASS of your own. name: the config's name, for messages.
+    Raises ValueError if the config is no distillation.
     """
     task = config.task
     if not isinstance(task, DistillationTask):
         raise ValueError(f"--objective: config {name} is no distillation")
     old = task.objective
-    made = method(method_name, schedule=old.schedule, kind=old.kind)
-    if made.needs_teacher and (made.embed_w or old.w_min == old.w_max):
-        made = replace(made, w_min=old.w_min, w_max=old.w_max)
-    loop = config.loop
-    if isinstance(made, ProgressiveDistillation):
-        stages = 1 + max(0, (made.first_steps // task.preview_steps).bit_length() - 1)
-        made = replace(made, stage_steps=max(1, loop.steps // stages))
-        loop = replace(loop, ema=0.0, ema_every=made.stage_steps)
-    return replace(config, task=replace(task, objective=made), loop=loop)
+    if is_reference(method_name):
+        METHODS.setdefault(method_name, load_object(method_name, option="--objective"))
+    objective = method(method_name, schedule=old.schedule, kind=old.kind)
+    if objective.needs_teacher and (objective.embed_w or old.w_min == old.w_max):
+        objective = replace(objective, w_min=old.w_min, w_max=old.w_max)
+    objective = objective.for_run(steps=config.loop.steps, student_steps=task.preview_steps)
+    loop = replace(config.loop, **objective.moving_average)
+    return replace(config, task=replace(task, objective=objective), loop=loop)

@@ -1,6 +1,6 @@
-"""LCM and LCM-LoRA of Stable Diffusion 3 and 3.5, and the MMDiTs of the SD3 paper's study (2403.03206).
+"""The configs of LCM and LCM-LoRA of Stable Diffusion 3 and 3.5, and of the MMDiTs of the SD3 paper (2403.03206).
 
-The pictures are given by flags, as for configs/stable_diffusion.py; so is the model that encodes them.
+The pictures, and the model that encodes them, are set by flags, as for configs/stable_diffusion.py.
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ ATTENTIONS = LoraConfig(rank=64, targets=MMDIT_TARGETS)
 
 @register
 def sd3_medium_lcm() -> TrainConfig:
-    """LCM of SD3-medium, 1024 pixels: an Euler step of the guided teacher, a fiftieth of the way along the flow."""
+    """LCM of SD3-medium at 1024 pixels: an Euler step of the guided teacher, over a fiftieth of the flow's time."""
     return lcm(SD3_MEDIUM, 1024, batch_size=64)
 
 
 @register
 def sd3_medium_lcm_lora() -> TrainConfig:
-    """LCM-LoRA of SD3-medium, 1024 pixels."""
+    """LCM-LoRA of SD3-medium at 1024 pixels."""
     return lcm_lora(SD3_MEDIUM, 1024, batch_size=64, lora=ATTENTIONS)
 
 
 @register
 def sd35_large_lcm() -> TrainConfig:
-    """LCM of SD3.5-large, 1024 pixels."""
+    """LCM of SD3.5-large at 1024 pixels."""
     return lcm(SD35_LARGE, 1024, batch_size=64)
 
 
 @register
 def sd35_large_lcm_lora() -> TrainConfig:
-    """LCM-LoRA of SD3.5-large, 1024 pixels."""
+    """LCM-LoRA of SD3.5-large at 1024 pixels."""
     return lcm_lora(SD35_LARGE, 1024, batch_size=64, lora=ATTENTIONS)
 
 
 def study(depth: int) -> TrainConfig:
-    """Section 5 of the paper: 256 pixels, batches of 1024, rate 1e-4, logit-normal times, an average of 0.99 each 100
-    steps; every text encoder is dropped for 46.4 % of the captions. Autoencoder and text encoders are SD3's.
+    """Return the training of an MMDiT of `depth` blocks as in section 5 of the paper (2403.03206).
+
+    256 pixels, batches of 1024, learning rate 1e-4, logit-normal times, and a moving average with a decay of 0.99 every
+    100 steps. Each text encoder is dropped for 46.4 % of the captions. Autoencoder and text encoders are SD3's.
     """
     pictures = DataConfig(name="folder:my-pictures", size=256)
     objective = Diffusion(
@@ -68,29 +70,29 @@ def study(depth: int) -> TrainConfig:
 
 @register
 def mmdit_d15() -> TrainConfig:
-    """An MMDiT of depth 15, 0.50 billion parameters."""
+    """An MMDiT of depth 15, with 0.50 billion parameters."""
     return study(15)
 
 
 @register
 def mmdit_d18() -> TrainConfig:
-    """An MMDiT of depth 18, 0.86 billion parameters."""
+    """An MMDiT of depth 18, with 0.86 billion parameters."""
     return study(18)
 
 
 @register
 def mmdit_d24() -> TrainConfig:
-    """An MMDiT of depth 24, as SD3-medium: 2.0 billion parameters."""
+    """An MMDiT of depth 24, like SD3-medium, with 2.0 billion parameters."""
     return study(24)
 
 
 @register
 def mmdit_d30() -> TrainConfig:
-    """An MMDiT of depth 30, 4.0 billion parameters."""
+    """An MMDiT of depth 30, with 4.0 billion parameters."""
     return study(30)
 
 
 @register
 def mmdit_d38() -> TrainConfig:
-    """An MMDiT of depth 38, 8.1 billion parameters, the largest of the study."""
+    """An MMDiT of depth 38, with 8.1 billion parameters, the largest of the study."""
     return study(38)

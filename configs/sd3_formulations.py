@@ -1,12 +1,12 @@
 """The formulations that the Stable Diffusion 3 paper ranks (Esser et al. 2024, arXiv:2403.03206, table 1).
 
-Each is a path from data to noise, the row that the network predicts and the density of the training times: one
-`Diffusion`. With it goes the grid of times on which it is sampled, by Euler's rule.
+Each is a path from data to noise, the quantity that the network predicts and the density of the training times: one
+`Diffusion`. It comes with the grid of times on which it is sampled, with Euler steps.
 
-EDM's variants need no path of their own. Karras' x0 + s eps is the straight path divided by 1 - t, its noise level
-s = t / (1 - t), so that log s = logit t: log s ~ N(m, d^2) is the logit-normal density, the density with the log-SNR of
-"rf" is the uniform one, and that of the cosine schedule, s = tan(pi u / 2), is CosMap. The kind "edm" does the rest:
-unit weight on F is Karras' loss weight. Its network is told 1000 t, for which he has log(s) / 4.
+EDM's variants need no separate path. Karras' x0 + s eps is the straight path divided by 1 - t, with noise level
+s = t / (1 - t), so log s = logit t: log s ~ N(m, d^2) is the logit-normal density, the density with the log-SNR of "rf"
+is the uniform one, and that of the cosine schedule, s = tan(pi u / 2), is CosMap. The kind "edm" does the rest: unit
+weight on F is Karras' loss weight. The network's time input is 1000 t, where Karras has log(s) / 4.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from lcm_jax.typing import Denoiser, Image, Kind, Schedule
 
 
 def cosine_grid(steps: int, schedule: Schedule) -> Float[np.ndarray, " n_plus_1"]:
-    """The times at which `schedule` has the log-SNR of N even steps of the cosine schedule."""
+    """Return the n + 1 times at which `schedule` has the log-SNR of n even steps of the cosine schedule."""
     return np.asarray(schedule.time_at(log_snr(Cosine(), jnp.asarray(even_grid(steps, Cosine())))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formulation:
-    """What is minimised, and the times at which the result is sampled: (steps, schedule) -> grid."""
+    """An objective, and the grid of times on which its result is sampled: (steps, schedule) -> grid."""
 
     objective: Diffusion
     grid: Callable[[int, Schedule], np.ndarray] = even_grid
 
     def sample(self, denoise: Denoiser, noise: Image, steps: int) -> Image:
-        """From unit noise to data in `steps` steps of Euler's rule; `denoise` is bound to the objective's schedule."""
+        """Return samples from unit noise after `steps` Euler steps.
+
+        denoise: for the objective's schedule. noise: (b, h, w, c).
+        """
         schedule = self.objective.schedule
         times = self.grid(steps, schedule)
         x = schedule.sigma(times[0]) * noise

@@ -1,6 +1,6 @@
-"""LCM and LCM-LoRA of Stable Diffusion 1.5 and XL: the papers' numbers (2310.04378, 2311.05556), batches for 64 chips.
+"""The configs of LCM and LCM-LoRA of Stable Diffusion 1.5 and XL, with the papers' numbers (2310.04378, 2311.05556).
 
-The pictures are given by flags, and any finetune of the same family may be the teacher:
+The batches are for 64 chips. The pictures are set by flags, and so may be a teacher of the same family:
 
     lcm-jax distill --config sdxl_lcm --task.data.name folder:my-pictures --task.prompts.name folder:my-pictures
 """
@@ -21,11 +21,14 @@ from lcm_jax.train.tasks.lora_config import LoraConfig
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-TEACHERS = DDPM()  # stands in for the teacher's schedule, which the task reads
+TEACHERS = DDPM()  # a placeholder: the task reads the teacher's schedule
 
 
 def task(model: str, size: int, **options: Any) -> DistillationTask:
-    """Of `model`, which gives the autoencoder and the text encoders too, on squares of `size` pixels in bfloat16."""
+    """Return the distillation of `model` on squares of `size` pixels in bfloat16.
+
+    model: also gives the autoencoder and the text encoders. options: other fields of the task.
+    """
     pictures = DataConfig(name="folder:my-pictures", size=size)
     return DistillationTask(
         vae=model, text=model, teacher=model, data=pictures, prompts=pictures, remat=True, dtype="bfloat16", **options
@@ -33,7 +36,7 @@ def task(model: str, size: int, **options: Any) -> DistillationTask:
 
 
 def lcm(model: str, size: int, *, batch_size: int) -> TrainConfig:
-    """The whole student, told its guidance: Table 5 of the LCM paper, but the pseudo-Huber distance of its code."""
+    """Return LCM of all weights with w as an input: the LCM paper's Table 5, with the pseudo-Huber loss of its code."""
     objective = LatentConsistencyDistillation(schedule=TEACHERS, w_min=2.0, w_max=14.0, loss="huber", huber_c=1e-3)
     return TrainConfig(
         task=task(model, size, objective=objective, scan=True),
@@ -43,7 +46,7 @@ def lcm(model: str, size: int, *, batch_size: int) -> TrainConfig:
 
 
 def lcm_lora(model: str, size: int, *, batch_size: int, lora: LoraConfig | None = None) -> TrainConfig:
-    """Adapters for a fixed guidance of 8.5, w = 7.5; the target is the student itself, and there is no average."""
+    """Return LCM-LoRA at a fixed guidance scale of 8.5 (w = 7.5); the target is the student itself, without EMA."""
     objective = LatentConsistencyDistillation(
         schedule=TEACHERS, w_min=7.5, w_max=7.5, loss="huber", huber_c=1e-3, target="online"
     )
@@ -56,23 +59,23 @@ def lcm_lora(model: str, size: int, *, batch_size: int, lora: LoraConfig | None 
 
 @register
 def sd15_lcm() -> TrainConfig:
-    """LCM of Stable Diffusion 1.5, 512 pixels."""
+    """LCM of Stable Diffusion 1.5 at 512 pixels."""
     return lcm(SD15, 512, batch_size=128)
 
 
 @register
 def sd15_lcm_lora() -> TrainConfig:
-    """LCM-LoRA of Stable Diffusion 1.5, 512 pixels."""
+    """LCM-LoRA of Stable Diffusion 1.5 at 512 pixels."""
     return lcm_lora(SD15, 512, batch_size=128)
 
 
 @register
 def sdxl_lcm() -> TrainConfig:
-    """LCM of SDXL, 1024 pixels."""
+    """LCM of SDXL at 1024 pixels."""
     return lcm(SDXL, 1024, batch_size=64)
 
 
 @register
 def sdxl_lcm_lora() -> TrainConfig:
-    """LCM-LoRA of SDXL, 1024 pixels."""
+    """LCM-LoRA of SDXL at 1024 pixels."""
     return lcm_lora(SDXL, 1024, batch_size=64)

@@ -241,10 +241,11 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
 
     >>> import flax.linen as nn, jax.numpy as jnp
     >>> from lcm_jax import lora
-    >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
-    >>> adapters = {"kernel": {"down": jnp.ones((2, 1)), "up": jnp.ones((1, 2)), "alpha": jnp.asarray(1.0)}}
+    >>> net = nn.Sequential([nn.Dense(2)])
+    >>> params = {"layers_0": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}}
+    >>> adapters = {"layers_0/kernel": {"down": jnp.ones((2, 1)), "up": jnp.ones((1, 2)), "alpha": jnp.asarray(1.0)}}
     >>> with lora.branches(adapters):
-    ...     y = nn.Dense(2).apply({"params": params}, jnp.asarray([1.0, 2.0]))
+    ...     y = net.apply({"params": params}, jnp.asarray([1.0, 2.0]))
     >>> y.tolist()
     [4.0, 5.0]
     """

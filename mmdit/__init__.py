@@ -1,4 +1,7 @@
-"""Text encoders and the MMDiT: text -> embeddings -> velocity. Imports neither vae16 nor lcm_jax."""
+"""The MMDiT of Stable Diffusion 3, its text encoders (mmdit.text) and its baselines.
+
+Text becomes embeddings, and (latent, time, embeddings) a velocity. Imports neither vae16 nor lcm_jax.
+"""
 
 from mmdit.baselines import CrossDiT, DiT, UViT
 from mmdit.config import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig

@@ -1,4 +1,4 @@
-"""The one edge of this package to an attention kernel."""
+"""The attention function of this package: it chooses the kernel by platform, precision and shapes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,20 @@ from mmdit import cpu_attention, tpu_attention
 Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _halved: ContextVar[bool] = ContextVar("halved", default=False)
-_cut: ContextVar[tuple[Mesh, tuple[str, ...], str] | None] = ContextVar("cut", default=None)
+_mesh_axes: ContextVar[tuple[Mesh, tuple[str, ...], str] | None] = ContextVar("mesh_axes", default=None)
 
 
 @contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
-    """What is traced inside will be compiled for "cpu", "gpu" or "tpu", whatever device this process has."""
+    """Choose kernels for `platform` in everything that is traced inside the `with` block.
+
+    platform: "cpu", "gpu" or "tpu", the one that the program will be compiled for, whatever devices this process has.
+
+    >>> from mmdit import attention
+    >>> with attention.lowering_for("tpu"):
+    ...     attention.platform()
+    'tpu'
+    """
     token = _platform.set(platform)
     try:
         yield
@@ -33,13 +41,13 @@ def lowering_for(platform: str) -> Iterator[None]:
 
 
 def platform() -> str:
-    """What is traced now will be compiled for."""
+    """Return the platform that kernels are chosen for: that of `lowering_for`, else this process' default backend."""
     return _platform.get() or jax.default_backend()
 
 
 @contextmanager
 def halved() -> Iterator[None]:
-    """What is traced inside attends in bfloat16, whatever the dtype of what comes in and goes out."""
+    """Compute every attention that is traced inside the `with` block in bfloat16; its output keeps its dtype."""
     token = _halved.set(True)
     try:
         yield
@@ -49,15 +57,16 @@ def halved() -> Iterator[None]:
 
 @contextmanager
 def attention_mesh(mesh: Mesh, rows: tuple[str, ...], heads: str) -> Iterator[None]:
-    """What is traced inside has batches that are cut along the axes `rows` of a mesh, and heads along `heads`.
+    """Shard the TPU kernel of every attention that is traced inside the `with` block over a mesh.
 
-    XLA cannot cut a TPU's kernel: it has to be told.
+    rows: the mesh axes that divide the batch. heads: the mesh axis that divides the heads, if their number is a
+    multiple of its size. XLA cannot partition a Pallas kernel by itself.
     """
-    token = _cut.set((mesh, rows, heads))
+    token = _mesh_axes.set((mesh, rows, heads))
     try:
         yield
     finally:
-        _cut.reset(token)
+        _mesh_axes.reset(token)
 
 
 def attention(
@@ -71,28 +80,42 @@ def attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b l h d"]:
-    """softmax(scale q k^T + bias) v per head, where scale is 1 / sqrt(d) unless given.
+    """Return softmax(scale q k^T + bias) v per head, with the softmax in float32.
 
-    The softmax runs in float32 whatever the inputs are.
+    query (b, l, h, d), key and value (b, m, h, d). scale: 1 / sqrt(d) by default. mask: True where a query may attend
+    to a key. causal: a query attends only to keys of its own and earlier positions.
 
-    Without `implementation` half-precision inputs take cuDNN's flash kernel on an NVIDIA device, unless lengths are odd
-    or heads wide under a mask or bias; a CPU takes `cpu_attention` and a TPU that is alone or in a mesh that is told
-    (`attention_mesh`), of long ones, `tpu_attention`, unless there is a mask or bias; all else is XLA's.
+    implementation: None chooses one by platform and inputs:
+
+    - "cudnn", cuDNN's flash kernel, on an NVIDIA GPU in half precision, unless there is a mask or bias and the kernel
+      has no gradient in JAX (lengths are odd, or heads are wider than 128);
+    - "cpu", `mmdit.cpu_attention`, on a CPU without causal, mask and bias;
+    - "tpu", `mmdit.tpu_attention`, on a TPU without causal, mask and bias for long sequences, where the process has
+      one device or `attention_mesh` names the mesh;
+    - "xla" for everything else.
+
+    Raises ValueError if the implementation asked for does not support these inputs.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.attention import attention
+    >>> query, key = (jax.ShapeDtypeStruct((2, length, 3, 8), jnp.float32) for length in (5, 7))
+    >>> jax.eval_shape(attention, query, key, key).shape
+    (2, 5, 3, 8)
     """
     target, dtype = platform(), query.dtype
     if _halved.get():
         query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
     if implementation is None:
         half = query.dtype in (jnp.bfloat16, jnp.float16)
-        fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _widest(target)
+        fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _max_head_width(target)
         fits &= _has_gradient(query, key) or (mask is None and bias is None)
         plain = not causal and mask is None and bias is None
         implementation = "cudnn" if half and fits and target == "gpu" else "xla"
         implementation = "cpu" if plain and target == "cpu" else implementation
-        tiled = plain and target == "tpu" and tpu_attention.fits(query, key) and _known_cut(query)
-        implementation = "tpu" if tiled else implementation
+        flash_on_tpu = plain and target == "tpu" and tpu_attention.fits(query, key) and _can_shard(query)
+        implementation = "tpu" if flash_on_tpu else implementation
     if query.dtype == jnp.float16 and target != "gpu":
-        # jax asks for float16 products summed in float32, which it has on GPUs alone.
+        # jax sums float16 products in float32 here, which is implemented on GPUs only.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     if implementation in ("cpu", "tpu"):
         if causal or mask is not None or bias is not None:
@@ -102,72 +125,78 @@ def attention(
         if implementation == "cpu":
             return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _on_each_part(partial(tpu_attention.attend, scale=scale), query, key, value).astype(dtype)
+        return _on_each_device(partial(tpu_attention.attend, scale=scale), query, key, value).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
     if implementation == "cudnn" and not _has_gradient(query, key):
         if mask is not None or bias is not None:
-            raise ValueError("implementation 'cudnn': no mask or bias where lengths are odd or heads wider than 128")
+            raise ValueError(
+                "implementation 'cudnn' has no mask or bias where lengths are odd or heads wider than 128: use 'xla'"
+            )
         return flash(tuple(options.items()), query, key, value).astype(dtype)
     return jax.nn.dot_product_attention(query, key, value, bias, mask, **options).astype(dtype)
 
 
-def _known_cut(query: Array) -> bool:
-    """Whether a kernel can be told which rows of a batch are where: all on one device, or equal parts on a mesh."""
-    cut = _cut.get()
-    if cut is None:
+def _can_shard(query: Array) -> bool:
+    """Return whether the batch is on one device, or `attention_mesh` divides it into equal parts."""
+    mesh_axes = _mesh_axes.get()
+    if mesh_axes is None:
         return jax.default_backend() == "tpu" and jax.device_count() == 1
-    mesh, rows, _ = cut
+    mesh, rows, _ = mesh_axes
     return query.shape[0] % math.prod(mesh.shape[axis] for axis in rows) == 0
 
 
-def _on_each_part(attend: Callable[..., Array], *qkv: Array) -> Array:
-    """`attend` of all rows and heads, each device of the mesh that is told, if one is, taking its own."""
-    cut = _cut.get()
-    if cut is None:
+def _on_each_device(attend: Callable[..., Array], *qkv: Array) -> Array:
+    """Apply `attend` on every device of `attention_mesh` to that device's part of the batch and heads."""
+    mesh_axes = _mesh_axes.get()
+    if mesh_axes is None:
         return attend(*qkv)
-    mesh, rows, heads = cut
+    mesh, rows, heads = mesh_axes
     divide = qkv[0].shape[2] % mesh.shape[heads] == 0
     spec = PartitionSpec(rows, None, heads if divide else None)
     return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*qkv)
 
 
-def _widest(platform: str) -> int:
-    """Numbers of a head that cuDNN's kernel takes: more than 128 from Hopper on."""
-    here = platform == "gpu" == jax.default_backend()
-    capability = getattr(jax.devices()[0], "compute_capability", "0") if here else "0"
+def _max_head_width(platform: str) -> int:
+    """Return the largest head width that cuDNN's kernel supports: 256 from Hopper on, else 128."""
+    on_gpu = platform == "gpu" == jax.default_backend()
+    capability = getattr(jax.devices()[0], "compute_capability", "0") if on_gpu else "0"
     return 256 if float(capability) >= 9.0 else 128
 
 
 def _has_gradient(query: Array, key: Array) -> bool:
-    """Whether cuDNN's kernel has one in jax, rather than values alone."""
+    """Return whether JAX has the gradient of cuDNN's kernel for these shapes, rather than its values only."""
     return query.shape[1] % 2 == key.shape[1] % 2 == 0 and query.shape[-1] <= 128
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def flash(options: tuple[tuple[str, Any], ...], query: Array, key: Array, value: Array) -> Array:
-    """Attention by a kernel that has no gradient for these shapes; where one is asked for, by another way."""
+    """Compute attention by a kernel that has no gradient in JAX for these shapes.
+
+    Where a gradient is computed, odd lengths are padded (`attend_even`), and heads wider than 128 go to XLA. options:
+    the keyword arguments of `jax.nn.dot_product_attention`, as pairs.
+    """
     return jax.nn.dot_product_attention(query, key, value, **dict(options))
 
 
 def _forward(options: tuple[tuple[str, Any], ...], *arrays: Array) -> tuple[Array, Any]:
     wide = arrays[0].shape[-1] > 128
-    other = partial(attend_even, **(dict(options) | ({"implementation": "xla"} if wide else {})))
-    return jax.vjp(other, *arrays)
+    differentiable = partial(attend_even, **(dict(options) | ({"implementation": "xla"} if wide else {})))
+    return jax.vjp(differentiable, *arrays)
 
 
-def _backward(options: tuple[tuple[str, Any], ...], back: Any, slope: Array) -> Any:
-    return back(slope)
+def _backward(options: tuple[tuple[str, Any], ...], vjp: Any, cotangent: Array) -> Any:
+    return vjp(cotangent)
 
 
 flash.defvjp(_forward, _backward)
 
 
 def attend_even(query: Array, key: Array, value: Array, **options: Any) -> Array:
-    """Attention of odd lengths by a kernel whose gradient is for even ones alone, as cuDNN's in jax: one token more,
+    """Compute attention with odd lengths made even by one token that nothing attends to.
 
-    which no one looks at.
+    This is for kernels that have a gradient for even lengths only, as cuDNN's in JAX.
     """
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
-    of_query, of_key = (jnp.full(x.shape[:1], x.shape[1], jnp.int32) for x in (query, key))
-    options |= {"query_seq_lengths": of_query, "key_value_seq_lengths": of_key}
+    query_lengths, key_lengths = (jnp.full(x.shape[:1], x.shape[1], jnp.int32) for x in (query, key))
+    options |= {"query_seq_lengths": query_lengths, "key_value_seq_lengths": key_lengths}
     return jax.nn.dot_product_attention(q, k, v, **options)[:, : query.shape[1]]

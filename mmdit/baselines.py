@@ -1,15 +1,27 @@
-"""What the paper compares the MMDiT with (Esser et al. 2024, arXiv:2403.03206, section 5.2.3 and figure 4).
+"""The networks that the paper compares the MMDiT with (Esser et al. 2024, arXiv:2403.03206, section 5.2.3, figure 4).
 
-They take what it takes, give what it gives and are built of its parts; only how text and picture meet is another:
+Their inputs, outputs and parts are those of the MMDiT; they differ in how text and image meet:
 
-    DiT       one sequence of text and picture, one set of weights ("MMDiT with one shared set")
-    CrossDiT  the picture's tokens alone, which attend to the text in every block (PixArt-alpha, arXiv:2310.00426)
+    DiT       one sequence of text and image, one set of weights ("MMDiT with one shared set")
+    CrossDiT  image tokens only, which attend to the text in every block (PixArt-alpha, arXiv:2310.00426)
     UViT      convolutions at the latents' resolution around a transformer on patches (Hoogeboom et al. 2023,
               arXiv:2301.11093, "a hybrid between the widely used UNets and transformer variants")
     MMDiT     one sequence, two sets of weights
 
-All of them are told time and pooled text by modulation. The paper says no more of the UViT; here its transformer is the
-DiT's, text included. At one width and depth the MMDiT has about twice the parameters of a DiT.
+Time and pooled text enter all of them by modulation. The paper gives no more details of the UViT; here its transformer
+is that of the DiT, text included. At one width and depth the MMDiT has about twice the parameters of a DiT.
+
+>>> import jax
+>>> from mmdit import CrossDiT, CrossDiTConfig, DiT, DiTConfig, UViT, UViTConfig, example_inputs
+>>> fields = dict(num_layers=1, attention_head_dim=4, num_attention_heads=1, joint_attention_dim=4, sample_size=4)
+>>> fields |= dict(caption_projection_dim=4, pooled_projection_dim=4, pos_embed_max_size=2)
+>>> fields |= dict(in_channels=4, out_channels=4)
+>>> for net in (DiT(DiTConfig(**fields)), CrossDiT(CrossDiTConfig(**fields)), UViT(UViTConfig(**fields))):
+...     inputs = example_inputs(net.config, size=(4, 2))
+...     jax.eval_shape(net.init_with_output, jax.random.key(0), *inputs)[0].shape
+(1, 4, 2, 4)
+(1, 4, 2, 4)
+(1, 4, 2, 4)
 """
 
 from __future__ import annotations
@@ -45,7 +57,7 @@ UVIT_RESBLOCKS = 2  # on each side of the UViT's transformer
 
 
 class CrossAttention(nn.Module):
-    """Attention of x to the context, projected back by zeros at first, as in PixArt-alpha."""
+    """Cross-attention of x to the context; its output projection is zero at first, as in PixArt-alpha."""
 
     heads: int
     qk_norm: bool = False
@@ -66,7 +78,10 @@ class CrossAttention(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """x plus gated attention, with `context` plus attention to it, plus a gated MLP. Shaped as the body of a scan."""
+    """One block of the baselines: x plus gated self-attention, plus cross-attention, plus a gated MLP.
+
+    The cross-attention is there if a context is given. It returns (x, None), as the body of `nn.scan`.
+    """
 
     heads: int
     qk_norm: bool = False
@@ -88,7 +103,7 @@ class DiTBlock(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """The fields of all three, which mean what the MMDiT's mean, and their stack of blocks."""
+    """The base of all three: the fields, with the meaning that they have in the MMDiT, and the stack of blocks."""
 
     config: MMDiTConfig
     dtype: Any = jnp.float32
@@ -114,7 +129,7 @@ class _Transformer(nn.Module):
         return x
 
     def _joined(self, tokens: Array, context: Array, c: Array) -> Float[Array, "b n d"]:
-        """The picture's tokens after blocks in which text and picture are one sequence."""
+        """Return the image's tokens after blocks in which text and image are one sequence."""
         return self._blocks(jnp.concatenate([context, tokens], axis=1), c)[:, context.shape[1] :]
 
     def _out(self, tokens: Array, c: Array, x: Array) -> Float[Array, "b h w o"]:
@@ -123,7 +138,7 @@ class _Transformer(nn.Module):
 
 
 class DiT(_Transformer):
-    """(noisy latent, time, conditioning) -> raw output, as MMDiT: text and picture as one sequence."""
+    """The DiT with text and image tokens as one sequence: (noisy latent, time, conditioning) -> raw output."""
 
     config: DiTConfig
 
@@ -138,7 +153,10 @@ class DiT(_Transformer):
 
 
 class CrossDiT(_Transformer):
-    """(noisy latent, time, conditioning) -> raw output, as MMDiT: cross-attention to the text, which stays as it is."""
+    """The DiT with cross-attention to the text: (noisy latent, time, conditioning) -> raw output.
+
+    The text's tokens are the same in every block.
+    """
 
     config: CrossDiTConfig
 
@@ -153,7 +171,7 @@ class CrossDiT(_Transformer):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions, the second under shift and scale and zero at first, beside a shortcut."""
+    """A residual block of two convolutions; the second, zero at first, follows a norm with shift and scale."""
 
     features: int
     dtype: Any = jnp.float32
@@ -172,22 +190,22 @@ class ResBlock(nn.Module):
 
 
 def conv(features: int, name: str, types: dict[str, Any], *, zero: bool = False) -> nn.Conv:
-    """3x3, begun as `dense`."""
+    """Return a 3x3 convolution that keeps the size, initialised as `dense`."""
     init = nn.initializers.zeros_init() if zero else nn.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3)
     return nn.Conv(features, (3, 3), padding="SAME", kernel_init=init, name=name, **types)
 
 
 def group_norm(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Over the picture and the channels of at most 32 groups, without scale and bias, in float32."""
+    """Return the group norm of x with at most 32 groups, without scale and bias, in float32."""
     grouped = rearrange(x, "b h w (g e) -> b h w g e", g=math.gcd(32, x.shape[-1]))
     return rearrange(standardize(grouped, (1, 2, 4)), "b h w g e -> b h w (g e)")
 
 
 class UViT(_Transformer):
-    """(noisy latent, time, conditioning) -> raw output, as MMDiT: a UNet of two levels, the lower one a transformer.
+    """The UViT, a UNet of two levels with a transformer below: (noisy latent, time, conditioning) -> raw output.
 
-    The upper level has width / patch_size channels and residual blocks of convolutions on either side, each one of the
-    second side joined with what its counterpart gave.
+    The upper level has width / patch_size channels and convolutional residual blocks on both sides of the transformer.
+    Each block of the second side takes the output of its counterpart too, as a skip connection.
     """
 
     config: UViTConfig

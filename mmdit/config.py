@@ -1,4 +1,4 @@
-"""What an MMDiT is built from: the keys of a diffusers SD3Transformer2DModel config.json."""
+"""The architecture of an MMDiT: the keys of a diffusers SD3Transformer2DModel config.json."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from typing import Any, ClassVar
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MMDiTConfig:
-    """Fields carry the names, meanings and defaults of diffusers' config.json; the last two are not keys of it.
+    """The architecture of an MMDiT, with the names, meanings and defaults of diffusers' config.json.
 
-    pos_embed_max_size: patches on a side of the position grid that the weights carry, and so of the largest picture.
-    sample_size: side of the latents trained on, which sets the scale of that grid. time_cond_proj_dim: width of the
-    w-embedding of a student that takes guidance as an input. span_embedding: it takes the length of the step, too.
+    pos_embed_max_size: patches on a side of the position grid in the weights, and so of the largest image.
+    sample_size: side of the latents in training, which sets the scale of that grid. The last two fields are no keys of
+    diffusers: time_cond_proj_dim is the width of the w-embedding (the classifier-free guidance embedding) of a student
+    that takes the guidance scale as an input, and span_embedding adds the length of the step as an input. Raises
+    ValueError that names a value which is not supported.
+
+    >>> from mmdit import SD3_MEDIUM, MMDiTConfig
+    >>> SD3_MEDIUM.width, SD3_MEDIUM.num_layers
+    (1536, 24)
+    >>> MMDiTConfig.from_dict(SD3_MEDIUM.to_dict()) == SD3_MEDIUM
+    True
     """
 
     class_name: ClassVar[str] = "SD3Transformer2DModel"
@@ -36,7 +44,7 @@ class MMDiTConfig:
     span_embedding: bool = False
 
     def __post_init__(self) -> None:
-        if self.out_channels is None:  # diffusers' way to say: as many as come in
+        if self.out_channels is None:  # in diffusers' files None means in_channels
             object.__setattr__(self, "out_channels", self.in_channels)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -56,7 +64,7 @@ class MMDiTConfig:
         if self.caption_projection_dim != self.width:
             raise ValueError(
                 f"MMDiT config: caption_projection_dim={self.caption_projection_dim} must be num_attention_heads * "
-                f"attention_head_dim = {self.width}: picture and text share the width"
+                f"attention_head_dim = {self.width}: image and text tokens have one width"
             )
         if self.sample_size < self.patch_size:
             raise ValueError(f"MMDiT config: sample_size={self.sample_size} is less than patch_size={self.patch_size}")
@@ -71,27 +79,35 @@ class MMDiTConfig:
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """The number of channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     def is_dual(self, layer: int) -> bool:
-        """Whether the pictures' tokens also attend to themselves alone in this block."""
+        """Return whether the image tokens of this block also attend to the image tokens alone."""
         return layer in self.dual_attention_layers
 
     def is_last(self, layer: int) -> bool:
-        """Whether the text's tokens end in this block, as keys and values only."""
+        """Return whether the text tokens are only an input of this block's attention and have no output."""
         return layer == self.num_layers - 1
 
     @property
     def runs(self) -> tuple[tuple[int, int], ...]:
-        """(first block, number of blocks) of every run of blocks that are built alike, in order."""
+        """The pairs (first block, number of blocks) of every run of equal blocks, in order.
+
+        >>> from mmdit import SD35_MEDIUM
+        >>> SD35_MEDIUM.runs
+        ((0, 13), (13, 10), (23, 1))
+        """
         kinds = itertools.groupby(range(self.num_layers), lambda i: (self.is_dual(i), self.is_last(i)))
         blocks = [list(run) for _, run in kinds]
         return tuple((run[0], len(run)) for run in blocks)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "MMDiT config") -> MMDiTConfig:
-        """From a config.json; a key or value that changes the result and is not supported raises ValueError."""
+        """Read the content of a config.json.
+
+        Raises ValueError that names `source` and the key, for an unknown key or a value that is not supported.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
         for key, value in d.items():
             if key not in fields and not key.startswith("_"):
@@ -102,39 +118,41 @@ class MMDiTConfig:
             raise ValueError(str(error).replace("MMDiT config", source, 1)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json; diffusers loads that of an MMDiT."""
+        """Return the content of a config.json; diffusers loads that of an MMDiT."""
         values = dataclasses.asdict(self) | {"dual_attention_layers": list(self.dual_attention_layers)}
-        for own in ("time_cond_proj_dim", "span_embedding"):
-            if not values[own]:
-                del values[own]
+        for key in ("time_cond_proj_dim", "span_embedding"):
+            if not values[key]:
+                del values[key]
         return {"_class_name": self.class_name, **values}
 
 
 class _OneSet(MMDiTConfig):
-    """Of a network whose blocks are all alike, without dual attention."""
+    """The config of a network whose blocks are all equal, without dual attention."""
 
     def _check_values(self) -> None:
         super()._check_values()
         if self.dual_attention_layers:
-            raise ValueError(f"MMDiT config: dual_attention_layers={self.dual_attention_layers} is for the MMDiT alone")
+            raise ValueError(
+                f"MMDiT config: dual_attention_layers={self.dual_attention_layers} is for the MMDiT alone; leave it out"
+            )
 
     def is_last(self, layer: int) -> bool:
         return False
 
 
 class DiTConfig(_OneSet):
-    """Of a DiT: the fields of an MMDiT's."""
+    """The config of a DiT, with the fields of an MMDiTConfig."""
 
     class_name = "DiT"
 
 
 class CrossDiTConfig(_OneSet):
-    """Of a CrossDiT: the fields of an MMDiT's."""
+    """The config of a CrossDiT, with the fields of an MMDiTConfig."""
 
     class_name = "CrossDiT"
 
 
 class UViTConfig(_OneSet):
-    """Of a UViT: the fields of an MMDiT's; num_layers: of its transformer."""
+    """The config of a UViT, with the fields of an MMDiTConfig; num_layers is that of its transformer."""
 
     class_name = "UViT"

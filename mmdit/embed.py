@@ -1,4 +1,4 @@
-"""What enters the blocks: patches with their places, and the vector of time, guidance and pooled text."""
+"""The inputs of the blocks: patches with position embeddings, and the vector of time, guidance and pooled text."""
 
 from __future__ import annotations
 
@@ -13,28 +13,41 @@ from jaxtyping import Array, Float
 
 from mmdit.config import MMDiTConfig
 
-TIME_WIDTH = 256  # of the sinusoid of time, in every MMDiT
+TIME_WIDTH = 256  # channels of the sinusoid of time, in every MMDiT
 
 
 def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n p"]:
-    """Patches in rows, each with its rows, columns and channels as one vector."""
+    """Return the patches of x, row by row, each with its rows, columns and channels as one vector.
+
+    >>> import jax.numpy as jnp
+    >>> from mmdit.embed import patchify, unpatchify
+    >>> x = jnp.arange(48).reshape(1, 4, 6, 2) * 1.0
+    >>> tokens = patchify(x, 2)
+    >>> tokens.shape, bool((unpatchify(tokens, 2, height=4) == x).all())
+    ((1, 6, 8), True)
+    """
     return rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
 
 
 def unpatchify(tokens: Float[Array, "b n p"], patch: int, height: int) -> Float[Array, "b h w c"]:
-    """The inverse of patchify; height: in pixels of the result."""
+    """Return the array whose patches are `tokens`, the inverse of `patchify`; height: of the result, in pixels."""
     return rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=height // patch, p=patch, q=patch)
 
 
 def position_grid(size: int, base: int, width: int) -> Float[Array, "1 n d"]:
-    """Sinusoids of the column, then of the row, of every patch of a square of `size` patches, n = size^2.
+    """Return the position embeddings of a square of `size` x `size` patches: sinusoids of the column, then of the row.
 
-    Position i counts as i base / size, where base is the patches on a side of the picture trained on, so that a grid
-    made larger keeps its range. Each axis has width / 2 channels [sin(p w_j), cos(p w_j)], w_j = 1e4^(-4 j / width).
+    Position i counts as p = i base / size, where base is the number of patches on a side of the images in training, so
+    a larger grid has the same range. Each axis has width / 2 channels [sin(p w_j), cos(p w_j)] with
+    w_j = 1e4^(-4 j / width); n = size^2 and d = width.
+
+    >>> from mmdit.embed import position_grid
+    >>> position_grid(size=3, base=3, width=8).shape
+    (1, 9, 8)
     """
     quarter = width // 4
-    places = np.arange(size, dtype=np.float32) / np.float32(size / base)
-    angles = np.outer(places.astype(np.float64), 1e4 ** (-np.arange(quarter) / quarter))
+    positions = np.arange(size, dtype=np.float32) / np.float32(size / base)
+    angles = np.outer(positions.astype(np.float64), 1e4 ** (-np.arange(quarter) / quarter))
     axis = jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
     shape = (size, size, width // 2)
     columns, rows = jnp.broadcast_to(axis[None], shape), jnp.broadcast_to(axis[:, None], shape)
@@ -44,9 +57,17 @@ def position_grid(size: int, base: int, width: int) -> Float[Array, "1 n d"]:
 def sinusoidal(
     t: Float[Array, " b"], dim: int, *, cosines_first: bool = False, freq_shift: float = 1.0
 ) -> Float[Array, "b dim"]:
-    """[sin(t w_i), cos(t w_i)] with w_i = 1e4^(-i / (dim/2 - freq_shift)), in float32."""
+    """Return [sin(t w_i), cos(t w_i)] with w_i = 1e4^(-i / (dim/2 - freq_shift)), in float32.
+
+    cosines_first: return [cos, sin].
+
+    >>> import jax.numpy as jnp
+    >>> from mmdit.embed import sinusoidal
+    >>> sinusoidal(jnp.zeros(1), 4).tolist()
+    [[0.0, 0.0, 1.0, 1.0]]
+    """
     half = dim // 2
-    # On the host: an accelerator's approximate exp would shift the phase at large t.
+    # The frequencies are computed by NumPy: an accelerator's approximate exp would shift the phase at large t.
     frequencies = 1e4 ** (-np.arange(half) / (half - freq_shift))
     angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
     first, second = (jnp.cos, jnp.sin) if cosines_first else (jnp.sin, jnp.cos)
@@ -54,21 +75,30 @@ def sinusoidal(
 
 
 def guidance_embedding(w: Float[Array, " b"], dim: int) -> Float[Array, "b dim"]:
-    """The guidance scale w = guidance - 1 as a vector: the sinusoid of 1000 w (LCM, arXiv:2310.04378, section 4.3)."""
+    """Return the w-embedding, the classifier-free guidance embedding of LCM (arXiv:2310.04378, section 4.3).
+
+    w = guidance - 1 is the guidance scale of each example; the embedding is the sinusoid of 1000 w.
+
+    >>> import jax.numpy as jnp
+    >>> from mmdit.embed import guidance_embedding
+    >>> guidance_embedding(jnp.array([0.0, 7.5]), 256).shape
+    (2, 256)
+    """
     return sinusoidal(1000.0 * w.astype(jnp.float32), dim)
 
 
 def _project_patches(x: Array, kernel: Array, strides: Any, *_: Any, precision: Any = None, **__: Any) -> Array:
-    """The convolution whose stride is its kernel, as the matrix product that it is."""
+    """Compute a convolution whose stride is its kernel size as one matrix product."""
     patch = strides[0]
     y = jnp.dot(patchify(x, patch), kernel.reshape(-1, kernel.shape[-1]), precision=precision)
     return y.reshape(x.shape[0], x.shape[1] // patch, x.shape[2] // patch, kernel.shape[-1])
 
 
 class PatchEmbed(nn.Module):
-    """Projected patches plus their places: a picture of any size and shape takes the middle of the position grid.
+    """The projected patches plus their position embeddings; any image takes the middle of the position grid.
 
-    The grid lies with the parameters, as files have it (`pos_embed`), but is a constant: it has no gradient.
+    The grid is one of the parameters, because published files have it (`pos_embed`), but it is a constant without
+    gradient.
     """
 
     config: MMDiTConfig
@@ -86,7 +116,7 @@ class PatchEmbed(nn.Module):
             name="proj",
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3),  # of the matrix product
+            kernel_init=nn.initializers.xavier_uniform(in_axis=(0, 1, 2), out_axis=3),  # as for the matrix product
             conv_general_dilated=_project_patches,
         )(x)
         rows, columns = tokens.shape[1:3]
@@ -96,16 +126,16 @@ class PatchEmbed(nn.Module):
 
         grid = jax.lax.stop_gradient(self.param("pos_embed", init)).reshape(size, size, config.width)
         top, left = (size - rows) // 2, (size - columns) // 2
-        places = grid[top : top + rows, left : left + columns]
-        tokens = tokens.astype(jnp.float32) + places.astype(jnp.float32)
+        positions = grid[top : top + rows, left : left + columns]
+        tokens = tokens.astype(jnp.float32) + positions.astype(jnp.float32)
         return tokens.reshape(x.shape[0], rows * columns, config.width).astype(self.dtype)
 
 
 class Embedder(nn.Module):
-    """Two layers, in float32.
+    """The MLP of an embedding: two dense layers with SiLU between them, in float32.
 
-    cond_proj_dim: width of a second input (guidance); spans: there is a third of x's width (how far a step reaches).
-    Their projections, zero at first, are added to x.
+    cond_proj_dim: width of a second input, the w-embedding. spans: whether there is a third input, of x's width, the
+    embedding of the length of the step. Their projections, zero at first, are added to x.
     """
 
     features: int
@@ -123,8 +153,8 @@ class Embedder(nn.Module):
         types = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
         normal, zero = nn.initializers.normal(0.02), nn.initializers.zeros_init()
         width = x.shape[-1]
-        extra = {"cond_proj": (condition, self.cond_proj_dim), "span_proj": (span, width if self.spans else None)}
-        for name, (value, dim) in extra.items():
+        inputs = {"cond_proj": (condition, self.cond_proj_dim), "span_proj": (span, width if self.spans else None)}
+        for name, (value, dim) in inputs.items():
             if value is None and dim is not None and self.is_initializing():
                 value = jnp.zeros((x.shape[0], dim), jnp.float32)
             if value is not None:
@@ -134,7 +164,7 @@ class Embedder(nn.Module):
 
 
 class TimeTextEmbed(nn.Module):
-    """One vector for the modulation of all blocks: time (with guidance) plus pooled text, in float32."""
+    """The vector that modulates all blocks: the embedding of time (with guidance) plus pooled text, in float32."""
 
     features: int
     cond_proj_dim: int | None = None
@@ -150,8 +180,8 @@ class TimeTextEmbed(nn.Module):
         span: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b d"]:
         time = sinusoidal(t, TIME_WIDTH, cosines_first=True, freq_shift=0.0)
-        reach = None if span is None else sinusoidal(span, TIME_WIDTH, cosines_first=True, freq_shift=0.0)
+        step = None if span is None else sinusoidal(span, TIME_WIDTH, cosines_first=True, freq_shift=0.0)
         w = None if guidance is None else guidance_embedding(guidance, self.cond_proj_dim or 0)
         embed = Embedder(self.features, self.cond_proj_dim, self.param_dtype, self.spans, name="timestep_embedder")
         text = Embedder(self.features, param_dtype=self.param_dtype, name="text_embedder")
-        return embed(time, w, reach) + text(pooled.astype(jnp.float32))
+        return embed(time, w, step) + text(pooled.astype(jnp.float32))

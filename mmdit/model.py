@@ -26,14 +26,28 @@ from mmdit.embed import PatchEmbed, TimeTextEmbed, unpatchify
 
 
 class MMDiT(nn.Module):
-    """(noisy latent, time, conditioning) -> raw output (b, h, w, out_channels), in the precision of the latent.
+    """The MMDiT, a transformer with joint attention of image and text tokens (Esser et al. 2024, arXiv:2403.03206).
 
-    scan: stack every run of blocks that are built alike (all but the last; in SD3.5-medium the dual ones, then the
-    others), so that one of each run is compiled; their parameters are stacked too.
-    remat: recompute the inside of a block in the backward pass instead of storing it; or the name of a policy of
+    It maps (noisy latent, time, conditioning) to a raw output (b, h, w, out_channels) in the dtype of the latent: the
+    velocity eps - x0 of the rectified flow in Stable Diffusion 3.
+
+    scan: stack every run of equal blocks (all but the last; in SD3.5-medium the dual ones, then the others), so that
+    one block of each run is compiled; their parameters are stacked too.
+    remat: recompute a block's activations in the backward pass instead of storing them; or the name of a policy of
     jax.checkpoint_policies, which says what is stored all the same.
     dtype: of the computation; norms, softmax and the time embedding stay float32. param_dtype: of new parameters.
-    attention: the kernel; None chooses by platform and precision.
+    attention: the kernel; None chooses by platform and precision (`mmdit.attention.attention`).
+
+    >>> import jax
+    >>> from mmdit import MMDiT, MMDiTConfig, example_inputs
+    >>> config = MMDiTConfig(
+    ...     sample_size=4, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=1,
+    ...     joint_attention_dim=4, caption_projection_dim=4, pooled_projection_dim=4, pos_embed_max_size=4,
+    ... )
+    >>> x, t, cond = example_inputs(config, batch=2, size=(4, 6))
+    >>> velocity, _ = jax.eval_shape(MMDiT(config).init_with_output, jax.random.key(0), x, t, cond)
+    >>> velocity.shape
+    (2, 4, 6, 4)
     """
 
     config: MMDiTConfig
@@ -51,10 +65,13 @@ class MMDiT(nn.Module):
         cond: Mapping[str, Array],
         skip_layers: tuple[int, ...] = (),
     ) -> Float[Array, "b h w o"]:
-        """t: scalar or (b,), 1000 times the time of the rectified flow, 0..1000. cond: "context" (b, l, d) and
-        "pooled" (b, p); where the config has time_cond_proj_dim "guidance" (b,), the w of the w-embedding, and
-        where it has span_embedding "span" (b,), how far the step reaches, in t's unit (none: 0, the velocity at t).
-        skip_layers: blocks to pass by, for skip-layer guidance; static."""
+        """Return the raw output (b, h, w, out_channels) for a noisy latent x, in the dtype of x.
+
+        t: scalar or (b,), 1000 times the time of the rectified flow, 0..1000. cond: "context" (b, l, d) and "pooled"
+        (b, p); "guidance" (b,), the w of the w-embedding, if the config has time_cond_proj_dim; "span" (b,), the length
+        of the step in t's unit, if the config has span_embedding (without it 0, the velocity at t). skip_layers: blocks
+        to leave out, for skip-layer guidance; static. Raises ValueError for inputs that do not fit the config.
+        """
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         check_inputs(config, x, cond)
         if any(i not in range(config.num_layers) for i in skip_layers):
@@ -84,7 +101,7 @@ class MMDiT(nn.Module):
         return carry[0]
 
     def _block(self, i: int) -> dict[str, Any]:
-        """The fields of block i."""
+        """Return the fields of block i."""
         return {
             "heads": self.config.num_attention_heads,
             "dual": self.config.is_dual(i),
@@ -99,7 +116,7 @@ class MMDiT(nn.Module):
 def embed_condition(
     config: MMDiTConfig, batch: int, t: Array, cond: Mapping[str, Array], types: dict[str, Any]
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
-    """The text's tokens and the activated vector that modulates, by layers of the module that calls."""
+    """Return the text's tokens and the activated modulation vector; the layers belong to the calling module."""
     guidance, span = (
         None if cond.get(name) is None else jnp.broadcast_to(jnp.asarray(cond[name]), (batch,))
         for name in ("guidance", "span")
@@ -113,13 +130,19 @@ def embed_condition(
 
 
 def project_out(tokens: Array, c: Array, features: int, types: dict[str, Any]) -> Float[Array, "b n p"]:
-    """The last layer, under scale and shift; zero at first. Its layers are those of the module that calls."""
+    """Return the output of the last layer, a projection of modulated tokens that is zero at first.
+
+    The layers belong to the calling module.
+    """
     scale, shift = Modulation(2, name="norm_out", **types)(c)
     return dense(features, "proj_out", zero=True, **types)(modulate(normalize(tokens), shift, scale))
 
 
 def check_inputs(config: MMDiTConfig, x: Array, cond: Mapping[str, Array]) -> None:
-    """One line for what the layers would refuse in theirs, or take without a word."""
+    """Raise a ValueError of one line for inputs that do not fit the config.
+
+    Without it some of them would fail deep inside a layer, and others would be accepted.
+    """
     b, h, w, channels = x.shape
     patch, grid = config.patch_size, config.pos_embed_max_size
     if channels != config.in_channels:
@@ -129,7 +152,7 @@ def check_inputs(config: MMDiTConfig, x: Array, cond: Mapping[str, Array]) -> No
     if max(h, w) > grid * patch:
         raise ValueError(
             f"the latent is {h} x {w}, larger than the position grid: pos_embed_max_size={grid} patches of {patch} "
-            f"reach {grid * patch}; use a smaller picture"
+            f"reach {grid * patch}; use a smaller image"
         )
     for name, key, middle in (
         ("context", "joint_attention_dim", ("l",)),
@@ -137,8 +160,10 @@ def check_inputs(config: MMDiTConfig, x: Array, cond: Mapping[str, Array]) -> No
     ):
         shape, width = jnp.shape(cond[name]) if cond.get(name) is not None else None, getattr(config, key)
         if shape is None or len(shape) != 2 + len(middle) or (shape[0], shape[-1]) != (b, width):
-            want = ", ".join(map(str, (b, *middle, width)))
-            raise ValueError(f"cond: {name!r} has shape {shape}, expected ({want}) by the batch and the config's {key}")
+            expected = ", ".join(map(str, (b, *middle, width)))
+            raise ValueError(
+                f"cond: {name!r} has shape {shape}, expected ({expected}) by the batch and the config's {key}"
+            )
     if cond.get("guidance") is not None and config.time_cond_proj_dim is None:
         raise ValueError(
             "cond has 'guidance', but the MMDiT config has no time_cond_proj_dim: leave it out, or set "
@@ -151,7 +176,15 @@ def check_inputs(config: MMDiTConfig, x: Array, cond: Mapping[str, Array]) -> No
 def example_inputs(
     config: MMDiTConfig, *, batch: int = 1, size: tuple[int, int] | None = None, tokens: int = 4
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """Zeros of the shapes that `apply` and `init` take: x, t, cond. size: of the latent; None is one patch."""
+    """Return zeros (x, t, cond) of the shapes that `apply` and `init` take.
+
+    size: height and width of the latent; None is one patch. tokens: length of the text.
+
+    >>> from mmdit import SD3_MEDIUM, example_inputs
+    >>> x, t, cond = example_inputs(SD3_MEDIUM)
+    >>> x.shape, t.shape, cond["context"].shape, cond["pooled"].shape
+    ((1, 2, 2, 16), (1,), (1, 4, 4096), (1, 2048))
+    """
     cond = {
         "context": jnp.zeros((batch, tokens, config.joint_attention_dim)),
         "pooled": jnp.zeros((batch, config.pooled_projection_dim)),
@@ -165,6 +198,11 @@ def example_inputs(
 
 
 def abstract_params(net: Any) -> Any:
-    """Shapes and dtypes of the parameters of an MMDiT, or of another network with its config; nothing is computed."""
+    """Return shapes and dtypes of the parameters of an MMDiT or a baseline, without computing anything.
+
+    >>> from mmdit import MMDiT, SD3_MEDIUM, abstract_params
+    >>> abstract_params(MMDiT(SD3_MEDIUM, scan=True))["context_embedder"]["kernel"].shape
+    (4096, 1536)
+    """
     x, t, cond = jax.eval_shape(lambda: example_inputs(net.config))
     return jax.eval_shape(net.init, jax.eval_shape(lambda: jax.random.key(0)), x, t, cond)["params"]

@@ -1,4 +1,4 @@
-"""The published MMDiTs, from their config.json files, and the family of the scaling study."""
+"""The configs of the published MMDiTs, from their config.json files, and the family of the scaling study."""
 
 from __future__ import annotations
 
@@ -22,9 +22,14 @@ SD35_LARGE = MMDiTConfig(  # and large-turbo
 
 
 def family(depth: int) -> MMDiTConfig:
-    """The model of `depth` blocks in the study of arXiv:2403.03206, section 5.3: as many heads, of 64 channels each.
+    """Return the model of `depth` blocks in the scaling study of arXiv:2403.03206, section 5.3.
 
-    For pictures of 256 x 256 pixels, latents of 32 x 32; the grid has room for twice that on each side.
+    It has `depth` heads of 64 channels each. It is for images of 256 x 256 pixels, latents of 32 x 32; the position
+    grid allows twice that on each side.
+
+    >>> from mmdit import family
+    >>> family(15).width
+    960
     """
     return MMDiTConfig(
         sample_size=32,

@@ -48,6 +48,7 @@ def on_four_devices() -> Callable[[str], None]:
 
     def run(script: str) -> None:
         flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+        flags |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         root = Path(__file__).parents[1]
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=root, env=os.environ | flags, capture_output=True, text=True

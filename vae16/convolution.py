@@ -210,8 +210,8 @@ def blocks(
     """
     p, q = shape
     corners = [((a, p - 1 - a), (b, q - 1 - b), (0, 0), (0, 0)) for a in range(p) for b in range(q)]
-    wide = jnp.concatenate([jnp.pad(kernel, corner) for corner in corners], axis=-1)
-    return rearrange(direct(x, wide, shape), "b h w (p q o) -> b (h p) (w q) o", p=p, q=q)
+    block_kernel = jnp.concatenate([jnp.pad(kernel, corner) for corner in corners], axis=-1)
+    return rearrange(direct(x, block_kernel, shape), "b h w (p q o) -> b (h p) (w q) o", p=p, q=q)
 
 
 def winograd(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:

@@ -169,8 +169,8 @@ def _mean(x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
     return jax.lax.platform_dependent(x, cpu=by_products, default=partial(jnp.mean, axis=(1, 2)))
 
 
-def _rounded(how: Normalisation, x: Array, *others: Array) -> Array:
-    return normalise(how, x, *others).astype(x.dtype)
+def _rounded(how: Normalisation, x: Array, *arrays: Array) -> Array:
+    return normalise(how, x, *arrays).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -125,8 +125,8 @@ def picture_loss(
     """Return the loss terms that compare the reconstruction `draw(kernel)` with the images `batch_x`, and metrics.
 
     kernel: that of the decoder's last convolution, where the adaptive weight measures gradients. critic: the
-    discriminator's parameters. The loss is reconstruction + perceptual_weight * perceptual + gan_weight *
-    adaptive_weight * (-mean D(reconstruction)) + the discriminator's hinge loss; the last two start at gan_start.
+    discriminator's parameters. The loss is (reconstruction + perceptual_weight * perceptual) * config.total(values) +
+    gan_weight * adaptive_weight * hinge_generator + hinge_discriminator; the last two terms start at gan_start.
     """
     values = batch_x[0].size
 

@@ -1,7 +1,7 @@
 """LPIPS, the perceptual distance (Zhang et al. 2018, eq. 1), on a VGG16 trunk.
 
 The weights are two published files: torchvision's VGG16 (`features.*`) and the linear heads of the lpips package
-(`lin*.model.1.weight`), or one file of the package's whole state dict; rules.py has the names of both.
+(`lin*.model.1.weight`), or one file of the package's full state dict; rules.py has the names of both.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Hours of streaming in short: several clients of `lcm-jax serve` send frames until 20,000 are answered in all.
+"""A soak test of `lcm-jax serve`: several clients send frames until 20,000 are answered in all.
 
     python experiments/bench/soak.py [--frames 20000] [--clients 3] [--json FILE]
 
-Each client draws a moving disc in a colour of its own, changes its prompt and strength now and then, and keeps two
-frames on their way. The server's resident memory is read every second and at the end. The run fails if a session is
-lost, if an answer does not come, or if memory at the end is more than 5 % above that after a tenth of the way.
+Each client draws a moving disc in a colour of its own, changes its prompt and strength from time to time, and keeps two
+frames in flight. The server's resident memory is read every second and at the end. The run fails if a session is lost,
+if an answer does not come, or if memory at the end is more than 5 % above that after a tenth of the frames.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.serve import protocol
 
 PROMPTS = ("cat face", "red heart", "dog face", "tree")
-ON_THE_WAY, CHANGES = 2, 250  # frames; frames from one change of the controls to the next
+IN_FLIGHT, CHANGES = 2, 250  # frames; frames from one change of the controls to the next
 
 
 def scene(number: int) -> list[bytes]:
-    """A client's frames, PNG."""
+    """Return a client's frames as PNG files."""
     frames = []
     for picture in moving_scene((64, 64), 50):
         out = io.BytesIO()
@@ -44,7 +44,7 @@ def scene(number: int) -> list[bytes]:
 
 
 def client(address: str, number: int, frames: int, bar: tqdm) -> None:
-    """Send frames and take answers; raises if the connection ends or falls silent."""
+    """Send frames and receive answers; raise an error if the connection ends, is silent, or the server reports one."""
     pictures = scene(number)
     with connect(address, compression=None, open_timeout=600, max_size=None) as socket:
         controls = {"prompt": PROMPTS[number % len(PROMPTS)]}
@@ -53,16 +53,15 @@ def client(address: str, number: int, frames: int, bar: tqdm) -> None:
             pass  # waiting in line
         sent = answered = 0
         while answered < frames:
-            while sent < min(answered + ON_THE_WAY, frames):
+            while sent < min(answered + IN_FLIGHT, frames):
                 socket.send(protocol.pack(protocol.FRAME, sent, 0, pictures[sent % len(pictures)]))
                 sent += 1
-            said = socket.recv(120)
-            if isinstance(said, str):
-                own = json.loads(said)
-                if own["type"] == "error":
-                    raise RuntimeError(said)
+            received = socket.recv(120)
+            if isinstance(received, str):
+                if json.loads(received)["type"] == "error":
+                    raise RuntimeError(received)
                 continue
-            before, answered = answered, protocol.unpack(said).sequence + 1
+            before, answered = answered, protocol.unpack(received).sequence + 1
             bar.update(answered - before)
             if before // CHANGES != answered // CHANGES:
                 turn = answered // CHANGES
@@ -72,13 +71,14 @@ def client(address: str, number: int, frames: int, bar: tqdm) -> None:
 
 
 def resident(pid: int) -> float:
-    """MiB of a process."""
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    assert found is not None
-    return int(found.group(1)) / 1024
+    """Return the resident memory of a process in MiB."""
+    match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match.group(1)) / 1024
 
 
 def main() -> None:
+    """Run the clients, print and write the result, and exit with code 1 if the run fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=20_000, help="of all clients together")
     parser.add_argument("--clients", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Published tables, measured on this machine: each is one command.
+"""Published tables, measured on this machine; each table is one command.
 
     python experiments/bench/tables.py lcm-lora    batches x steps with LCM-LoRA, and 25 steps without it
     python experiments/bench/tables.py stream      StreamDiffusion's tables 1 to 3 (2312.12491)
@@ -7,10 +7,10 @@
     [--model openmoji | random-sd15 | random-sdxl | random-sd-turbo] [--dtype bfloat16] [--batch 1 4 16] [--side 512]
     [--repeats 5] [--json experiments/results/bench/FILE.json]
 
-openmoji runs anywhere; random-sdxl and the like are the published geometries, for an accelerator. Published figures:
-huggingface.co/blog/lcm_lora (SDXL at 1024, 4 steps: 0.7 s on an RTX 4090, 1.2 s on an A100, where 25 steps take 3.4 and
-3.8), and StreamDiffusion's on an RTX 4090 (table 1: 10.7, 16.7, 26.9 and 62.0 ms at 1, 2, 4 and 10 steps; table 2, 5
-steps: full guidance 64.6 ms, self-negative 31.5, onetime-negative 36.0).
+openmoji runs on any machine; random-sdxl and the others are the published geometries and need an accelerator.
+Published: huggingface.co/blog/lcm_lora (SDXL at 1024, 4 steps: 0.7 s on an RTX 4090, 1.2 s on an A100, where 25 steps
+take 3.4 and 3.8), and StreamDiffusion's on an RTX 4090 (table 1: 10.7, 16.7, 26.9 and 62.0 ms at 1, 2, 4 and 10 steps;
+table 2, 5 steps: full guidance 64.6 ms, self-negative 31.5, onetime-negative 36.0).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEPS, FRAMES = (1, 2, 4, 8), 10
 
 
 def lcm_lora(options: Options) -> Iterator[Titled]:
-    """Seconds of a batch by steps, and of 25 steps of Euler with guidance, which the adapter makes needless."""
+    """Yield the rows of a batch in 1, 2, 4 and 8 steps with LCM-LoRA, and in 25 guided steps of Euler without it."""
     if options.model == "openmoji":
         teacher = load("openmoji-teacher", dtype=options.dtype)
         fast = load("openmoji-teacher", dtype=options.dtype, lora="openmoji-lcm-lora")
@@ -55,23 +55,23 @@ def lcm_lora(options: Options) -> Iterator[Titled]:
 
 
 def stream(options: Options) -> Iterator[Titled]:
-    """With --against diffusers table 1, its image-to-image; then table 2, guidance, and table 3, what each part brings.
+    """Yield the rows of StreamDiffusion's tables: 1 with --against diffusers, 2 (guidance) and 3 (each part's gain).
 
-    With a tiny autoencoder, as in the paper; its weights are random where the model has none.
+    The autoencoder is a tiny one, as in the paper; its weights are random.
     """
-    whole = open_model(options)
-    size = whole.check_size(None if options.side is None else (options.side, options.side))
+    full_pipe = open_model(options)
+    size = full_pipe.check_size(None if options.side is None else (options.side, options.side))
     frames = 2 if options.model.startswith(PREFIX) else FRAMES
     if options.peer:
-        theirs = peers.pipeline(whole, options.dtype, options.peer, auto="image-to-image")
-        yield peer_rows(whole, theirs, size, frames=frames)
-    tiny, scene = with_tiny_vae(whole), moving_scene(size, frames)
+        theirs = peers.pipeline(full_pipe, options.dtype, options.peer, auto="image-to-image")
+        yield peer_rows(full_pipe, theirs, size, frames=frames)
+    tiny, scene = with_tiny_vae(full_pipe), moving_scene(size, frames)
 
     def row(name: str, pipe: Pipeline, against: str | None = None, **controls: Any) -> Row:
-        own = Stream(pipe, PROMPT, size=size, **({"strength": 0.8} | controls))
+        redraw = Stream(pipe, PROMPT, size=size, **({"strength": 0.8} | controls))
 
         def run() -> Any:
-            return [own(picture) for picture in scene]
+            return [redraw(picture) for picture in scene]
 
         return Row(name=name, run=run, frames=frames, against=against)
 
@@ -81,23 +81,24 @@ def stream(options: Options) -> Iterator[Titled]:
         for mode in ("self", "onetime"):
             rows.append(row(f"{mode}, {n} steps", tiny, full, guidance=mode, scale=1.4, steps=n))
         yield f"Table 2: guidance, {n} steps", rows
-    all_of_it = "stream batch, tiny autoencoder"
+    complete = "stream batch, tiny autoencoder"
     yield (
         "Table 3: 4 steps",
         [
-            row(all_of_it, tiny, steps=4),
-            row("one step after another", tiny, all_of_it, steps=4, batch=False),
-            row("KL autoencoder", whole, all_of_it, steps=4),
+            row(complete, tiny, steps=4),
+            row("one step after another", tiny, complete, steps=4, batch=False),
+            row("KL autoencoder", full_pipe, complete, steps=4),
         ],
     )
 
 
 def training(options: Options) -> Iterator[Titled]:
-    """A step with all weights, and of an adapter of rank 64."""
+    """Yield the rows of a training step of all weights, and of a LoRA of rank 64."""
     return training_steps(replace(options, batches=options.batches or (1, 4, 16)))
 
 
 def main() -> None:
+    """Measure the table that the command line names; bad input is one line on standard error and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tables = {"lcm-lora": lcm_lora, "stream": stream, "training": training}
     parser.add_argument("table", choices=tables)
@@ -109,13 +110,18 @@ def main() -> None:
     parser.add_argument("--side", type=int)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    own = parser.parse_args()
+    arguments = parser.parse_args()
     use_compilation_cache()
     options = Options(
-        model=own.model, dtype=own.dtype, scale=own.scale, peer=own.against, batches=tuple(own.batch), side=own.side
+        model=arguments.model,
+        dtype=arguments.dtype,
+        scale=arguments.scale,
+        peer=arguments.against,
+        batches=tuple(arguments.batch),
+        side=arguments.side,
     )
     try:
-        report(tables[own.table](options), options, repeats=own.repeats, out=own.json)
+        report(tables[arguments.table](options), options, repeats=arguments.repeats, out=arguments.json)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.exit(2, f"tables.py: {error}\n")
 

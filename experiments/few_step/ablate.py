@@ -1,11 +1,11 @@
-"""Every few-step method from one teacher at equal compute: pictures in 1, 2, 4 and 8 steps.
+"""A study of every few-step method from one teacher at equal compute: pictures in 1, 2, 4 and 8 steps.
 
 python experiments/few_step/ablate.py --scale tiny --seeds 0 1 2
 
-A method trains for as many steps as the budget of floating-point operations allows, which it is charged for from its
-lowered training step: a method that asks more of its teacher gets fewer steps. What the tables call the guidance scale
-is 4: told to students with a w-embedding, fixed in the training of those without. Those that learn from pictures alone
-are not guided.
+A method trains for as many steps as the budget of floating-point operations allows. The operations of a step are
+counted in its lowered training step, so a method that evaluates its teacher more often gets fewer steps. The guidance
+scale is 4: it is an input of students with a w-embedding, and fixed in the training of those without. Methods that
+learn from pictures alone are not guided.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BUDGETS = {"tiny": 1e13, "gpu": 1.3e15, "paper": 7e17}  # 150 steps of LCM's at 
 
 # The bundled teacher draws as well in eight steps as in fifty: see configs/openmoji.py.
 PAIRS: dict[str, Any] = {"skip": 125.0, "loss": "huber", "huber_c": 0.05}
-# method -> what of its published defaults goes by the length of a run, or by the teacher; the others keep theirs
+# method -> options that depend on the length of a run or on the teacher; all others keep their published defaults
 OPTIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "lcm": lambda steps: PAIRS,
     "lcf": lambda steps: PAIRS,
@@ -53,7 +53,7 @@ OPTIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
 
 
 def variant(name: str, scale: str) -> TrainConfig:
-    """The bundled student's config, or its LoRA's, with another method."""
+    """Return the bundled student's config, or its LoRA's, with another method."""
     config = configs.get("openmoji_lcm_lora" if name == "lcm-lora" else "openmoji_lcm")
     if name != "lcm-lora":
         config = configs.with_method(config, name, "openmoji_lcm")
@@ -64,34 +64,34 @@ def variant(name: str, scale: str) -> TrainConfig:
     if scale == "paper":  # LCM's section 5.2 on its smaller teacher; give --task.data.name
         data = DataConfig(name="folder:laion-aesthetics", size=512)
         prompts = DataConfig(name="folder:coco", split="validation", size=512)
-        around = {"vae": PUBLISHED, "text": PUBLISHED, "teacher": PUBLISHED, "data": data, "prompts": prompts}
-        config = replace(config, task=replace(config.task, **around, remat=True, dtype="bfloat16"))
+        models = {"vae": PUBLISHED, "text": PUBLISHED, "teacher": PUBLISHED, "data": data, "prompts": prompts}
+        config = replace(config, task=replace(config.task, **models, remat=True, dtype="bfloat16"))
         loop = replace(loop, batch_size=72, ema=0.95, save_every=500)
         optimizer = replace(optimizer, learning_rate=8e-6, decay="constant", warmup=100)
     return replace(config, loop=loop, optimizer=optimizer)
 
 
 def prepare(name: str, scale: str, config: TrainConfig) -> TrainConfig:
-    """As many steps as the budget allows, unless --steps was given, and what goes by them."""
+    """Return the config with the steps that the budget allows, unless --steps is given, and the options set by them."""
     steps = config.loop.steps
     if steps == variant(name, scale).loop.steps:
         steps = max(round(BUDGETS[scale] / step_cost(config, compile=False).flops), 4)
     loop = replace(config.loop, steps=steps)
-    if name == "progressive":  # four stages, at the end of each the student is copied
+    if name == "progressive":  # four stages; the student is copied at the end of each
         loop = replace(loop, steps=steps - steps % 4, ema_every=max(steps // 4, 1))
     options = OPTIONS[name](loop.steps) if name in OPTIONS else {}
     return replace(config, task=replace(config.task, objective=replace(config.task.objective, **options)), loop=loop)
 
 
 def drawn_by(config: TrainConfig, workdir: Path) -> tuple[lcm_jax.Pipeline, float]:
-    """What was trained, and the guidance scale to draw with."""
+    """Return the trained pipeline and the guidance scale to draw with."""
     export = workdir / "export"
     pipe = lcm_jax.load(config.task.teacher, lora=export) if config.task.lora else lcm_jax.load(export)
     return pipe, GUIDANCE if pipe.model.embeds_guidance else 1.0
 
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
-    """Frechet distance and CLIP score in each number of steps; pictures beside the scores."""
+    """Return Frechet distance and CLIP score in each number of steps, and write pictures.npz into the cell's folder."""
     cost = step_cost(config)
     pipe, guidance = drawn_by(config, workdir)
     options: dict[str, Any] = {"sampler": config.task.objective.sampler, "guidance": guidance}
@@ -105,12 +105,11 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
 
 
 def plot(study: Study, cells: Cells) -> None:
-    """Frechet distance and CLIP score against the number of steps."""
+    """Plot Frechet distance and CLIP score against the number of steps."""
     _, panels = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
     for axes, key, label in zip(panels, ("frechet", "clip_score"), ("Frechet distance", "CLIP score"), strict=True):
         for i, name in enumerate(cells):
-            found = [statistics({name: cells[name]}, f"{key}/{n}")[name] for n in STEPS]
-            means, errors = np.array(found).T
+            means, errors = np.array([statistics({name: cells[name]}, f"{key}/{n}")[name] for n in STEPS]).T
             style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
             axes.errorbar(STEPS, means, yerr=np.nan_to_num(errors), marker="o", markersize=3, label=name, **style)
         axes.set(xscale="log", xlabel="sampling steps", ylabel=label)
@@ -124,7 +123,7 @@ def plot(study: Study, cells: Cells) -> None:
 
 
 def grid(study: Study, out: Path, *, steps: int = 4) -> None:
-    """OUT/grid.png: a column of pictures for each method, of the first seed that is done."""
+    """Write OUT/grid.png: a column of pictures for each method, from the first seed that is done."""
     columns = {}
     for name in study.variants:
         for path in sorted((out / name).glob("seed-*/pictures.npz"))[:1]:

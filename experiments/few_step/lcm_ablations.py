@@ -1,10 +1,11 @@
-"""The ablations of the LCM paper (arXiv:2310.04378, section 5.3) on the bundled teacher: figures 3 and 4, and more.
+"""A study that repeats the ablations of the LCM paper (arXiv:2310.04378, section 5.3) on the bundled teacher.
 
 python experiments/few_step/lcm_ablations.py --scale tiny --seeds 0 1 2
 
-Each variant changes one thing of "ddim k=125", the bundled student's recipe; all train for as many steps. The paper's
-claims: k = 1 learns very slowly and k = 5, 10, 20 fast; with k = 50 DDIM's error shows and that of DPM and DPM++ does
-not; a larger w is nearer to the caption and further from the pictures; one step lags behind 2, 4 and 8.
+They are those of figures 3 and 4, and more. Each variant changes one thing of "ddim k=125", the bundled student's
+recipe; all train for the same number of steps. The paper's claims: k = 1 learns very slowly and k = 5, 10, 20 fast;
+with k = 50 the error of DDIM is visible, those of DPM and DPM++ are not; a larger w is nearer to the caption and
+further from the pictures; one step is worse than 2, 4 and 8.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SKIPPING: dict[str, dict[str, Any]] = {
     f"{solver} k={skip}": {"solver": solver, "skip": float(skip)}
     for solver in SOLVERS
     for skip in SKIPS
-    if solver == "ddim" or skip <= 50  # the paper's, and the bundled student's own
+    if solver == "ddim" or skip <= 50  # the paper's skips, and the bundled student's
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "w in [0, 2]": {"w_max": 2.0},
@@ -42,11 +43,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "loss l2": {"loss": "l2"},
     "loss huber, c = 0.001": {"huber_c": 1e-3},
 }
-AVERAGES = {"ema 0": 0.0, "ema 0.5": 0.5}  # a run of 30 steps never comes to more than 0.78 (`ema_decay`)
+AVERAGES = {"ema 0": 0.0, "ema 0.5": 0.5}  # in 30 steps the rate never rises above 0.78 (`ema_decay`)
 
 
 def cell(name: str, scale: str) -> TrainConfig:
-    """The bundled student's config with one change."""
+    """Return the bundled student's config with one change."""
     config = variant("lcf" if name == "LCF" else "lcm", scale)
     options = {**PAIRS, **SKIPPING.get(name, {}), **OTHERS.get(name, {})}
     loop = replace(config.loop, steps=TRAINING[scale], ema=AVERAGES.get(name, config.loop.ema))
@@ -54,28 +55,34 @@ def cell(name: str, scale: str) -> TrainConfig:
 
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
-    """In four steps with each guidance scale that the student can be told, and in 1, 2 and 8 with the demo's."""
+    """Return Frechet distance and CLIP score in four steps.
+
+    The base variant is also drawn in 1, 2 and 8 steps, and in four steps with each guidance scale of `GUIDANCES`.
+    """
     pipe, guidance = drawn_by(config, workdir)
     images, captions = captioned(config.task.prompts.open())
     clip, seed = ClipMetric.load("openmoji"), config.loop.seed
-    asked = [(4, g) for g in GUIDANCES] if pipe.model.embeds_guidance else []
-    asked = [*dict.fromkeys([*asked, *((n, guidance) for n in (1, 2, 4, 8))])] if name == BASE else [(4, guidance)]
-    found = {}
-    for steps, scale in asked:
+    settings = [(4, g) for g in GUIDANCES] if pipe.model.embeds_guidance else []
+    if name == BASE:
+        settings = [*dict.fromkeys([*settings, *((n, guidance) for n in (1, 2, 4, 8))])]
+    else:
+        settings = [(4, guidance)]
+    scores = {}
+    for steps, scale in settings:
         (row,) = evaluate(pipe, clip, images, captions, steps=[steps], sampler="lcm", guidance=scale, seed=seed)
         names = [f"{steps}/{scale:g}"] + (["4"] if (steps, scale) == (4, guidance) else [])
-        found |= {f"{key}/{at}": row[key] for key in ("frechet", "clip_score") for at in names}
-    return found
+        scores |= {f"{key}/{setting}": row[key] for key in ("frechet", "clip_score") for setting in names}
+    return scores
 
 
 def plot(study: Study, cells: Cells) -> None:
-    """The skipping step for each solver; the guidance scale; everything else against the base."""
+    """Plot the skipping step for each solver, the guidance scale, and all other variants beside the base."""
     _, (left, middle, right) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     for solver in SOLVERS:
-        found = {k: cells[f"{solver} k={k}"] for k in SKIPS if f"{solver} k={k}" in cells}
-        if found:
-            means, errors = np.array(list(statistics(found, "frechet/4").values())).T
-            left.errorbar(list(found), means, yerr=np.nan_to_num(errors), marker="o", label=solver)
+        done = {k: cells[f"{solver} k={k}"] for k in SKIPS if f"{solver} k={k}" in cells}
+        if done:
+            means, errors = np.array(list(statistics(done, "frechet/4").values())).T
+            left.errorbar(list(done), means, yerr=np.nan_to_num(errors), marker="o", label=solver)
     left.set(xscale="log", xlabel="skipping step k", ylabel="Frechet distance, 4 steps")
     left.set_xticks(SKIPS, [str(k) for k in SKIPS])
     left.tick_params(which="minor", bottom=False, labelbottom=False)

@@ -1,9 +1,10 @@
 """LCM-LoRA on a model it was not distilled from: `python experiments/few_step/universality.py [--runs runs]`.
 
-The paper's claim (Luo et al. 2023, 2311.05556, section 3.2): the adapter distilled from a teacher accelerates what was
-finetuned from that teacher, without training. Here the teacher of "openmoji" is finetuned to draw outlines (the config
-openmoji_outline), and wears "openmoji-lcm-lora", which has seen coloured drawings only. A style that is itself a LoRA
-is added at 0.8 to the adapter's 1.0, as there. What is in RUNS already is not trained or drawn again.
+The paper's claim (Luo et al. 2023, arXiv:2311.05556, section 3.2): the adapter distilled from a teacher accelerates
+models that were finetuned from that teacher, without training. Here the teacher of "openmoji" is finetuned to draw
+outlines (the config openmoji_outline) and used with "openmoji-lcm-lora", which was trained on coloured drawings only. A
+style that is itself a LoRA is added with weight 0.8 to the adapter's 1.0, as in the paper. Results that are already in
+RUNS are not trained or drawn again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = ("red heart", "cat face", "woman astronaut", "rocket", "victory hand", "grinning face")
 TEACHER: Mapping[str, Any] = {"steps": 50, "sampler": "ddim", "guidance": 4.0}
 FAST: Mapping[str, Any] = {"steps": 4, "sampler": "lcm", "guidance": 1.0}
-WAYS: Mapping[str, tuple[bool, Mapping[str, Any]]] = {  # title -> whether LCM-LoRA is worn, how it is drawn
+WAYS: Mapping[str, tuple[bool, Mapping[str, Any]]] = {  # title -> whether with LCM-LoRA, options of the call
     "finetuned, DDIM 50": (False, TEACHER),
     "finetuned + LCM-LoRA, 4": (True, FAST),
     "finetuned, DDIM 4": (False, {**TEACHER, "steps": 4}),
@@ -39,16 +40,16 @@ WAYS: Mapping[str, tuple[bool, Mapping[str, Any]]] = {  # title -> whether LCM-L
 
 
 def load(export: Path, *, fast: bool) -> Pipeline:
-    """The finetuned model, whole or as a LoRA, with or without LCM-LoRA."""
-    whole = (export / "model_index.json").is_file()
-    style = [] if whole else [(export, 0.8 if fast else 1.0)]
+    """Return the finetuned model, which is a full model or a LoRA, with or without LCM-LoRA."""
+    is_model = (export / "model_index.json").is_file()
+    style = [] if is_model else [(export, 0.8 if fast else 1.0)]
     return lcm_jax.load(
-        export if whole else "openmoji-teacher", lora=[*style, *([("openmoji-lcm-lora", 1.0)] if fast else [])]
+        export if is_model else "openmoji-teacher", lora=[*style, *([("openmoji-lcm-lora", 1.0)] if fast else [])]
     )
 
 
 def score(export: Path, folder: Path, seed: int) -> dict[str, dict[str, float]]:
-    """The scores of every way to draw, on the captions and outlines of the validation split."""
+    """Return the scores of every way to draw, on the captions and outlines of the validation split."""
     images, captions = captioned(load_source("openmoji-outline", "validation", 64))
     rows: dict[str, dict[str, float]] = {}
     for i, (title, (fast, options)) in enumerate(WAYS.items()):
@@ -61,6 +62,7 @@ def score(export: Path, folder: Path, seed: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    """Train the finetuned model if it is missing, score every way to draw, and write the results and a picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--config", default="openmoji_outline")
@@ -71,22 +73,22 @@ def main() -> None:
         configs.get(arguments.config).run(run)
     scores = {seed: score(run / "export", run / "universality", seed) for seed in arguments.seeds}
     mean = {t: float(np.mean([rows[t]["frechet"] for rows in scores.values()])) for t in WAYS}
-    whole, fast, _, plain = mean.values()
+    fifty, fast, _, unguided = mean.values()
 
     results = ROOT / "experiments" / "results"
     device = jax.devices()[0].device_kind
-    said = {
+    about = {
         "date": str(date.today()),
         "device": device,
         "jax": jax.__version__,
         "config": read_json(run / "config.json"),
     }
-    write_json(results / "universality.json", {**said, "seeds": scores, "frechet": mean, "ratio": fast / whole})
+    write_json(results / "universality.json", {**about, "seeds": scores, "frechet": mean, "ratio": fast / fifty})
     lines = [
-        f"# LCM-LoRA on a finetuned teacher, {said['date']}, {device}, jax {jax.__version__}",
+        f"# LCM-LoRA on a finetuned teacher, {about['date']}, {device}, jax {jax.__version__}",
         "",
         f"Frechet distance (and CLIP score) to the outlines of {arguments.config}'s validation split by seed. The four",
-        f"steps' mean over the fifty steps': {fast / whole:.2f}; over those without guidance: {fast / plain:.2f}.",
+        f"steps' mean over the fifty steps': {fast / fifty:.2f}; over those without guidance: {fast / unguided:.2f}.",
         "",
         "| | " + " | ".join(f"seed {seed}" for seed in scores) + " | mean |",
         "|---" * (len(scores) + 2) + "|",

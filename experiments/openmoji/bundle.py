@@ -1,13 +1,14 @@
-"""Puts trained parts into the bundled models: `python experiments/openmoji/bundle.py RUNS`.
+"""Write trained parts into the bundled models: `python experiments/openmoji/bundle.py RUNS`.
 
-RUNS holds work folders named after their configs (openmoji_lcm_fine is the student's second stage); of each that has an
-export, the parts named here are written in half precision to lcm_jax/bundled/openmoji or openmoji_sd3, and the rest is
-left as it is. The student makes it a diffusers folder; the teacher's network and scheduler, the LoRA, the image tower
-and the reference features lie beside. "openmoji-sd3" reads what the two have in common from "openmoji".
+RUNS holds work folders named after their configs (openmoji_lcm_fine is the student's second stage). For each folder
+with an export, the parts named below are written in half precision to lcm_jax/bundled/openmoji or openmoji_sd3; all
+other parts stay as they are. With the student's parts the folder is a diffusers folder; it also has the teacher's
+network and scheduler, the LoRA, the image tower and the reference features. "openmoji-sd3" reads the parts that both
+models share from "openmoji".
 
-The autoencoder's shift is folded into its weights: UNet and MMDiT share it, and diffusers reads a shift of MMDiTs only.
-The student's weights are averaged with the teacher's, from which it started: between the two ends of a finetuning lie
-weights that are better than either (Wortsman et al. 2022, arXiv:2109.01903).
+The autoencoder's shift is folded into its weights: UNet and MMDiT share the autoencoder, and diffusers reads a shift
+only for MMDiTs. The student's weights are averaged with the teacher's, from which it started: between the two ends of a
+finetuning there are weights that are better than either (Wortsman et al. 2022, arXiv:2109.01903).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lcm_jax.typing import Params
 from lcm_jax.weights.diffusers_folder import Component, load_component, save_component, without_shift
 
 BUNDLED = Path(lcm_jax.__file__).parent / "bundled"
-# bundle -> config -> networks of its export -> where they go
+# bundle -> config -> network in its export -> name in the bundle
 NETWORKS = {
     "openmoji": {
         "openmoji_vae": {"vae": "vae"},
@@ -44,7 +45,7 @@ NETWORKS = {
         "openmoji_sd3_lcm": {"transformer": "transformer"},
     },
 }
-# likewise plain files
+# the same for other files and folders
 _TEACHER = {"scheduler": "scheduler_teacher", "model_index.json": "model_index_teacher.json"}
 _STUDENT = {"scheduler": "scheduler", "model_index.json": "model_index.json"}
 COPIES = {
@@ -64,7 +65,7 @@ TEACHER_SHARE = {"openmoji": 0.2, "openmoji_sd3": 0.2}
 
 
 def main(runs: Path) -> None:
-    """Write every part that has been trained."""
+    """Write every part that has been trained, of all bundles."""
     for bundle in NETWORKS:
         write_bundle(runs, bundle)
 
@@ -75,23 +76,23 @@ def write_bundle(runs: Path, bundle: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for config, parts in NETWORKS[bundle].items():
         export = runs / config / "export"
-        for source, place in parts.items() if export.is_dir() else ():
+        for source, name in parts.items() if export.is_dir() else ():
             network = load_component(export, source)
             if source == "vae":
                 network = without_shift(network)
-            if (target / f"{place}_teacher").is_dir():
-                teacher = load_component(target, f"{place}_teacher").params
+            if (target / f"{name}_teacher").is_dir():
+                teacher = load_component(target, f"{name}_teacher").params
                 network = Component(network.module, averaged(network.params, teacher, TEACHER_SHARE[bundle]))
-            shutil.rmtree(target / place, ignore_errors=True)
-            save_component(target, place, network, dtype=jnp.float16)
+            shutil.rmtree(target / name, ignore_errors=True)
+            save_component(target, name, network, dtype=jnp.float16)
     for config, parts in COPIES[bundle].items():
-        for source, place in parts.items():
+        for source, name in parts.items():
             path = runs / config / "export" / source
             if path.is_dir():
-                shutil.rmtree(target / place, ignore_errors=True)
-                shutil.copytree(path, target / place)
+                shutil.rmtree(target / name, ignore_errors=True)
+                shutil.copytree(path, target / name)
             elif path.is_file():
-                shutil.copyfile(path, target / place)
+                shutil.copyfile(path, target / name)
     if (runs / LORAS[bundle] / "export").is_dir():
         adapters = lcm_jax.load_lora(runs / LORAS[bundle] / "export")
         lcm_jax.save_lora(target / "lora" / "pytorch_lora_weights.safetensors", adapters, dtype=jnp.float16)
@@ -102,14 +103,14 @@ def write_bundle(runs: Path, bundle: str) -> None:
 
 
 def averaged(student: Params, teacher: Params, share: float) -> Params:
-    """(1 - share) student + share teacher, whose w-embedding is zero."""
-    theirs = flatten_dict(teacher)
+    """Return (1 - share) student + share teacher; the teacher's w-embedding, which it lacks, counts as zero."""
+    teacher_leaves = flatten_dict(teacher)
     mixed = {path: (1 - share) * leaf for path, leaf in flatten_dict(student).items()}
-    return unflatten_dict({path: leaf + share * theirs.get(path, 0.0) for path, leaf in mixed.items()})
+    return unflatten_dict({path: leaf + share * teacher_leaves.get(path, 0.0) for path, leaf in mixed.items()})
 
 
 def write_reference(target: Path) -> None:
-    """Captions of the validation pictures and the features of the pictures, so that the demo needs no data set."""
+    """Write the captions and the features of the validation pictures, so that the demo needs no data set."""
     source = load_source("openmoji", "validation", 64)
     records = [source[i] for i in range(len(source))]
     features = ClipMetric.load(target).features(np.stack([r["image"] for r in records]))

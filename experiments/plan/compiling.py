@@ -1,8 +1,9 @@
-"""How long the step of an MMDiT of depth 24 takes to compile, its blocks scanned or unrolled.
+"""The time to compile the step of an MMDiT of depth 24, with its blocks scanned or unrolled.
 
-`python experiments/plan/compiling.py` writes results/plan_compiling.{json,md}: seconds of a core to trace and lower,
-and to compile, each in a process of its own and without a compilation cache: for one CPU device whole, for a TPU slice
-as far as a plan goes, to the scheduled program. Of a core, since other processes may run beside.
+`python experiments/plan/compiling.py` writes results/plan_compiling.{json,md}: seconds of a core to trace and lower the
+step, and to compile it. Each runs in its own process without a compilation cache. For one CPU device the compiler runs
+to its end, for a TPU slice to the scheduled program, as for a plan. Seconds of a core are counted because other
+processes may run at the same time.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 def measure(config_name: str, topology_name: str, mesh: str, scan: bool) -> dict[str, float]:
+    """Return the seconds to lower and to compile the step, of a core and in all, and the peak memory in GiB.
+
+    scan: whether the blocks are scanned. For a TPU the environment variable DUMP names the folder of the compiler's
+    dump.
+    """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
     config = configs.get(config_name)
-    rows = config.loop.batch_size if topology_name != "cpu:1" else 8
-    task, loop = replace(config.task, scan=scan), replace(config.loop, mesh=mesh, batch_size=rows)
+    batch_size = config.loop.batch_size if topology_name != "cpu:1" else 8
+    task, loop = replace(config.task, scan=scan), replace(config.loop, mesh=mesh, batch_size=batch_size)
     topology = open_topology(topology_name)
-    devices = make_mesh(mesh, batch_size=rows, devices=topology.devices)
+    devices = make_mesh(mesh, batch_size=batch_size, devices=topology.devices)
     traced = Traced(config=replace(config, task=task, loop=loop), mesh=devices, platform=topology.platform)
     folder = Path(os.environ["DUMP"]) if topology.platform == "tpu" else None
     start, wall = time.process_time(), time.perf_counter()
@@ -52,6 +58,7 @@ def measure(config_name: str, topology_name: str, mesh: str, scan: bool) -> dict
 
 
 def main() -> None:
+    """Measure what is not in the results yet, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="mmdit_d24")
     parser.add_argument("--topology", nargs="+", default=["cpu:1", "v5e:8x8"])
@@ -61,25 +68,24 @@ def main() -> None:
         topology, mesh, scan = arguments.one
         print(json.dumps(measure(arguments.config, topology, mesh, scan == "scan")), flush=True)
         os._exit(0)  # the compiler may still run
-    kept = RESULTS / "plan_compiling.json"
-    found = read_json(kept) if kept.is_file() else {}
+    file = RESULTS / "plan_compiling.json"
+    results = read_json(file) if file.is_file() else {}
     for topology in arguments.topology:
         mesh = "data=1" if topology == "cpu:1" else "fsdp=64"
         for scan in ("scan", "unrolled"):
-            if scan not in found.setdefault(topology, {}):
+            if scan not in results.setdefault(topology, {}):
                 command = [sys.executable, __file__, "--config", arguments.config, "--one", topology, mesh, scan]
                 with tempfile.TemporaryDirectory() as folder:
                     environment = os.environ | {"DUMP": folder, "XLA_FLAGS": DUMP.format(folder=folder)}
                     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-                said = done.stdout
-                found[topology][scan] = json.loads(said.splitlines()[-1])
-                write_json(kept, found)
+                results[topology][scan] = json.loads(done.stdout.splitlines()[-1])
+                write_json(file, results)
     lines = ["| step of | for | blocks | lowering, s | compiling, s | peak memory, GiB |", "|---|---|---|---|---|---|"]
-    for topology, runs in found.items():
+    for topology, runs in results.items():
         for scan, run in runs.items():
             numbers = f"{run['lowering']:.1f} | {run['compiling']:.1f} | {run['peak_gib']:.1f}"
             lines.append(f"| {arguments.config} | {topology} | {scan} | {numbers} |")
-    for topology, runs in found.items():
+    for topology, runs in results.items():
         if len(runs) == 2:
             ratio = runs["unrolled"]["compiling"] / runs["scan"]["compiling"]
             lines.append(f"\n{topology}: scanned blocks compile {ratio:.1f} times faster.")

@@ -1,8 +1,9 @@
 """Pictures on a mesh of TPUs: a guided step compiled for a slice, without a TPU.
 
-`python experiments/plan/drawing.py` writes results/plan_drawing.{json,md}: what a chip holds and moves that has one
-picture, as `Pipeline.spread` and the previews of a training have it, and if attention were not told how the rows lie
-(`lcm_jax.parallel.sharding.constrain_batch_sharding`). Parameters are bfloat16 and on every chip. Minutes for each.
+`python experiments/plan/drawing.py` writes results/plan_drawing.{json,md}: the memory and the traffic of a chip that
+draws one picture. "told" is as in `Pipeline.shard` and the previews of a training, where attention knows how the batch
+is sharded (`lcm_jax.parallel.sharding.constrain_batch_sharding`); "not told" is without that. Parameters are bfloat16
+and on every chip. Each takes minutes.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ RESULTS = Path(__file__).parent.parent / "results"
 MODELS = ("sd15", "sd3")
 
 
-def measure(name: str, mesh: Any, *, told: bool) -> dict[str, Any]:
-    """GiB and GB of a chip, for a picture of the model's own size on each."""
+def measure(name: str, mesh: Any, *, constrained: bool) -> dict[str, Any]:
+    """Return the memory (GiB) and traffic (GB) of a chip that draws one picture of the model's size.
+
+    constrained: whether attention knows how the batch is sharded.
+    """
     parts = GEOMETRIES[name].parts
     denoiser = "transformer" if name == "sd3" else "unet"
     types = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
@@ -48,20 +52,20 @@ def measure(name: str, mesh: Any, *, told: bool) -> dict[str, Any]:
         mmdit_inputs(net.config, size=size, tokens=333) if name == "sd3" else example_inputs(net.config, size=size)
     )
 
-    def rows(leaf: Any) -> Any:
+    def batched(leaf: Any) -> Any:
         return jax.ShapeDtypeStruct((mesh.size, *leaf.shape[1:]), jnp.float32, sharding=batch_sharding(mesh))
 
-    def believe(params: Any, cond: Any, null: Any, x: Any) -> Any:
-        with constrain_batch_sharding(mesh) if told else contextlib.nullcontext():
+    def predict(params: Any, cond: Any, null: Any, x: Any) -> Any:
+        with constrain_batch_sharding(mesh) if constrained else contextlib.nullcontext():
             t = jnp.full(x.shape[0], 0.5 * schedule.t_max)
             return model.denoiser(params, cond, null, 7.5, guided=True)(x, t).x0
 
-    everywhere = {"dtype": jnp.bfloat16, "sharding": replicated(mesh)}
+    on_every_chip = {"dtype": jnp.bfloat16, "sharding": replicated(mesh)}
     shapes = abstract_params(*parts[denoiser])
-    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, **everywhere), shapes)
-    cond = jax.tree.map(rows, dict(cond))
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, **on_every_chip), shapes)
+    cond = jax.tree.map(batched, dict(cond))
     with lowering_for("tpu"):
-        traced = jax.jit(believe).trace(weights, cond, cond, rows(x))
+        traced = jax.jit(predict).trace(weights, cond, cond, batched(x))
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     return {
         "peak_gib": memory_of(compiled) / GIB,
@@ -71,23 +75,24 @@ def measure(name: str, mesh: Any, *, told: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the models and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--topology", default="v5e:2x2")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     mesh = make_mesh(devices=open_topology(arguments.topology).devices)
-    kept = RESULTS / "plan_drawing.json"
-    found = read_json(kept) if kept.is_file() else {}
+    file = RESULTS / "plan_drawing.json"
+    results = read_json(file) if file.is_file() else {}
     for name in arguments.model:
-        for told in (False, True):
-            title = f"{name}, {'told' if told else 'not told'}"
-            found[title] = measure(name, mesh, told=told) | {"topology": arguments.topology}
-            write_json(kept, found)
+        for constrained in (False, True):
+            title = f"{name}, {'told' if constrained else 'not told'}"
+            results[title] = measure(name, mesh, constrained=constrained) | {"topology": arguments.topology}
+            write_json(file, results)
     lines = ["| model | for | peak, GiB | temporaries, GiB | traffic, GB |", "|---|---|---|---|---|"]
-    for title, of in found.items():
-        numbers = (f"{of[key]:.2f}" for key in ("peak_gib", "temporaries_gib", "traffic_gb"))
-        lines.append(f"| {' | '.join([title, of['topology'], *numbers])} |")
+    for title, result in results.items():
+        numbers = (f"{result[key]:.2f}" for key in ("peak_gib", "temporaries_gib", "traffic_gb"))
+        lines.append(f"| {' | '.join([title, result['topology'], *numbers])} |")
     about = f"\n{compilers()}; `python experiments/plan/drawing.py`"
     (RESULTS / "plan_drawing.md").write_text("\n".join([*lines, about]) + "\n")
     print("\n".join(lines))

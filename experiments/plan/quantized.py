@@ -1,8 +1,8 @@
-"""What 8 bits are to a TPU: a network's program compiled for one chip, in bfloat16 and in 8 bits, without a TPU.
+"""The effect of 8 bits on a TPU: a network compiled for one chip, in bfloat16 and in 8 bits, without a TPU.
 
-`python experiments/plan/quantized.py` writes results/plan_quantized.{json,md}: of the compiled program its products by
-what they sum in (int32: those of 8 bits), bytes read and written, and what the chip's memory holds of arguments and
-temporaries. Minutes for each.
+`python experiments/plan/quantized.py` writes results/plan_quantized.{json,md}: the matrix products of the compiled
+program by the type that they sum in (int32 for products of 8 bits), the bytes read and written, and the bytes of
+arguments and temporaries in the chip's memory. Each takes minutes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from mmdit.attention import attention_mesh, lowering_for
 from mmdit.text import T5_XXL
 
 RESULTS = Path(__file__).parent.parent / "results"
-# Name -> the kinds of 8 bits: of denoisers for one picture, and of SD3's largest text encoder for one prompt.
+# Name -> the kind of 8 bits; denoisers for one picture, and SD3's largest text encoder for one prompt.
 NETWORKS = {"sd15": "int8", "sd3": "int8", "t5": "int8w"}
-_PRODUCT = re.compile(r" = (s32|f32|bf16)\[[^\]]*\]\S* convolution\(")  # what a TPU's programs call every product
+_PRODUCT = re.compile(r" = (s32|f32|bf16)\[[^\]]*\]\S* convolution\(")  # every matrix product in a TPU's program
 
 
 def _half(tree: Any) -> Any:
-    """Shapes whose floats are bfloat16's."""
+    """Return the same shapes with bfloat16 in place of other float types."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
@@ -49,7 +49,7 @@ def _half(tree: Any) -> Any:
 
 
 def _network(name: str) -> tuple[str, Any, tuple[Any, ...]]:
-    """Class, config and inputs."""
+    """Return the class, the config and the inputs of a network."""
     if name == "t5":
         return "T5EncoderModel", T5_XXL, (jax.ShapeDtypeStruct((1, 256), jnp.int32),)
     family, config = GEOMETRIES[name].parts["transformer" if name == "sd3" else "unet"]
@@ -59,7 +59,7 @@ def _network(name: str) -> tuple[str, Any, tuple[Any, ...]]:
 
 
 def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
-    """A call for one picture of the network's own size, or for one prompt."""
+    """Return products, traffic and memory (GB) of a call for one picture of the network's size, or for one prompt."""
     family, config, inputs = _network(name)
     net = FAMILIES[family].build(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     params = _half(abstract_params(family, config))
@@ -67,13 +67,13 @@ def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
         params = jax.eval_shape(lambda tree: quantize(tree, kind), params)
 
     def call(params: Any, *inputs: Any) -> Any:
-        with precision_context(params) as own:
-            return net.apply({"params": own}, *inputs)
+        with precision_context(params) as net_params:
+            return net.apply({"params": net_params}, *inputs)
 
     mesh = Mesh(np.array([[device]]), ("rows", "heads"))
-    where = NamedSharding(mesh, PartitionSpec())
-    with lowering_for("tpu"), attention_mesh(mesh, ("rows",), "heads"):  # attention goes as on a chip that is alone
-        traced = jax.jit(call, in_shardings=where, out_shardings=where).trace(params, *inputs)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    with lowering_for("tpu"), attention_mesh(mesh, ("rows",), "heads"):  # attention is that of a single chip
+        traced = jax.jit(call, in_shardings=sharding, out_shardings=sharding).trace(params, *inputs)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     memory = compiled.memory_analysis()
     return {
@@ -85,26 +85,27 @@ def measure(name: str, kind: str, device: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the networks and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--topology", default="v5e:1x1")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     topology = open_topology(arguments.topology)
-    kept = RESULTS / "plan_quantized.json"
-    found = read_json(kept) if kept.is_file() else {}
+    file = RESULTS / "plan_quantized.json"
+    results = read_json(file) if file.is_file() else {}
     for name in arguments.model:
         for kind in ("bfloat16", NETWORKS[name]):
-            found[f"{name}, {kind}"] = measure(name, kind, topology.devices[0]) | {"topology": arguments.topology}
-            write_json(kept, found)
+            results[f"{name}, {kind}"] = measure(name, kind, topology.devices[0]) | {"topology": arguments.topology}
+            write_json(file, results)
     lines = [
         "| network | for | products in int32, others | traffic, GB | arguments, GB | temporaries, GB |",
         "|---|---|---|---|---|---|",
     ]
-    for title, of in found.items():
-        own = Counter(of["products"])
-        numbers = (f"{of[key]:.2f}" for key in ("traffic_gb", "arguments_gb", "temporaries_gb"))
-        line = (title, of["topology"], f"{own['s32']}, {own.total() - own['s32']}", *numbers)
+    for title, result in results.items():
+        products = Counter(result["products"])
+        numbers = (f"{result[key]:.2f}" for key in ("traffic_gb", "arguments_gb", "temporaries_gb"))
+        line = (title, result["topology"], f"{products['s32']}, {products.total() - products['s32']}", *numbers)
         lines.append(f"| {' | '.join(line)} |")
     about = f"\n{compilers()}; `python experiments/plan/quantized.py`"
     (RESULTS / "plan_quantized.md").write_text("\n".join([*lines, about]) + "\n")

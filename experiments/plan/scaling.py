@@ -1,7 +1,7 @@
 """Weak scaling by plan, from 8 to 256 chips: `python experiments/plan/scaling.py` writes results/plan_scaling.*.
 
-The batch grows with the chips. Efficiency is the step's time on 8 chips over that on n, with no collective hidden
-behind compute, and with all of them.
+The batch grows with the number of chips. Efficiency is the step's time on 8 chips over that on n chips, once with no
+collective overlapping compute and once with all of them.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8", 128: "v
 
 
 def meshes(chips: int) -> dict[str, str]:
-    """All chips along fsdp, or groups of eight with copies along data."""
+    """Return the meshes to compare: all chips along fsdp, or groups of eight along fsdp with copies along data."""
     return {"fsdp=n": f"data=1,fsdp={chips}", "data=n/8, fsdp=8": f"data={chips // 8},fsdp=8"}
 
 
 def main() -> None:
+    """Plan every number of chips and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="mmdit_d24")
-    parser.add_argument("--rows", type=int, default=16, help="of the batch, a chip")
+    parser.add_argument("--rows", type=int, default=16, help="examples of the batch on each chip")
     parser.add_argument("--chips", type=int, nargs="+", default=list(TOPOLOGIES))
     arguments = parser.parse_args()
-    kept = RESULTS / "plan_scaling.json"
-    found = read_json(kept) if kept.is_file() else {}
+    file = RESULTS / "plan_scaling.json"
+    results = read_json(file) if file.is_file() else {}
     for chips in arguments.chips:
         for title, mesh in meshes(chips).items():
             config = configs.get(arguments.config)
             loop = replace(config.loop, mesh=mesh, batch_size=arguments.rows * chips)
-            made = plan(replace(config, loop=loop), TOPOLOGIES[chips], arguments.config)
-            found.setdefault(title, {})[str(chips)] = asdict(made)
-            write_json(kept, found)
-    plans = {title: [Plan(**found[title][str(n)]) for n in TOPOLOGIES if str(n) in found[title]] for title in found}
+            result = plan(replace(config, loop=loop), TOPOLOGIES[chips], arguments.config)
+            results.setdefault(title, {})[str(chips)] = asdict(result)
+            write_json(file, results)
+    plans = {title: [Plan(**runs[str(n)]) for n in TOPOLOGIES if str(n) in runs] for title, runs in results.items()}
     report(plans)
     draw(plans)
 
 
 def report(plans: dict[str, list[Plan]]) -> None:
-    """The tables, and what they say."""
+    """Print and write the tables and the efficiencies."""
     text = "".join(f"{title}\n\n{table(runs)}\n" for title, runs in plans.items())
     for title, runs in plans.items():
-        kept = {name: getattr(runs[0], name) / getattr(runs[-1], name) for name in ("step", "overlapped")}
+        efficiency = {name: getattr(runs[0], name) / getattr(runs[-1], name) for name in ("step", "overlapped")}
         text += (
-            f"{title}: efficiency at {runs[-1].chips} chips against {runs[0].chips} {kept['step']:.0%} if no "
-            f"collective overlaps with compute, {kept['overlapped']:.0%} if all do.\n\n"
+            f"{title}: efficiency at {runs[-1].chips} chips against {runs[0].chips} {efficiency['step']:.0%} if no "
+            f"collective overlaps with compute, {efficiency['overlapped']:.0%} if all do.\n\n"
         )
     text += "Larger slices have more links to a chip: both axes, and from 16 chips on an axis it closes to a ring.\n"
     (RESULTS / "plan_scaling.md").write_text(text)
@@ -62,7 +63,7 @@ def report(plans: dict[str, list[Plan]]) -> None:
 
 
 def draw(plans: dict[str, list[Plan]]) -> None:
-    """Bytes sent by a chip, and efficiency, against chips."""
+    """Plot the bytes sent by a chip, and the efficiency, against the number of chips."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for color, (title, runs) in zip(("C0", "C1"), plans.items(), strict=False):
         chips = [run.chips for run in runs]

@@ -1,4 +1,4 @@
-"""DiT, UViT, CrossDiT and MMDiT of one width and depth on the same data: figure 4 of arXiv:2403.03206.
+"""A study of DiT, UViT, CrossDiT and MMDiT of one width and depth on the same data: figure 4 of arXiv:2403.03206.
 
 python experiments/sd3/architectures.py --scale tiny --seeds 0 1 2
 """
@@ -20,17 +20,17 @@ from mmdit import CrossDiTConfig, DiTConfig, MMDiTConfig, UViTConfig
 
 RECTIFIED_FLOW = FORMULATIONS["rf/lognorm(0,1)"]
 NETWORKS = {"DiT": DiTConfig, "UViT": UViTConfig, "CrossDiT": CrossDiTConfig, "MMDiT": MMDiTConfig}
-ORDER = ("MMDiT", "CrossDiT", "UViT", "DiT")  # best first, of the validation loss
+ORDER = ("MMDiT", "CrossDiT", "UViT", "DiT")  # the paper's order by validation loss, best first
 SETTING = (25, 5.0)  # steps and guidance scale
 
 
 def variant(kind: type[MMDiTConfig], scale: str) -> TrainConfig:
-    """The network of this kind on a rectified flow."""
+    """Return the training of a network of this kind on a rectified flow."""
     return TRAININGS[scale](kind, RECTIFIED_FLOW.objective)
 
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
-    """The last validation loss, Frechet distance and CLIP score."""
+    """Return the last validation loss, Frechet distance and CLIP score."""
     previews = read_json(workdir / "previews.json")
     last = max(previews, key=int)
     scores = score(config, workdir, RECTIFIED_FLOW, [SETTING])
@@ -38,7 +38,7 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
 
 
 def plot(study: Study, cells: Cells) -> None:
-    """Validation loss over training, and the two scores at its end."""
+    """Plot the validation loss over training, and the two scores at its end."""
     _, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     curves(panels[0], cells, "validation_loss")
     panels[0].legend()

@@ -1,9 +1,10 @@
-"""Thirteen formulations of diffusion and flow matching on the same data: tables 1 and 2 of arXiv:2403.03206.
+"""A study of thirteen formulations of diffusion and flow matching: tables 1 and 2 of arXiv:2403.03206.
 
 python experiments/sd3/formulations.py --scale tiny --seeds 0 1 2
 
-As there, the variants are sorted by Pareto dominance in Frechet distance and CLIP score, in each of six settings of the
-sampler, and the ranks averaged; unlike there, over the moving average's weights and one data set alone.
+All are trained on the same data. As in the paper, the variants are sorted by Pareto dominance in Frechet distance and
+CLIP score, in each of six settings of the sampler, and the ranks are averaged. Unlike in the paper, only the moving
+average's weights and one data set are used.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lcm_jax.train.config import TrainConfig
 from mmdit import MMDiTConfig
 
 SETTINGS = ((5, 5.0), (10, 5.0), (25, 5.0), (50, 5.0), (50, 2.5), (50, 1.0))  # steps and guidance scale
-# Of table 1: the rank averaged over all settings, those of 5 steps and those of 50.
+# Table 1: the rank averaged over all settings, over those of 5 steps and over those of 50 steps.
 RANKS = {
     "rf/lognorm(0,1)": (1.54, 1.25, 1.50),
     "rf/lognorm(1,0.6)": (2.08, 3.50, 2.00),
@@ -41,7 +42,7 @@ RANKS = {
     "edm/rf": (13.04, 15.25, 13.25),
     "edm(-1.2,1.2)": (15.58, 20.25, 15.00),
 }
-# Of table 2: CLIP score and FID on CC12M, 25 steps.
+# Table 2: CLIP score and FID on CC12M, 25 steps.
 SCORES = {
     "rf": (0.217, 94.90),
     "edm(-1.2,1.2)": (0.200, 116.60),
@@ -56,33 +57,33 @@ GROUPS = {"all settings": SETTINGS, "5 steps": SETTINGS[:1], "50 steps": SETTING
 
 
 def variant(form: Formulation, scale: str) -> TrainConfig:
-    """The MMDiT trained by this formulation."""
+    """Return the training of the MMDiT by this formulation."""
     return TRAININGS[scale](MMDiTConfig, form.objective)
 
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
-    """Frechet distance and CLIP score in each setting."""
+    """Return Frechet distance and CLIP score in each setting."""
     return score(config, workdir, FORMULATIONS[name], SETTINGS)
 
 
 def compare(scores: Mapping[str, Scores]) -> dict[str, dict[str, float]]:
-    """`rank/GROUP`: the Pareto ranks of one seed's variants, averaged over the settings."""
+    """Return `rank/GROUP`, the Pareto ranks of one seed's variants averaged over the settings of each group."""
     ranks = {}
     for steps, guidance in SETTINGS:
-        at = f"{steps}/{guidance:g}"
-        costs = np.array([[row[f"frechet/{at}"], -row[f"clip_score/{at}"]] for row in scores.values()])
+        setting = f"{steps}/{guidance:g}"
+        costs = np.array([[row[f"frechet/{setting}"], -row[f"clip_score/{setting}"]] for row in scores.values()])
         ranks[steps, guidance] = pareto_ranks(costs)
     means = {name: np.mean([ranks[setting] for setting in group], axis=0) for name, group in GROUPS.items()}
     return {name: {f"rank/{g}": float(m[i]) for g, m in means.items()} for i, name in enumerate(scores)}
 
 
 def plot(study: Study, cells: Cells) -> None:
-    """The Frechet distance against sampling steps, as in figure 3, and the ranks against the paper's."""
+    """Plot the Frechet distance against sampling steps, as in figure 3, and the ranks against the paper's."""
     _, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
     steps = [steps for steps, guidance in SETTINGS if guidance == 5.0]
     for i, name in enumerate(cells):
-        found = [statistics({name: cells[name]}, f"frechet/{n}/5")[name] for n in steps]
-        means, errors = zip(*found, strict=True)
+        distances = [statistics({name: cells[name]}, f"frechet/{n}/5")[name] for n in steps]
+        means, errors = zip(*distances, strict=True)
         style: Any = {"color": f"C{i % 10}", "marker": "o" if i < 10 else "s"}
         line = "-" if i < 10 else "--"
         left.errorbar(steps, means, yerr=np.nan_to_num(errors), linestyle=line, markersize=4, label=name, **style)
@@ -101,7 +102,7 @@ def plot(study: Study, cells: Cells) -> None:
 
 
 def paper(index: int, table: Mapping[str, tuple[float, ...]]) -> dict[str, float]:
-    """A column of one of the paper's tables."""
+    """Return a column of one of the paper's tables."""
     return {name: row[index] for name, row in table.items()}
 
 

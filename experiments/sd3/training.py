@@ -1,7 +1,7 @@
-"""What the studies of formulations and of architectures share: the training, and how its result is drawn from.
+"""The training and the sampling that the studies of formulations and of architectures share.
 
-All cells of a study see the same pictures in the same order and the same noise. The network is SD3's: 2x2 patches of
-16-channel latents, captions through two CLIPs and a T5.
+All cells of a study are trained on the same pictures in the same order with the same noise. The network is SD3's: 2x2
+patches of 16-channel latents, captions through two CLIPs and a T5.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ PUBLISHED = "stabilityai/stable-diffusion-3-medium-diffusers"
 
 
 def network(kind: type[MMDiTConfig], depth: int, heads: int, **fields: Any) -> MMDiTConfig:
-    """Of `heads` heads of 64 channels, for the latents and the text encoders of "openmoji-sd3"."""
+    """Return a network for the latents and text encoders of "openmoji-sd3"; each of its heads has 64 channels."""
     defaults = {"sample_size": 8, "joint_attention_dim": 320, "pooled_projection_dim": 256, "pos_embed_max_size": 8}
     shape = {"num_layers": depth, "num_attention_heads": heads, "caption_projection_dim": 64 * heads}
     return kind(**(defaults | shape | {"qk_norm": "rms_norm"} | fields))
 
 
 def tiny(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
-    """Minutes on two CPU cores."""
+    """Return the training of the scale "tiny", which takes minutes on two CPU cores."""
     return TrainConfig(
         task=DiffusionTask(text="openmoji-sd3", net=network(kind, 4, 2), objective=objective),
         loop=LoopConfig(steps=600, batch_size=32, ema=0.99, log_every=50, save_every=300, preview_every=150),
@@ -51,7 +51,7 @@ def tiny(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
 
 
 def gpu(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
-    """The same pictures; hours on one GPU."""
+    """Return the training of the scale "gpu": the same pictures, hours on one GPU."""
     return TrainConfig(
         task=DiffusionTask(text="openmoji-sd3", net=network(kind, 12, 8), objective=objective),
         loop=LoopConfig(steps=20_000, batch_size=256, ema=0.999, log_every=100, save_every=1000, preview_every=2000),
@@ -60,7 +60,10 @@ def gpu(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
 
 
 def paper(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
-    """Appendix B.3; depth 15 is that of the study of captions, as this one's is not given. Give --task.data.name."""
+    """Return the paper's training (appendix B.3); it needs --task.data.name.
+
+    The paper gives no depth for this study, so it is 15, that of its study of captions.
+    """
     big = {"sample_size": 32, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "pos_embed_max_size": 32}
     task = DiffusionTask(
         vae=PUBLISHED,
@@ -83,24 +86,26 @@ TRAININGS = {"tiny": tiny, "gpu": gpu, "paper": paper}
 
 
 class Drawer:
-    """(captions, steps, guidance, seed) -> pictures of a trained cell, by Euler's rule on the formulation's grid.
+    """A function that draws pictures of a trained cell, by Euler's rule on the formulation's grid.
 
-    The unconditional prediction is that of what was dropped in training: all encoders' zeros, or the empty caption.
+    The unconditional input is what replaced a caption in training: zeros for all encoders, or the empty caption.
     """
 
     def __init__(self, export: Path, formulation: Formulation) -> None:
+        """Load the exported model of a cell."""
         self.pipe, self.formulation = lcm_jax.load(export), formulation
 
     def __call__(
         self, captions: Sequence[str], *, steps: int, guidance: float, seed: int
     ) -> UInt8[np.ndarray, "n h w 3"]:
+        """Return a picture for each caption. guidance: the scale of classifier-free guidance, 1 for none."""
         pipe, schedule = self.pipe, self.formulation.objective.schedule
         times, vae = self.formulation.grid(steps, schedule), pipe.model.vae.config
         sides = [side // vae.downsample_factor for side in pipe.size]
         noise = jax.random.normal(jax.random.key(seed), (len(captions), *sides, vae.latent_channels))
         cond = pipe.encode_prompt(captions)
-        dropped = self.formulation.objective.encoders is not None
-        null = jax.tree.map(jnp.zeros_like, cond) if dropped else pipe.encode_prompt([""] * len(captions))
+        drops_encoders = self.formulation.objective.encoders is not None
+        null = jax.tree.map(jnp.zeros_like, cond) if drops_encoders else pipe.encode_prompt([""] * len(captions))
         params = (pipe.params["transformer"], pipe.params["vae"])
         x = schedule.sigma(times[0]) * noise
         return np.asarray(self._draw(*params, cond, null, x, pad(times), guidance, guided=guidance != 1.0))
@@ -113,7 +118,7 @@ class Drawer:
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, *, guided: bool
         ) -> Array:
-            key = jax.random.key(0)  # Euler's rule draws nothing
+            key = jax.random.key(0)  # Euler's rule draws no noise
             z = model.latents(net, cond, null, x, grid, guidance, key, sampler=euler, guided=guided)
             return model.decode(vae, z)
 
@@ -123,12 +128,12 @@ class Drawer:
 def score(
     config: TrainConfig, workdir: Path, formulation: Formulation, settings: Sequence[tuple[int, float]]
 ) -> dict[str, float]:
-    """`frechet/STEPS/GUIDANCE` and `clip_score/...` of each (steps, guidance), on the validation captions."""
+    """Return `frechet/STEPS/GUIDANCE` and `clip_score/...` for each (steps, guidance), on the validation captions."""
     images, captions = captioned(config.task.prompts.open())
     clip: ClipMetric = ClipMetric.load("openmoji")
     drawer: Any = Drawer(workdir / "export", replace(formulation, objective=config.task.objective))
-    found = {}
+    scores = {}
     for steps, guidance in settings:
         (row,) = evaluate(drawer, clip, images, captions, steps=[steps], guidance=guidance, seed=config.loop.seed)
-        found |= {f"{name}/{steps}/{guidance:g}": row[name] for name in ("frechet", "clip_score")}
-    return found
+        scores |= {f"{name}/{steps}/{guidance:g}": row[name] for name in ("frechet", "clip_score")}
+    return scores

@@ -1,4 +1,4 @@
-"""Autoencoders of 4, 8 and 16 channels, trained alike: table 3 of arXiv:2403.03206.
+"""A study of autoencoders of 4, 8 and 16 channels, trained alike: table 3 of arXiv:2403.03206.
 
 python experiments/sd3/vae_channels.py --scale tiny --seeds 0 1 2
 """
@@ -27,7 +27,7 @@ from vae16 import AutoencoderConfig, DiscriminatorConfig, LossConfig
 CHANNELS = (4, 8, 16)
 PAPER = {
     "frechet": (2.41, 1.56, 1.06),
-    "clip_distance": (0.85, 0.68, 0.45),  # there LPIPS
+    "clip_distance": (0.85, 0.68, 0.45),  # the paper has LPIPS
     "ssim": (0.75, 0.79, 0.86),
     "psnr": (25.12, 26.40, 28.62),
 }
@@ -40,15 +40,15 @@ TITLES = {
 
 
 def tiny() -> TrainConfig:
-    """The bundled autoencoder on pictures of half the size, where a step costs a quarter."""
+    """Return the bundled autoencoder's training on pictures of half the size, where a step costs a quarter."""
     config = configs.get("openmoji_vae")
-    seen = {"data": DataConfig(size=32), "validation": DataConfig(split="validation", size=32)}
-    task = replace(config.task, **seen, model=replace(config.task.model, sample_size=32))
+    data = {"data": DataConfig(size=32), "validation": DataConfig(split="validation", size=32)}
+    task = replace(config.task, **data, model=replace(config.task.model, sample_size=32))
     return replace(config, task=task, loop=replace(config.loop, steps=1500, preview_every=500, save_every=250))
 
 
 def gpu() -> TrainConfig:
-    """The same pictures, a wider network, longer."""
+    """Return a longer training of a wider network on the same pictures."""
     config = configs.get("openmoji_vae")
     model = replace(config.task.model, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)
     loop = LoopConfig(steps=20_000, batch_size=64, ema=0.999, save_every=1000, preview_every=2000)
@@ -57,7 +57,7 @@ def gpu() -> TrainConfig:
 
 
 def paper() -> TrainConfig:
-    """The published geometry and CompVis' training; give --task.data.name and --task.lpips."""
+    """Return CompVis' training of the published geometry; it needs --task.data.name and --task.lpips."""
     model = AutoencoderConfig(
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
@@ -77,7 +77,7 @@ def paper() -> TrainConfig:
 
 
 def variant(channels: int) -> Callable[[str], TrainConfig]:
-    """Scale -> the config with so many latent channels."""
+    """Return a function from a scale to the config with so many latent channels."""
 
     def make(scale: str) -> TrainConfig:
         config = {"tiny": tiny, "gpu": gpu, "paper": paper}[scale]()
@@ -88,21 +88,22 @@ def variant(channels: int) -> Callable[[str], TrainConfig]:
 
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
-    """Of the validation pictures and their reconstructions."""
+    """Return the scores of the validation pictures against their reconstructions."""
     images, _ = captioned(config.task.validation.open())
     vae = load_component(workdir / "export", "vae")
     return reconstruction(images, reconstruct(vae, images), ClipMetric.load("openmoji"))
 
 
 def plot(study: Study, cells: Cells) -> None:
-    """Each score against the number of channels; the paper's on the right-hand axis."""
+    """Plot each score against the number of channels, with the paper's on the right-hand axis."""
     _, panels = plt.subplots(1, len(study.columns), figsize=(4 * len(study.columns), 3.2), layout="constrained")
     for axes, column in zip(panels, study.columns, strict=True):
-        found = statistics(cells, column.key)
-        means, errors = zip(*found.values(), strict=True)
-        axes.errorbar(list(found), means, yerr=np.nan_to_num(errors), marker="o", capsize=3, label="here")
+        measured = statistics(cells, column.key)
+        means, errors = zip(*measured.values(), strict=True)
+        axes.errorbar(list(measured), means, yerr=np.nan_to_num(errors), marker="o", capsize=3, label="here")
         right = axes.twinx()
-        right.plot(list(found), [column.paper[name] for name in found], "C1s--", alpha=0.6, label="paper (right axis)")
+        paper_values = [column.paper[name] for name in measured]
+        right.plot(list(measured), paper_values, "C1s--", alpha=0.6, label="paper (right axis)")
         axes.set_title(f"{column.title}, {column.best} is best", fontsize=9)
         axes.grid(alpha=0.3)
     handles = [line for ax in (axes, right) for line in ax.get_legend_handles_labels()[0]]

@@ -1,10 +1,11 @@
-"""Seconds and peak memory to load Stable Diffusion 1.5's geometry, here and in diffusers, in turn.
+"""Seconds and peak memory to load Stable Diffusion 1.5's geometry, in this library and in diffusers, in turn.
 
 `python experiments/weights/loading.py [--runs 5] [--json FILE]`: a random model of the published shape (4.0 GiB in
-float32: UNet, autoencoder, CLIP-L) is written to a temporary folder, read once so that the page cache is warm, and
-loaded by each library in processes of its own, alternately. Imports are not counted in the seconds; they are in the
-peak, which is the kernel's VmHWM. "seconds" is the call, in which both map the files and read no values; "used" is the
-time until every parameter has been read once, for which this library looks at each value, transposes and places it.
+float32: UNet, autoencoder, CLIP-L) is written to a temporary folder and read once so that the page cache is warm. Then
+the two libraries load it alternately, each time in a new process. The seconds do not include imports; the peak, which
+is the kernel's VmHWM, does. "seconds" is the time of the call, in which both libraries map the files and read no
+values. "used" is the time until every parameter has been read once; until then this library has checked each value,
+transposed it and placed it on the device.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.component import Part, names_of, write_part
-from lcm_jax.weights.safetensors_files import write_json
+from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.nets import SD15
 from mmdit.text import CLIP_L, train_tokenizer
 from vae16 import AutoencoderConfig
@@ -83,7 +84,10 @@ write_json(out / "model_index.json", index)
 
 
 def run(program: str, folder: Path) -> str:
-    """What a program says in a process of its own."""
+    """Run a program in a new process with `folder` as its argument and return the last line that it prints.
+
+    Raises RuntimeError with its standard error if it fails.
+    """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -91,7 +95,7 @@ def run(program: str, folder: Path) -> str:
 
 
 def main() -> None:
-    """Measure, print, and write what was measured."""
+    """Measure, print, and write the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -104,23 +108,23 @@ def main() -> None:
             with file.open("rb") as opened:
                 while opened.read(1 << 24):
                     pass
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in LOADERS}
         for _ in range(arguments.runs):
             for name, program in LOADERS.items():
-                found[name].append(json.loads(run(program, folder)))
-                print(name, found[name][-1], flush=True)
+                runs[name].append(json.loads(run(program, folder)))
+                print(name, runs[name][-1], flush=True)
     medians = {
-        key: {name: statistics.median(row[key] for row in rows) for name, rows in found.items()}
+        key: {name: statistics.median(record[key] for record in records) for name, records in runs.items()}
         for key in ("seconds", "used")
     }
-    peaks = {name: max(row["peak_gib"] for row in rows) / size for name, rows in found.items()}
+    peaks = {name: max(record["peak_gib"] for record in records) / size for name, records in runs.items()}
     print(f"{size:.2f} GiB; peak over file: {peaks}")
     for key, value in medians.items():
         print(f"{key}, medians {value}, ratio {value['lcm_jax'] / value['diffusers']:.2f}")
     if arguments.json:
-        about = {name: version(name) for name in ("jax", "torch", "diffusers", "safetensors")}
-        where = {"machine": platform.machine(), "cores": os.cpu_count(), "date": date.today().isoformat()}
-        result = {**where, "versions": about, "gib": size, "runs": found}
+        versions = {name: version(name) for name in ("jax", "torch", "diffusers", "safetensors")}
+        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "date": date.today().isoformat()}
+        result = {**machine, "versions": versions, "gib": size, "runs": runs}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

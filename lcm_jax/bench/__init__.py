@@ -1,4 +1,4 @@
-"""`lcm-jax bench`: how long things take, measured side by side in one process; medians, spreads and ratios."""
+"""`lcm-jax bench`: times measured side by side in one process, as medians, quartiles and ratios."""
 
 from __future__ import annotations
 
@@ -37,34 +37,35 @@ __all__ = [
     "table",
 ]
 
-# Case -> the function of this package that makes its rows, from Options; imported when asked for.
+# Case -> module.function of this package that makes its rows from Options; the module is imported only then.
 CASES: Mapping[str, str] = {
     "unet": "networks.unets",
     "mmdit": "networks.mmdits",
     "vae": "networks.autoencoders",
     "text": "networks.texts",
-    "text-to-image": "pictures.text_to_image",
-    "realtime": "pictures.realtime",
+    "text-to-image": "text_to_image.text_to_image",
+    "realtime": "text_to_image.realtime",
     "stream": "stream.stream",
     "training": "training.steps",
-    "loading": "starting.loading",
-    "start": "starting.starts",
+    "loading": "startup.loading",
+    "start": "startup.starts",
 }
 WITH_PEER = ("unet", "vae", "text", "text-to-image", "stream", "training")
-# Case -> the parts of a model that it has rows of in 8 bits.
+# Case -> the parts of a model that it can measure in 8 bits.
 IN_8_BITS = {"unet": PARTS[:1], "mmdit": PARTS[:1], "vae": ("vae",), "text": ("text",), "text-to-image": PARTS}
-NEVER_RANDOM = ("loading", "start")  # their model is read from files
+NEVER_RANDOM = ("loading", "start")  # these read their model from files
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
 
 
 def run(
     cases: Sequence[str], options: Options, *, repeats: int, out: Path | None = None, profiled: bool = False
 ) -> None:
-    """Print the tables of some cases, and write every time, with device, versions and date, to a JSON file.
+    """Measure some cases, print their tables and write every time, with device, versions and date, to a JSON file.
 
-    profiled: print the dearest operations of each row too.
+    cases: keys of `CASES`. repeats: runs of each row. out: the JSON file, or None. profiled: print the most expensive
+    operations of each row too.
 
-    ValueError for what does not go together, before anything is measured.
+    Raises ValueError for an unknown case, or options that a case does not support, before anything is measured.
     """
     _check(cases, options, repeats)
     titled = (pair for case in cases for pair in rows_of(case, options))
@@ -74,25 +75,25 @@ def run(
 def report(
     titled: Iterable[Titled], options: Options, *, repeats: int, out: Path | None = None, profiled: bool = False
 ) -> None:
-    """Measure and print (title, rows), one after another, and keep the times; as `run`."""
-    where = provenance()
-    print(f"{where['device']}, {options.dtype}, jax {jax.__version__}, {where['date']}")
+    """Measure and print pairs of a title and its rows, one after another, and write the times as `run` does."""
+    machine = provenance()
+    print(f"{machine['device']}, {options.dtype}, jax {jax.__version__}, {machine['date']}")
     ceiling = ceilings(options.dtype)
     print(f"ceilings: {ceiling.flops / 1e12:.3g} TFLOP/s in a matrix product, {ceiling.bytes / 1e9:.3g} GB/s in a copy")
-    kept = where | {"options": vars(options), "ceilings": ceiling._asdict(), "cases": {}}
+    record = machine | {"options": vars(options), "ceilings": ceiling._asdict(), "cases": {}}
     for title, rows in titled:
         results = measure(rows, repeats)
         print(f"\n## {title}\n\n{table(results, ceiling)}", flush=True)
         for row in rows if profiled else []:
             print(f"\n{row.name}\n\n{profile.table(profile.operations(row.run))}", flush=True)
-        kept["cases"][title] = {name: result.record() for name, result in results.items()}
-        if out is not None:  # after each, as a long bench may be stopped
+        record["cases"][title] = {name: result.record() for name, result in results.items()}
+        if out is not None:  # after each case, since a long bench may be stopped
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, kept)
+            write_json(out, record)
 
 
 def rows_of(case: str, options: Options) -> Iterator[Titled]:
-    """(title, rows) of a case."""
+    """Return an iterator over a case's pairs of a title and its rows."""
     module, function = CASES[case].split(".")
     titled: Iterator[Titled] = getattr(import_module(f"{__name__}.{module}"), function)(options)
     return titled
@@ -105,9 +106,9 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
         if options.peer is not None and case not in WITH_PEER:
             raise ValueError(f"bench {case} has no peer to be measured against; {', '.join(WITH_PEER)} have")
         if options.quantize and not options.quantize.keys() & set(IN_8_BITS.get(case, ())):
-            asked = ", ".join(options.quantize)
+            requested = ", ".join(options.quantize)
             known = "; ".join(f"{name} of {', '.join(parts)}" for name, parts in IN_8_BITS.items())
-            raise ValueError(f"bench {case} has no rows of {asked} in 8 bits: --quantize is for {known}")
+            raise ValueError(f"bench {case} has no rows of {requested} in 8 bits: --quantize is for {known}")
     if repeats < 1:
         raise ValueError(f"--repeats {repeats}: it must be at least 1")
     name = options.model.removeprefix(PREFIX)
@@ -125,13 +126,13 @@ def _check(cases: Sequence[str], options: Options, repeats: int) -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Of a measurement: device (a CPU's model), date, Python and the versions of what is installed."""
-    versions = {name: found for name in _PACKAGES if (found := version_of(name)) is not None}
+    """Return where and when a measurement is taken: device, date, Python and the versions of installed packages."""
+    versions = {name: version for name in _PACKAGES if (version := version_of(name)) is not None}
     return {"device": _device(), "date": str(date.today()), "python": sys.version.split()[0], "versions": versions}
 
 
 def _device() -> str:
-    """What JAX calls it; a CPU by its model and the processors that may be used, where Linux says so."""
-    kind, told = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", told.read_text()) if kind == "cpu" and told.exists() else None
+    """Return JAX's name of the device; for a CPU on Linux its model and the number of usable processors."""
+    kind, file = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", file.read_text()) if kind == "cpu" and file.exists() else None
     return kind if model is None else f"{model.group(1)}, {len(os.sched_getaffinity(0))} processors"

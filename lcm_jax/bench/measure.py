@@ -1,7 +1,7 @@
 """Rows that are timed in turns, and their table.
 
-A case is a list of rows, each a function without arguments that ends when its result is there. Rows of one case are run
-in turns, so that what else the machine does falls on all of them alike, and their ratios can be believed.
+A case is a list of rows. A row is a function without arguments that ends when its result is ready. The rows of a case
+run in turns, so that other work of the machine slows all of them alike and their ratios can be trusted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmdit.attention import lowering_for
 
 
 class Cost(NamedTuple):
-    """Of one run: floating-point operations, and the bytes on a device of arguments, results and temporaries."""
+    """The cost of one run: floating-point operations, and bytes of arguments, results and temporaries on a device."""
 
     flops: float | None = None
     memory: int | None = None
@@ -32,9 +32,11 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Something that is timed. frames: pictures (or samples) that one run makes. against: the row it is a ratio to.
+    """Something that is timed.
 
-    prepare: compiles, and says what a run costs.
+    run: the timed function. prepare: compiles it and returns the cost of a run. frames: the pictures (or samples) that
+    one run makes. against: the name of the row that this one is compared with, as a ratio. note: returns a remark for
+    the table; it is called after the runs.
     """
 
     name: str
@@ -42,33 +44,34 @@ class Row:
     prepare: Callable[[], Cost] = Cost
     frames: int = 1
     against: str | None = None
-    note: Callable[[], str] = lambda: ""  # asked for after the runs
+    note: Callable[[], str] = lambda: ""
 
 
 def program(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Row:
-    """A row of one compiled program. options: of the row."""
-    held: list[Any] = []
+    """Return a row that runs one compiled program, function(*arguments). options: other fields of the row."""
+    programs: list[Any] = []
 
     def prepare() -> Cost:
         how = compiler_options(low_precision=is_low_precision(*arguments))
-        held.append(jax.jit(function, compiler_options=how).lower(*arguments).compile())
-        return Cost(flops_of(function, *arguments), memory_of(held[0]))
+        programs.append(jax.jit(function, compiler_options=how).lower(*arguments).compile())
+        return Cost(flops_of(function, *arguments), memory_of(programs[0]))
 
-    return Row(name=name, run=lambda: held[0](*arguments), prepare=prepare, **options)
+    return Row(name=name, run=lambda: programs[0](*arguments), prepare=prepare, **options)
 
 
 def flops_of(function: Callable[..., Any], *arguments: Any) -> float:
-    """Floating-point operations of matrix products and convolutions, of arrays or their shapes.
+    """Return the floating-point operations of a function's matrix products and convolutions.
 
-    Counted on what is traced for a CPU: attention kernels of other devices cannot be looked into.
+    arguments: arrays or their shapes. The function is traced for a CPU, since the operations inside other devices'
+    attention kernels cannot be counted.
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     with lowering_for("cpu"):
-        return flops(jax.make_jaxpr(lambda *given: function(*given))(*shapes))
+        return flops(jax.make_jaxpr(lambda *arrays: function(*arrays))(*shapes))
 
 
 class Ceilings(NamedTuple):
-    """What this device was seen to do: operations a second in a matrix product, bytes a second read and written."""
+    """The measured limits of this device: operations a second in a matrix product, bytes a second read and written."""
 
     flops: float
     bytes: float
@@ -76,24 +79,24 @@ class Ceilings(NamedTuple):
 
 @cache
 def ceilings(dtype: str) -> Ceilings:
-    """Measured by a large square product and a large copy, the best of a few runs."""
+    """Measure the limits of this device with a large square product and a large copy, the best of a few runs."""
     side, length = (2048, 2**26) if jax.default_backend() == "cpu" else (8192, 2**30)
     a = jax.random.normal(jax.random.key(0), (side, side), dtype)
     flat = jax.random.normal(jax.random.key(1), (length // a.dtype.itemsize,), dtype)
 
-    in_halves = jax.default_backend() == "cpu" and dtype == "bfloat16"
-    multiply = bfloat16_cpu.OVERRIDES.multiply if in_halves else jnp.matmul
+    half = jax.default_backend() == "cpu" and dtype == "bfloat16"
+    multiply = bfloat16_cpu.OVERRIDES.multiply if half else jnp.matmul
 
-    def again(body: Callable[[Any], Any]) -> Callable[..., Any]:
-        loop = partial(jax.lax.fori_loop, 0, _AGAIN, lambda _, x: body(x))
-        return jax.jit(loop, compiler_options=compiler_options(low_precision=in_halves))
+    def repeated(body: Callable[[Any], Any]) -> Callable[..., Any]:
+        loop = partial(jax.lax.fori_loop, 0, _REPEATS, lambda _, x: body(x))
+        return jax.jit(loop, compiler_options=compiler_options(low_precision=half))
 
-    product = _best(again(lambda x: multiply(x, a).astype(dtype) * jnp.asarray(side**-0.5, dtype)), a)
-    copied = _best(again(jnp.negative), flat)
-    return Ceilings(_AGAIN * 2 * side**3 / product, _AGAIN * 2 * flat.nbytes / copied)
+    product = _best(repeated(lambda x: multiply(x, a).astype(dtype) * jnp.asarray(side**-0.5, dtype)), a)
+    copied = _best(repeated(jnp.negative), flat)
+    return Ceilings(_REPEATS * 2 * side**3 / product, _REPEATS * 2 * flat.nbytes / copied)
 
 
-_AGAIN = 8  # in one program, so that its start does not count
+_REPEATS = 8  # in one program, so that its start does not count
 
 
 def _best(function: Callable[..., Any], *arguments: Any) -> float:
@@ -102,7 +105,7 @@ def _best(function: Callable[..., Any], *arguments: Any) -> float:
 
 @dataclass(kw_only=True)
 class Result:
-    """Of a row: seconds of each run, of the first with what compiles it, and the cost of one."""
+    """The result of a row: the seconds of each run, those of the first one with compilation, and the cost of a run."""
 
     row: Row
     first: float
@@ -111,32 +114,33 @@ class Result:
 
     @property
     def median(self) -> float:
+        """The median seconds of a run."""
         return float(np.median(self.seconds))
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The quartiles."""
+        """The quartiles of the seconds of a run."""
         low, high = np.quantile(self.seconds, [0.25, 0.75])
         return float(low), float(high)
 
     @property
     def frame(self) -> float:
-        """Median seconds of one picture."""
+        """The median seconds of one picture."""
         return self.median / self.row.frames
 
     def over(self, base: Result) -> tuple[float, float, float]:
-        """How much faster than another row: the ratio of medians, and the quartiles of those of each turn."""
+        """Return how many times faster this row is than `base`: the ratio of medians, and quartiles over the turns."""
         ratios = np.divide(base.seconds, self.seconds) * self.row.frames / base.row.frames
         low, high = np.quantile(ratios, [0.25, 0.75])
         return base.frame / self.frame, float(low), float(high)
 
     def record(self) -> dict[str, Any]:
-        """Everything that was measured, JSON-able."""
+        """Return everything that was measured as a dict for JSON."""
         return {"frames": self.row.frames, "first": self.first, **self.cost._asdict(), "seconds": self.seconds}
 
 
 def measure(rows: Sequence[Row], repeats: int) -> dict[str, Result]:
-    """Every row once, which compiles it, once more, and then `repeats` times in turns."""
+    """Run every row once to compile it, once more, and then `repeats` times in turns; return name -> result."""
     results = {}
     for row in rows:
         start = time.perf_counter()
@@ -158,13 +162,17 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def table(results: Mapping[str, Result], ceiling: Ceilings | None = None) -> str:
-    """One line for each row: frames a second, milliseconds with quartiles, ratio, first run, and costs where known."""
+    """Return a Markdown table with a line for each row.
+
+    It has frames a second, milliseconds a frame with quartiles, the ratio, the seconds of the first run, and the costs
+    where they are known.
+    """
     costly = any(result.cost.flops for result in results.values())
-    more = ["TFLOP/s", "of a matrix product", "GiB"] if costly else []
-    heads = ["", "frames/s", "ms/frame", "quartiles", "ratio", "first, s", *more, ""]
+    costs = ["TFLOP/s", "of a matrix product", "GiB"] if costly else []
+    heads = ["", "frames/s", "ms/frame", "quartiles", "ratio", "first, s", *costs, ""]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for name, result in results.items():
-        each = 1e3 / result.row.frames
+        per_frame = 1e3 / result.row.frames  # milliseconds a frame from the seconds of a run
         low, high = result.spread
         ratio = ""
         base = results.get(result.row.against or "")
@@ -174,8 +182,8 @@ def table(results: Mapping[str, Result], ceiling: Ceilings | None = None) -> str
         cells = [
             name,
             f"{1.0 / result.frame:.1f}",
-            f"{result.median * each:.2f}",
-            f"{low * each:.2f}-{high * each:.2f}",
+            f"{result.median * per_frame:.2f}",
+            f"{low * per_frame:.2f}-{high * per_frame:.2f}",
             ratio,
             f"{result.first:.1f}",
         ]

@@ -1,4 +1,4 @@
-"""Models of the published geometries with random weights: as fast, or as slow, as the real ones."""
+"""Models of the published geometries with random weights, which run as fast, or as slowly, as the real ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _KL = AutoencoderConfig(block_out_channels=(128, 256, 512, 512), layers_per_bloc
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The networks of a model. tiny: the autoencoder that a stream takes in the KL autoencoder's place."""
+    """The networks of a model and its scheduler. tiny: the autoencoder that a stream uses in place of the KL one."""
 
     parts: Parts
     tiny: Any
@@ -101,7 +101,10 @@ GEOMETRIES: Mapping[str, Geometry] = {
 
 
 def tiny(config: Any) -> Any:
-    """A config of the same shape whose network runs in no time, for smoke tests. Its text is 32 wide (SD3's joint)."""
+    """Return a config of the same structure whose network is very small, for smoke tests.
+
+    Text embeddings are 32 wide (SD3's joint ones 96). Raises ValueError for a config without a tiny version.
+    """
     match type(config).__name__:
         case "UNetConfig":
             levels = len(config.block_out_channels)
@@ -123,33 +126,37 @@ def tiny(config: Any) -> Any:
             return replace(config, encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
         case "T5Config":
             return replace(config, d_model=32, d_ff=64, num_layers=2, num_heads=2, d_kv=16)
-        case other:
-            raise ValueError(f"no tiny version of {other}")
+        case name:
+            raise ValueError(f"no tiny version of {name}")
 
 
 def at_scale(config: Any, scale: str) -> Any:
-    """The config itself, or its `tiny` version."""
+    """Return the config itself, or its `tiny` version for the scale "tiny"."""
     return tiny(config) if scale == "tiny" else config
 
 
 def component(kind: str, config: Any, dtype: str, **options: Any) -> Component:
-    """A network of random weights, drawn on the device. options: of the module."""
-    own = DTYPES[dtype]
-    module = FAMILIES[kind].build(config, dtype=own, param_dtype=own, **options)
-    return Component(module, partial(random_params, abstract_params(kind, config), own))
+    """Return a network with random weights, which are drawn on the device when they are first used.
+
+    kind: the class name in diffusers or transformers. options: of the module.
+    """
+    jax_dtype = DTYPES[dtype]
+    module = FAMILIES[kind].build(config, dtype=jax_dtype, param_dtype=jax_dtype, **options)
+    return Component(module, partial(random_params, abstract_params(kind, config), jax_dtype))
 
 
 def random_params(shapes: Params, dtype: Any, *, each: Callable[[str, Array], Any] | None = None) -> Params:
-    """Kernels that keep the variance, scales of one, biases of zero. A leaf depends on its path alone.
+    """Return random parameters: kernels that keep the variance, scales of one, biases of zero.
 
-    each: (path, parameter) to what takes its place.
+    A leaf depends only on its path and shape. each: replaces a parameter, (path, parameter) -> new leaf, as soon as it
+    is drawn.
     """
 
-    def made(path: str, shape: tuple[int, ...]) -> Any:
-        own = leaf(path, shape)
-        return own if each is None else jax.block_until_ready(each(path, own))
+    def make(path: str, shape: tuple[int, ...]) -> Any:
+        param = draw(path, shape)
+        return param if each is None else jax.block_until_ready(each(path, param))
 
-    def leaf(path: str, shape: tuple[int, ...]) -> Array:
+    def draw(path: str, shape: tuple[int, ...]) -> Array:
         name = path.rsplit("/", 1)[-1]
         if name in ("scale", "bias"):
             return jnp.full(shape, 1.0 if name == "scale" else 0.0, dtype)
@@ -157,7 +164,7 @@ def random_params(shapes: Params, dtype: Any, *, each: Callable[[str, Array], An
         fan_in = np.prod(shape[-4 if len(shape) >= 4 else -2 : -1])  # without the axis of stacked layers
         return put_on_device(_normal(seed, shape, float(fan_in) ** -0.5 if name == "kernel" else 0.02, dtype))
 
-    leaves = {path: made(path, like.shape) for path, like in traverse_util.flatten_dict(shapes, sep="/").items()}
+    leaves = {path: make(path, like.shape) for path, like in traverse_util.flatten_dict(shapes, sep="/").items()}
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
@@ -166,20 +173,23 @@ def _normal(seed: Array, shape: tuple[int, ...], scale: Array, dtype: Any) -> Ar
     return (scale * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
 
-@lru_cache(maxsize=1)  # two of them would not fit everywhere
+@lru_cache(maxsize=1)  # two pipelines would not fit on every device
 def pipeline(name: str, dtype: str, *, scale: str = "full", taesd: bool = False) -> Pipeline:
-    """A pipeline of a name of `GEOMETRIES`. Its tokenizer is that of the bundled model. taesd: with the tiny VAE."""
+    """Return a pipeline with random weights for a name in `GEOMETRIES`; its tokenizer is the bundled model's.
+
+    taesd: use the tiny autoencoder. Raises ValueError for an unknown name.
+    """
     if name not in GEOMETRIES:
         raise ValueError(f"{PREFIX}{name}: no such geometry; known are {', '.join(PREFIX + n for n in GEOMETRIES)}")
     geometry = GEOMETRIES[name]
     parts = dict(geometry.parts)
     if taesd:
         parts["vae"] = ("AutoencoderTiny", geometry.tiny)
-    text = Tokenizer.load(locate("openmoji").at("tokenizer"))
-    text.backend.model_max_length = 77
+    tokenizer = Tokenizer.load(locate("openmoji").at("tokenizer"))
+    tokenizer.backend.model_max_length = 77
     folder = Folder(
         components={part: component(kind, at_scale(config, scale), dtype) for part, (kind, config) in parts.items()},
-        tokenizers={part: text for part in parts if part.startswith("text_encoder")},
+        tokenizers={part: tokenizer for part in parts if part.startswith("text_encoder")},
         scheduler=geometry.scheduler,
     )
     return Pipeline(folder)

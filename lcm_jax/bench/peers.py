@@ -1,4 +1,4 @@
-"""The peers: diffusers' networks and pipelines in PyTorch, on the weights of ours."""
+"""The peers: diffusers' networks and pipelines in PyTorch, with the weights of ours."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PEERS = ("diffusers", "diffusers-compiled")  # eager, and by torch.compile
 
 
 def put_on_device() -> str:
-    """Where PyTorch runs."""
+    """Return the device that PyTorch runs on: "cuda" if there is one, or "cpu"."""
     torch = pytorch()
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @cache
 def pytorch() -> Any:
-    """The package, or what to install."""
+    """Return the package torch; without it an error says what to install."""
     require("test")
     import torch
 
@@ -38,20 +38,23 @@ def pytorch() -> Any:
 
 
 def tensor(array: Any, dtype: str | None = None) -> Any:
-    """An array as a tensor where PyTorch runs. dtype: by torch's name; None keeps integers as they are."""
+    """Return an array as a tensor on PyTorch's device. dtype: torch's name of a float type; None for integers."""
     torch = pytorch()
     kind = np.int64 if dtype is None else np.float32
-    own = torch.from_numpy(np.array(jnp.asarray(array), kind)).to(put_on_device())
-    return own if dtype is None else own.to(getattr(torch, dtype))
+    copied = torch.from_numpy(np.array(jnp.asarray(array), kind)).to(put_on_device())
+    return copied if dtype is None else copied.to(getattr(torch, dtype))
 
 
 def channels_first(array: Any, dtype: str) -> Any:
-    """(b, h, w, c) as PyTorch has it."""
+    """Return an array (b, h, w, c) as a tensor (b, c, h, w)."""
     return tensor(np.moveaxis(np.asarray(array, np.float32), -1, 1), dtype)
 
 
 def network(part: Component, dtype: str, peer: str, adapters: Adapters | None = None) -> Any:
-    """A network of ours in diffusers or transformers. adapters: on a UNet, not merged."""
+    """Return a network of ours as diffusers' or transformers' module.
+
+    peer: one of `PEERS`. adapters: a LoRA that is loaded into a UNet and not merged.
+    """
     import diffusers
     import transformers
 
@@ -59,23 +62,26 @@ def network(part: Component, dtype: str, peer: str, adapters: Adapters | None = 
     cls = getattr(diffusers, kind, None) or getattr(transformers, kind)
     with tempfile.TemporaryDirectory() as folder:
         save_component(Path(folder), "part", part)
-        own = cls.from_pretrained(f"{folder}/part", torch_dtype=getattr(torch, dtype))
+        module = cls.from_pretrained(f"{folder}/part", torch_dtype=getattr(torch, dtype))
         if adapters is not None:
             save_lora(f"{folder}/adapters.safetensors", adapters)
-            own.load_lora_adapter(folder, prefix="unet", weight_name="adapters.safetensors")
-        own = own.to(put_on_device()).eval()
-    return _compiled(own) if peer == "diffusers-compiled" else own
+            module.load_lora_adapter(folder, prefix="unet", weight_name="adapters.safetensors")
+        module = module.to(put_on_device()).eval()
+    return _compiled(module) if peer == "diffusers-compiled" else module
 
 
 def _compiled(module: Any) -> Any:
-    """As diffusers' documentation advises: channels last, CUDA graphs."""
+    """Return a module compiled as diffusers' documentation advises: channels last, CUDA graphs."""
     torch = pytorch()
     module = module.to(memory_format=torch.channels_last)
     return torch.compile(module, mode="reduce-overhead" if put_on_device() == "cuda" else "default")
 
 
 def pipeline(pipe: Pipeline, dtype: str, peer: str, *, auto: str | None = None) -> Any:
-    """A pipeline of ours in diffusers with LCM's scheduler, SD3's with its own. auto: "image-to-image"."""
+    """Return a pipeline of ours as diffusers' pipeline, with LCM's scheduler; SD3 keeps its own.
+
+    peer: one of `PEERS`. auto: "image-to-image", or None for text-to-image.
+    """
     import diffusers
 
     torch = pytorch()
@@ -85,25 +91,25 @@ def pipeline(pipe: Pipeline, dtype: str, peer: str, *, auto: str | None = None) 
         options = {"torch_dtype": getattr(torch, dtype)}
         if pipe.folder.family == "sd":
             options |= {"safety_checker": None, "requires_safety_checker": False}
-        own = cls.from_pretrained(folder, **options).to(put_on_device())
+        theirs = cls.from_pretrained(folder, **options).to(put_on_device())
     if pipe.folder.family != "sd3":
-        own.scheduler = diffusers.LCMScheduler.from_config(own.scheduler.config)
-    own.set_progress_bar_config(disable=True)
+        theirs.scheduler = diffusers.LCMScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
     if peer == "diffusers-compiled":
         name = pipe.folder.denoiser
-        setattr(own, name, _compiled(getattr(own, name)))
-        own.vae.decode, own.vae.encode = torch.compile(own.vae.decode), torch.compile(own.vae.encode)
-    return own
+        setattr(theirs, name, _compiled(getattr(theirs, name)))
+        theirs.vae.decode, theirs.vae.encode = torch.compile(theirs.vae.decode), torch.compile(theirs.vae.encode)
+    return theirs
 
 
 def row(name: str, run: Callable[[], Any], **options: Any) -> Row:
-    """A row of PyTorch's, which ends when the device has ended."""
+    """Return a row of PyTorch, whose run ends when the device has finished. options: other fields of the row."""
     torch = pytorch()
 
-    def whole() -> None:
+    def run_and_wait() -> None:
         with torch.no_grad():
             run()
         if put_on_device() == "cuda":
             torch.cuda.synchronize()
 
-    return Row(name=name, run=whole, **options)
+    return Row(name=name, run=run_and_wait, **options)

@@ -1,4 +1,4 @@
-"""Where the time of a row goes: the operations that a trace of one run shows."""
+"""The time of a row by operations, from a trace of one run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ _NOT_AN_OPERATION = re.compile(r"^\$|ThunkExecutor|PjRt|Execute|Wait|Await|Threa
 
 
 def operations(run: Callable[[], Any], *, most: int = 12) -> list[tuple[str, float, int]]:
-    """(operation, milliseconds, how often) of one run, the dearest first; numbers at the ends of names left off.
+    """Return (operation, milliseconds, count) of one run, the most expensive first, at most `most` of them.
 
-    On an accelerator what its streams did, elsewhere what the threads of XLA did.
+    Numbers at the ends of names are removed. On an accelerator the operations are those of its streams, elsewhere those
+    of XLA's threads.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -43,6 +44,6 @@ def operations(run: Callable[[], Any], *, most: int = 12) -> list[tuple[str, flo
 
 
 def table(found: list[tuple[str, float, int]]) -> str:
-    """One line for each operation."""
+    """Return the operations as a Markdown table, one line each."""
     lines = [f"| {name} | {spent:.2f} | {count} |" for name, spent, count in found]
     return "\n".join(["| operation | ms | times |", "| --- | --- | --- |", *lines])

@@ -1,4 +1,4 @@
-"""`lcm-jax serve` as a process of its own, for what measures or tests it from outside."""
+"""`lcm-jax serve` in a separate process, for benches and tests that use it from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Served(NamedTuple):
-    """A server that listens at `address`, http://127.0.0.1:PORT; `process.stdout` is what it prints from then on."""
+    """A server that listens at `address`, http://127.0.0.1:PORT; `process.stdout` has what it prints after that."""
 
     address: str
     process: subprocess.Popen[str]
@@ -21,20 +21,21 @@ class Served(NamedTuple):
 
 @contextmanager
 def serving(*options: str, **environment: str) -> Iterator[Served]:
-    """A server with options of the command line, on a free port; told to end (SIGINT) where it has not been before.
+    """Run a server on a free port while the block runs; at the end it is stopped by SIGINT if it still runs.
 
-    RuntimeError if it ends before it listens.
+    options: of the command line `lcm-jax serve`. environment: variables added to this process's. Raises RuntimeError if
+    the server ends before it listens.
     """
     command = [sys.executable, "-m", "lcm_jax.cli", "serve", "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as process:
         try:
             assert process.stdout is not None
             lines = map(re.compile(r"(http://127\.0\.0\.1:\d+)/$").search, process.stdout)
-            found = next(filter(None, lines), None)
-            if found is None:
-                own = " ".join(command[3:])
-                raise RuntimeError(f"lcm-jax {own} ended with status {process.wait()} before it listened")
-            yield Served(found.group(1), process)
+            match = next(filter(None, lines), None)
+            if match is None:
+                arguments = " ".join(command[3:])
+                raise RuntimeError(f"lcm-jax {arguments} ended with status {process.wait()} before it listened")
+            yield Served(match.group(1), process)
         finally:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""How long a user waits: reading a model, and `lcm-jax sample` from the prompt of a shell, cold and warm."""
+"""The cases that time a user's wait: reading a model, and `lcm-jax sample` from the shell, cold and warm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcm_jax.inference.pipeline import load
 
 
 def loading(options: Options) -> Iterator[Titled]:
-    """Every network of the model, from its files to the device."""
+    """Yield the row of loading every network of the model, from its files to the device."""
 
     def read() -> None:
         pipe = load(options.model, dtype=options.dtype)
@@ -27,9 +27,9 @@ def loading(options: Options) -> Iterator[Titled]:
 
 
 def starts(options: Options) -> Iterator[Titled]:
-    """A new process each time: with an empty cache of compiled programs, and with the one it left."""
-    own = tempfile.TemporaryDirectory()  # held by the rows
-    folder = own.name
+    """Yield the rows of `lcm-jax sample` in a new process, with an empty and with a filled cache of programs."""
+    temporary = tempfile.TemporaryDirectory()  # the rows refer to it, so it is not deleted before they have run
+    folder = temporary.name
 
     def sample(cache: str) -> None:
         command = [
@@ -45,7 +45,7 @@ def starts(options: Options) -> Iterator[Titled]:
         command += ["--dtype", options.dtype, "--out", str(Path(folder) / "pictures")]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | {"LCM_JAX_CACHE": cache})
 
-    cold = Row(name="cold", run=lambda: sample(tempfile.mkdtemp(dir=own.name)))
+    cold = Row(name="cold", run=lambda: sample(tempfile.mkdtemp(dir=temporary.name)))
     yield (
         f"`lcm-jax sample --model {options.model}`, a new process",
         [cold, Row(name="warm", run=lambda: sample(str(Path(folder) / "cache")), against="cold")],

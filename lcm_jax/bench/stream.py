@@ -1,4 +1,4 @@
-"""A stream's cases: StreamDiffusion's tables 1-3 in small (2312.12491)."""
+"""The cases of a stream: StreamDiffusion's tables 1 to 3 at a small scale (arXiv:2312.12491)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from vae16 import AutoencoderTiny, TinyConfig
 
 
 def stream(options: Options) -> Iterator[Titled]:
-    """Stream batch, guidance, filter and autoencoder; against a peer, its image-to-image at 1, 2, 4 and 10 steps."""
+    """Yield the rows of stream batch, guidance, filter and autoencoder.
+
+    With a peer the only rows are those against its image-to-image, at 1, 2, 4 and 10 steps.
+    """
     pipe = open_model(options)
     size = pipe.check_size(None if options.side is None else (options.side, options.side))
     frames = 2 if options.model.startswith(models.PREFIX) else 10
@@ -32,42 +35,44 @@ def stream(options: Options) -> Iterator[Titled]:
 
 
 def open_model(options: Options) -> Pipeline:
-    """The model of the options: of random weights ("random-sd15"), or one that `load` finds."""
+    """Return the model of the options: one with random weights ("random-sd15"), or one that `load` finds."""
     if options.model.startswith(models.PREFIX):
         return models.pipeline(options.model.removeprefix(models.PREFIX), options.dtype, scale=options.scale)
     return load(options.model, dtype=options.dtype)
 
 
 def stream_rows(pipe: Pipeline, size: tuple[int, int], *, steps: int = 5, frames: int = 10) -> Iterator[Titled]:
-    """Everything about a stream alone."""
+    """Yield the rows of a stream without a peer: stream batch, guidance, filter, autoencoder."""
     scene = moving_scene(size, frames)
 
-    def over(stream: Stream, pictures: Sequence[np.ndarray] = scene) -> Callable[[], Any]:
+    def run_over(stream: Stream, pictures: Sequence[np.ndarray] = scene) -> Callable[[], Any]:
         return lambda: [stream(picture) for picture in pictures]
 
     tiny = with_tiny_vae(pipe)
 
-    def made(model: Pipeline = pipe, **controls: Any) -> Stream:
+    def make_stream(model: Pipeline = pipe, **controls: Any) -> Stream:
         return Stream(model, "red heart", size=size, **({"steps": steps, "strength": 0.8} | controls))
 
     rows = []
     for n in (1, 2, 4):
-        alone = f"{n} steps, one by one"
-        rows.append(Row(name=alone, run=over(made(steps=n, batch=False)), frames=frames))
-        rows.append(Row(name=f"{n} steps, stream batch", run=over(made(steps=n)), frames=frames, against=alone))
+        sequential = f"{n} steps, one by one"
+        rows.append(Row(name=sequential, run=run_over(make_stream(steps=n, batch=False)), frames=frames))
+        rows.append(
+            Row(name=f"{n} steps, stream batch", run=run_over(make_stream(steps=n)), frames=frames, against=sequential)
+        )
     yield "Stream batch", rows
 
-    modes = {name: made(tiny, guidance=name, scale=1.4) for name in ("full", "self", "onetime", "none")}
+    modes = {name: make_stream(tiny, guidance=name, scale=1.4) for name in ("full", "self", "onetime", "none")}
     yield (
         f"Guidance, {steps} steps, tiny autoencoder",
         [
-            Row(name=name, run=over(stream), frames=frames, against=None if name == "full" else "full")
+            Row(name=name, run=run_over(stream), frames=frames, against=None if name == "full" else "full")
             for name, stream in modes.items()
         ],
     )
 
     still = [scene[0]] * 20
-    plain, filtered = made(steps=2), made(steps=2, similarity=0.98)
+    plain, filtered = make_stream(steps=2), make_stream(steps=2, similarity=0.98)
 
     def saved() -> str:
         return "" if filtered.filter is None else f"{100 * filtered.filter.saved:.0f} % left out"
@@ -75,25 +80,26 @@ def stream_rows(pipe: Pipeline, size: tuple[int, int], *, steps: int = 5, frames
     yield (
         "A still scene of 20 frames",
         [
-            Row(name="no filter", run=over(plain, still), frames=20),
-            Row(name="similarity filter", run=over(filtered, still), frames=20, against="no filter", note=saved),
+            Row(name="no filter", run=run_over(plain, still), frames=20),
+            Row(name="similarity filter", run=run_over(filtered, still), frames=20, against="no filter", note=saved),
         ],
     )
 
-    small = made(tiny, steps=2)
+    small = make_stream(tiny, steps=2)
     yield (
         "Autoencoder, 2 steps",
         [
-            Row(name="KL", run=over(plain), frames=frames),
-            Row(name="tiny", run=over(small), frames=frames, against="KL", note=lambda: "random weights"),
+            Row(name="KL", run=run_over(plain), frames=frames),
+            Row(name="tiny", run=run_over(small), frames=frames, against="KL", note=lambda: "random weights"),
         ],
     )
 
 
 def peer_rows(pipe: Pipeline, peer: Any, size: tuple[int, int], *, frames: int) -> Titled:
-    """A stream against AutoPipelineForImage2Image with LCM's scheduler, from pure noise (2312.12491, table 1).
+    """Return the rows of a stream against AutoPipelineForImage2Image with LCM's scheduler, from pure noise.
 
-    A student that is told its guidance is told 4; any other goes without.
+    This is table 1 of arXiv:2312.12491. The guidance scale is 4 for a student that has it as an input; other models are
+    not guided.
     """
     scene = moving_scene(size, frames)
     guidance = 4.0 if pipe.model.embeds_guidance else 1.0
@@ -101,7 +107,7 @@ def peer_rows(pipe: Pipeline, peer: Any, size: tuple[int, int], *, frames: int) 
     def theirs(steps: int) -> Callable[[], Any]:
         pictures = [PILImage.fromarray(picture) for picture in scene]
         options = {"strength": 1.0, "guidance_scale": guidance, "output_type": "np", "num_inference_steps": steps}
-        return lambda: [peer("red heart", image=one, **options) for one in pictures]
+        return lambda: [peer("red heart", image=picture, **options) for picture in pictures]
 
     rows = []
     for n in (1, 2, 4, 10):
@@ -116,7 +122,7 @@ def peer_rows(pipe: Pipeline, peer: Any, size: tuple[int, int], *, frames: int) 
 
 
 def moving_scene(size: tuple[int, int], frames: int) -> list[np.ndarray]:
-    """A disc that crosses a white picture."""
+    """Return frames (h, w, 3) of uint8 in which a disc crosses a white picture."""
     height, width = size
     y, x = np.mgrid[:height, :width]
     scene = []
@@ -127,10 +133,10 @@ def moving_scene(size: tuple[int, int], frames: int) -> list[np.ndarray]:
 
 
 def with_tiny_vae(pipe: Pipeline) -> Pipeline:
-    """The pipeline with a tiny autoencoder of its geometry and random weights: for its speed alone."""
+    """Return the pipeline with a tiny autoencoder of its geometry and random weights, to measure its speed only."""
     config: Any = pipe.model.vae.config
     levels = config.downsample_factor.bit_length()
-    width = min(config.block_out_channels[0], 64)  # TAESD's, but no wider than the autoencoder is
+    width = min(config.block_out_channels[0], 64)  # TAESD's width, but not wider than the autoencoder
     tiny = AutoencoderTiny(
         TinyConfig(
             latent_channels=config.latent_channels,

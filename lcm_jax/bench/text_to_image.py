@@ -1,4 +1,4 @@
-"""Whole pictures: text-to-image, and image-to-image one step at a time as a stream draws."""
+"""The cases of complete pictures: text-to-image, and image-to-image in one step as a stream draws."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ PROMPT = "red heart"
 
 
 def text_to_image(options: Options) -> Iterator[Titled]:
-    """Four steps of LCM, from the prompt to uint8 pictures: SD1.5 at 512, SDXL and SD3-medium at 1024 pixels."""
-    small = jax.default_backend() == "cpu" and options.scale == "full"
+    """Yield the rows of four steps of LCM, from the prompt to uint8 pictures.
+
+    SD1.5 draws 512 x 512 pixels, SDXL and SD3-medium 1024 x 1024; SD3-medium takes Euler's steps.
+    """
+    slow = jax.default_backend() == "cpu" and options.scale == "full"
     for name in options.geometries("text-to-image"):
         pipe = models.pipeline(name, options.dtype, scale=options.scale)
         sampler = "euler" if name == "sd3" else "lcm"
-        batches = options.batches or ((1,) if small else (1, 4, 16))
+        batches = options.batches or ((1,) if slow else (1, 4, 16))
         theirs = None
         if options.peer:
             theirs = peers.pipeline(pipe, options.dtype, options.peer)
@@ -48,7 +51,7 @@ def text_to_image(options: Options) -> Iterator[Titled]:
 
 
 def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4) -> Row:
-    """A row of a pipeline's call for n pictures. Its FLOPs are those of the steps and of the decoder."""
+    """Return a row of a pipeline's call for n pictures; its FLOPs are those of the steps and of the decoder."""
 
     def draw() -> Any:
         return pipe([PROMPT] * n, steps=steps, sampler=sampler)
@@ -60,33 +63,33 @@ def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4)
 
 
 def _quantized(plain: Row, pipe: Pipeline, kinds: Mapping[str, str], n: int, sampler: str) -> Row:
-    """The same pictures with some parts in 8 bits, and how far they are from the plain ones."""
+    """Return a row of the same pictures with some parts in 8 bits; its note is the PSNR against the plain ones."""
     name = ", ".join([plain.name, *(kind if part == PARTS[0] else f"{part} {kind}" for part, kind in kinds.items())])
     for part, kind in kinds.items():
         pipe = pipe.quantized(kind, part)
     row = pictures(name, pipe, n, sampler)
 
-    def near() -> str:
+    def similarity() -> str:
         return f"PSNR {float(psnr(row.run(), plain.run(), data_range=255).mean()):.1f} dB"
 
-    return replace(row, prepare=plain.prepare, against=plain.name, note=near)
+    return replace(row, prepare=plain.prepare, against=plain.name, note=similarity)
 
 
 def step_flops(pipe: Pipeline, n: int) -> float:
-    """Of one evaluation of the denoiser for n pictures of the pipeline's size."""
+    """Return the FLOPs of one evaluation of the denoiser for n pictures of the pipeline's size."""
     cond = {key: jnp.repeat(leaf, n, axis=0) for key, leaf in pipe.encode_prompt([PROMPT]).items()}
     x, t = jax.ShapeDtypeStruct((n, *_latents(pipe)), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.float32)
     return flops_of(as_apply(pipe.model.net), pipe.net_params, x, t, cond)
 
 
 def decode_flops(model: LatentDiffusion, pipe: Pipeline, n: int) -> float:
-    """Of decoding n pictures."""
+    """Return the FLOPs of decoding n pictures."""
     latents = jax.ShapeDtypeStruct((n, *_latents(pipe)), jnp.float32)
     return flops_of(model.decode, pipe.params["vae"], latents)
 
 
 def encode_flops(model: LatentDiffusion, pipe: Pipeline, n: int) -> float:
-    """Of encoding n pictures."""
+    """Return the FLOPs of encoding n pictures."""
     return flops_of(model.encode, pipe.params["vae"], jax.ShapeDtypeStruct((n, *pipe.size, 3), jnp.uint8))
 
 
@@ -102,9 +105,11 @@ def _theirs(name: str, pipe: Any, n: int, size: tuple[int, int]) -> Row:
 
 
 def realtime(options: Options) -> Iterator[Titled]:
-    """SD-Turbo's geometry with TAESD, image-to-image in one step: frames that wait for their picture, frames in a row,
+    """Yield the rows of image-to-image in one step, with SD-Turbo's geometry and TAESD.
 
-    and buffers of 12 (StreamDiffusion, 2312.12491: 93.9 frames a second on an RTX 4090, about 150 in twelves).
+    Frames are sent one after another, where each call waits for its picture, or pipelined, two ahead; single, and in
+    buffers of 12. StreamDiffusion (arXiv:2312.12491) has 93.9 frames a second on an RTX 4090, about 150 in buffers of
+    12.
     """
     pipe = models.pipeline("sd-turbo", options.dtype, scale=options.scale, taesd=True)
     rows = []
@@ -115,11 +120,11 @@ def realtime(options: Options) -> Iterator[Titled]:
         flops = step_flops(pipe, frames) + decode_flops(pipe.model, pipe, frames)
         flops += encode_flops(pipe.model, pipe, frames)
         calls = 32 if options.scale == "full" and jax.default_backend() != "cpu" else 2
-        for name, go in (("one after another", _awaited), ("pipelined", _pipelined)):
+        for name, draw in (("one after another", _awaited), ("pipelined", _pipelined)):
             rows.append(
                 Row(
                     name=f"buffers of {frames}, {name}" if frames > 1 else f"single frames, {name}",
-                    run=_repeat(go, stream, scene, calls),
+                    run=_repeat(draw, stream, scene, calls),
                     prepare=partial(Cost, calls * flops),
                     frames=frames * calls,
                 )
@@ -127,8 +132,8 @@ def realtime(options: Options) -> Iterator[Titled]:
     yield f"Image to image in real time, sd-turbo with TAESD at {pipe.size[0]}x{pipe.size[1]}, 1 step", rows
 
 
-def _repeat(go: Callable[..., None], stream: Stream, scene: list[np.ndarray], calls: int) -> Callable[[], None]:
-    return lambda: go(stream, [scene[i % len(scene)] for i in range(calls)])
+def _repeat(draw: Callable[..., None], stream: Stream, scene: list[np.ndarray], calls: int) -> Callable[[], None]:
+    return lambda: draw(stream, [scene[i % len(scene)] for i in range(calls)])
 
 
 def _awaited(stream: Stream, frames: list[np.ndarray]) -> None:

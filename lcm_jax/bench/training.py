@@ -1,4 +1,4 @@
-"""A training step of latent consistency distillation, all weights or a LoRA; the peer's beside it."""
+"""The cases of a training step of latent consistency distillation, of all weights or a LoRA, with the peer's step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MEMORY = Path("/proc/meminfo")  # of Linux
 
 
 class Teacher(NamedTuple):
-    """The UNet that is distilled, and the length of its texts."""
+    """The config of the UNet that is distilled, and the number of tokens of its texts."""
 
     config: UNetConfig
     tokens: int = 77
@@ -45,7 +45,10 @@ class Teacher(NamedTuple):
 
 @cache
 def teacher_of(options: Options) -> Teacher:
-    """The model's, less what tells a student its guidance; or that of a geometry."""
+    """Return the teacher of the options' model: its UNet without an embedding of w, or the UNet of a geometry.
+
+    Raises ValueError for a model without a UNet.
+    """
     if options.model.startswith(PREFIX):
         [name] = options.geometries("training")
         return Teacher(at_scale(GEOMETRIES[name].parts["unet"][1], options.scale))
@@ -58,23 +61,26 @@ def teacher_of(options: Options) -> Teacher:
 
 
 def steps(options: Options) -> Iterator[Titled]:
-    """LCM-LoRA and LCM of the model, computing in the given precision on float32 parameters, AdamW."""
+    """Yield the rows of a step of LCM-LoRA and of LCM, computed in the given precision on float32 parameters, AdamW."""
     for batch in options.batches or ((1,) if jax.default_backend() == "cpu" else (16,)):
         adapters = LoraConfig(rank=64 if options.scale == "full" else 4)
-        # Adapters first: where all weights find no room, which ends the bench, theirs are measured by then.
+        # Adapters first: if the memory does not suffice for all weights, the bench ends after the adapters' rows.
         for name, lora in ((f"LCM-LoRA, rank {adapters.rank}", adapters), ("LCM", None)):
             title = f"Training step, {options.model}, {name}, batch {batch}"
-            own = Distilled.of(options, batch=batch, lora=lora)
-            rows = [step(name, options, own)]
-            if options.peer:  # after ours, which says first whether there is room for both
-                rows.append(peers_step(f"diffusers, {name}", options, own))
+            setup = Distilled.of(options, batch=batch, lora=lora)
+            rows = [step(name, options, setup)]
+            if options.peer:  # after ours, which checks first whether the memory suffices for both
+                rows.append(peers_step(f"diffusers, {name}", options, setup))
                 rows[0] = replace(rows[0], against=rows[1].name)
             yield title, rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled:
-    """What a step is of: teacher and student, the objective, and a batch, its latents as mean and deviation."""
+    """The setup of a step: teacher, student, objective and a batch.
+
+    batch: "mean" and "std" of the latents (b, h, w, c), and "context" (b, tokens, d).
+    """
 
     teacher: UNetConfig
     student: UNetConfig
@@ -84,7 +90,7 @@ class Distilled:
 
     @classmethod
     def of(cls, options: Options, *, batch: int, lora: LoraConfig | None) -> Distilled:
-        """Of the model's UNet, or its LCM-LoRA."""
+        """Return the setup of the model's UNet, of all its weights or of a LoRA, with a random batch."""
         config, tokens = teacher_of(options)
         side: Any = config.sample_size
         height, width = (side, side) if isinstance(side, int) else side
@@ -105,17 +111,18 @@ class Distilled:
 
     @property
     def null(self) -> dict[str, Array]:
-        """The empty prompt."""
+        """The conditioning of the empty prompt: "context" (1, tokens, d) of zeros."""
         return {"context": jnp.zeros((1, *self.batch["context"].shape[1:]))}
 
     def learner(self, dtype: str, *, remat: bool = False) -> Learner:
-        """The student, computing in a precision, and its loss."""
+        """Return the student, which computes in this precision, and its loss. remat: recompute activations."""
         net = FAMILIES[_KIND].build(self.student, dtype=jnp.dtype(dtype), remat=remat)
         return Learner(net=net, objective=self.objective, lora=self.lora, critic=None)
 
     def begin(self, dtype: str, learner: Learner) -> tuple[Params, Params]:
-        """The trained trees, and the frozen ones: a teacher in the precision of the computation, as it learns nothing;
-        a LoRA's is its student's base too.
+        """Return the trained tree and the frozen ones.
+
+        The teacher is in the precision of the computation, since it is not trained. A LoRA's base is this same tree.
         """
         teacher = component(_KIND, self.teacher, dtype).params
         frozen = {"teacher": teacher, "null": self.null}
@@ -124,11 +131,14 @@ class Distilled:
 
 
 def step(name: str, options: Options, own: Distilled, *, remat: bool = False) -> Row:
-    """One step: student, guided teacher, target, gradient, AdamW and the moving average. Its state is donated."""
+    """Return the row of one step: student, guided teacher, target, gradient, AdamW and the moving average.
+
+    The step's state is donated. Its `prepare` raises ValueError if a CPU's memory does not suffice.
+    """
     learner = own.learner(options.dtype, remat=remat)
     data = {key: jnp.asarray(leaf, options.dtype) for key, leaf in own.batch.items()}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
-    held: dict[str, Any] = {}
+    running: dict[str, Any] = {}  # the compiled step, its state and the frozen trees
 
     def begin() -> tuple[TrainState, Params]:
         params, frozen = own.begin(options.dtype, learner)
@@ -137,29 +147,29 @@ def step(name: str, options: Options, own: Distilled, *, remat: bool = False) ->
     def prepare() -> Cost:
         like = jax.eval_shape(begin)
         traced: Any = make_train_step(learner.loss, tx, decay=DECAY, seed=0).trace(*like, data)
-        held["step"] = traced.lower().compile()
-        memory = memory_of(held["step"])
+        running["step"] = traced.lower().compile()
+        memory = memory_of(running["step"])
         both = " with the peer's" if options.peer else ""
         check_room(f"{options.model}, {name}, batch {len(data['mean'])}{both}", memory * (2 if both else 1))
-        held["state"], held["frozen"] = begin()
+        running["state"], running["frozen"] = begin()
         return Cost(flops(traced.jaxpr), memory)
 
     def run() -> Any:
-        held["state"], metrics = held["step"](held["state"], held["frozen"], data)
+        running["state"], metrics = running["step"](running["state"], running["frozen"], data)
         return metrics["loss"]
 
     return Row(name=name, run=run, prepare=prepare, frames=len(data["mean"]))
 
 
 def peers_step(name: str, options: Options, own: Distilled) -> Row:
-    """The same in PyTorch, from the same weights."""
-    made = cache(partial(torch_distillation, own, options.dtype, str(options.peer)))
+    """Return the row of the same step in PyTorch, from the same weights."""
+    distillation = cache(partial(torch_distillation, own, options.dtype, str(options.peer)))
     mean, std = (peers.channels_first(own.batch[leaf], "float32") for leaf in ("mean", "std"))
-    return peers.row(name, lambda: made()(mean, std), frames=len(own.batch["mean"]))
+    return peers.row(name, lambda: distillation()(mean, std), frames=len(own.batch["mean"]))
 
 
 def torch_distillation(own: Distilled, dtype: str, peer: str) -> Distillation:
-    """The peer's networks, from our weights."""
+    """Return the peer's training, with the weights of ours."""
     learner = own.learner("float32")
     params, frozen = own.begin("float32", learner)
     teacher = Component(FAMILIES[_KIND].build(own.teacher), frozen["teacher"])
@@ -175,10 +185,13 @@ def torch_distillation(own: Distilled, dtype: str, peer: str) -> Distillation:
 
 
 def check_room(what: str, memory: int) -> None:
-    """ValueError for what a CPU's memory does not hold, where the system would end the process without a word."""
-    told = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text()) if MEMORY.exists() else None
-    if jax.default_backend() == "cpu" and told and memory > (room := 1024 * int(told[1])):
+    """Raise ValueError if a CPU has less free memory than `memory` bytes, where Linux would kill the process silently.
+
+    what: the name of the step, for the message.
+    """
+    match = re.search(r"MemAvailable:\s*(\d+) kB", MEMORY.read_text()) if MEMORY.exists() else None
+    if jax.default_backend() == "cpu" and match and memory > (free := 1024 * int(match[1])):
         raise ValueError(
-            f"{what}: a training step takes {memory / 2**30:.1f} GiB, and {room / 2**30:.1f} are free: "
+            f"{what}: a training step takes {memory / 2**30:.1f} GiB, and {free / 2**30:.1f} are free: "
             "give a smaller --batch, or --model openmoji"
         )

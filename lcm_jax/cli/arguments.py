@@ -1,4 +1,4 @@
-"""What `lcm-jax` is told: the options of its commands."""
+"""The options of the commands of `lcm-jax`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.pipeline import DTYPES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter
+from lcm_jax.runtime.optional_deps import version_of
 from lcm_jax.weights.convert import FORMATS
 
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
 
 
 class _Help(argparse.Action):
-    """--help of a command, unless a config was named: then its keys are asked for."""
+    """Print the help of a command, or, where a config is named, leave it to the command to print the config's keys."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         if namespace.config is None:
@@ -30,13 +31,16 @@ class _Help(argparse.Action):
 
 
 def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
-    """The parser of all commands. runs: what each is run by, its `run` once parsed."""
-    whole = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models in JAX.")
-    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    """Return the parser of all commands. runs: the function of each command, which becomes `run` once parsed."""
+    commands_parser = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models in JAX.")
+    commands_parser.add_argument("--version", action="version", version=f"lcm-jax {version_of('lcm-jax')}")
+    commands = commands_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter, **options)
         sub.set_defaults(run=runs[name])
+        own = "Python files of your own to run first, which register samplers, objectives, data sources or configs"
+        sub.add_argument("--import", nargs="+", default=[], type=Path, metavar="FILE.py", dest="imports", help=own)
         return sub
 
     sub = command("demo", "Teacher, LCM and LCM-LoRA side by side: a grid, a table, a JSON file.")
@@ -77,10 +81,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         text += " What follows are overrides; --config NAME --help lists them."
         sub = command(name, text, add_help=False)
         sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
-        sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
+        sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
         if name == "distill":
-            sub.add_argument("--objective", metavar="METHOD", help="another few-step method: lcm, tcd, pcm, ctm, ...")
+            known = "another few-step method: lcm, tcd, pcm, ctm, ..., or FILE.py:CLASS of your own"
+            sub.add_argument("--objective", metavar="METHOD", help=known)
         _add_job(sub)
 
     sub = command("encode", "Latents and text embeddings of a data set, once, in shards; goes on if stopped.")
@@ -101,7 +106,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     text += " What follows are overrides, --mesh among them; --config NAME --help lists them."
     sub = command("plan", text, add_help=False)
     sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
-    sub.add_argument("--config", required=True, help="name in lcm_jax.configs")
+    sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
     sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, h100:8")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
     sub.add_argument("--whole", action="store_true", help="run the compiler to its end, machine code too")
@@ -177,7 +182,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
     sub.add_argument("--base", help="for LoRA: the model it is for; to extract one: the model SRC was made from")
     sub.add_argument("--rank", type=int, default=64, help="of an extracted LoRA")
-    return whole
+    return commands_parser
 
 
 def _add_job(sub: argparse.ArgumentParser) -> None:
@@ -214,7 +219,8 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in the autoencoder's place")
     sub.add_argument("--no-t5", dest="t5", action="store_false", help="SD3: leave out the third text encoder")
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
-    sub.add_argument("--sampler", choices=sorted(SAMPLERS), help="the model's own by default")
+    known = ", ".join(sorted(SAMPLERS))
+    sub.add_argument("--sampler", help=f"the model's own by default; {known}, or FILE.py:NAME of your own")
     sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
     sub.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the networks")
     _add_quantize(sub, "the denoiser in 8 bits")

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from PIL import Image as PILImage
 from lcm_jax import bench
 from lcm_jax.cli import demo
 from lcm_jax.cli.arguments import parser
+from lcm_jax.diffusion.samplers import Sampler, register, sampler_name
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, shard
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
@@ -30,18 +32,22 @@ from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.image_io import read_picture
 from lcm_jax.runtime.optional_deps import require
+from lcm_jax.runtime.user_code import import_file, is_reference, load_object
 from lcm_jax.train.overrides import override
 from lcm_jax.weights.convert import LORAS, convert, convert_lora
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; bad input is one line on standard error and exit code 2."""
-    if argv is None:  # a process of its own: what the imports have made stays, and need not be looked through again
+    if argv is None:  # a process of its own: what the imports made stays, and the collector need not visit it again
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
+        warnings.showwarning = _show_warning
     use_compilation_cache()
     arguments, rest = parser(RUNS).parse_known_args(argv)
     try:
+        for path in arguments.imports:
+            import_file(path, option="--import")
         if rest and arguments.run not in (_train, _plan):
             raise ValueError(f"unknown argument {rest[0]}; see lcm-jax {arguments.command} --help")
         if "coordinator" in arguments:
@@ -62,24 +68,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Print the library's own warnings as one line; those of other libraries are not the user's to act on."""
+    if issubclass(category, UserWarning) or "lcm_jax" in Path(filename).parts:
+        print(f"lcm-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _mesh(arguments: argparse.Namespace) -> Mesh | None:
-    """What to draw on: the devices of --mesh, without it all of a job; None: one."""
+    """Return the mesh to draw on: the devices of --mesh, without it all of a job; None is one device."""
     text = "" if arguments.mesh is None and jax.process_count() > 1 else arguments.mesh
     return None if text is None or (text == "" and jax.device_count() == 1) else make_mesh(text)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
-    """The pipeline, and the sampler and guidance to call it with."""
+    """Return the pipeline, and the sampler and guidance to call it with."""
     parts = [_lora_part(text) for text in arguments.lora]
     options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae", "t5")}
     kinds = quantization.parse(arguments.quantize)
     pipe = load(arguments.model, lora=parts or None, **options)
     for part, kind in kinds.items():
         pipe = pipe.quantized(kind, part)
-    sampler = arguments.sampler or ("lcm" if parts else pipe.default_sampler)
+    sampler = _sampler(arguments.sampler) or ("lcm" if parts else pipe.default_sampler)
     plain = sampler == "lcm" and not pipe.model.embeds_guidance
     guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)
     return pipe, {"sampler": sampler, "guidance": guidance}
+
+
+def _sampler(text: str | None) -> str | None:
+    """Return the name of a sampler, of the library or registered from FILE.py:NAME; ValueError for any other text."""
+    if text is None or not is_reference(text):
+        return None if text is None else sampler_name(text)
+    sampler = load_object(text, option="--sampler")
+    if not isinstance(sampler, Sampler):
+        raise ValueError(
+            f"--sampler {text}: it is a {type(sampler).__name__}, and a diffusion.samplers.Sampler is needed"
+        )
+    register(text, sampler)
+    return text
 
 
 def _lora_part(text: str) -> tuple[str, float]:
@@ -280,9 +307,10 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     import lcm_jax.configs as configs
 
     asked = ["--help"] if arguments.help else []
-    config, name = configs.get(arguments.config), arguments.config
+    config, name = configs.get(arguments.config), arguments.config.rpartition(":")[2]
     if getattr(arguments, "objective", None) is not None:
-        config, name = configs.with_method(config, arguments.objective, name), f"{name}_{arguments.objective}"
+        config = configs.with_method(config, arguments.objective, name)
+        name = f"{name}_{arguments.objective.rpartition(':')[2]}"
     config = override(config, [*overrides, *asked], arguments.config)
     workdir = arguments.workdir or Path("runs") / name
     config.run(workdir)

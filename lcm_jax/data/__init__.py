@@ -1,10 +1,10 @@
-"""Captioned pictures in, batches out: sources of records, the loader that orders them, and arrays computed once."""
+"""Data: sources of captioned pictures, loaders that make batches of them, and caches of arrays computed once."""
 
 from lcm_jax.data.array_cache import Cache, Columns, cached, open_cache, write_cache
 from lcm_jax.data.buckets import bucket_sizes
 from lcm_jax.data.loader import Batch, BucketLoader, Loader, LoaderIterator
 from lcm_jax.data.mixing import CaptionMix
-from lcm_jax.data.sources import Record, Source, load_buckets, load_source
+from lcm_jax.data.sources import InMemory, Record, Source, load_buckets, load_source, register
 
 __all__ = [
     "Batch",
@@ -12,6 +12,7 @@ __all__ = [
     "Cache",
     "CaptionMix",
     "Columns",
+    "InMemory",
     "Loader",
     "LoaderIterator",
     "Record",
@@ -21,5 +22,6 @@ __all__ = [
     "load_buckets",
     "load_source",
     "open_cache",
+    "register",
     "write_cache",
 ]

@@ -1,11 +1,12 @@
-"""Arrays computed once per example (latents, text embeddings), kept in array_record files.
+"""Caches of arrays that are computed once per example (latents, text embeddings), in array_record files.
 
 A cache is a folder of shards, which are array_record files, and `manifest.json`, which lists them. One record is the
 bytes of its arrays, one after another in the manifest's order, then its texts as JSON: reading needs no pickle and
 parses nothing but the texts. Files are written under another name and renamed when complete, the manifest last, so a
-cache that exists is whole; the sizes and SHA-256 of its shards are checked when it is opened.
+cache that exists is complete; the sizes and SHA-256 of its shards are checked when it is opened.
 
-`cached` keeps what one process makes on the way; many hosts write shards with `lcm_jax.train.precompute_latents`.
+`cached` is for a cache that one process makes before its training; for one that many hosts write there is
+`lcm_jax.train.precompute_latents`.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """The size of one record's array in bytes."""
         return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A file of the cache's folder."""
+    """An array_record file of the cache's folder, with its number of records, size in bytes and SHA-256."""
 
     file: str
     records: int
@@ -65,7 +67,10 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """A source of the cached records, shard after shard: read-only arrays, and texts as str."""
+    """A source of cached records, shard after shard: read-only arrays, and texts as str.
+
+    texts: names of the text fields. produced_by: description of how the records were made.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
@@ -90,24 +95,26 @@ class Cache:
         return record | dict(zip(self.texts, json.loads(data[start:]), strict=True))
 
     def check(self, part: int = 0, parts: int = 1) -> None:
-        """Sizes of all shards, and SHA-256 of the shards part, part + parts, ...; ValueError names the first bad one.
+        """Check the sizes of all shards, and the SHA-256 of the shards part, part + parts, ...
 
-        part: of the processes that open the cache together, so that a large one is read once by all of them, not by
-        each.
+        Raises ValueError for the first damaged shard, and FileNotFoundError for a missing one.
+
+        part, parts: this process among those that open the cache together, so that a large cache is read once by all
+        of them and not once by each.
         """
         for shard in self.shards:
             path = self.folder / shard.file
             if not path.is_file():
-                raise FileNotFoundError(f"{path}: missing, and the manifest names it; {self._remedy}")
+                raise FileNotFoundError(f"{path}: missing, but the manifest names it; {self._remedy}")
             self._compare(shard, "bytes", path.stat().st_size, shard.bytes)
-        mine = self.shards[part::parts]
+        shards = self.shards[part::parts]
         with ThreadPoolExecutor(_HASHING) as pool:
-            sums = pool.map(lambda shard: _sha256(self.folder / shard.file), mine)
-            for shard, found in zip(mine, sums, strict=True):
-                self._compare(shard, "(SHA-256)", found, shard.sha256)
+            sums = pool.map(lambda shard: _sha256(self.folder / shard.file), shards)
+            for shard, digest in zip(shards, sums, strict=True):
+                self._compare(shard, "(SHA-256)", digest, shard.sha256)
 
     def save(self, name: str = MANIFEST) -> None:
-        """Writes the manifest into the folder, whole or not at all."""
+        """Write the manifest into the folder, completely or not at all."""
         manifest = {
             "format": _FORMAT,
             "count": len(self),
@@ -120,41 +127,41 @@ class Cache:
         }
         write_json(self.folder / name, manifest)
 
-    def _compare(self, shard: Shard, what: str, found: Any, expected: Any) -> None:
-        if found != expected:
+    def _compare(self, shard: Shard, unit: str, actual: Any, expected: Any) -> None:
+        if actual != expected:
             raise ValueError(
-                f"{self.folder / shard.file}: damaged, {found} {what} where the manifest says {expected}; "
+                f"{self.folder / shard.file}: damaged, {actual} {unit} where the manifest says {expected}; "
                 f"{self._remedy}"
             )
 
     def _read(self, index: int) -> bytes:
         try:
             return self._data[index]
-        except Exception as error:  # of the kinds that array_record's C++ turns into Python's
+        except Exception as error:  # any of the types that array_record's C++ code raises
             file = self.shards[bisect_right(self._ends, index) - 1].file
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder / file}: cannot be read ({reason:.200}); {self._remedy}") from error
 
     @property
     def _remedy(self) -> str:
-        if "shards" in self.produced_by:  # by lcm_jax.train.precompute_latents
+        if "shards" in self.produced_by:  # made by lcm_jax.train.precompute_latents
             return "run its lcm-jax encode again, which writes this file alone"
         return f"remove {self.folder}, and it is made again"
 
     @cached_property
     def _ends(self) -> list[int]:
-        """The number of records before each shard, and of all."""
+        """The number of records before each shard, and in all."""
         return list(accumulate((shard.records for shard in self.shards), initial=0))
 
     @cached_property
     def _data(self) -> ArrayRecordDataSource:
-        # with the number of records beside its name a file is not opened before it is read
+        # a file whose number of records is given is not opened before it is read
         return ArrayRecordDataSource([f"{self.folder / shard.file}[0:{shard.records}]" for shard in self.shards])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The first `count` records of a cache, and of each only the fields `names`."""
+    """A source of the first `count` records of a cache, with only the fields `names`."""
 
     source: Cache
     names: tuple[str, ...]
@@ -171,17 +178,17 @@ class Columns:
 
 
 def fingerprint(produced_by: ProducedBy) -> str:
-    """Sixteen hex digits that name a JSON-able description of how the records were made."""
+    """Return sixteen hex digits that identify a description, of plain JSON values, of how records were made."""
     return hashlib.sha256(_canonical(produced_by).encode()).hexdigest()[:16]
 
 
 def cached(
     root: Path, produced_by: ProducedBy, produce: Callable[[], Iterable[Example]], *, total: int | None = None
 ) -> Cache:
-    """Opens `root/<fingerprint of produced_by and of the format>`, made first from `produce()` if it is not there.
+    """Open the cache `root/<fingerprint of produced_by and of the format>`; if it is missing, make it from `produce()`.
 
-    `produced_by` must name all that changes the records (source, split, size, network and its weights, dtype): another
-    description is another cache, never a stale one.
+    produced_by: must name everything that changes the records (source, split, size, network and its weights, dtype).
+    Another description gives another cache, so none is ever stale. total: the number of records, for the progress bar.
     """
     folder = root / fingerprint({"format": _FORMAT, **produced_by})
     if not folder.exists():
@@ -193,40 +200,42 @@ def cached(
 
 
 def write_cache(folder: Path, records: Iterable[Example], produced_by: ProducedBy, *, total: int | None = None) -> None:
-    """Writes every record, then gives the folder its name. All records must have the first one's fields and shapes.
+    """Write all records under another name, then rename the folder; all must have the first one's fields and shapes.
 
-    Where another process finished the same folder meanwhile, its work is kept and this one's dropped.
+    If another process has finished the same folder in the meantime, its files are kept and these are dropped. Raises
+    ValueError for a record that cannot be cached, and FileExistsError if the folder exists and is no cache.
     """
     _canonical(produced_by)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
-    aside.mkdir()
+    temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    temporary.mkdir()
     try:
-        cache = write_shard(aside / _DATA, tqdm(records, "caching", total, disable=None, leave=False), produced_by)
+        cache = write_shard(temporary / _DATA, tqdm(records, "caching", total, disable=None, leave=False), produced_by)
         if len(cache) == 0:
             raise ValueError(f"{folder}: empty dataset; there is no record to cache")
         cache.save()
         try:
-            aside.rename(folder)
+            temporary.rename(folder)
         except OSError as error:
             if not (folder / MANIFEST).is_file():
                 raise FileExistsError(f"{folder}: exists and is no cache; remove it") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_shard(path: Path, records: Iterable[Example], produced_by: ProducedBy) -> Cache:
-    """Writes one array_record file, aside and then renamed, and gives a cache of it alone; its manifest is not written.
+    """Write one array_record file and return a cache of it alone; the manifest is not written.
 
-    What an earlier attempt was killed over is removed first. An OSError says that the disk did not take the records.
+    The file is written under another name and then renamed. Files that a killed attempt has left are removed first.
+    Raises ValueError for a record that cannot be cached, and OSError if the disk does not take the records.
     """
-    for rest in path.parent.glob(f".{path.name}-*"):
-        rest.unlink(missing_ok=True)
-    aside = path.parent / f".{path.name}-{uuid.uuid4().hex}"
+    for leftover in path.parent.glob(f".{path.name}-*"):
+        leftover.unlink(missing_ok=True)
+    temporary = path.parent / f".{path.name}-{uuid.uuid4().hex}"
     layout, count = _Layout(fields={}, texts=()), 0
     try:
         with _disk(path):
-            writer = ArrayRecordWriter(str(aside), "group_size:1")
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
         try:
             for count, record in enumerate(records, start=1):
                 layout = layout if count > 1 else _Layout.of(record)
@@ -236,21 +245,21 @@ def write_shard(path: Path, records: Iterable[Example], produced_by: ProducedBy)
         finally:
             with _disk(path):
                 writer.close()
-        shard = Shard(file=path.name, records=count, bytes=aside.stat().st_size, sha256=_sha256(aside))
-        aside.rename(path)
+        shard = Shard(file=path.name, records=count, bytes=temporary.stat().st_size, sha256=_sha256(temporary))
+        temporary.rename(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return Cache(folder=path.parent, shards=(shard,), fields=layout.fields, texts=layout.texts, produced_by=produced_by)
 
 
 def join(caches: Sequence[Cache]) -> Cache:
-    """One cache of caches that lie in one folder. ValueError names what differs between them."""
+    """Return one cache of several caches in one folder; raise ValueError if they differ, naming what differs."""
     first = next((cache for cache in caches if len(cache)), caches[0])
     for cache in caches:
         check_same(cache, first.produced_by)
         if len(cache) and (cache.fields, cache.texts) != (first.fields, first.texts):
             raise ValueError(
-                f"{cache.folder / cache.shards[0].file}: fields {dict(cache.fields)}, those of "
+                f"{cache.folder / cache.shards[0].file}: fields {dict(cache.fields)}, but those of "
                 f"{first.shards[0].file} are {dict(first.fields)}; remove one of them and write it again"
             )
     return Cache(
@@ -264,25 +273,25 @@ def join(caches: Sequence[Cache]) -> Cache:
 
 
 def check_same(cache: Cache, produced_by: ProducedBy) -> None:
-    """ValueError, naming the key, where a cache was made from something else."""
-    mine = json.loads(_canonical(produced_by))
-    for key in sorted(mine.keys() | cache.produced_by.keys()):
-        if mine.get(key) != cache.produced_by.get(key):
+    """Raise ValueError, naming the key, if a cache was made from something else than `produced_by`."""
+    wanted = json.loads(_canonical(produced_by))
+    for key in sorted(wanted.keys() | cache.produced_by.keys()):
+        if wanted.get(key) != cache.produced_by.get(key):
             raise ValueError(
                 f"{cache.folder}: {cache.shards[0].file} was made with {key}={cache.produced_by.get(key)}, not "
-                f"{mine.get(key)}; give the same, or another folder"
+                f"{wanted.get(key)}; give the same, or another folder"
             )
 
 
 def open_cache(folder: Path, *, part: int = 0, parts: int = 1) -> Cache:
-    """Reads the manifest and checks the shards against it, see `Cache.check`. FileNotFoundError or ValueError."""
+    """Return the cache of a folder after checking it, see `Cache.check`; raise FileNotFoundError or ValueError."""
     cache = read_manifest(folder / MANIFEST)
     cache.check(part, parts)
     return cache
 
 
 def read_manifest(path: Path) -> Cache:
-    """The cache that a manifest describes. Raises FileNotFoundError or ValueError."""
+    """Return the cache that a manifest describes; raise FileNotFoundError if it is missing, ValueError if it is bad."""
     folder = path.parent
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no cache here (needs {path.name}); write it first")
@@ -309,7 +318,7 @@ def read_manifest(path: Path) -> Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """What every record of a cache looks like."""
+    """The fields of every record of a cache."""
 
     fields: Mapping[str, Field]
     texts: tuple[str, ...]
@@ -338,12 +347,12 @@ class _Layout:
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """What array_record says of the disk as an OSError of one line."""
+    """Turn array_record's errors about the disk into an OSError of one line."""
     try:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split(";")[0].split())
-        raise OSError(f"{path}: cannot be written ({reason}); make room, and go on") from error
+        raise OSError(f"{path}: cannot be written ({reason}); free disk space, and start again") from error
 
 
 def _sha256(path: Path) -> str:

@@ -1,11 +1,11 @@
-"""Batches in an order that is a function of (seed, position) alone, for any number of processes.
+"""Loaders: batches in an order that depends on (seed, position) alone, for any number of processes.
 
 Sample n of the global order is example pi_e(n mod N) of epoch e = n // N, with pi_e a permutation drawn from the seed
 (grain's index shuffle). Batch k is samples [k B, (k + 1) B), of which each process reads the rows that its devices
-need, so the global batch is the same array however many processes share the work. Epochs follow one another without a
-seam: nothing is dropped, each example comes once an epoch, and a data set smaller than a batch will do.
+need, so the global batch is the same array for any number of processes. A batch may continue from one epoch into the
+next: nothing is dropped, each example comes once an epoch, and a data set may be smaller than a batch.
 
-A BucketLoader gives every batch from one of several such orders, as examples of different shapes need.
+A BucketLoader takes every batch from one of several such orders, for examples of different shapes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ class Loader:
 
     Args:
         source: random access to records (dicts of arrays, numbers and texts).
-        batch_size: of the global batch.
-        seed: of the order of the examples.
+        batch_size: examples in the global batch.
+        seed: of the order of the examples, from 0 to 2**32 - 1.
         transform: record -> record, applied to each example.
-        augment: (record, generator) -> record, before it. The generator is a function of the seed and the sample's
-            number, so what it decides is the same after a resume and for any number of processes.
-        rows: which of each batch are read here, in this order; None: all.
+        augment: (record, generator) -> record, applied before `transform`. The generator depends on the seed and the
+            sample's number, so its numbers are the same after a resume and for any number of processes.
+        rows: the indices of each batch that are read, in this order; None: all.
         shuffle: False keeps the order of the source.
-        threads: that read ahead of the iterator, 0 to read when asked.
+        threads: threads that read ahead of the iterator; 0: a batch is read when it is asked for.
+
+    Raises ValueError for an empty source, and for a number that cannot be used.
     """
 
     source: Source | Sequence[Mapping[str, Any]]
@@ -71,20 +73,20 @@ class Loader:
         samples = ordered.repeat()
         if self.augment is not None:
             samples = samples.random_map(self.augment)
-        here = range(self.batch_size) if self.rows is None else self.rows
-        read = grain.MapDataset.source(_Part(samples, self.batch_size, here))
+        rows = range(self.batch_size) if self.rows is None else self.rows
+        examples = grain.MapDataset.source(_Part(samples, self.batch_size, rows))
         if self.transform is not None:
-            read = read.map(self.transform)
-        return read.batch(len(here), drop_remainder=True, batch_fn=_stack)
+            examples = examples.map(self.transform)
+        return examples.batch(len(rows), drop_remainder=True, batch_fn=_stack)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order depends on, JSON-able."""
+        """Everything that the order depends on, as plain JSON values."""
         return {"seed": self.seed, "examples": len(self.source)}
 
     def __getitem__(self, index: int) -> Batch:
         if index < 0:
-            raise IndexError(f"batch {index}: an endless sequence has no end to count from")
+            raise IndexError(f"batch {index}: the sequence is endless; give an index of at least 0")
         return self._batches[index]
 
     def __iter__(self) -> LoaderIterator:
@@ -93,15 +95,16 @@ class Loader:
 
 @dataclass(frozen=True)
 class BucketLoader:
-    """An endless sequence of batches, each of one bucket, that is all from one of the `loaders`; make it by `of`.
+    """An endless sequence of batches, each from one bucket, that is from one of the `loaders`; create it by `of`.
 
-    Bucket b, of n_b examples, has given floor((e n_b + o_b) / B) batches of B when epoch e begins; those that an epoch
-    brings it, of all buckets, come in an order drawn from the seed and the epoch. So in each epoch the buckets share
-    the batches in proportion to their examples, those short of a batch wait for the next epoch and none is dropped.
-    Within its batches a bucket is a Loader: a permutation of its examples after another. The offset o_b is drawn from
-    0 .. B - 1, so that the expected number of batches is (e n_b) / B in the first epochs too, for the smallest bucket.
+    Bucket b, of n_b examples, has given floor((e n_b + o_b) / B) batches of size B when epoch e begins. The batches
+    of one epoch, of all buckets, come in an order drawn from the seed and the epoch. So in each epoch the buckets share
+    the batches in proportion to their examples; examples short of a batch wait for the next epoch, and none is dropped.
+    A bucket's own batches are those of a Loader: one permutation of its examples after another. The offset o_b is drawn
+    from 0 .. B - 1, so that the expected number of batches is (e n_b) / B even for the smallest bucket and the first
+    epochs.
 
-    All this is the same for every process: their parts of a batch are of one bucket.
+    The order is the same for every process, so their parts of a batch are from one bucket.
     """
 
     loaders: tuple[Loader, ...]
@@ -109,32 +112,38 @@ class BucketLoader:
 
     @classmethod
     def of(cls, sources: Sequence[Any], batch_size: int, seed: int, **options: Any) -> BucketLoader:
-        """One bucket a source. Options as of Loader; a bucket's own seed is drawn from `seed`."""
+        """Return a loader with one bucket for each source.
+
+        options: those of Loader. Each bucket's seed is drawn from `seed`.
+        """
         _check_seed(seed)
         seeds = map(int, np.random.SeedSequence((seed, _BUCKETS)).generate_state(len(sources)))
         pairs = zip(sources, seeds, strict=True)
-        return cls(tuple(Loader(source, batch_size, own, **options) for source, own in pairs), seed)
+        return cls(tuple(Loader(source, batch_size, bucket_seed, **options) for source, bucket_seed in pairs), seed)
 
     @property
     def batch_size(self) -> int:
+        """The number of examples in the global batch."""
         return self.loaders[0].batch_size
 
     @property
     def threads(self) -> int:
+        """The number of threads that read ahead."""
         return self.loaders[0].threads
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order depends on, JSON-able."""
+        """Everything that the order depends on, as plain JSON values."""
         return {"seed": self.seed, "examples": list(map(int, self._counts)), "batch_size": self.batch_size}
 
     def position(self, index: int) -> tuple[int, int]:
-        """Of batch `index`: its bucket, and which of that bucket's batches it is."""
+        """Return the bucket of batch `index`, and its number among that bucket's batches."""
         examples = int(self._counts.sum())
-        latest = (index + 1 + len(self.loaders)) * self.batch_size // examples + 1  # by then it has been given
-        epoch = bisect_right(range(1, latest + 1), index, key=lambda epoch: int(self._given(epoch).sum()))
-        before = self._given(epoch)
-        order = np.repeat(np.arange(len(self.loaders)), self._given(epoch + 1) - before)
+        # an epoch before which batch `index` has been given
+        latest = (index + 1 + len(self.loaders)) * self.batch_size // examples + 1
+        epoch = bisect_right(range(1, latest + 1), index, key=lambda epoch: int(self._batches_before(epoch).sum()))
+        before = self._batches_before(epoch)
+        order = np.repeat(np.arange(len(self.loaders)), self._batches_before(epoch + 1) - before)
         order = np.random.default_rng((self.seed, epoch, _ORDER)).permutation(order)
         row = index - int(before.sum())
         bucket = int(order[row])
@@ -148,8 +157,8 @@ class BucketLoader:
     def _offsets(self) -> np.ndarray:
         return np.random.default_rng((self.seed, _OFFSETS)).integers(self.batch_size, size=len(self.loaders))
 
-    def _given(self, epoch: int) -> np.ndarray:
-        """Batches of each bucket before an epoch."""
+    def _batches_before(self, epoch: int) -> np.ndarray:
+        """Return the number of batches that each bucket has given before an epoch."""
         return (epoch * self._counts + self._offsets) // self.batch_size
 
     @cached_property
@@ -158,7 +167,7 @@ class BucketLoader:
 
     def __getitem__(self, index: int) -> Batch:
         if index < 0:
-            raise IndexError(f"batch {index}: an endless sequence has no end to count from")
+            raise IndexError(f"batch {index}: the sequence is endless; give an index of at least 0")
         bucket, number = self.position(index)
         return self.loaders[bucket][number]
 
@@ -166,11 +175,11 @@ class BucketLoader:
         return LoaderIterator(self)
 
 
-_ORDER, _BUCKETS, _OFFSETS = 1, 2, 3  # what is drawn from a BucketLoader's seed
+_ORDER, _BUCKETS, _OFFSETS = 1, 2, 3  # keys of what is drawn from a BucketLoader's seed
 
 
 class LoaderIterator(Iterator[Batch]):
-    """Batches in order. The state is a JSON-able dict that any number of processes resumes."""
+    """An iterator over a loader's batches; its state is plain JSON, and any number of processes can resume it."""
 
     def __init__(self, loader: Loader | BucketLoader) -> None:
         self._loader = loader
@@ -181,22 +190,22 @@ class LoaderIterator(Iterator[Batch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """`position`: the number of samples that the global order has given so far."""
+        """Return the state: `position`, the number of samples given so far over all processes, and the identity."""
         return {
             "position": self._iterator.get_state()["next_index"] * self._loader.batch_size,
             **self._loader.identity,
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from there. Raises ValueError where the order would not be the one the state belongs to."""
-        for key, mine in self._loader.identity.items():
-            if state.get(key) != mine:
+        """Continue from a state; raise ValueError if it belongs to another order."""
+        for key, value in self._loader.identity.items():
+            if state.get(key) != value:
                 raise ValueError(
-                    f"loader state has {key}={state.get(key)}, this loader {mine}; "
+                    f"loader state has {key}={state.get(key)}, this loader {value}; "
                     "give it the data, the seed and the batch size it was saved with"
                 )
-        batch, rest = divmod(int(state["position"]), self._loader.batch_size)
-        if rest:
+        batch, remainder = divmod(int(state["position"]), self._loader.batch_size)
+        if remainder:
             raise ValueError(
                 f"loader state position={state['position']} is no multiple of batch_size={self._loader.batch_size}; "
                 "resume with the batch size it was saved with"
@@ -205,7 +214,7 @@ class LoaderIterator(Iterator[Batch]):
 
 
 class _Part:
-    """The samples of some rows of every batch, one batch after another."""
+    """A source of the samples of some rows of every batch, one batch after another."""
 
     def __init__(self, ordered: Sequence[Any], batch_size: int, rows: Sequence[int]) -> None:
         self._ordered, self._batch_size, self._rows = ordered, batch_size, rows
@@ -219,7 +228,7 @@ class _Part:
 
 
 class _Scheduled:
-    """The batches of a BucketLoader as a source that grain reads."""
+    """A source that grain reads, of the batches of a BucketLoader."""
 
     def __init__(self, loader: BucketLoader) -> None:
         self._loader = loader

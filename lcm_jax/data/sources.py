@@ -1,15 +1,16 @@
-"""Random-access sources of captioned pictures, all giving the same record.
+"""Random-access sources of captioned pictures, whose records are all of one form.
 
     load_source("openmoji", "train", 64)             OpenMoji drawings (splits: train, validation, compositional)
-    load_source("openmoji-outline", "train", 64)     the same drawn with black lines alone
+    load_source("openmoji-outline", "train", 64)     the same drawings with black lines alone
     load_source("folder:pictures", "train", 512)     pictures with .txt captions beside them, or a metadata.jsonl
-    load_source("tar:shards/train-*.tar")            samples in tar files, as webdataset has them (lcm_jax.data.tars)
+    load_source("tar:shards/train-*.tar")            samples in tar files, in webdataset's layout (lcm_jax.data.tars)
     load_source("tfds:mnist", "test", 32)            any data set of tensorflow-datasets with pictures
-    load_source("tfds:prepared/mnist/3.0.1")         the same by the folder of its array_record files
-    load_source("encoded", encoded=True)             latents that `lcm-jax encode` has made of one of these
+    load_source("tfds:prepared/mnist/3.0.1")         the same, by the folder of its array_record files
+    load_source("encoded", encoded=True)             latents that `lcm-jax encode` has made from one of these
+    load_source("mine:some text", "train", 64)       a source of your own, after `register("mine", open_mine)`
 
-Everything that can be wrong with a source is said when it is opened, in one line, before any work begins; with
-check=False a picture that cannot be read is a ValueError when it is asked for.
+Opening a source checks all of it and raises an error of one line, before any work begins. With check=False an
+unreadable picture raises ValueError only when it is asked for.
 """
 
 from __future__ import annotations
@@ -36,20 +37,24 @@ from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.image_io import SUFFIXES, Size, check_picture, read_picture
 
 OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
-IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji up to 128 pixels is decoded once; larger sizes are decoded on each reading
+IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji is decoded once up to this size (128 pixels), else on each reading
 
 
 class Texts(TypedDict):
+    """The captions of a record."""
+
     caption: str
     synthetic_caption: NotRequired[str]  # a second text, see lcm_jax.data.mixing
 
 
 class Record(Texts):
+    """A captioned picture: uint8 (height, width, 3)."""
+
     image: UInt8[np.ndarray, "h w 3"]
 
 
 class Source(Protocol):
-    """Random access to records; what a Loader shuffles. A Cache of encoded ones stands for it where latents will do."""
+    """Random access to records, which a Loader shuffles; a Cache of encoded records is one too."""
 
     def __len__(self) -> int: ...
 
@@ -59,22 +64,28 @@ class Source(Protocol):
 def load_source(
     name: str, split: str = "train", size: int = 64, *, check: bool = True, encoded: bool = False
 ) -> Source:
-    """Opens a source by name, see above; pictures come as uint8 (size, size, 3). A bare path of a folder works too.
+    """Open a source by its name, see above, or by a plain path of a folder; pictures are uint8 (size, size, 3).
 
-    encoded: whether the latents of pictures are welcome in their place.
+    size: edge of the squares in pixels. check: whether every picture is checked now. encoded: whether the source may be
+    one of latents.
+
+    Raises ValueError or FileNotFoundError, in one line, for a source that cannot be used.
     """
     if size < 1:
         raise ValueError(f"size={size}: give the edge of the pictures in pixels, at least 1")
     (source,) = load_buckets(name, split, [(size, size)], check=check).values()
     if isinstance(source, Cache) and not encoded:
-        made_of = source.produced_by["data"]
-        raise ValueError(f"{name}: holds latents and pictures are needed here; give what it was made of, {made_of}")
+        data = source.produced_by["data"]
+        raise ValueError(f"{name}: holds latents, and pictures are needed; give what it was made of, {data}")
     return source
 
 
 def load_buckets(name: str, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
-    """The same with each picture in that of the sizes which is nearest its shape (lcm_jax.data.buckets): a source for
-    every size that has pictures, in the order given. Latents have one size."""
+    """Open a data set as one source for each of `sizes` that has pictures, in the order of `sizes`.
+
+    Each picture goes to the size nearest to its shape (lcm_jax.data.buckets). Latents have one size. Raises as
+    `load_source` does.
+    """
     kind, colon, rest = name.partition(":")
     if name in OPENMOJI:
         if len(sizes) > 1:
@@ -88,19 +99,52 @@ def load_buckets(name: str, split: str, sizes: Sequence[Size], *, check: bool = 
         return open_tfds(rest, split, sizes)
     if Path(name).is_dir():
         folder = Path(name)
-        if any((place / MANIFEST).is_file() for place in (folder, folder / split)):
+        if any((path / MANIFEST).is_file() for path in (folder, folder / split)):
             return open_encoded(folder, split, sizes)
         return open_folder(folder, split, sizes, check=check)
-    known = ", ".join(OPENMOJI)
+    if kind in OPENERS:
+        if len(sizes) > 1:
+            raise ValueError(f"{name}: the registered sources have one size; leave buckets out")
+        return {size: OPENERS[kind](rest, split, size[0]) for size in sizes}
+    known = ", ".join([*OPENMOJI, *(f"{kind}:TEXT" for kind in OPENERS)])
     raise ValueError(
         f"no data source {name!r}: give {known}, folder:PATH (an existing folder), tar:FILES, tfds:NAME or the folder "
         "of an encoded data set"
     )
 
 
+Opener = Callable[[str, str, int], Source]
+"""(text after the colon, split, edge in pixels) -> records {"image": uint8 (size, size, 3), "caption": text}."""
+
+OPENERS: dict[str, Opener] = {}
+"""The sources that users have registered."""
+
+
+def register(kind: str, opener: Opener) -> Opener:
+    """Register a data source of your own: "KIND:TEXT" is then a name of data, opened by `opener(TEXT, split, size)`.
+
+    ValueError where the kind is taken.
+
+    >>> import numpy as np
+    >>> from lcm_jax.data import load_source
+    >>> from lcm_jax.data.sources import InMemory, OPENERS, register
+    >>> def open_grey(caption, split, size):
+    ...     return InMemory(images=np.full((4, size, size, 3), 128, np.uint8), captions=(caption,) * 4)
+    >>> _ = register("grey", open_grey)
+    >>> source = load_source("grey:a grey square", "train", 8)
+    >>> len(source), source[0]["image"].shape, source[0]["caption"]
+    (4, (8, 8, 3), 'a grey square')
+    >>> del OPENERS["grey"]
+    """
+    if kind in ("folder", "tar", "tfds", *OPENMOJI) or OPENERS.get(kind, opener) is not opener:
+        raise ValueError(f"data source {kind!r} is registered already: give yours another name")
+    OPENERS[kind] = opener
+    return opener
+
+
 @dataclass(frozen=True, kw_only=True)
 class InMemory:
-    """Pictures decoded ahead."""
+    """A source of pictures that are decoded already."""
 
     images: UInt8[np.ndarray, "n h w 3"]
     captions: tuple[str, ...]
@@ -114,7 +158,7 @@ class InMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class OnDemand:
-    """Pictures decoded on each reading; `read(index)` gives one record."""
+    """A source of pictures that are decoded on each reading; `read(index)` returns one record."""
 
     read: Callable[[int], Record]
     length: int
@@ -135,18 +179,20 @@ def _on_demand(pictures: Sequence[Path | bytes], texts: Sequence[Texts], size: S
 def _by_bucket(
     sizes: Sequence[Size], count: int, measure: Callable[[int], Size], title: str, *, check: bool
 ) -> dict[Size, Sequence[int]]:
-    """Which of `count` pictures come in which of `sizes`. All are measured, unless that is for a check alone and there
-    is to be none."""
+    """Return size -> indices of its pictures, of `count` in all.
+
+    All pictures are measured, which also checks them; with one size and check=False none is.
+    """
     if len(sizes) == 1 and not check:
         return {sizes[0]: range(count)}
-    found: dict[Size, list[int]] = {size: [] for size in sizes}
+    buckets: dict[Size, list[int]] = {size: [] for size in sizes}
     for index in tqdm(range(count), title, disable=None, leave=False):
-        found[nearest_bucket(sizes, measure(index))].append(index)
-    return {size: indices for size, indices in found.items() if indices}
+        buckets[nearest_bucket(sizes, measure(index))].append(index)
+    return {size: indices for size, indices in buckets.items() if indices}
 
 
 def _split_of(folder: Path, split: str) -> Path:
-    """PATH/SPLIT where that exists, else PATH itself for "train"."""
+    """Return PATH/SPLIT if that exists, else PATH itself for "train"; raise FileNotFoundError for other splits."""
     if (folder / split).is_dir():
         return folder / split
     if split != "train":
@@ -158,16 +204,16 @@ def _split_of(folder: Path, split: str) -> Path:
 
 
 def open_openmoji(split: str, size: int, style: openmoji.Style = "colour") -> Source:
-    """Record i is `openmoji.split_items(split)[i]`, where its role, skin tones and group are found."""
+    """Open the OpenMoji drawings; record i is `openmoji.split_items(split)[i]`, which has its role, tones and group."""
     items = openmoji.split_items(split)
     builder = openmoji.prepare(size, cache_dir(), style)
     stored = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    pictures = {str(r["codepoints"], "ascii"): r["image"] for r in stored.__getitems__(range(len(stored)))}
-    encoded = [pictures[item.codepoints] for item in items]
+    pictures = {str(row["codepoints"], "ascii"): row["image"] for row in stored.__getitems__(range(len(stored)))}
+    files = [pictures[item.codepoints] for item in items]
     captions = tuple(item.caption for item in items)
     if len(items) * size * size * 3 > IN_MEMORY_BYTES:
-        return _on_demand(encoded, [{"caption": caption} for caption in captions], (size, size))
-    images = np.stack([read_picture(data, (size, size)) for data in encoded])
+        return _on_demand(files, [{"caption": caption} for caption in captions], (size, size))
+    images = np.stack([read_picture(data, (size, size)) for data in files])
     images.setflags(write=False)  # records are views, and a transform must not change the data set
     return InMemory(images=images, captions=captions)
 
@@ -176,7 +222,7 @@ def open_openmoji(split: str, size: int, style: openmoji.Style = "colour") -> So
 
 
 def open_folder(folder: Path, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
-    """PATH/SPLIT where that exists, else PATH itself for "train". Captions: metadata.jsonl if it exists, else .txt.
+    """Open PATH/SPLIT if that exists, else PATH itself for "train"; captions are in metadata.jsonl, or else in .txt.
 
     A metadata.jsonl may give every picture a second text, "synthetic", which becomes the record's synthetic_caption.
     """
@@ -199,9 +245,9 @@ def _texts_beside(folder: Path, pictures: Sequence[Path]) -> list[Texts]:
     texts = {path.with_suffix("") for path in folder.rglob("*.txt")}
     stems: dict[Path, Path] = {}
     for path in pictures:
-        other = stems.setdefault(path.with_suffix(""), path)
-        if other is not path:
-            raise ValueError(f"{path}: shares its caption file with {other.name}; rename one of the two")
+        first = stems.setdefault(path.with_suffix(""), path)
+        if first is not path:
+            raise ValueError(f"{path}: shares its caption file with {first.name}; rename one of the two")
     for stem in sorted(texts - stems.keys()):
         raise ValueError(f"{stem}.txt: caption file without a picture; remove it or add the picture")
     for stem, path in stems.items():
@@ -221,11 +267,11 @@ def _read_text(path: Path) -> str:
 
 
 def _texts_from_table(table: Path, pictures: Sequence[Path]) -> list[Texts]:
-    """metadata.jsonl: one {"file_name": ..., "text": ..., "synthetic": ...} a line, paths relative to it.
+    """Return the texts of metadata.jsonl: one {"file_name", "text", "synthetic"} a line, with paths relative to it.
 
-    "synthetic" may be left out of all lines, not of some: a cache holds the same fields of every picture.
+    "synthetic" may be missing in all lines, but not in some: a cache holds the same fields for every picture.
     """
-    found: dict[Path, Texts] = {}
+    texts: dict[Path, Texts] = {}
     for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -235,30 +281,30 @@ def _texts_from_table(table: Path, pictures: Sequence[Path]) -> list[Texts]:
             raise ValueError(f"{table}:{number}: not JSON ({error.msg}); write one object a line") from error
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str) or not name or not text.strip():
-            raise ValueError(f'{table}:{number}: needs text values for "file_name" and "text"')
+            raise ValueError(f'{table}:{number}: needs text values for "file_name" and "text"; add them')
         path = table.parent / name
-        if path in found:
+        if path in texts:
             raise ValueError(f"{table}:{number}: {name} is listed twice; remove one of its lines")
-        found[path] = {"caption": text.strip()}
+        texts[path] = {"caption": text.strip()}
         if "synthetic" in row:
-            found[path]["synthetic_caption"] = _second_text(row["synthetic"], f"{table}:{number}")
-    for path in sorted(found.keys() - set(pictures)):
+            texts[path]["synthetic_caption"] = _second_text(row["synthetic"], f"{table}:{number}")
+    for path in sorted(texts.keys() - set(pictures)):
         raise ValueError(f"{table}: caption of {path.name} without a picture; remove the line or add the picture")
     for path in pictures:
-        if path not in found:
+        if path not in texts:
             raise ValueError(f"{path}: picture without caption; add a line for it to metadata.jsonl")
-    some = {path for path in pictures if "synthetic_caption" in found[path]}
+    with_synthetic = {path for path in pictures if "synthetic_caption" in texts[path]}
     for path in pictures:
-        if some and path not in some:
+        if with_synthetic and path not in with_synthetic:
             raise ValueError(
                 f'{table}: {path.name} has no "synthetic" text, others have; write one for all or for none'
             )
-    return [found[path] for path in pictures]
+    return [texts[path] for path in pictures]
 
 
 def _second_text(text: Any, line: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{line}: "synthetic" is no text; write one or leave the key out of every line')
+        raise ValueError(f'{line}: "synthetic" is not a text; write one, or leave the key out of every line')
     return text.strip()
 
 
@@ -266,14 +312,16 @@ def _second_text(text: Any, line: str) -> str:
 
 
 def open_tars(pattern: str, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
-    """A tar file, a folder of them (or of a folder for each split), or a pattern of their names."""
+    """Open a tar file, a folder of tar files (or of one folder for each split), or a pattern of their names."""
     folder = Path(pattern)
     if not folder.is_dir() and split != "train":
         raise ValueError(
             f"tar:{pattern}: names the files of one split; give those of {split!r}, and train as the split"
         )
     paths = find_tars(str(_split_of(folder, split)) if folder.is_dir() else pattern)
-    samples = [s for path in tqdm(paths, "listing tars", disable=None, leave=False) for s in read_samples(path)]
+    samples = [
+        sample for path in tqdm(paths, "listing tars", disable=None, leave=False) for sample in read_samples(path)
+    ]
     if not samples:
         raise ValueError(f"tar:{pattern}: empty dataset; a sample is a picture and a .txt of the same name")
 
@@ -299,13 +347,15 @@ def open_tars(pattern: str, split: str, sizes: Sequence[Size], *, check: bool = 
 
 
 def open_encoded(folder: Path, split: str, sizes: Sequence[Size]) -> dict[Size, Source]:
-    """What `lcm-jax encode` wrote, PATH/SPLIT where that exists, else PATH; of several processes each checks a part."""
+    """Open what `lcm-jax encode` wrote: PATH/SPLIT if that exists, else PATH; each process checks a part of it.
+
+    Raises ValueError if it was encoded with another split or size.
+    """
     folder = folder / split if (folder / split).is_dir() else folder
     cache = open_cache(folder, part=jax.process_index(), parts=jax.process_count())
     if len(sizes) > 1:
         raise ValueError(f"{folder}: encoded pictures have one size; leave buckets out")
-    asked = {"split": split, "size": sizes[0][0]}
-    for key, value in asked.items():
+    for key, value in {"split": split, "size": sizes[0][0]}.items():
         if cache.produced_by.get(key) != value:
             raise ValueError(
                 f"{folder}: encoded with {key}={cache.produced_by.get(key)}, and {key}={value} is asked for; "
@@ -318,10 +368,10 @@ def open_encoded(folder: Path, split: str, sizes: Sequence[Size]) -> dict[Size, 
 
 
 def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | None = None) -> dict[Size, Source]:
-    """Pictures from the first Image feature; captions from the first Text, else the names of the first ClassLabel.
+    """Open a data set of tensorflow-datasets: its first Image feature, with the first Text or ClassLabel as captions.
 
-    name: in the catalogue, or the folder of a prepared data set in array_record files. For more than one size every
-    picture's header is read first.
+    name: in the catalogue, or the folder of a prepared data set in array_record files. With several sizes the header of
+    every picture is read first.
     """
     try:
         if (Path(name) / "dataset_info.json").is_file():
@@ -334,13 +384,15 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
     image = _first(features, tfds.features.Image)
     caption = _first(features, tfds.features.Text) or _first(features, tfds.features.ClassLabel)
     if image is None or caption is None:
-        raise ValueError(f"tfds:{name}: needs an Image and a Text or ClassLabel feature, has {', '.join(features)}")
+        raise ValueError(f"tfds:{name}: needs an Image and a Text or ClassLabel feature, but has {', '.join(features)}")
     if features[image].np_dtype != np.uint8:
         raise ValueError(f"tfds:{name}: feature {image} is {features[image].np_dtype}, not uint8; convert it first")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        form = builder.info.file_format.value
-        raise ValueError(f"tfds:{name}: its files are {form}, which have no random access; prepare it as array_record")
-    with contextlib.redirect_stdout(sys.stderr):  # tfds announces itself on stdout, which belongs to the caller
+        file_format = builder.info.file_format.value
+        raise ValueError(
+            f"tfds:{name}: its files are {file_format}, which have no random access; prepare it as array_record"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # tfds prints to stdout, which belongs to the caller
         builder.download_and_prepare()
     if split not in builder.info.splits:
         raise ValueError(f"tfds:{name}: no split {split!r}; choose one of {', '.join(builder.info.splits)}")
@@ -351,9 +403,9 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
 
     def bucket(size: Size, indices: Sequence[int]) -> Source:
         def read(index: int) -> Record:
-            at = indices[index]
-            row = stored[at]
-            return {"image": read_picture(row[image], size, f"tfds:{name}[{at}]"), "caption": words(row[caption])}
+            number = indices[index]
+            row = stored[number]
+            return {"image": read_picture(row[image], size, f"tfds:{name}[{number}]"), "caption": words(row[caption])}
 
         return OnDemand(read=read, length=len(indices))
 
@@ -365,5 +417,5 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
 
 
 def _first(features: Mapping[str, Any], kind: type) -> str | None:
-    """The first feature of exactly this kind (ClassLabel and Text have subclasses that mean something else)."""
+    """Return the name of the first feature of exactly this type; subclasses mean other things."""
     return next((key for key, feature in features.items() if type(feature) is kind), None)

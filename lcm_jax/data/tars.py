@@ -1,7 +1,7 @@
-"""Captioned pictures in tar files, as webdataset has them.
+"""Captioned pictures in tar files, in the layout of webdataset.
 
 The files of one sample share their name up to the first dot: `0001.jpg` and `0001.txt`. A tar that is not compressed
-is read at random once its headers have been, which are 512 bytes before each file.
+allows random access once its headers, of 512 bytes before each file, have been read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TEXT = ".txt"
 
 
 class Member(NamedTuple):
-    """A file inside a tar."""
+    """A file inside a tar: `size` bytes at byte `start`."""
 
     tar: Path
     name: str
@@ -26,47 +26,56 @@ class Member(NamedTuple):
     size: int
 
     def read(self) -> bytes:
+        """Return the file's bytes."""
         with self.tar.open("rb") as stream:
             stream.seek(self.start)
             return stream.read(self.size)
 
 
 class Sample(NamedTuple):
-    """A picture and its caption's file."""
+    """A picture's file and its caption's."""
 
     picture: Member
     text: Member
 
     @property
     def name(self) -> str:
+        """The picture's name for messages, TAR:FILE."""
         return f"{self.picture.tar}:{self.picture.name}"
 
     def caption(self) -> str:
-        """ValueError where it is empty or no UTF-8."""
+        """Return the caption; raise ValueError if it is empty or not UTF-8 text."""
         try:
             caption = self.text.read().decode().strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.text.tar}:{self.text.name}: caption is not UTF-8 text") from error
+            raise ValueError(
+                f"{self.text.tar}:{self.text.name}: caption is not UTF-8 text; save it as UTF-8"
+            ) from error
         if not caption:
-            raise ValueError(f"{self.text.tar}:{self.text.name}: empty caption")
+            raise ValueError(f"{self.text.tar}:{self.text.name}: empty caption; write one or remove the sample")
         return caption
 
 
 def find_tars(pattern: str) -> list[Path]:
-    """A file, all *.tar of a folder, or what a pattern such as train-*.tar matches, by name."""
-    place = Path(pattern)
-    if place.is_dir():
-        found = sorted(place.glob("[!.]*.tar"))
+    """Return the tar files of a file name, a folder (all its *.tar), or a pattern such as train-*.tar, by name.
+
+    Raises FileNotFoundError if there are none.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        tars = sorted(path.glob("[!.]*.tar"))
     else:
-        found = [place] if place.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    if not found:
+        tars = [path] if path.is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
+    if not tars:
         raise FileNotFoundError(f"tar:{pattern}: no such file, and no .tar in a folder or pattern of that name")
-    return found
+    return tars
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a tar, in its order; files beside picture and .txt are passed over. ValueError for a tar that is
-    damaged, compressed or cut off, and for half a sample."""
+    """Return the samples of a tar, in its order; files other than pictures and .txt are skipped.
+
+    Raises ValueError for a tar that is damaged, compressed or cut off, and for a sample without picture or caption.
+    """
     samples: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -77,15 +86,15 @@ def read_samples(path: Path) -> list[Sample]:
                 if info.isreg() and (kind in SUFFIXES or kind == _TEXT):
                     member = Member(path, info.name, info.offset_data, info.size)
                     role = "text" if kind == _TEXT else "picture"
-                    other = samples.setdefault(f"{folder}{slash}{stem}", {}).setdefault(role, member)
-                    if other is not member:
-                        raise ValueError(f"{path}: {info.name} and {other.name} are of one sample; rename one of them")
+                    first = samples.setdefault(f"{folder}{slash}{stem}", {}).setdefault(role, member)
+                    if first is not member:
+                        raise ValueError(f"{path}: {info.name} and {first.name} are of one sample; rename one of them")
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(
             f"{path}: not a plain tar ({error}); unpack a compressed one, write a damaged one again"
         ) from error
-    # tarfile takes whatever it cannot read for the end
+    # tarfile treats anything that it cannot read as the end
     with path.open("rb") as stream:
         stream.seek(end)
         if stream.read(_BLOCK) != bytes(_BLOCK):

@@ -24,13 +24,13 @@ from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.models.image_inputs import check_pictures, check_size, latent_mask
-from lcm_jax.models.latent_diffusion import LatentDiffusion, SkipLayers
+from lcm_jax.models.latent_diffusion import BoundDenoiser, LatentDiffusion, SkipLayers
 from lcm_jax.models.text_conditioning import Prompts, pair_texts
 from lcm_jax.parallel.sharding import constrain_batch_sharding, gather_to_host, put_on_mesh, shard_batch, tree_shardings
 from lcm_jax.precision.context import is_low_precision
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.runtime.compiler_options import compiler_options
-from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Params
+from lcm_jax.typing import Array, Cond, Image, Key, Params
 from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_folder, to_folder
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import load_loras
@@ -235,12 +235,24 @@ class Pipeline:
         """Pictures to latents in the UNet's units (the posterior's mean)."""
         return self._encode_image(self.params["vae"], jnp.asarray(image))
 
-    def denoiser(self, prompt: str | Sequence[str], *, guidance: float = 1.0, negative_prompt: str = "") -> Denoiser:
-        """(x_t, t) -> Prediction(x0, eps), prompts and parameters bound: what solvers and new ideas are built on."""
+    def denoiser(
+        self, prompt: str | Sequence[str], *, guidance: float = 1.0, negative_prompt: str = ""
+    ) -> BoundDenoiser:
+        """Return the denoiser (x_t, t) -> Prediction(x0, eps) of prompts, on which solvers and new ideas are built.
+
+        It is a tree whose leaves are parameters, conditioning and guidance, so it can be an argument of a jitted
+        function. `lcm_jax.jit` compiles such a function as the library compiles its own programs:
+
+            denoise = pipe.denoiser("red heart", guidance=4.0)
+            x0 = lcm_jax.jit(lambda denoise, x, t: denoise(x, t).x0)(denoise, x, t)
+        """
         prompts, negatives = pair_texts(prompt, negative_prompt, 1)
         guided, sizes = guidance != 1.0, self.size_conditioning(self.size) if self.folder.is_sdxl else (None, None)
         cond, null = self.conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
-        return self.model.denoiser(self.net_params, cond, null, guidance, guided=guided)
+        scale = jnp.float32(guidance)
+        return BoundDenoiser(
+            model=self.model, params=self.net_params, cond=cond, null=null, guidance=scale, guided=guided
+        )
 
     def quantized(self, kind: str, part: str = "denoiser") -> Pipeline:
         """The same model with one part in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.

@@ -24,10 +24,10 @@ from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attention_hooks import Memory, given, keys_values, remembering
 from lcm_jax.precision.context import precision_context
 from lcm_jax.precision.quantization import Quantized
-from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Schedule, Time
+from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Prediction, Schedule, Time
 from vae16 import AutoencoderKL, AutoencoderTiny, scale, unscale
 
-__all__ = ["LatentDiffusion", "Memory", "SkipLayers", "as_apply", "to_float", "to_uint8"]
+__all__ = ["BoundDenoiser", "LatentDiffusion", "Memory", "SkipLayers", "as_apply", "to_float", "to_uint8"]
 
 
 def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply:
@@ -175,6 +175,31 @@ class LatentDiffusion:
         vae: Any = self.vae
         with precision_context(vae_params) as own:
             return to_uint8(vae.apply({"params": own}, unscale(latents, vae.config), method="decode"))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "cond", "null", "guidance"),
+    meta_fields=("model", "guided"),
+)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BoundDenoiser:
+    """A denoiser (x_t, t) -> Prediction as a tree: its leaves are the parameters, the conditioning and the guidance.
+
+    It can be an argument of a jitted function, be sharded, donated or cast like any tree; another guidance scale, or
+    another prompt of the same number of images, is the same program. `LatentDiffusion.denoiser` explains the fields.
+    """
+
+    model: LatentDiffusion
+    params: Params
+    cond: Cond
+    null: Cond
+    guidance: Float[Array, ""] | float
+    guided: bool
+
+    def __call__(self, x: Image, t: Time, s: Time | None = None, /) -> Prediction:
+        """Predict x0 and eps from x at time t. s: end time of the step, for networks with a span embedding; None: t."""
+        return self.model.denoiser(self.params, self.cond, self.null, self.guidance, guided=self.guided)(x, t, s)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Networks of the UNet family, and the tables that name their parameters in PyTorch."""
+"""The UNet of Stable Diffusion: its configs, its blocks, and the table that names its parameters in PyTorch."""
 
 from lcm_jax.nets.config import UNetConfig
 from lcm_jax.nets.embed import guidance_embedding

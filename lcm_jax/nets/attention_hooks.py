@@ -1,7 +1,7 @@
-"""What a UNet's attentions look at, changed from outside: the text's keys and values given, or past frames remembered.
+"""Changes to a UNet's attention from outside: precomputed keys and values of the text, and tokens of past frames.
 
-Both are interceptors around `apply`: the network and its parameters stay as they are. Layers stacked by nn.scan share
-one path and are passed by.
+Both are interceptors around `apply`: the network and its parameters do not change. Layers that nn.scan stacks share one
+path and keep their usual attention.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Tokens = dict[str, Float[Array, "b n c"]]  # "/"-joined path of a layer -> token
 
 
 def keys_values(net: Any, params: Any, context: Float[Array, "b l d"]) -> Tokens:
-    """Keys and values of every attention on the text, of a context: {path of the layer: (b, l, c)}.
+    """Return the keys and values of every cross-attention for a context: {path of the layer: (b, l, c)}.
 
-    Nothing for networks other than the UNet: in an MMDiT the text changes from block to block.
+    For networks other than the UNet it is empty: in an MMDiT the text changes from block to block.
     """
     if not isinstance(net, UNet):
         return {}
@@ -40,22 +40,39 @@ def keys_values(net: Any, params: Any, context: Float[Array, "b l d"]) -> Tokens
 
 
 def given(tokens: Tokens) -> contextlib.AbstractContextManager[None]:
-    """Within it the layers of `keys_values` give their tokens and are not computed."""
+    """Return a context manager in which the layers named in `tokens` return these tokens instead of computing them.
+
+    tokens: the keys and values of `keys_values`.
+
+    >>> import jax
+    >>> from lcm_jax.nets import UNet, UNetConfig, example_inputs
+    >>> from lcm_jax.nets.attention_hooks import given, keys_values
+    >>> sizes = dict(block_out_channels=(4,), cross_attention_dim=4, attention_head_dim=1, norm_num_groups=2)
+    >>> blocks = dict(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None)
+    >>> net = UNet(UNetConfig(**sizes, **blocks, layers_per_block=1))
+    >>> x, t, cond = example_inputs(net.config)
+    >>> def denoise(params):
+    ...     with given(keys_values(net, params, cond["context"])):
+    ...         return net.apply({"params": params}, x, t, cond)
+    >>> jax.eval_shape(denoise, jax.eval_shape(net.init, jax.random.key(0), x, t, cond)["params"]).shape
+    (1, 8, 8, 4)
+    """
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        found = tokens.get("/".join(context.module.path)) if isinstance(context.module, nn.Dense) else None
-        return next_function(*args, **kwargs) if found is None else found
+        output = tokens.get("/".join(context.module.path)) if isinstance(context.module, nn.Dense) else None
+        return next_function(*args, **kwargs) if output is None else output
 
     return nn.intercept_methods(call)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Tokens that self-attention looked at before, and room for those that it looks at now.
+    """The self-attention tokens of past frames, and a dict that collects those of this frame.
 
-    StreamV2V's extended self-attention (2405.15757, section 3.3), with the tokens before their projection in the bank.
-    past: of each layer; layers without look at their own only. cold: past holds nothing yet, and their own tokens are
-    seen twice, which changes no attention. seen: filled while `apply` is traced.
+    This is the feature bank of StreamV2V's extended self-attention (arXiv:2405.15757, section 3.3); it stores tokens
+    before their projection to keys and values. past: {path of the layer: tokens}; layers without an entry attend only
+    to their own tokens. cold: true while `past` has no values yet; then a layer attends to its own tokens twice, which
+    does not change its result. seen: this frame's tokens, filled while `apply` is traced.
     """
 
     past: Mapping[str, Array] = field(default_factory=dict)
@@ -64,7 +81,10 @@ class Memory:
 
 
 def remembering(memory: Memory) -> contextlib.AbstractContextManager[None]:
-    """Within it every self-attention of a UNet looks at its own tokens and at those that the memory has for it."""
+    """Return a context manager in which every self-attention of a UNet also attends to the past tokens in `memory`.
+
+    It stores this frame's tokens in `memory.seen`.
+    """
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module

@@ -1,4 +1,4 @@
-"""Residual and transformer blocks, and the down, middle and up blocks made of them. Arrays are (b, h, w, c)."""
+"""The residual and transformer blocks, and the down, middle and up blocks made of them. Arrays are (b, h, w, c)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from vae16.layers import GroupNorm
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x))) + time))), the shortcut projected where the width changes."""
+    """The residual block x + conv(silu(norm(conv(silu(norm(x))) + time))); x is projected where the width changes.
+
+    scale_shift: the time embedding is a scale and a shift after the second norm instead of an addition before it.
+    """
 
     features: int
     groups: int = 32
@@ -28,7 +31,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], time: Float[Array, "b d"]) -> Float[Array, "b h w f"]:
-        """time: the activated time embedding, shared by all blocks."""
+        """Return the block's output; time: the activated time embedding, the same for all blocks."""
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = GroupNorm(self.groups, self.epsilon, silu=True, name="norm1", **types)(x)
         y = conv(self.features, "conv1", **types)(y)
@@ -46,7 +49,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens x on a context of any width."""
+    """Multi-head attention of tokens x to a context of any width."""
 
     heads: int
     implementation: Implementation | None = None
@@ -67,7 +70,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """a * gelu(b) of one projection [a, b] (arXiv:2002.05202), with the exact gelu."""
+    """The gated layer a * gelu(b) of one projection [a, b] = W x (arXiv:2002.05202), with the exact GELU."""
 
     features: int
     dtype: Any = jnp.float32
@@ -80,7 +83,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU of four times the width, and back."""
+    """The MLP of a transformer block: GEGLU to four times the width, and a projection back."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -92,7 +95,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention on the text, feed-forward, each behind its norm. Returns (tokens, None) for nn.scan."""
+    """One transformer block: self-attention, cross-attention to the text and an MLP, each after a layer norm.
+
+    It returns (tokens, None), as the body of `nn.scan`. only_cross_attention: the first attention is to the text too.
+    """
 
     heads: int
     only_cross_attention: bool = False
@@ -104,17 +110,17 @@ class TransformerBlock(nn.Module):
     def __call__(self, x: Float[Array, "b n c"], context: Float[Array, "b l d"]) -> tuple[Float[Array, "b n c"], None]:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = layer_norm("norm1", **types)(x)
-        first = Attention(self.heads, self.implementation, name="attn1", **types)
-        x = x + first(y, context if self.only_cross_attention else y)
+        attn1 = Attention(self.heads, self.implementation, name="attn1", **types)
+        x = x + attn1(y, context if self.only_cross_attention else y)
         y = layer_norm("norm2", **types)(x)
         x = x + Attention(self.heads, self.implementation, name="attn2", **types)(y, context)
         return x + FeedForward(name="ff", **types)(layer_norm("norm3", **types)(x)), None
 
 
 class Transformer(nn.Module):
-    """`depth` transformer blocks on the pixels of a feature map, as a residual.
+    """A residual branch of `depth` transformer blocks on the pixels of a feature map.
 
-    scan: stack the blocks on one leading axis (path `transformer_blocks/...`), which compiles one of them.
+    scan: stack the blocks on one leading axis (path `transformer_blocks/...`), so that one of them is compiled.
     """
 
     heads: int
@@ -159,9 +165,9 @@ class Transformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """What the down, middle and up blocks share: residual blocks of one width, a transformer after some of them.
+    """The base of the down, middle and up blocks: residual blocks of one width, and transformers after some of them.
 
-    heads: of the transformers; None leaves them out.
+    depths: number of blocks of each transformer. heads: attention heads; None is without transformers.
     """
 
     features: int
@@ -179,14 +185,17 @@ class Stage(nn.Module):
     param_dtype: Any = jnp.float32
 
     def types(self) -> dict[str, Any]:
+        """Return the dtypes that the submodules get."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def resnet(self, i: int) -> nn.Module:
+        """Return the residual block i."""
         block = rematerialized(ResnetBlock, self.remat)
         fields = (self.features, self.groups, self.epsilon, self.scale_shift)
         return block(*fields, name=f"resnets_{i}", **self.types())
 
     def attention(self, i: int, x: Array, context: Array) -> Array:
+        """Return the output of the transformer i, or x itself in a block without transformers."""
         if self.heads is None:
             return x
         return Transformer(
@@ -204,7 +213,10 @@ class Stage(nn.Module):
 
 
 class DownBlock(Stage):
-    """One residual block for each depth; returns the result and every intermediate as a skip."""
+    """A down block: one residual block for each depth, then half the size if `downsample`.
+
+    It returns the result and the list of all intermediate outputs, the skip connections.
+    """
 
     downsample: bool = True
 
@@ -221,7 +233,7 @@ class DownBlock(Stage):
 
 
 class MidBlock(Stage):
-    """Residual block, transformer, residual block; without heads the first residual block alone."""
+    """The middle block: residual block, transformer, residual block; without heads only the first residual block."""
 
     @nn.compact
     def __call__(self, x: Array, time: Array, context: Array) -> Array:
@@ -232,9 +244,9 @@ class MidBlock(Stage):
 
 
 class UpBlock(Stage):
-    """One residual block for each depth on [x, skip], then twice the size.
+    """An up block: one residual block for each depth on [x, skip], then a resize to `size`, about twice the size.
 
-    size: height and width to reach; None does not resize.
+    size: height and width of the output; None does not resize.
     """
 
     @nn.compact

@@ -1,4 +1,4 @@
-"""What a UNet is built from: the keys of a diffusers UNet2DConditionModel config.json, and the published models."""
+"""The architecture of a UNet: the keys of a diffusers UNet2DConditionModel config.json."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-Depth = int | tuple[int, ...]  # transformer blocks of one level: one number, or one for each attention layer
+Depth = int | tuple[int, ...]  # transformer blocks of one level: one number for all attention layers, or one for each
 
 _CROSS_DOWN, _CROSS_UP, _CROSS_MID = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"
 
-# Keys this network has no choice about, with every value that leaves the result unchanged. A missing key is fine.
+# Keys that are no fields here, with the values that do not change the result. A missing key is allowed.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "attention_type": ("default",),
@@ -45,10 +45,18 @@ def _lists(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """Fields carry the names, meanings and defaults of diffusers' config.json.
+    """The architecture of a UNet, with the names, meanings and defaults of diffusers' config.json.
 
-    attention_head_dim is the NUMBER of heads of each level (diffusers keeps the wrong name for old files).
-    Logits and softmax are always float32, so `upcast_attention` needs no field.
+    attention_head_dim is the NUMBER of heads of each level (diffusers keeps the wrong name for old files). Logits and
+    softmax are always float32, so `upcast_attention` needs no field. time_cond_proj_dim: width of the w-embedding (the
+    classifier-free guidance embedding, arXiv:2310.04378), None for a network without. Raises ValueError that names a
+    value which is not supported.
+
+    >>> from lcm_jax.nets import SD15, SDXL, UNetConfig
+    >>> SD15.heads, SDXL.down_depths(2)
+    ((8, 8, 8, 8), (10, 10))
+    >>> UNetConfig.from_dict(SDXL.to_dict()) == SDXL
+    True
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -76,7 +84,7 @@ class UNetConfig:
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
     time_cond_proj_dim: int | None = None
-    span_embedding: bool = False  # no key of diffusers': the network takes how far a step reaches
+    span_embedding: bool = False  # not a key of diffusers: the length of the step is an input
     conv_in_kernel: int = 3
     conv_out_kernel: int = 3
 
@@ -104,9 +112,11 @@ class UNetConfig:
                     raise ValueError(f"UNet config: {key} has {value!r}, which is not supported; use one of {values}")
         for key in ("conv_in_kernel", "conv_out_kernel"):
             if getattr(self, key) % 2 == 0:
-                raise ValueError(f"UNet config: {key}={getattr(self, key)} changes the picture size; use an odd kernel")
+                raise ValueError(f"UNet config: {key}={getattr(self, key)} changes the image size; use an odd kernel")
         if not isinstance(self.norm_num_groups, int) or self.norm_num_groups < 1:
-            raise ValueError(f"UNet config: norm_num_groups={self.norm_num_groups!r} is not supported; use a number")
+            raise ValueError(
+                f"UNet config: norm_num_groups={self.norm_num_groups!r} is not supported; use a whole number >= 1"
+            )
         if self.addition_embed_type and not (
             self.addition_time_embed_dim and self.projection_class_embeddings_input_dim
         ):
@@ -148,32 +158,35 @@ class UNetConfig:
                     )
 
     def level(self, key: str, level: int) -> Any:
-        """The value of a key that is given once, or once for each level."""
+        """Return the value at this level of a field that has one value, or one for each level."""
         value = getattr(self, key)
         return value[level] if isinstance(value, tuple) else value
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Number of attention heads of each level, finest first."""
+        """The number of attention heads of each level, finest first."""
         return tuple(self.level("attention_head_dim", i) for i in range(len(self.block_out_channels)))
 
     @property
     def text_time(self) -> tuple[int, int] | None:
-        """Width of each picture size's embedding, and of pooled text and sizes together, where there are any."""
+        """The width of the embedding of each size in time_ids, and that of pooled text and sizes together.
+
+        None for a network without these inputs.
+        """
         if self.addition_embed_type is None:
             return None
         return self.addition_time_embed_dim or 0, self.projection_class_embeddings_input_dim or 0
 
     def down_depths(self, level: int) -> tuple[int, ...]:
-        """Transformer blocks after each residual block of a down level."""
+        """Return the number of transformer blocks after each residual block of a down level."""
         return self._depths(self.level("transformer_layers_per_block", level), self.level("layers_per_block", level))
 
     def mid_depth(self) -> int:
-        """Transformer blocks of the middle."""
+        """Return the number of transformer blocks of the middle block."""
         return self._depths(self.level("transformer_layers_per_block", -1), 1)[0]
 
     def up_depths(self, index: int) -> tuple[int, ...]:
-        """Transformer blocks after each residual block of an up block, counted from the coarsest."""
+        """Return the number of transformer blocks after each residual block of an up block; index 0 is the coarsest."""
         level = len(self.block_out_channels) - 1 - index
         layers = self.level("layers_per_block", level) + 1
         if self.reverse_transformer_layers_per_block is not None:
@@ -191,29 +204,30 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], source: str = "UNet config") -> UNetConfig:
-        """From a config.json; a key or value that changes the result and is not supported raises ValueError."""
+        """Read the content of a config.json.
+
+        Raises ValueError that names `source` and the key, for an unknown key or a value that is not supported.
+        """
         fields = {field.name for field in dataclasses.fields(cls)}
-        kept: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for key, value in d.items():
             if key in fields:
-                kept[key] = value
+                values[key] = value
             elif key in _FIXED:
                 if value not in _FIXED[key]:
-                    raise ValueError(
-                        f"{source}: {key}={value!r} is not supported; this UNet has only {_FIXED[key][0]!r}"
-                    )
+                    raise ValueError(f"{source}: {key}={value!r} is not supported; use {_FIXED[key][0]!r}")
             elif key not in _IRRELEVANT and not key.startswith("_"):
                 raise ValueError(f"{source}: unknown key {key!r} (value {value!r}); remove it if it changes nothing")
         for key in ("only_cross_attention", "use_linear_projection", "center_input_sample"):
-            if kept.get(key, False) is None:  # older files write null for false
-                kept[key] = False
+            if values.get(key, False) is None:  # older files write null for false
+                values[key] = False
         try:
-            return cls(**kept)
+            return cls(**values)
         except ValueError as error:
             raise ValueError(str(error).replace("UNet config", source, 1)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that diffusers loads."""
+        """Return the content of a config.json that diffusers loads."""
         values = {field.name: _lists(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if not self.span_embedding:
             del values["span_embedding"]

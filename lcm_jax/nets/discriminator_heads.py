@@ -1,4 +1,7 @@
-"""A discriminator is heads on the features of a frozen network (projected GANs, 2111.01007; ADD, LADD, DMD2)."""
+"""The discriminator of adversarial distillation: heads on the features of a frozen network.
+
+Projected GANs (arXiv:2111.01007) introduced it; ADD, LADD and DMD2 distil diffusion models with it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,17 @@ _BLOCKS = (DownBlock, MidBlock, JointBlock)
 
 
 class Heads(nn.Module):
-    """One small network for each feature map, the same at every place: a logit for every place of every map."""
+    """The discriminator heads: one small MLP for each feature map, which gives a logit at every position of the map.
+
+    features: list of (b, ..., d). Returns the logits of all maps and positions (b, k).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from lcm_jax.nets.discriminator_heads import Heads
+    >>> maps = [jax.ShapeDtypeStruct((2, 4, 4, 8), jnp.float32), jax.ShapeDtypeStruct((2, 6, 8), jnp.float32)]
+    >>> logits, _ = jax.eval_shape(Heads(width=4).init_with_output, jax.random.key(0), maps)
+    >>> logits.shape
+    (2, 22)
+    """
 
     width: int = 64
 
@@ -33,13 +46,18 @@ class Heads(nn.Module):
 
 
 def features(net: nn.Module, params: Any, x: Array, t: Array, cond: Any) -> list[Float[Array, "b ... d"]]:
-    """What the blocks of a denoiser make of x: of a UNet down to its middle, of an MMDiT the picture's tokens."""
+    """Return the outputs of a denoiser's blocks for x: a UNet's down and middle blocks, or an MMDiT's image tokens.
 
-    def wanted(module: nn.Module, method: str) -> bool:
+    Raises ValueError for a network that has no such blocks.
+    """
+
+    def is_block(module: nn.Module, method: str) -> bool:
         return method == "__call__" and isinstance(module, _BLOCKS)
 
-    _, seen = net.apply({"params": params}, x, t, cond, capture_intermediates=wanted, mutable=["intermediates"])
-    calls = jax.tree.leaves(seen.get("intermediates", {}), is_leaf=lambda node: isinstance(node, tuple))
+    _, state = net.apply({"params": params}, x, t, cond, capture_intermediates=is_block, mutable=["intermediates"])
+    calls = jax.tree.leaves(state.get("intermediates", {}), is_leaf=lambda node: isinstance(node, tuple))
     if not calls:
-        raise ValueError(f"a discriminator looks at the blocks of a UNet or an MMDiT; {type(net).__name__} has none")
+        raise ValueError(
+            f"{type(net).__name__} has no blocks for a discriminator: use a UNet or an MMDiT as its feature network"
+        )
     return [jax.tree.leaves(call)[0] for call in calls]

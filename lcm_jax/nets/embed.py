@@ -1,4 +1,4 @@
-"""Numbers (time, guidance, picture sizes) to vectors. All of it in float32."""
+"""The embeddings of numbers (time, guidance, image sizes) as vectors, all in float32."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from lcm_jax.nets.layers import dense
 def sinusoidal(
     t: Float[Array, " b"], dim: int, *, flip_sin_to_cos: bool = False, freq_shift: float = 1.0, period: float = 1e4
 ) -> Float[Array, "b dim"]:
-    """[sin(t w_i), cos(t w_i)] with w_i = period^(-i / (dim/2 - freq_shift)) (DDPM); flip puts the cosines first."""
+    """Return [sin(t w_i), cos(t w_i)] with w_i = period^(-i / (dim/2 - freq_shift)), the time embedding of DDPM.
+
+    flip_sin_to_cos puts the cosines first. An odd dim ends with a zero.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.nets.embed import sinusoidal
+    >>> sinusoidal(jnp.zeros(1), 5).tolist()
+    [[0.0, 0.0, 1.0, 1.0, 0.0]]
+    """
     half = dim // 2
-    # On the host: an accelerator's approximate exp would shift the phase at large t.
+    # The frequencies are computed by NumPy: an accelerator's approximate exp would shift the phase at large t.
     frequencies = period ** (-np.arange(half) / (half - freq_shift))
     angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
     first, second = (jnp.cos, jnp.sin) if flip_sin_to_cos else (jnp.sin, jnp.cos)
@@ -26,15 +34,23 @@ def sinusoidal(
 
 
 def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b dim"]:
-    """The guidance scale w = guidance - 1 as a vector: the sinusoid of 1000 w (LCM, arXiv:2310.04378, section 4.3)."""
+    """Return the w-embedding, the classifier-free guidance embedding of LCM (arXiv:2310.04378, section 4.3).
+
+    w = guidance - 1 is the guidance scale of each example; the embedding is the sinusoid of 1000 w.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.nets import guidance_embedding
+    >>> guidance_embedding(jnp.array([0.0, 7.5])).shape
+    (2, 256)
+    """
     return sinusoidal(1000.0 * w.astype(jnp.float32), dim)
 
 
 class TimestepEmbedding(nn.Module):
-    """Two layers on a sinusoid.
+    """The MLP on a sinusoid: two dense layers with SiLU between them.
 
-    cond_proj_dim: width of a second input (guidance); spans: there is a third of x's width (how far a step reaches).
-    Their projections, zero at first, are added to x.
+    cond_proj_dim: width of a second input, the w-embedding. spans: whether there is a third input, of x's width, the
+    embedding of the length of the step. Their projections, zero at first, are added to x.
     """
 
     features: int
@@ -50,8 +66,8 @@ class TimestepEmbedding(nn.Module):
         span: Float[Array, "b n"] | None = None,
     ) -> Float[Array, "b d"]:
         width = x.shape[-1]
-        extra = {"cond_proj": (condition, self.cond_proj_dim), "span_proj": (span, width if self.spans else None)}
-        for name, (value, dim) in extra.items():
+        inputs = {"cond_proj": (condition, self.cond_proj_dim), "span_proj": (span, width if self.spans else None)}
+        for name, (value, dim) in inputs.items():
             if value is None and dim is not None and self.is_initializing():
                 value = jnp.zeros((x.shape[0], dim), jnp.float32)
             if value is not None:

@@ -1,4 +1,4 @@
-"""Layers the UNet family is made of: convolutions, dense layers, norms, resizing. Arrays are (b, h, w, c)."""
+"""The layers of the UNet: convolutions, dense layers, norms, resizing. Arrays are (b, h, w, c)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from jaxtyping import Float
 from mmdit.blocks import flat_dot, linear
 from vae16.convolution import convolve
 
-# PyTorch's default (uniform within 1/sqrt(fan_in)): a third of the variance of LeCun's keeps the residual stream small.
+# PyTorch's default, uniform within 1/sqrt(fan_in): it has a third of the variance of LeCun's initialiser, which keeps
+# the residual stream small.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _pointwise(x: Array, kernel: Array, *_: Any, precision: Any = None, **__: Any) -> Array:
-    """A 1 x 1 convolution as the matrix product that it is."""
+    """Compute a 1 x 1 convolution as one matrix product."""
     return flat_dot(x, kernel.reshape(kernel.shape[-2:]), precision=precision)
 
 
 def dense(features: int, name: str, dtype: Any, param_dtype: Any, **options: Any) -> nn.Dense:
-    """A dense layer under PyTorch's name and initial distribution."""
+    """Return a dense layer with PyTorch's name and initial distribution; options: further fields of `nn.Dense`."""
     return linear(features, name, dtype, param_dtype, **({"kernel_init": kernel_init} | options))
 
 
 def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int = 3, stride: int = 1) -> nn.Conv:
-    """A convolution that pads both sides by kernel // 2 as PyTorch does ("SAME" would pad one side when striding)."""
-    how = {(1, 1): _pointwise, (3, 1): convolve}
+    """Return a convolution that pads both sides by kernel // 2, as PyTorch ("SAME" pads one side when striding)."""
+    algorithms = {(1, 1): _pointwise, (3, 1): convolve}
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -38,17 +39,17 @@ def conv(features: int, name: str, dtype: Any, param_dtype: Any, *, kernel: int 
         dtype=dtype,
         param_dtype=param_dtype,
         kernel_init=kernel_init,
-        conv_general_dilated=how.get((kernel, stride)),
+        conv_general_dilated=algorithms.get((kernel, stride)),
     )
 
 
 def layer_norm(name: str, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
-    """Layer normalisation with PyTorch's epsilon and a variance free of cancellation."""
+    """Return a layer normalisation with PyTorch's epsilon and a variance that is computed without cancellation."""
     return nn.LayerNorm(epsilon=1e-5, name=name, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False)
 
 
 class Downsample(nn.Module):
-    """Halves height and width (rounding up) by a strided convolution."""
+    """The strided convolution that halves height and width, rounding up."""
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -59,7 +60,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repetition, crops to `size` (the skip's, where a size was odd), and convolves."""
+    """The layer that doubles height and width by repetition, crops to `size`, and convolves.
+
+    size: height and width of the skip connection, which may be odd.
+    """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32

@@ -1,4 +1,4 @@
-"""The published UNets, from their config.json files."""
+"""The configs of the published UNets, from their config.json files."""
 
 from __future__ import annotations
 

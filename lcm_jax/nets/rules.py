@@ -1,4 +1,7 @@
-"""Parameter paths to PyTorch names (data only); `lcm_jax.weights.torch_params` walks the tables in both directions."""
+"""The PyTorch names of a UNet's parameter paths: regexes applied in order; `lcm_jax.weights.torch_params` uses them.
+
+Data only.
+"""
 
 from __future__ import annotations
 

@@ -21,12 +21,27 @@ from vae16.layers import GroupNorm
 
 
 class UNet(nn.Module):
-    """(noisy latent, time, conditioning) -> raw output (b, h, w, out_channels), in the precision of the latent.
+    """The UNet of Stable Diffusion (Rombach et al. 2022, arXiv:2112.10752), with a w-embedding for LCMs.
+
+    It maps (noisy latent, time, conditioning) to a raw output (b, h, w, out_channels) in the dtype of the latent.
 
     scan: stack transformers of more than one block, so that one block is compiled; the parameters are stacked too.
-    remat: recompute the inside of residual and transformer blocks in the backward pass instead of storing it, all of it
-        (True) or what a policy of jax.checkpoint_policies leaves out.
+    remat: recompute the activations of residual and transformer blocks in the backward pass instead of storing them:
+    all of them (True), or those that a policy of jax.checkpoint_policies, given by name, does not store.
     dtype: of the computation; norms, softmax and time embedding stay float32. param_dtype: of new parameters.
+    attention: the kernel; None chooses by platform and precision (`mmdit.attention.attention`).
+
+    >>> import jax
+    >>> from lcm_jax.nets import UNet, UNetConfig, example_inputs
+    >>> sizes = dict(block_out_channels=(4,), cross_attention_dim=4, attention_head_dim=1, norm_num_groups=2)
+    >>> blocks = dict(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+    >>> net = UNet(UNetConfig(**sizes, **blocks, layers_per_block=1, mid_block_type=None, time_cond_proj_dim=4))
+    >>> x, t, cond = example_inputs(net.config, batch=2, size=(8, 6))
+    >>> sorted(cond)
+    ['context', 'guidance']
+    >>> output, _ = jax.eval_shape(net.init_with_output, jax.random.key(0), x, t, cond)
+    >>> output.shape
+    (2, 8, 6, 4)
     """
 
     config: UNetConfig
@@ -40,9 +55,13 @@ class UNet(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], t: Shaped[Array, "*b"], cond: Mapping[str, Array]
     ) -> Float[Array, "b h w o"]:
-        """t: scalar or (b,), in DDPM timesteps 0..999, fractions allowed. cond: "context" (b, l, d); where the config
-        has them "guidance" (b,), the w of the w-embedding, "span" (b,), how far the step reaches in t's unit (none: 0),
-        and "pooled" (b, p) with "time_ids" (b, 6) in pixels."""
+        """Return the raw output (b, h, w, out_channels) for a noisy latent x, in the dtype of x.
+
+        t: scalar or (b,), in DDPM timesteps 0..999, fractions allowed. cond: "context" (b, l, d); "guidance" (b,), the
+        w of the w-embedding, if the config has time_cond_proj_dim; "span" (b,), the length of the step in t's unit, if
+        the config has span_embedding (without it 0); "pooled" (b, p) and "time_ids" (b, 6) in pixels, if the config has
+        addition_embed_type. Raises ValueError for conditioning that does not fit the config.
+        """
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         time = nn.silu(self._time(x.shape[0], t, cond)).astype(self.dtype)
@@ -56,24 +75,24 @@ class UNet(nn.Module):
         levels = len(config.block_out_channels)
         for i, kind in enumerate(config.down_block_types):
             stage = self._stage(i, kind.startswith("CrossAttn")) | {"downsample": i < levels - 1}
-            y, more = DownBlock(depths=config.down_depths(i), name=f"down_blocks_{i}", **stage)(y, time, context)
-            skips += more
+            y, new_skips = DownBlock(depths=config.down_depths(i), name=f"down_blocks_{i}", **stage)(y, time, context)
+            skips += new_skips
         if config.mid_block_type is not None:
-            # diffusers' middle never reads only_cross_attention
+            # diffusers' middle block does not use only_cross_attention
             stage = self._stage(-1, config.mid_block_type.endswith("CrossAttn")) | {"only_cross_attention": False}
             y = MidBlock(depths=(config.mid_depth(),), name="mid_block", **stage)(y, time, context)
         for i, kind in enumerate(config.up_block_types):
             depths = config.up_depths(i)
-            mine, skips = skips[-len(depths) :], skips[: -len(depths)]
+            block_skips, skips = skips[-len(depths) :], skips[: -len(depths)]
             stage = self._stage(levels - 1 - i, kind.startswith("CrossAttn"))
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
-            y = UpBlock(depths=depths, name=f"up_blocks_{i}", **stage)(y, mine, time, context, size)
+            y = UpBlock(depths=depths, name=f"up_blocks_{i}", **stage)(y, block_skips, time, context, size)
 
         y = GroupNorm(config.norm_num_groups, config.norm_eps, silu=True, name="conv_norm_out", **types)(y)
         return conv(config.out_channels, "conv_out", kernel=config.conv_out_kernel, **types)(y).astype(x.dtype)
 
     def _stage(self, level: int, attends: bool) -> dict[str, Any]:
-        """The fields that the blocks of a level share."""
+        """Return the fields that all blocks of a level have."""
         config = self.config
         return {
             "features": config.block_out_channels[level],
@@ -91,7 +110,7 @@ class UNet(nn.Module):
         }
 
     def _time(self, batch: int, t: Array, cond: Mapping[str, Array]) -> Float[Array, "b d"]:
-        """The embedding of time, guidance, pooled text and picture sizes, in float32."""
+        """Return the embedding of time, guidance, pooled text and image sizes, in float32."""
         config = self.config
         width = config.block_out_channels[0]
         features = config.time_embedding_dim or 4 * width
@@ -136,7 +155,15 @@ class UNet(nn.Module):
 def example_inputs(
     config: UNetConfig, *, batch: int = 1, size: tuple[int, int] = (8, 8), tokens: int = 4
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """Zeros of the shapes that `apply` and `init` take: x, t, cond."""
+    """Return zeros (x, t, cond) of the shapes that `apply` and `init` take.
+
+    size: height and width of the latent. tokens: length of the text.
+
+    >>> from lcm_jax.nets import SDXL, example_inputs
+    >>> x, t, cond = example_inputs(SDXL)
+    >>> x.shape, cond["context"].shape, cond["pooled"].shape, cond["time_ids"].shape
+    ((1, 8, 8, 4), (1, 4, 2048), (1, 1280), (1, 6))
+    """
     cond = {"context": jnp.zeros((batch, tokens, config.level("cross_attention_dim", 0)))}
     if config.time_cond_proj_dim is not None:
         cond["guidance"] = jnp.zeros((batch,))
@@ -144,12 +171,15 @@ def example_inputs(
         cond["span"] = jnp.zeros((batch,))
     if config.text_time is not None:
         width, total = config.text_time
-        ids = 5 if total == 2560 else 6  # the refiner has one aesthetic score for two target sizes
+        ids = 5 if total == 2560 else 6  # the refiner has one aesthetic score in place of the two target sizes
         cond |= {"pooled": jnp.zeros((batch, total - ids * width)), "time_ids": jnp.zeros((batch, ids))}
     return jnp.zeros((batch, *size, config.in_channels)), jnp.zeros((batch,)), cond
 
 
 def abstract_params(net: UNet) -> Any:
-    """Shapes and dtypes of the parameters, without computing anything: what `weights.engine.from_torch` fills."""
+    """Return shapes and dtypes of a UNet's parameters, without computing anything.
+
+    `lcm_jax.weights.torch_params.from_torch` takes them as the `like` of a PyTorch file.
+    """
     x, t, cond = jax.eval_shape(lambda: example_inputs(net.config))
     return jax.eval_shape(net.init, jax.eval_shape(lambda: jax.random.key(0)), x, t, cond)["params"]

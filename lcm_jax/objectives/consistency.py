@@ -18,7 +18,7 @@ from jaxtyping import Float
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
-from lcm_jax.objectives.few_step import FewStep
+from lcm_jax.objectives.few_step import FewStep, RandomKeys
 from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, without_caption
 from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs, level
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
@@ -33,7 +33,7 @@ TEACHER_SOLVERS: Mapping[str, Solver] = MappingProxyType(
 def augmented_step(
     solver: Solver, nets: Nets, schedule: Schedule, kind: Kind, z: Image, t: Array, s: Array, cond: Cond, w: Array
 ) -> Image:
-    """One step t -> s of the teacher along the augmented PF-ODE (LCM Eq. 17): z + (1 + w) Psi(c) - w Psi(null).
+    """Take one step t -> s of the teacher along the augmented PF-ODE (LCM Eq. 17): z + (1 + w) Psi(c) - w Psi(null).
 
     Psi is the solver's increment. Both are taken in one call of 2n rows per evaluation, [null; cond]. For DDIM, affine
     in the prediction, this is DDIM with the guided prediction eps(null) + (1 + w) (eps(c) - eps(null)), in any
@@ -50,11 +50,11 @@ def augmented_step(
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConsistency(FewStep):
-    """d(f(z_t, w, c, t), f^-(z_s, w, c, s)); where z_s comes from tells the kinds apart. The defaults are the paper's.
+    """The loss d(f(z_t, w, c, t), f^-(z_s, w, c, s)); subclasses differ in z_s. The defaults are the paper's.
 
     grid_points: t is one of N points that end at t_max: of a 1000-step table 50 -> {19, 39, ..., 999}, 1000 -> any.
     skip: s = max(t - skip, 0), in the schedule's time (table steps for DDPM): the paper's k. It need not be the grid's.
-        None: a fiftieth of the way, which is the paper's 20 of 1000.
+        None: a fiftieth of the way, the paper's 20 of 1000.
     pairs: another rule for (t, s); None is that of grid_points and skip.
     target: f^- is `nets.target`, the moving average ("ema"), or the student behind a stop_gradient ("online").
     loss, huber_c: see `terms.distance`; the paper has l2, the released scripts l2 or huber.
@@ -88,10 +88,10 @@ class LatentConsistency(FewStep):
 
     @abstractmethod
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
-        """The point z_s to which z_t must agree."""
+        """Return the point z_s whose solution z_t's must equal."""
 
     def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """The pairs (t, s)."""
+        """Return the pairs of times (t, s)."""
         if self.pairs is not None:
             return self.pairs(self.schedule, key, n, step)
         start, end = self.schedule.t_min, self.schedule.t_max
@@ -101,17 +101,18 @@ class LatentConsistency(FewStep):
         return t, jnp.maximum(t - skip, 0.0)
 
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
-        """Where both are mapped to, at s or before: here the clean time."""
+        """Return the time to which both points are mapped, s at the latest: here the clean time."""
         return jnp.full_like(t, self.schedule.t_min)
 
     def real(self, x0: Image, target: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
-        """What a discriminator takes for real, and the time at which that and the student's points lie."""
+        """Return the discriminator's real samples, and the time of these and of the student's."""
         return target, end
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
-        t, s = self.times(jax.random.split(key, 4)[0], len(x0), nets.step)
-        end = self.end(jax.random.fold_in(key, 4), t, s)
+        keys = RandomKeys.of(key)
+        t, s = self.times(keys.time, len(x0), nets.step)
+        end = self.end(keys.end, t, s)
         z = add_noise(self.schedule, x0, eps, t)
         z_s = self.earlier(nets, x0, eps, z, t, s, cond, w)
         slow = nets.student if self.target == "online" else nets.target
@@ -128,14 +129,14 @@ class LatentConsistency(FewStep):
         }
         if self.adversarial:
             real, there = self.real(x0, target, end)
-            student, critic = self.adversarial_losses(nets, real, prediction, cond, jax.random.fold_in(key, 7), there)
+            student, critic = self.adversarial_losses(nets, real, prediction, cond, keys.discriminator, there)
             loss, metrics = loss + self.adversarial * student + critic, {**metrics, "critic": critic}
         return loss, {"loss": loss, **metrics}
 
     def solution(
         self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]
     ) -> Image:
-        """f(z, w, c, t) = c_skip(t) z + c_out(t) x0hat (LCM Eq. 9), the map to the start of the trajectory."""
+        """Return f(z, w, c, t) = c_skip(t) z + c_out(t) x0hat (LCM Eq. 9), the map to the start of the trajectory."""
         scalings = {"sigma_data": self.sigma_data, "timestep_scaling": self.timestep_scaling}
         return consistency(self.student(nets, params, student_cond), self.schedule, **scalings)(z, t).x0
 
@@ -145,7 +146,15 @@ class LatentConsistencyDistillation(LatentConsistency):
     """LCD (LCM Sec. 4.3, Alg. 1): z_s is one step of the teacher from z_t (see `augmented_step`).
 
     solver: "ddim", "dpm" (DPM-Solver-2), "dpm++" (DPM-Solver++ 2S), both with the midpoint, "heun", or a deterministic
-    Solver. With `KarrasPairs`, heun and w = 0 this is CD (2303.01469).
+    Solver. With `KarrasPairs`, heun and w = 0 this is CD (2303.01469). ValueError for an unknown solver.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("lcm", schedule=DDPM(), skip=20)
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'lcm')
     """
 
     solver: Solver | str = "ddim"
@@ -156,7 +165,7 @@ class LatentConsistencyDistillation(LatentConsistency):
             raise ValueError(f"solver={self.solver!r} is unknown; use one of {', '.join(TEACHER_SOLVERS)} or a Solver")
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
-        """The teacher's step."""
+        """Take the teacher's step."""
         solver = TEACHER_SOLVERS[self.solver] if isinstance(self.solver, str) else self.solver
         return augmented_step(solver, nets, self.schedule, self.kind, z, t, s, cond, w)
 
@@ -165,13 +174,20 @@ class LatentConsistencyDistillation(LatentConsistency):
 class LatentConsistencyFinetuning(LatentConsistency):
     """LCF (LCM Sec. 4.4, Alg. 4): no teacher; z_s is the same latent noised to s with the same noise.
 
-    w is drawn and embedded as in distillation, so that a distilled student keeps its input; it has no other part here.
-    With `KarrasPairs` this is CT (2303.01469), with `ICTPairs` iCT (2310.14189), with `ECTPairs` ECT
-    (2406.14548).
+    w is drawn and embedded as in distillation, so that a distilled student keeps its input; it has no other use here.
+    With `KarrasPairs` this is CT (2303.01469), with `ICTPairs` iCT (2310.14189), with `ECTPairs` ECT (2406.14548).
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("ict", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'lcm')
     """
 
     needs_teacher: ClassVar[bool] = False
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
-        """Forward noising."""
+        """Noise x0 to s with the same noise."""
         return add_noise(self.schedule, x0, eps, s)

@@ -1,6 +1,6 @@
-"""Continuous time: derivatives along the trajectory by forward mode (sCM, MeanFlow), or pairs of half steps (Shortcut).
+"""Continuous-time objectives: forward-mode derivatives along the trajectory (sCM, MeanFlow), or half steps (Shortcut).
 
-Each is written in its paper's time, on which any teacher and student are looked at by `on_schedule`.
+Each is written in its paper's time; `on_schedule` takes any teacher and student there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from lcm_jax.diffusion.parameterization import add_noise, expand, on_schedule
 from lcm_jax.diffusion.schedules import RectifiedFlow, TrigFlow
-from lcm_jax.objectives.few_step import Draw, FewStep
+from lcm_jax.objectives.few_step import Draw, FewStep, RandomKeys
 from lcm_jax.objectives.terms import check, frozen
 from lcm_jax.objectives.time_densities import LogitNormal
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets, Params, Schedule, Time
@@ -24,14 +24,18 @@ FLOW = RectifiedFlow()
 
 
 def _velocity(denoise: Denoiser, x: Image, t: Time, s: Time | None = None) -> Image:
-    """dx/dt = eps - x0 on the straight path; with a network that is told s, the mean velocity from t to s."""
+    """Return dx/dt = eps - x0 on the straight path; with a span embedding the mean velocity from t to s."""
     prediction = denoise(x, t, s)
     return prediction.eps - prediction.x0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuous(FewStep):
-    """velocity: of the trajectory, the guided teacher's, or eps and x0 of the example (training without a teacher)."""
+    """The base of the continuous-time objectives.
+
+    velocity: "teacher" follows the guided teacher's trajectory, "data" the line from x0 to eps of the example, which
+    trains without a teacher.
+    """
 
     velocity: Velocity = "teacher"
 
@@ -40,13 +44,13 @@ class Continuous(FewStep):
         check("velocity", self.velocity, Velocity)
 
     def student_on(self, nets: Nets, params: Params, draw: Draw, schedule: Schedule) -> Denoiser:
-        """The student on the paper's schedule."""
+        """Return the student's denoiser on the paper's schedule."""
         return on_schedule(self.student(nets, params, draw.student_cond), self.schedule, schedule)
 
     def trajectory_prediction(
         self, nets: Nets, draw: Draw, schedule: Schedule, x: Image, t: Array
     ) -> tuple[Image, Image]:
-        """(x0, eps) whose velocity is followed."""
+        """Return the (x0, eps) whose velocity is followed."""
         if self.velocity == "data":
             return draw.x0, draw.eps
         return frozen(tuple(on_schedule(self.teacher(nets, draw.cond, draw.w), self.schedule, schedule)(x, t)))
@@ -60,6 +64,14 @@ class ContinuousConsistency(Continuous):
     gradient, v = dx/dt and  g = -cos^2 t (sigma_d F^- - v) - r cos t sin t (x + sigma_d dF^-/dt).
     The derivative is one forward-mode product with the tangent (cos t sin t v, cos t sin t). r rises to 1 over `warmup`
     steps; |g| is the root mean square. t = arctan(e^tau / sigma_d), tau ~ N(mean, std^2).
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("scm", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'lcm')
     """
 
     forward_mode: ClassVar[bool] = True
@@ -72,13 +84,13 @@ class ContinuousConsistency(Continuous):
     adaptive: bool = True
 
     def others(self, key: Key, teacher: Params) -> dict[str, Params]:
-        """w(t): a linear map of sines and cosines of t, zero at first."""
+        """Return the weights of w(t), a linear map of sines and cosines of t, zero at first."""
         return {"weight": jnp.zeros(2 * _WAVES + 1)} if self.adaptive else {}
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         draw = self.draw(nets, batch, key)
         schedule, scale = TrigFlow(sigma_data=self.sigma_data), self.sigma_data
-        tau = self.mean + self.std * jax.random.normal(jax.random.split(key, 4)[0], draw.x0.shape[:1])
+        tau = self.mean + self.std * jax.random.normal(RandomKeys.of(key).time, draw.x0.shape[:1])
         t = jnp.arctan(jnp.exp(tau) / scale)
         x = add_noise(schedule, draw.x0, draw.eps, t)
         cos, sin = expand(jnp.cos(t), x), expand(jnp.sin(t), x)
@@ -121,7 +133,15 @@ class MeanFlow(Continuous):
 
     u_target = v - (t - r) (v d/dx + d/dt) u, one forward-mode product with the tangent (v, r: 0, t: 1); loss
     |u - u_target|^2 / (|u - u_target|^2 + c)^power, the denominator without gradient. t and r are the larger and the
-    smaller of two logit-normal draws, r = t in all but `share` of the examples. Drawn in jumps, as TCD with gamma 0.
+    smaller of two logit-normal draws, r = t in all but `share` of the examples. The sampler "flow_map" draws with it.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("meanflow", schedule=RectifiedFlow(), kind="flow")
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'flow_map')
     """
 
     spans: ClassVar[bool] = True
@@ -137,7 +157,7 @@ class MeanFlow(Continuous):
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         draw = self.draw(nets, batch, key)
         n = len(draw.x0)
-        first, second, third = jax.random.split(jax.random.split(key, 4)[0], 3)
+        first, second, third = jax.random.split(RandomKeys.of(key).time, 3)
         density = LogitNormal(mean=self.mean, std=self.std)
         one, two = density(first, n), density(second, n)
         t = jnp.maximum(one, two)
@@ -162,7 +182,15 @@ class Shortcut(Continuous):
 
     For `share` of the batch the mean velocity over 2d is that of two steps of d by the moving average; the rest learns
     the velocity itself (d = 0). The smallest d is 1 / `finest`; its two steps follow the velocity, as nothing else
-    would teach them.
+    would teach them. ValueError for a `finest` that is no power of two.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("shortcut", schedule=RectifiedFlow(), kind="flow")
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'flow_map')
     """
 
     spans: ClassVar[bool] = True
@@ -184,7 +212,7 @@ class Shortcut(Continuous):
         draw = self.draw(nets, batch, key)
         n = len(draw.x0)
         pairs = jnp.arange(n) < round(self.share * n)
-        first, second, third = jax.random.split(jax.random.split(key, 4)[0], 3)
+        first, second, third = jax.random.split(RandomKeys.of(key).time, 3)
         d = 2.0 ** -jax.random.randint(first, (n,), 1, self.finest.bit_length()).astype(jnp.float32)
         even = 2.0 * d * jnp.floor(1.0 + jax.random.uniform(second, (n,)) * (0.5 / d))  # multiples of 2d, to 1
         t = jnp.where(pairs, even, jax.random.uniform(third, (n,), minval=1e-3))

@@ -14,12 +14,19 @@ def contrastive_loss(
     text_features: Float[Array, "b d"],
     logit_scale: Float[Array, ""],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Symmetric InfoNCE in nats, row i of each argument being a pair: with cosines c and temperature s,
+    """The symmetric InfoNCE loss in nats; row i of each argument is a pair. With cosines c and temperature s,
 
         loss = 1/2 mean_i [ -log softmax_j(s c_ij)_i ] + 1/2 mean_j [ -log softmax_i(s c_ij)_j ],
         s = min(exp(logit_scale), 100)   (section 2.5: the clamp keeps training stable).
 
-    Features need not be normalised. The metrics are the share of pairs found in both directions, averaged, and s.
+    Features need not be normalised. The metrics are the accuracy of finding the pair, averaged over both directions,
+    and s. ValueError where the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives import contrastive_loss
+    >>> loss, metrics = contrastive_loss(jnp.eye(4), jnp.eye(4), jnp.log(100.0))
+    >>> round(float(loss), 6), float(metrics["accuracy"])
+    (0.0, 1.0)
     """
     if image_features.shape != text_features.shape:
         raise ValueError(

@@ -31,12 +31,18 @@ Density = Uniform | LogitNormal | Mode | CosMap
 def min_snr_weight(
     kind: Kind, alpha: Float[Array, " b"], sigma: Float[Array, " b"], gamma: float
 ) -> Float[Array, " b"]:
-    """Weight of the squared error of a `kind` output that amounts to min(SNR, gamma) on the squared error of x0.
+    """Return the weight of the squared error of a `kind` output that equals min(SNR, gamma) on that of x0.
 
-    Hang et al. 2023 (arXiv:2303.09556) Eq. 8, for any row y = a x0 + b eps: at a given x an error e of x0 is an error
-    (a - b alpha / sigma) e of y, so the weight is min(SNR, gamma) / (a - b alpha / sigma)^2, SNR = alpha^2 / sigma^2.
-    epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma). Multiplied out by sigma^2,
+    Hang et al. 2023 (arXiv:2303.09556) Eq. 8, for any output y = a x0 + b eps: at a given x an error e of x0 is
+    an error (a - b alpha / sigma) e of y, so the weight is min(SNR, gamma) / (a - b alpha / sigma)^2, where
+    SNR = alpha^2 / sigma^2. epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma). Multiplied out by sigma^2,
     so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit 1.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.diffusion import min_snr_weight
+    >>> alpha, sigma = jnp.sqrt(jnp.array([0.9])), jnp.sqrt(jnp.array([0.1]))  # SNR 9
+    >>> round(float(min_snr_weight("epsilon", alpha, sigma, 5.0)[0]), 4)
+    0.5556
     """
     a, b = prediction_coefficients(kind, alpha, sigma)
     tiny = jnp.finfo(jnp.float32).tiny
@@ -45,8 +51,10 @@ def min_snr_weight(
 
 @dataclass(frozen=True, kw_only=True)
 class Diffusion:
-    """E d(net(x_t, t, c), y_t) with x_t = alpha x0 + sigma eps and y the target of `kind` (Ho et al. 2020 Eq. 14;
-    Salimans & Ho 2022 for v; Lipman et al. 2023 for flow). Trains `nets.student`; the other trees are not looked at.
+    """The loss E d(net(x_t, t, c), y_t), with x_t = alpha x0 + sigma eps and y the target of `kind`.
+
+    Ho et al. 2020 Eq. 14; Salimans & Ho 2022 for v; Lipman et al. 2023 for flow. It trains `nets.student` and uses no
+    other tree but `nets.null`.
 
     times: the density of the training times, `(key, n) -> (n,)`; None: uniform (see `uniform_times`).
     weight: a density pi(t) by which the loss is multiplied. Uniform times with weight=pi have the expected loss of
@@ -54,7 +62,15 @@ class Diffusion:
     min_snr_gamma: None weighs every time by 1; Hang et al. use 5.
     caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`, so that CFG has its branch.
     encoders: where each text encoder's part of the conditioning is, to zero it at the rate encoder_dropout (SD3, which
-        has no caption dropout: all three are gone often enough); None: encoders are not dropped.
+        has no caption dropout: all three are dropped often enough); None: encoders are not dropped.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives import Diffusion, LogitNormal, toy_batch, toy_nets
+    >>> objective = Diffusion(schedule=RectifiedFlow(), kind="flow", times=LogitNormal())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> sorted(metrics)
+    ['error', 'loss', 'loss_t1', 'loss_t2', 'loss_t3', 'loss_t4']
     """
 
     schedule: DDPM | RectifiedFlow | Cosine | Schedule
@@ -79,7 +95,7 @@ class Diffusion:
                 )
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """batch: x0 (b, h, w, c) latents in the network's units, cond -> loss and scalar metrics."""
+        """Return the loss and scalar metrics of a batch: x0 (b, h, w, c) latents in the network's units, and cond."""
         time_key, noise_key, drop_key = jax.random.split(key, 3)
         x0, n = batch["x0"], batch["x0"].shape[0]
         cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
@@ -94,7 +110,7 @@ class Diffusion:
         return loss, {"loss": loss, "error": error, **by_quarter(per_example, position)}
 
     def at(self, nets: Nets, x0: Image, eps: Image, t: Float[Array, " b"], cond: Cond) -> tuple[Array, Image]:
-        """Each example's weighted loss (b,) at its time and noise, and the network's error in its own output."""
+        """Return each example's weighted loss (b,) at its time and noise, and the error of the network's output."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         x = add_noise(self.schedule, x0, eps, t)
         y = output(nets.apply, nets.student, x, t, cond, schedule=self.schedule, kind=self.kind)
@@ -110,11 +126,18 @@ class Diffusion:
 def validation_losses(
     objective: Diffusion, nets: Nets, batch: dict[str, Any], keys: Key, *, levels: int = 8
 ) -> Float[Array, "b levels"]:
-    """Each example's loss at `levels` evenly spaced times, from clean to noise (SD3, 2403.03206, section 5: the mean).
+    """Return each example's loss at `levels` evenly spaced times, from clean to noise (SD3, 2403.03206, section 5).
 
-    Target and weight are the objective's; its density of times and its dropout are not, so runs that differ in these
-    compare. keys: (b,), an example's own: nothing but the network changes its losses from one evaluation to the next,
-    nor do the examples that it comes with.
+    Target and weight are the objective's; its density of times and its dropout are not used, so that runs which differ
+    in these can be compared. keys: (b,), one for each example, so that its losses depend on the network alone and not
+    on the rest of the batch.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import Diffusion, toy_batch, toy_nets, validation_losses
+    >>> keys = jax.random.split(jax.random.key(0), 2)
+    >>> validation_losses(Diffusion(schedule=DDPM()), toy_nets(), toy_batch(), keys, levels=4).shape
+    (2, 4)
     """
     x0, times = batch["x0"], even_times(objective.schedule, levels)
 

@@ -1,7 +1,7 @@
-"""Matching distributions rather than trajectories: DMD2, and the adversarial ADD and LADD.
+"""Objectives that match distributions rather than trajectories: DMD2, and the adversarial ADD and LADD.
 
-What is trained beside the student, a fake score or a discriminator's heads, lies in `nets.others`; each part of the
-loss sees the other parts' trees without gradient, so one gradient of the sum trains them all.
+A fake score or a discriminator's heads are trained beside the student, in `nets.others`. Each part of the loss uses the
+other parts' trees without gradient, so one gradient of the sum trains them all.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jaxtyping import Float
 
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand, output, target
-from lcm_jax.objectives.few_step import FewStep
+from lcm_jax.objectives.few_step import FewStep, RandomKeys
 from lcm_jax.objectives.terms import frozen
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialStudent(FewStep):
-    """A student that draws in `steps` steps of equal length, as the solver LCM does."""
+    """A student that draws in `steps` steps of equal length, as the solver LCM does. ValueError for fewer than one."""
 
     steps: int = 4
 
@@ -33,11 +33,11 @@ class AdversarialStudent(FewStep):
             raise ValueError(f"steps={self.steps} must be positive")
 
     def time(self, i: Array | int) -> Array:
-        """The time of step i: of 4 steps 1, 3/4, 1/2, 1/4 of the way."""
+        """Return the time of step i: of 4 steps 1, 3/4, 1/2, 1/4 of the way."""
         return self.at(1.0 - jnp.asarray(i, jnp.float32) / self.steps)
 
     def picture(self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array) -> Image:
-        """The clean picture that the student sees in z."""
+        """Return the student's clean latents from z at time t."""
         return consistency(self.student(nets, params, student_cond), self.schedule)(z, t).x0
 
 
@@ -49,7 +49,15 @@ class DistributionMatching(AdversarialStudent):
     2023, 2311.18828 eq. 7, 8). x0_real is the guided teacher's; x0_fake that of a copy of the teacher,
     `others["fake"]`, trained on the student's pictures. The student's input is what its own earlier steps leave
     (backward simulation, sec. 4.5). The student learns in one of `every` steps, the fake score in all (sec. 4.2).
-    adversarial: sec. 4.3, heads on the fake score's features; not saturating.
+    adversarial: sec. 4.3, heads on the fake score's features, with the non-saturating loss.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("dmd2", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'lcm')
     """
 
     embed_w: bool = False
@@ -58,7 +66,7 @@ class DistributionMatching(AdversarialStudent):
     every: int = 5
 
     def others(self, key: Key, teacher: Params) -> dict[str, Params]:
-        """The fake score begins as the teacher."""
+        """Return the fake score, which starts as the teacher."""
         return {"fake": teacher}
 
     @property
@@ -66,7 +74,7 @@ class DistributionMatching(AdversarialStudent):
         return {"student": self.every}
 
     def simulate(self, nets: Nets, student_cond: Cond, noise: Image, number: Array, key: Key) -> Image:
-        """What lies before the student at step `number`, for each example its own."""
+        """Return the student's input at step `number`, one number for each example, by its own earlier steps."""
         still, z = frozen(nets.student), noise
         for i in range(self.steps - 1):
             again = jax.random.normal(jax.random.fold_in(key, i), z.shape)
@@ -79,7 +87,7 @@ class DistributionMatching(AdversarialStudent):
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         real, noise, cond, student_cond, w = self.draw(nets, batch, key)
-        keys = jax.random.split(jax.random.fold_in(key, 6), 8)
+        keys = jax.random.split(RandomKeys.of(key).student, 8)
         number = jax.random.randint(keys[0], real.shape[:1], 0, self.steps)
         start = expand(self.schedule.sigma(self.time(0)), noise) * noise
         z, t_z = self.simulate(nets, student_cond, start, number, keys[1]), self.time(number)
@@ -123,10 +131,18 @@ class DistributionMatching(AdversarialStudent):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAdversarialDistillation(AdversarialStudent):
-    """LADD (Sauer et al. 2024, 2403.12015): the student cleans a picture noised to one of `steps` times at once.
+    """LADD (Sauer et al. 2024, 2403.12015): the student denoises latents of one of `steps` times in one step.
 
-    Heads on the teacher's features of the result, noised anew, judge it (hinge). distillation: weight of
-    alpha(t) |x - x0_teacher(x_t)|^2, the teacher's opinion of it, which LADD leaves out.
+    The discriminator's heads read the teacher's features of the result, noised again (hinge loss). distillation: weight
+    of alpha(t) |x - x0_teacher(x_t)|^2, the loss against the teacher's prediction, which LADD leaves out.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("ladd", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss == loss), objective.sampler
+    (True, 'lcm')
     """
 
     embed_w: bool = False
@@ -137,7 +153,7 @@ class LatentAdversarialDistillation(AdversarialStudent):
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         real, noise, cond, student_cond, w = self.draw(nets, batch, key)
-        keys = jax.random.split(jax.random.fold_in(key, 6), 6)
+        keys = jax.random.split(RandomKeys.of(key).student, 6)
         t_z = self.time(jax.random.randint(keys[0], real.shape[:1], 0, self.steps))
         x = self.picture(nets, nets.student, student_cond, add_noise(self.schedule, real, noise, t_z), t_z)
         student, critic = self.adversarial_losses(nets, real, x, cond, keys[1])
@@ -157,9 +173,17 @@ class LatentAdversarialDistillation(AdversarialStudent):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialDistillation(LatentAdversarialDistillation):
-    """ADD (Sauer et al. 2023, 2311.17042 eq. 1): as LADD, but the heads look at pictures through a frozen image tower,
+    """ADD (Sauer et al. 2023, 2311.17042 eq. 1): LADD whose heads read a frozen image tower's features of pictures.
 
-    and the teacher's opinion has a weight of 2.5.
+    The loss against the teacher's prediction has a weight of 2.5.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("add", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss == loss), objective.sampler
+    (True, 'lcm')
     """
 
     judges_pictures: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""What the objectives of few-step models share: the draw, the guided teacher, the student and what it is told."""
+"""The base of all few-step objectives: the draw of a batch, the guided teacher, the student and its discriminator."""
 
 from __future__ import annotations
 
@@ -17,8 +17,41 @@ from lcm_jax.objectives.terms import check, drop_captions, frozen, hinge, withou
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Kind, Nets, Params, Schedule
 
 
+class RandomKeys(NamedTuple):
+    """The random keys of one loss, one for each kind of draw: the only rule by which a few-step objective splits a key.
+
+    An objective calls `RandomKeys.of(key)` and takes each kind of draw from its own field, so that no two draws share
+    random numbers, and a new kind of draw (a new field at the end) leaves all others as they were. Within a field an
+    objective may split on.
+
+    time: the training times. noise: eps. guidance: w. captions: which captions are dropped. end: the end of the step
+    (TCD, PCM, CTM). denoising: CTM's denoising loss. student: simulated inputs of adversarial students.
+    discriminator: the noise that a discriminator's inputs get.
+
+    >>> import jax
+    >>> from lcm_jax.objectives import RandomKeys
+    >>> RandomKeys.of(jax.random.key(0))._fields[:4]
+    ('time', 'noise', 'guidance', 'captions')
+    """
+
+    time: Key
+    noise: Key
+    guidance: Key
+    captions: Key
+    end: Key
+    denoising: Key
+    student: Key
+    discriminator: Key
+
+    @classmethod
+    def of(cls, key: Key) -> RandomKeys:
+        """Split one key into all of them."""
+        first = jax.random.split(key, 4)
+        return cls(*first, *(jax.random.fold_in(key, i) for i in range(4, len(cls._fields))))
+
+
 class Draw(NamedTuple):
-    """A batch and what was drawn for it. told: what the student is told, `cond` with w where it has an embedding."""
+    """A batch and the random draw for it. student_cond: `cond`, with w where the student has a w-embedding."""
 
     x0: Image
     eps: Image
@@ -29,21 +62,48 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FewStep(ABC):
-    """An objective whose student draws in few steps. Trains `nets.student`, and `nets.others` where it has any.
+    """An objective whose student draws in few steps. It trains `nets.student`, and `nets.others` where it has any.
 
-    schedule, kind: of the teacher, which are also the student's.
-    adversarial: weight of a discriminator's verdict, 0 for none; its heads, `nets.others["heads"]`, the task makes.
+    schedule, kind: the teacher's, which are also the student's.
+    adversarial: weight of the adversarial loss, 0 for none; the task makes its heads, `nets.others["heads"]`.
     w_min, w_max: w = guidance scale - 1, drawn uniformly per example; equal: fixed (LCM-LoRA: 7.5).
     embed_w: feed w to the student as cond["guidance"]; False for a network that has no w-embedding (LCM-LoRA).
     caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`.
+    ValueError for an unknown kind or w_min above w_max.
+
+    Its own facts are class attributes, which the task, the command line and the exported folder read:
+    spans: the student receives the length of the step, cond["span"]. needs_teacher: it evaluates `nets.teacher`.
+    needs_w: a range of w is meaningful only if w is an input of the student. forward_mode: it takes a forward-mode
+    derivative of the network, which flash-attention kernels do not have. judges_pictures: the discriminator's input is
+    clean pictures, not noised latents. sampler: the sampler that draws with the student. Random numbers come from
+    `RandomKeys`.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from dataclasses import dataclass
+    >>> from lcm_jax.diffusion.parameterization import add_noise
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import FewStep, RandomKeys, toy_batch, toy_nets
+    >>> @dataclass(frozen=True, kw_only=True)
+    ... class OneStep(FewStep):
+    ...     needs_teacher = False
+    ...     def __call__(self, nets, batch, key):
+    ...         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
+    ...         t = self.at(jax.random.uniform(RandomKeys.of(key).time, w.shape, minval=0.02, maxval=0.98))
+    ...         z = add_noise(self.schedule, x0, eps, t)
+    ...         loss = jnp.mean((self.student(nets, nets.student, student_cond)(z, t).x0 - x0) ** 2)
+    ...         return loss, {"loss": loss}
+    >>> loss, metrics = OneStep(schedule=DDPM())(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> loss.shape
+    ()
     """
 
-    spans: ClassVar[bool] = False  # the student is told how far a step reaches: cond["span"]
+    spans: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
-    needs_w: ClassVar[bool] = False  # a range of w is of use to a student alone that is told w
-    forward_mode: ClassVar[bool] = False  # it takes a jvp of the network, which flash kernels do not have
-    judges_pictures: ClassVar[bool] = False  # the discriminator looks at clean pictures, not at noised latents
-    sampler: ClassVar[str] = "lcm"  # by which the student draws
+    needs_w: ClassVar[bool] = False
+    forward_mode: ClassVar[bool] = False
+    judges_pictures: ClassVar[bool] = False
+    sampler: ClassVar[str] = "lcm"
 
     schedule: Schedule
     kind: Kind = "epsilon"
@@ -60,37 +120,48 @@ class FewStep(ABC):
 
     @abstractmethod
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """batch: x0 (b, h, w, c) latents in the network's units, cond without "guidance" -> loss and scalar metrics."""
+        """Return the loss and scalar metrics of a batch: x0 (b, h, w, c) latents in the network's units, and cond."""
 
     @property
     def needs_target(self) -> bool:
-        """Whether it looks at nets.target, the moving average of the student."""
+        """Whether it evaluates nets.target, the moving average of the student."""
         return False
 
     @property
     def updates(self) -> Mapping[str, int]:
-        """Tree ("student", "others") -> one of how many steps it learns in, where that is not every step."""
+        """The number of steps between two updates of a tree ("student", "others"), where that is not 1."""
         return {}
 
+    @property
+    def moving_average(self) -> Mapping[str, Any]:
+        """The settings of the run's moving average ("ema", "ema_every") that the method requires, if any."""
+        return {}
+
+    def for_run(self, *, steps: int, student_steps: int) -> FewStep:
+        """Return the objective with the lengths of its own that follow from the run's.
+
+        steps: the training steps of the run. student_steps: the steps in which the student is to draw.
+        """
+        return self
+
     def others(self, key: Key, teacher: Params) -> dict[str, Params]:
-        """The trees that are trained beside the student, before the first step."""
+        """Return the trees that are trained beside the student, before the first step."""
         return {}
 
     def draw(self, nets: Nets, batch: dict[str, Any], key: Key) -> Draw:
-        """Noise, dropped captions and guidance of a batch."""
-        _, noise_key, w_key, drop_key = jax.random.split(key, 4)
-        x0 = batch["x0"]
-        cond = drop_captions(drop_key, batch["cond"], nets.null, self.caption_dropout)
-        w = jax.random.uniform(w_key, x0.shape[:1], minval=self.w_min, maxval=self.w_max)
-        eps = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        """Draw the noise, the dropped captions and the guidance of a batch."""
+        keys, x0 = RandomKeys.of(key), batch["x0"]
+        cond = drop_captions(keys.captions, batch["cond"], nets.null, self.caption_dropout)
+        w = jax.random.uniform(keys.guidance, x0.shape[:1], minval=self.w_min, maxval=self.w_max)
+        eps = jax.random.normal(keys.noise, x0.shape, x0.dtype)
         return Draw(x0, eps, cond, {**cond, "guidance": w} if self.embed_w else cond, w)
 
     def student(self, nets: Nets, params: Params, student_cond: Cond) -> Denoiser:
-        """The student with some of its parameters (trained, averaged, without gradient)."""
+        """Return the student's denoiser with the given parameters (trained, averaged or without gradient)."""
         return bind(nets.apply, params, student_cond, self.schedule, self.kind, spans=self.spans)
 
     def teacher(self, nets: Nets, cond: Cond, w: Float[Array, " b"] | None = None) -> Denoiser:
-        """The teacher, guided by eps(null) + (1 + w) (eps(c) - eps(null)); w None: as it is."""
+        """Return the teacher's denoiser, guided by eps(null) + (1 + w) (eps(c) - eps(null)); w None: not guided."""
         if w is None:
             return bind(nets.apply, nets.teacher, cond, self.schedule, self.kind)
         twice = {k: jnp.concatenate([without, cond[k]]) for k, without in without_caption(nets.null, cond).items()}
@@ -106,8 +177,9 @@ class FewStep(ABC):
         key: Key,
         since: Float[Array, "*b"] | float | None = None,
     ) -> Float[Array, "b k"]:
-        """Logits of latents at the time `since` (None: clean), noised to a time uniform between 2 % and 98 % of what is
-        left of the way, or of clean pictures.
+        """Return the logits of latents at the time `since` (None: clean), or of clean pictures.
+
+        Latents are noised first, to a time uniform between 2 % and 98 % of the way that is left to pure noise.
         """
         assert nets.critic is not None
         if self.judges_pictures:
@@ -127,19 +199,19 @@ class FewStep(ABC):
         key: Key,
         since: Float[Array, "*b"] | float | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The hinge losses of the student, whose pictures are `fake`, and of the heads on the teacher's features."""
+        """Return the hinge losses of the student, whose samples are `fake`, and of the discriminator's heads."""
         heads = nets.others["heads"]
         first, second = jax.random.split(key)
         student = -jnp.mean(self.discriminator_logits(nets, frozen(heads), nets.teacher, fake, cond, first, since))
-        verdicts = (
+        logits = (
             self.discriminator_logits(nets, heads, nets.teacher, frozen(x), cond, second, since) for x in (real, fake)
         )
-        return student, hinge(*verdicts)
+        return student, hinge(*logits)
 
     def at(self, share: Float[Array, "*b"] | float) -> Float[Array, "*b"]:
-        """The schedule's time at a share of the way from clean to noise."""
+        """Return the schedule's time at a share in [0, 1] of the way from clean to noise."""
         return self.schedule.t_min + jnp.asarray(share) * (self.schedule.t_max - self.schedule.t_min)
 
     def position(self, t: Float[Array, "*b"]) -> Float[Array, "*b"]:
-        """The inverse of `at`."""
+        """Return the share of the way at a time: the inverse of `at`."""
         return (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)

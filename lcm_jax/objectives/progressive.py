@@ -1,8 +1,9 @@
-"""Progressive and guided distillation: the student learns one step of what takes its teacher two."""
+"""Progressive and guided distillation: one step of the student learns two of its teacher."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
@@ -10,21 +11,36 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from lcm_jax.diffusion.parameterization import add_noise, expand, flow_map
-from lcm_jax.objectives.few_step import FewStep
+from lcm_jax.objectives.few_step import FewStep, RandomKeys
 from lcm_jax.objectives.terms import frozen
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets
 
 
 def truncated_snr(alpha: Float[Array, " b"], sigma: Float[Array, " b"]) -> Float[Array, " b"]:
-    """max(alpha^2 / sigma^2, 1), the weight of x0's squared error (Salimans & Ho 2022, 2202.00512 sec. 4)."""
+    """Return max(alpha^2 / sigma^2, 1), the weight of x0's squared error (Salimans & Ho 2022, 2202.00512 sec. 4).
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.progressive import truncated_snr
+    >>> truncated_snr(jnp.array([0.5, 0.5]), jnp.array([0.25, 1.0])).tolist()
+    [4.0, 1.0]
+    """
     return jnp.maximum(alpha**2 / jnp.maximum(sigma**2, 1e-8), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedDistillation(FewStep):
-    """Stage one of Meng et al. 2022 (2210.03142 sec. 3.1): a student told w predicts what the guided teacher does,
+    """Stage one of Meng et al. 2022 (2210.03142 sec. 3.1): a student with a w-embedding learns the guided teacher.
 
-    E max(SNR, 1) |x0(z, w) - x0_w(z)|^2. It draws in as many steps as its teacher, with half the evaluations.
+    The loss is E max(SNR, 1) |x0(z, w) - x0_w(z)|^2. The student draws in as many steps as its teacher, with half the
+    evaluations.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("guided", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'ddim')
     """
 
     needs_w: ClassVar[bool] = True
@@ -32,13 +48,13 @@ class GuidedDistillation(FewStep):
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
-        t = self.at(jax.random.uniform(jax.random.split(key, 4)[0], x0.shape[:1], minval=1e-3))
+        t = self.at(jax.random.uniform(RandomKeys.of(key).time, x0.shape[:1], minval=1e-3))
         z = add_noise(self.schedule, x0, eps, t)
         target = frozen(self.teacher(nets, cond, w)(z, t).x0)
         return self.compare(self.student(nets, nets.student, student_cond)(z, t).x0 - target, t)
 
     def compare(self, difference: Image, t: Float[Array, " b"]) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The weighted square of an error of x0."""
+        """Return the weighted square of an error of x0, and its metrics."""
         weight = truncated_snr(self.schedule.alpha(t), self.schedule.sigma(t))
         loss = jnp.mean(weight * jnp.mean(difference**2, axis=(1, 2, 3)))
         return loss, {"loss": loss, "error": jnp.mean(jnp.abs(difference))}
@@ -49,8 +65,17 @@ class ProgressiveDistillation(GuidedDistillation):
     """Salimans & Ho 2022 (2202.00512, Alg. 2), with guidance as in stage two of Meng et al. 2022.
 
     Stage i has first_steps / 2^i steps: the student's one DDIM step goes where two of half its length by the last
-    stage's student go, in the first stage those of the guided teacher. The last stage's student is `nets.target`: train
-    with a moving average of decay 0 that is updated every `stage_steps` steps. Drawn on even times, as trained.
+    stage's student go, in the first stage those of the guided teacher. The last stage's student is `nets.target`, a
+    moving average of decay 0 that is updated every `stage_steps` steps (`moving_average`). It is drawn on even times,
+    as it is trained. ValueError for a `first_steps` that is no power of two.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("progressive", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'flow_map')
     """
 
     sampler: ClassVar[str] = "flow_map"
@@ -67,11 +92,20 @@ class ProgressiveDistillation(GuidedDistillation):
     def needs_target(self) -> bool:
         return True
 
+    @property
+    def moving_average(self) -> Mapping[str, Any]:
+        return {"ema": 0.0, "ema_every": self.stage_steps}
+
+    def for_run(self, *, steps: int, student_steps: int) -> ProgressiveDistillation:
+        """Return it with stages of equal length, as many as lead from `first_steps` to `student_steps`."""
+        stages = 1 + max(0, (self.first_steps // student_steps).bit_length() - 1)
+        return replace(self, stage_steps=max(1, steps // stages))
+
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         stage = jnp.floor(jnp.asarray(nets.step, jnp.float32) / self.stage_steps)
         steps = jnp.maximum(self.first_steps / 2.0**stage, 1.0)
-        number = jnp.floor(1.0 + jax.random.uniform(jax.random.split(key, 4)[0], x0.shape[:1]) * steps)
+        number = jnp.floor(1.0 + jax.random.uniform(RandomKeys.of(key).time, x0.shape[:1]) * steps)
         t, middle, end = (self.at(jnp.maximum(number - part, 0.0) / steps) for part in (0.0, 0.5, 1.0))
         z = add_noise(self.schedule, x0, eps, t)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
@@ -29,33 +28,68 @@ _IMPROVED: dict[str, Any] = {
     "weight": "gap",
 }
 
-METHODS: Mapping[str, Callable[..., FewStep]] = MappingProxyType(
-    {
-        "lcm": LatentConsistencyDistillation,
-        "lcf": LatentConsistencyFinetuning,
-        "cd": partial(LatentConsistencyDistillation, pairs=KarrasPairs(), solver="heun"),
-        "ct": partial(LatentConsistencyFinetuning, pairs=KarrasPairs(points=150), **_FROM_DATA),
-        "ict": partial(LatentConsistencyFinetuning, pairs=ICTPairs(), **_IMPROVED),
-        "ect": partial(LatentConsistencyFinetuning, pairs=ECTPairs(), **_IMPROVED),
-        "ctm": ConsistencyTrajectory,
-        "tcd": TrajectoryConsistencyDistillation,
-        "pcm": PhasedConsistency,
-        "scm": ContinuousConsistency,
-        "meanflow": MeanFlow,
-        "shortcut": Shortcut,
-        "guided": GuidedDistillation,
-        "progressive": ProgressiveDistillation,
-        "dmd2": DistributionMatching,
-        "add": AdversarialDistillation,
-        "ladd": LatentAdversarialDistillation,
-    }
-)
+METHODS: dict[str, Callable[..., FewStep]] = {
+    "lcm": LatentConsistencyDistillation,
+    "lcf": LatentConsistencyFinetuning,
+    "cd": partial(LatentConsistencyDistillation, pairs=KarrasPairs(), solver="heun"),
+    "ct": partial(LatentConsistencyFinetuning, pairs=KarrasPairs(points=150), **_FROM_DATA),
+    "ict": partial(LatentConsistencyFinetuning, pairs=ICTPairs(), **_IMPROVED),
+    "ect": partial(LatentConsistencyFinetuning, pairs=ECTPairs(), **_IMPROVED),
+    "ctm": ConsistencyTrajectory,
+    "tcd": TrajectoryConsistencyDistillation,
+    "pcm": PhasedConsistency,
+    "scm": ContinuousConsistency,
+    "meanflow": MeanFlow,
+    "shortcut": Shortcut,
+    "guided": GuidedDistillation,
+    "progressive": ProgressiveDistillation,
+    "dmd2": DistributionMatching,
+    "add": AdversarialDistillation,
+    "ladd": LatentAdversarialDistillation,
+}
+"""Every few-step method by its short name; `register` adds one."""
+
+
+def register(name: str) -> Callable[[type[FewStep]], type[FewStep]]:
+    """Register a few-step objective under a new name, which `lcm-jax distill --objective` then knows.
+
+    Use it as a decorator of the class. ValueError where the name is taken.
+
+    >>> from dataclasses import dataclass
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import LatentConsistencyDistillation, METHODS, method, register
+    >>> @register("short-lcm")
+    ... @dataclass(frozen=True, kw_only=True)
+    ... class ShortLCM(LatentConsistencyDistillation):
+    ...     grid_points: int = 10
+    >>> method("short-lcm", schedule=DDPM()).grid_points
+    10
+    >>> del METHODS["short-lcm"]
+    """
+
+    def add(objective: type[FewStep]) -> type[FewStep]:
+        known = METHODS.get(name, objective)
+        if known is not objective:
+            raise ValueError(f"objective {name!r} is registered already: give yours another name")
+        METHODS[name] = objective
+        return objective
+
+    return add
 
 
 def method(name: str, **options: Any) -> FewStep:
-    """The objective of that name; ValueError names the nearest there is."""
+    """Return the objective of a name, with its published defaults; ValueError names the nearest there is.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives import method
+    >>> type(method("pcm", schedule=RectifiedFlow(), kind="flow")).__name__
+    'PhasedConsistency'
+    >>> method("pcn", schedule=RectifiedFlow())  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: --objective pcn: no such method; did you mean pcm? known are lcm, lcf, ...
+    """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(METHODS)}"
-        raise ValueError(f"--objective {name}: no such method; {hint}")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"--objective {name}: no such method; {hint}known are {', '.join(METHODS)}")
     return METHODS[name](**options)

@@ -1,4 +1,4 @@
-"""The terms that every objective is built of: distances, dropout of the conditioning, the split of a loss over time."""
+"""The terms that all objectives are built of: distances, dropout of the conditioning, the split of a loss over time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ def check(name: str, value: object, allowed: object) -> None:
 
 
 def distance(kind: Distance, difference: Float[Array, "b ..."], c: float = 1e-3) -> Float[Array, " b"]:
-    """Mean over the elements of each example, in float32.
+    """Return the mean distance over the elements of each example, in float32.
 
     "l2": d^2. "huber": the pseudo-Huber sqrt(d^2 + c^2) - c of each element, as in the released LCM code.
     "huber_whole": that of the example's root mean square, which is Song & Dhariwal's (2310.14189, sec. 3.3) of its norm
     divided by sqrt(n); their c = 0.00054 sqrt(n) is c = 0.00054 here.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import distance
+    >>> difference = jnp.full((1, 2, 2, 1), 2.0)
+    >>> distance("l2", difference).tolist(), distance("huber", difference, 0.0).tolist()
+    ([4.0], [2.0])
     """
     d = difference.astype(jnp.float32)
     square = jnp.square(d).reshape(d.shape[0], -1)
@@ -38,9 +44,17 @@ def distance(kind: Distance, difference: Float[Array, "b ..."], c: float = 1e-3)
 
 
 def without_caption(null: Cond, cond: Cond) -> Cond:
-    """`cond` with the leaves of the empty prompt (batch 1, broadcast) in place of its own.
+    """Return `cond` with the leaves of the empty prompt (batch 1, broadcast) in place of its own.
 
-    A leaf that `null` lacks stays the example's: SDXL's time_ids describe the picture, not the caption.
+    A leaf that `null` lacks stays the example's: SDXL's time_ids describe the picture, not the caption. ValueError
+    where `null` has a leaf that `cond` lacks.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import without_caption
+    >>> cond = {"context": jnp.ones((2, 1, 4)), "time_ids": jnp.ones((2, 6))}
+    >>> empty = without_caption({"context": jnp.zeros((1, 1, 4))}, cond)
+    >>> float(empty["context"].max()), float(empty["time_ids"].min())
+    (0.0, 1.0)
     """
     if not null or not set(null) <= set(cond):
         raise ValueError(f"nets.null has the leaves {sorted(null)}, batch['cond'] {sorted(cond)}: encode both alike")
@@ -49,7 +63,15 @@ def without_caption(null: Cond, cond: Cond) -> Cond:
 
 
 def drop_captions(key: Key, cond: Cond, null: Cond, rate: float) -> Cond:
-    """Replace each example's conditioning, all leaves together, by that of the empty prompt with probability `rate`."""
+    """Replace each example's conditioning, all leaves together, by that of the empty prompt with probability `rate`.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import drop_captions
+    >>> cond, null = {"context": jnp.ones((2, 1, 4))}, {"context": jnp.zeros((1, 1, 4))}
+    >>> float(drop_captions(jax.random.key(0), cond, null, 1.0)["context"].max())
+    0.0
+    """
     if rate == 0.0:
         return cond
     empty = without_caption(null, cond)
@@ -59,10 +81,15 @@ def drop_captions(key: Key, cond: Cond, null: Cond, rate: float) -> Cond:
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoders:
-    """Which part of SD3's conditioning each encoder made (2403.03206, section 4; mmdit.text.sd3); defaults: SD3-medium.
+    """The part of SD3's conditioning that each text encoder made (2403.03206, section 4; mmdit.text.sd3).
 
     The first clip_tokens tokens of "context" hold CLIP i in the i-th run of clip_widths channels, the rest are T5's.
-    "pooled" holds CLIP i in the i-th run of pooled_widths channels.
+    "pooled" holds CLIP i in the i-th run of pooled_widths channels. The defaults are SD3-medium's. ValueError unless
+    both name as many CLIPs.
+
+    >>> from lcm_jax.objectives import TextEncoders
+    >>> sum(TextEncoders().pooled_widths)
+    2048
     """
 
     clip_tokens: int = 77
@@ -76,7 +103,7 @@ class TextEncoders:
             )
 
     def check(self, cond: Cond) -> None:
-        """ValueError where this is not the layout of `cond`."""
+        """Raise ValueError unless this is the layout of `cond`."""
         if not {"context", "pooled"} <= set(cond):
             raise ValueError(
                 f"encoder dropout needs the leaves context and pooled, the conditioning has {sorted(cond)}"
@@ -92,7 +119,17 @@ class TextEncoders:
 def drop_encoders(key: Key, cond: Cond, encoders: TextEncoders, rate: float) -> Cond:
     """Zero each text encoder's part of each example's conditioning with probability `rate`, independently.
 
-    SD3 has a rate of 46.4 %, so that all three are gone for 0.464^3 = 10 % of the examples.
+    SD3 has a rate of 46.4 %, so that all three are gone for 0.464^3 = 10 % of the examples. ValueError as
+    `TextEncoders.check` says.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import TextEncoders, drop_encoders
+    >>> layout = TextEncoders(clip_tokens=2, clip_widths=(3,), pooled_widths=(3,))
+    >>> cond = {"context": jnp.ones((1, 4, 5)), "pooled": jnp.ones((1, 3))}
+    >>> dropped = drop_encoders(jax.random.key(0), cond, layout, 1.0)
+    >>> float(dropped["context"].max()), float(dropped["pooled"].max())
+    (0.0, 0.0)
     """
     encoders.check(cond)
     context, pooled = cond["context"], cond["pooled"]
@@ -116,16 +153,33 @@ def by_quarter(values: Float[Array, " b"], position: Float[Array, " b"]) -> dict
 
     `position` is time scaled to [0, 1]. Each entry is 4 mean(values [t in quarter]): no division by a count, so it is
     finite for any batch, averages rightly over steps and devices, and for uniform times estimates the quarter's mean.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import by_quarter
+    >>> {name: float(value) for name, value in by_quarter(jnp.array([1.0, 3.0]), jnp.array([0.1, 0.9])).items()}
+    {'loss_t1': 2.0, 'loss_t2': 0.0, 'loss_t3': 0.0, 'loss_t4': 6.0}
     """
     quarter = jnp.clip(jnp.ceil(position * 4) - 1, 0, 3)
     return {f"loss_t{i + 1}": 4 * jnp.mean(jnp.where(quarter == i, values, 0.0)) for i in range(4)}
 
 
 def hinge(real: Float[Array, "b k"], fake: Float[Array, "b k"]) -> Float[Array, ""]:
-    """A discriminator's loss, of its logits: mean max(0, 1 - real) + mean max(0, 1 + fake) (2311.17042 eq. 3)."""
+    """Return a discriminator's hinge loss, mean max(0, 1 - real) + mean max(0, 1 + fake) (2311.17042 eq. 3).
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import hinge
+    >>> float(hinge(jnp.array([[2.0]]), jnp.array([[0.5]])))
+    1.5
+    """
     return jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + fake))
 
 
 def frozen(tree: Any) -> Any:
-    """The tree without gradient."""
+    """Return the tree without gradient (`jax.lax.stop_gradient` of every leaf).
+
+    >>> import jax
+    >>> from lcm_jax.objectives.terms import frozen
+    >>> float(jax.grad(lambda x: x * frozen(x))(3.0))
+    3.0
+    """
     return jax.tree.map(jax.lax.stop_gradient, tree)

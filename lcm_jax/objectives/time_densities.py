@@ -1,11 +1,11 @@
-"""Densities of the training times: what of the path from data (t = 0) to noise (t = 1) is trained how often.
+"""Densities of the training times: how often each time of the path from data (t = 0) to noise (t = 1) is trained.
 
 SD3 (Esser et al. 2024, arXiv:2403.03206, section 3.1) compares these. Each is given by its quantile function, the time
 below which a share u lies, so that t = quantile(u) of a uniform u has the density pdf(t).
 
-Time runs as everywhere here: t = 1 is noise, and a positive mean of the logit-normal leans to noise. Trainers on
-diffusers draw u and take the timestep numbered u T of a scheduler whose list begins at noise, so that their time is
-1 - u and their `logit_mean` has the opposite sign.
+t = 1 is noise, as in the whole library, so a positive mean of the logit-normal favours noise. Trainers on diffusers
+draw u and take the timestep numbered u T of a scheduler whose list begins at noise, so that their time is 1 - u and
+their `logit_mean` has the opposite sign.
 """
 
 from __future__ import annotations
@@ -33,20 +33,27 @@ class TimeDensity(ABC):
 
     @abstractmethod
     def quantile(self, u: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """The time below which a share u in (0, 1) of the draws lies; it rises with u."""
+        """Return the time below which a share u in (0, 1) of the draws lies; it rises with u."""
 
     @abstractmethod
     def pdf(self, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """The density at t in (0, 1); it integrates to 1."""
+        """Return the density at t in (0, 1); it integrates to 1."""
 
     def __call__(self, key: Key, n: int) -> Float[Array, " n"]:
-        """n independent times."""
+        """Draw n independent times."""
         return self.quantile(jax.random.uniform(key, (n,), minval=TINY))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform(TimeDensity):
-    """pi(t) = 1."""
+    """The uniform density pi(t) = 1.
+
+    >>> import jax
+    >>> from lcm_jax.objectives import Uniform
+    >>> times = Uniform()(jax.random.key(0), 1000)
+    >>> round(float(Uniform().quantile(jax.numpy.float32(0.5))), 3)
+    0.5
+    """
 
     def quantile(self, u: Float[Array, "*n"]) -> Float[Array, "*n"]:
         return jnp.asarray(u, jnp.float32)
@@ -57,7 +64,16 @@ class Uniform(TimeDensity):
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal(TimeDensity):
-    """logit t ~ N(mean, std^2) (eq. 19): times in the middle, where the straight path is hardest to predict."""
+    """The logit-normal density, logit t ~ N(mean, std^2) (eq. 19), which favours the middle, the hardest to predict.
+
+    ValueError for a std that is not positive.
+
+    >>> import jax
+    >>> from lcm_jax.objectives import LogitNormal
+    >>> times = LogitNormal()(jax.random.key(0), 1000)
+    >>> round(float(LogitNormal().quantile(jax.numpy.float32(0.5))), 3)
+    0.5
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -75,14 +91,21 @@ class LogitNormal(TimeDensity):
 
 
 MODE_SCALES = (-1.0, 2.0 / (pi - 2.0))
-"""Between these `Mode` is monotone; at the first the density is infinite at 0 and 1, at the last at 1/2."""
+"""The scales between which `Mode` is monotone; at the first its density is infinite at 0 and 1, at the last at 1/2."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mode(TimeDensity):
-    """t = 1 - v - s (cos^2(pi v / 2) - 1 + v), v uniform (eq. 20), s = scale in [-1, 2 / (pi - 2)] = [-1, 1.752].
+    """The mode density: t = 1 - v - s (cos^2(pi v / 2) - 1 + v), v uniform (eq. 20).
 
-    s > 0 favours the middle, s < 0 the ends, s = 0 is uniform. Here v = 1 - u, so that the time rises with u.
+    s = scale in [-1, 2 / (pi - 2)] = [-1, 1.752]; ValueError outside. s > 0 favours the middle, s < 0 the ends, s = 0
+    is uniform. Here v = 1 - u, so that the time rises with u.
+
+    >>> import jax
+    >>> from lcm_jax.objectives import Mode
+    >>> times = Mode()(jax.random.key(0), 1000)
+    >>> round(float(Mode().quantile(jax.numpy.float32(0.5))), 3)
+    0.5
     """
 
     scale: float = 1.29
@@ -96,7 +119,7 @@ class Mode(TimeDensity):
         return u + self.scale * (u - jnp.sin(0.5 * pi * u) ** 2)
 
     def pdf(self, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
-        """1 / quantile'(u), where u, which has no closed form, is found by bisection."""
+        """Return 1 / quantile'(u); u, which has no closed form, is found by bisection."""
 
         def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
@@ -111,7 +134,14 @@ class Mode(TimeDensity):
 
 @dataclass(frozen=True, kw_only=True)
 class CosMap(TimeDensity):
-    """t = 1 - 1 / (tan(pi u / 2) + 1) (eq. 21): the log-SNR of a straight path is then the cosine schedule's."""
+    """The density of t = 1 - 1 / (tan(pi u / 2) + 1) (eq. 21): a straight path then has the cosine schedule's log-SNR.
+
+    >>> import jax
+    >>> from lcm_jax.objectives import CosMap
+    >>> times = CosMap()(jax.random.key(0), 1000)
+    >>> round(float(CosMap().quantile(jax.numpy.float32(0.5))), 3)
+    0.5
+    """
 
     def quantile(self, u: Float[Array, "*n"]) -> Float[Array, "*n"]:
         sine, cosine = jnp.sin(0.5 * pi * u), jnp.cos(0.5 * pi * u)
@@ -122,13 +152,27 @@ class CosMap(TimeDensity):
 
 
 def even_times(schedule: Schedule, n: int) -> Float[Array, " n"]:
-    """The middles of n equal parts of the schedule's time; of a DDPM table rounded to timesteps."""
+    """Return the middles of n equal parts of the schedule's time, rounded to the entries of a discrete table.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives.time_densities import even_times
+    >>> even_times(RectifiedFlow(), 4).tolist()
+    [0.125, 0.375, 0.625, 0.875]
+    """
     t = schedule.t_min + (schedule.t_max - schedule.t_min) * (jnp.arange(n) + 0.5) / n
     return t if schedule.timesteps is None else jnp.round(t)
 
 
 def uniform_times(schedule: Schedule, key: Key, n: int) -> Float[Array, " n"]:
-    """Times drawn uniformly: from the integer timesteps 0 ... T-1 of a DDPM table, else from [t_min, t_max]."""
+    """Draw n times uniformly: from the integer timesteps 0 ... T-1 of a discrete table, else from [t_min, t_max].
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives.time_densities import uniform_times
+    >>> times = uniform_times(DDPM(), jax.random.key(0), 1000)
+    >>> bool((times == times.round()).all())
+    True
+    """
     if schedule.timesteps is not None:
         return jax.random.randint(key, (n,), 0, schedule.timesteps).astype(jnp.float32)
     return jax.random.uniform(key, (n,), minval=schedule.t_min, maxval=schedule.t_max)

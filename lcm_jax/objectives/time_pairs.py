@@ -1,6 +1,6 @@
-"""Pairs of times t > s between which consistency is asked for: what tells CM, iCT and ECT apart.
+"""Rules for the pairs of times t > s between which consistency is trained: they are how CM, iCT and ECT differ.
 
-Karras et al.'s noise level is sigma / alpha, so their grids go with any schedule; the lowest level counts as clean.
+Karras et al.'s noise level is sigma / alpha, so their grids fit any schedule; the lowest level counts as clean.
 """
 
 from __future__ import annotations
@@ -19,28 +19,41 @@ Pair = tuple[Float[Array, " n"], Float[Array, " n"]]
 
 
 class Pairs(Protocol):
-    """(schedule, key, n, step) -> (t, s) of n examples at a training step."""
+    """A function (schedule, key, n, step) -> (t, s) of n examples at a training step."""
 
     def __call__(self, schedule: Schedule, key: Key, n: int, step: Array | float) -> Pair: ...
 
 
 def level(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
-    """sigma / alpha."""
+    """Return the noise level sigma / alpha at a time.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives.time_pairs import level
+    >>> round(float(level(RectifiedFlow(), 0.75)), 6)
+    3.0
+    """
     return jnp.exp(-log_snr(schedule, t))
 
 
 def at_level(schedule: Schedule, level: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """The time of a noise level; 0 is the clean time."""
+    """Return the time of a noise level; 0 gives the clean time.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.objectives.time_pairs import at_level
+    >>> at_level(RectifiedFlow(), jnp.array([3.0, 0.0])).round(6).tolist()
+    [0.75, 0.0]
+    """
     return schedule.time_at(-jnp.log(level))
 
 
 def _highest(schedule: Schedule, high: float) -> Float[Array, ""]:
-    """A table ends before Karras' 80."""
+    """Return the highest level that the schedule has, at most `high`: a table ends before Karras' 80."""
     return jnp.minimum(high, level(schedule, jnp.float32(schedule.t_max)))
 
 
 def _karras(index: Array, points: Array | int, low: float, high: Array, rho: float) -> Array:
-    """Level number `index` of `points`, from `low`, in whose place is 0, to `high` at points - 1."""
+    """Return level number `index` of `points`, from 0 (in place of `low`) to `high` at points - 1."""
     share = index / (points - 1)
     levels = (low ** (1 / rho) + share * (high ** (1 / rho) - low ** (1 / rho))) ** rho
     return jnp.where(index == 0, 0.0, levels)
@@ -48,7 +61,17 @@ def _karras(index: Array, points: Array | int, low: float, high: Array, rho: flo
 
 @dataclass(frozen=True, kw_only=True)
 class KarrasPairs:
-    """Neighbours on Karras' grid (2206.00364 eq. 5) of `points` noise levels, all alike (CM, 2303.01469: 18, to 80)."""
+    """Neighbours on Karras' grid (2206.00364 eq. 5) of `points` noise levels, drawn uniformly.
+
+    CM (2303.01469) has 18 points up to a level of 80. ValueError for fewer than two points.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import KarrasPairs
+    >>> t, s = KarrasPairs()(DDPM(), jax.random.key(0), 8, 0)
+    >>> bool((t > s).all())
+    True
+    """
 
     points: int = 18
     low: float = 0.002
@@ -72,6 +95,14 @@ class ICTPairs:
 
     Song & Dhariwal 2023 (2310.14189) sec. 3.4, 3.5: N(k) = min(first 2^floor(k / K'), last) + 1 with
     K' = steps / (log2(last / first) + 1); the pair's lower neighbour is the one below log level ~ N(mean, std^2).
+    ValueError unless 1 <= first <= last.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import ICTPairs
+    >>> t, s = ICTPairs()(DDPM(), jax.random.key(0), 8, 0)
+    >>> bool((t > s).all())
+    True
     """
 
     first: int = 10
@@ -88,7 +119,7 @@ class ICTPairs:
             raise ValueError(f"first={self.first} and last={self.last} must be in order and at least 1")
 
     def points(self, step: Array | float) -> Float[Array, ""]:
-        """N at a training step."""
+        """Return N at a training step."""
         doublings = jnp.log2(self.last / self.first)
         stage = jnp.floor(step / (self.steps / (doublings + 1.0)))
         return jnp.minimum(self.first * 2.0**stage, self.last) + 1.0
@@ -105,10 +136,17 @@ class ICTPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class ECTPairs:
-    """A level from a log-normal and one below it, whose distance shrinks by stages (ECT, 2406.14548 eq. 17):
+    """A level drawn from a log-normal and one below it, whose distance shrinks by stages (ECT, 2406.14548 eq. 17):
 
     r = t max(0, 1 - (1 + k sigmoid(-b t)) / q^(1 + stage)), stage = floor(step / stage_steps), from diffusion (r = 0)
     to consistency.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import ECTPairs
+    >>> t, s = ECTPairs()(DDPM(), jax.random.key(0), 8, 0)
+    >>> bool((t >= s).all())
+    True
     """
 
     mean: float = -1.1

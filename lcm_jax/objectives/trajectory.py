@@ -17,6 +17,7 @@ from jaxtyping import Float
 from lcm_jax.diffusion.parameterization import add_noise, flow_map
 from lcm_jax.diffusion.schedules import floor_to_timestep
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, Target
+from lcm_jax.objectives.few_step import RandomKeys
 from lcm_jax.objectives.terms import Distance, distance, frozen
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 
@@ -25,7 +26,15 @@ from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     """TCD (Zheng et al. 2024, 2402.19159 eq. 17): the end is uniform between the clean time and s.
 
-    The network is the teacher's: what it predicts at t serves every end. Drawn by the solver of the same name.
+    The network is the teacher's: its prediction at t serves every end. The solver of the same name draws with it.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("tcd", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'tcd')
     """
 
     sampler: ClassVar[str] = "tcd"
@@ -33,14 +42,14 @@ class TrajectoryConsistencyDistillation(LatentConsistencyDistillation):
     loss: Distance = "huber"
 
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
-        """Uniform."""
+        """Draw it uniformly between the clean time and s."""
         start = self.schedule.t_min
         return floor_to_timestep(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
 
     def solution(
         self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]
     ) -> Image:
-        """alpha_end x0 + sigma_end eps."""
+        """Return alpha_end x0 + sigma_end eps, the flow map to the end."""
         return flow_map(self.student(nets, params, student_cond), self.schedule, z, t, end)
 
 
@@ -49,7 +58,16 @@ class PhasedConsistency(TrajectoryConsistencyDistillation):
     """PCM (Wang et al. 2024, 2405.18407 eq. 5): time is cut into `phases` equal parts, and each maps to its own edge.
 
     Deterministic sampling in `phases` steps then has no error but the student's. adversarial: 0.1 in sec. 4.3, whose
-    discriminator compares the student's points with their targets, both noised on from the edge.
+    discriminator compares the student's points with their targets, both noised on from the edge. ValueError for
+    fewer than one phase.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("pcm", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'flow_map')
     """
 
     sampler: ClassVar[str] = "flow_map"  # noise, as TCD's sampler adds it, needs steps beyond the edge
@@ -63,29 +81,37 @@ class PhasedConsistency(TrajectoryConsistencyDistillation):
             raise ValueError(f"phases={self.phases} must be positive")
 
     def edge(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The largest edge below t."""
+        """Return the largest edge below t."""
         number = jnp.maximum(jnp.ceil(self.position(t) * self.phases - 1e-5) - 1.0, 0.0)
         return floor_to_timestep(self.schedule, self.at(number / self.phases))
 
     def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """A pair does not cross an edge."""
+        """Draw the pairs; none crosses an edge."""
         t, s = super().times(key, n, step)
         return t, jnp.maximum(s, self.edge(t))
 
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
-        """The phase's edge."""
+        """Return the edge of t's phase."""
         return self.edge(t)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyTrajectory(LatentConsistencyDistillation):
-    """CTM (Kim et al. 2023, 2310.02279 eq. 12, 14): a network that is told its end, G(x, t, s) = `flow_map`.
+    """CTM (Kim et al. 2023, 2310.02279 eq. 12, 14): a network with a span embedding, G(x, t, s) = `flow_map`.
 
     The teacher goes from t to a u between s and t in `solver_steps` steps; from there to s the student without
     gradient. Both ends are then mapped to the clean time by the student without gradient, where they are compared.
     denoising: weight of the loss of x0 at s = t, which makes G(., t, t) the denoiser: with guidance the mean of
     x0 + w (E[x0 | x, c] - E[x0 | x]). adversarial: against pictures. `target` is the student without gradient or the
     moving average.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("ctm", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.sampler
+    (True, 'tcd')
     """
 
     spans: ClassVar[bool] = True
@@ -96,19 +122,19 @@ class ConsistencyTrajectory(LatentConsistencyDistillation):
     denoising: float = 1.0
 
     def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-        """t on the grid, u uniform below it, at least a grid's step away."""
+        """Draw t on the grid, and u uniformly below it, at least one grid step away."""
         first, second = jax.random.split(key)
         t, below = super().times(first, n, step)
         start = self.schedule.t_min
         return t, floor_to_timestep(self.schedule, start + jax.random.uniform(second, t.shape) * (below - start))
 
     def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
-        """Uniform below u."""
+        """Draw it uniformly below u."""
         start = self.schedule.t_min
         return floor_to_timestep(self.schedule, start + jax.random.uniform(key, t.shape) * (s - start))
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
-        """The teacher's steps, of equal length in the schedule's time."""
+        """Take the teacher's steps, of equal length in the schedule's time."""
         for i in range(self.solver_steps):
             a, b = (t + (s - t) * (j / self.solver_steps) for j in (i, i + 1))
             z = super().earlier(nets, x0, eps, z, a, b, cond, w)
@@ -117,19 +143,19 @@ class ConsistencyTrajectory(LatentConsistencyDistillation):
     def solution(
         self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]
     ) -> Image:
-        """G(G(z, t, end), end, clean)."""
+        """Return G(G(z, t, end), end, clean)."""
         point = flow_map(self.student(nets, params, student_cond), self.schedule, z, t, end)
         clean = jnp.full_like(end, self.schedule.t_min)
         return flow_map(self.student(nets, frozen(params), student_cond), self.schedule, point, end, clean)
 
     def real(self, x0: Image, target: Image, end: Float[Array, " n"]) -> tuple[Image, Float[Array, " n"]]:
-        """Pictures."""
+        """Return the data as the real samples, at the clean time."""
         return x0, jnp.full_like(end, self.schedule.t_min)
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         loss, metrics = super().__call__(nets, batch, key)
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
-        t = self.at(jax.random.uniform(jax.random.fold_in(key, 5), x0.shape[:1], minval=1e-3))
+        t = self.at(jax.random.uniform(RandomKeys.of(key).denoising, x0.shape[:1], minval=1e-3))
         x = add_noise(self.schedule, x0, eps, t)
         target = x0
         if self.w_max > 0.0:

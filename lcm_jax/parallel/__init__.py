@@ -1,1 +1,1 @@
-"""Many devices and many processes: the mesh, shardings that follow from shapes, `jax.distributed`, pmap."""
+"""Many devices and many processes: the mesh, shardings derived from shapes, `jax.distributed`, and pmap."""

@@ -1,4 +1,4 @@
-"""Several processes as one job: how they find one another, end together, and do not wait for ever."""
+"""Jobs of several processes: how the processes find one another, end together, and do not wait forever."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-# Environments of a job of several processes that JAX reads (jax.distributed.initialize), and what shows them. Others it
-# has to ask the network about: --coordinator auto.
-_JOBS: Mapping[str, Callable[[str], bool]] = {
+# Environment variables of the clusters that jax.distributed.initialize detects, and whether a value shows a job of
+# several processes. To detect other clusters JAX asks the network, which needs --coordinator auto.
+_CLUSTER_VARIABLES: Mapping[str, Callable[[str], bool]] = {
     "SLURM_NTASKS": lambda n: "SLURM_STEP_NODELIST" in os.environ and int(n) > 1,
     "TPU_WORKER_HOSTNAMES": lambda names: "," in names,  # GKE
     "TPU_PROCESS_ADDRESSES": lambda names: "," in names,
@@ -28,56 +28,62 @@ _JOBS: Mapping[str, Callable[[str], bool]] = {
 def initialize(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, timeout: int = 100
 ) -> None:
-    """Join this process to its job, before any device is used; where nothing tells of a job it is alone.
+    """Join this process to its job of several processes, before any device is used; without a job do nothing.
 
-    coordinator: "host:port" of process 0, given with `processes` and `process`; or "auto", what JAX finds (metadata of
-    TPUs, Kubernetes). None: from the environment of Slurm, Open MPI or GKE, if it tells of several processes.
-    timeout: seconds without a sign of life after which a process counts as dead, which ends the others; all have three
-    times as long to come.
+    coordinator: "host:port" of process 0, together with `processes` and `process`; or "auto": what JAX detects
+        (metadata of TPUs, Kubernetes). None: from the environment of Slurm, Open MPI or GKE, if it has a job of several
+        processes.
+    processes: their number.
+    process: this one's number, from 0.
+    timeout: seconds without a heartbeat after which a process counts as dead, which ends the others; at the start they
+        wait three times as long for one another.
+
+    Raises ValueError if only some of the three are given, if one of them is wrong, or if the job cannot be joined.
     """
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if coordinator == "auto" or not any(value is not None for value in flags.values()):
-        if coordinator is None and not any(shows(os.environ[key]) for key, shows in _JOBS.items() if key in os.environ):
+        detected = (shows_job(os.environ[key]) for key, shows_job in _CLUSTER_VARIABLES.items() if key in os.environ)
+        if coordinator is None and not any(detected):
             return
-        found: dict[str, Any] = {}
+        address: dict[str, Any] = {}
     else:
         if missing := [flag for flag, value in flags.items() if value is None]:
-            raise ValueError(f"{', '.join(missing)} missing: a job is named by all of {', '.join(flags)}")
+            raise ValueError(f"{', '.join(missing)} missing: a job is named by all of {', '.join(flags)}; give all")
         assert processes is not None and process is not None and coordinator is not None  # noqa: PT018
         if not 0 <= process < processes:
             raise ValueError(f"--process {process}: it must be from 0 to --processes - 1 = {processes - 1}")
         if not coordinator.rpartition(":")[2].isdigit():
             raise ValueError(f"--coordinator {coordinator}: it must be HOST:PORT of process 0, or auto")
-        found = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
-        where = f"process {process} of {processes} joins the others at {coordinator}"
-        print(f"lcm-jax: {where}, which may take them {3 * timeout} s", file=sys.stderr)
+        address = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        message = f"process {process} of {processes} joins the others at {coordinator}"
+        print(f"lcm-jax: {message}, and waits for them for at most {3 * timeout} s", file=sys.stderr)
     try:
         jax.distributed.initialize(
-            **found,
-            initialization_timeout=3 * timeout,  # after which the runtime aborts the process, with words of its own
+            **address,
+            initialization_timeout=3 * timeout,  # after it the runtime aborts the process, with its own message
             heartbeat_timeout_seconds=timeout,
-            shutdown_timeout_seconds=3600,  # whoever is done waits for the others, such as process 0 while it exports
+            shutdown_timeout_seconds=3600,  # finished processes wait for the others, such as process 0 while it exports
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"no job of several processes ({_first_line(error)}): give --coordinator, --processes and --process"
         ) from error
-    plain = sys.excepthook
+    original_hook = sys.excepthook
 
-    def at_once(*error: Any) -> None:  # what JAX does when Python exits would wait for the others
-        plain(*error)
+    def exit_at_once(*error: Any) -> None:  # JAX's own exit handler would wait for the other processes
+        original_hook(*error)
         end(1)
 
-    sys.excepthook = at_once
+    sys.excepthook = exit_at_once
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once: logs, configs, exports."""
+    """Return whether this process is the one that writes logs, configs and exports."""
     return jax.process_index() == 0
 
 
 def end(code: int) -> None:
-    """Leave the job. After an error at once, without waiting for processes that may never come."""
+    """Leave the job; after an error (code is not 0) exit at once, without waiting for processes that may never end."""
     if not jax.distributed.is_initialized():
         return
     if code == 0:
@@ -89,12 +95,12 @@ def end(code: int) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """Of an error of the runtime, in a job of several processes, what it means."""
-    own = "RESOURCE_EXHAUSTED" in str(error)  # its memory
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized() and not own:
+    """Return a message for a runtime error that another process of the job has caused; None for other errors."""
+    out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # of this process
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized() and not out_of_memory:
         return (
-            f"process {jax.process_index()} of {jax.process_count()} ends: another one is gone or does not answer "
-            f"({_first_line(error)}); start all of them again, and the run goes on from its last checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} ends: another process is gone or does not answer "
+            f"({_first_line(error)}); start all of them again, and the run continues from its last checkpoint"
         )
     return None
 
@@ -104,31 +110,32 @@ def _first_line(error: BaseException) -> str:
 
 
 class Preempted(SystemExit):
-    """The run was told to end, and what it had done is saved: exit code 0."""
+    """The exit of a run that SIGTERM ended, after its state was saved: exit code 0."""
 
     def __init__(self) -> None:
         super().__init__(0)
 
 
 class Preemption:
-    """Whether the run was told to end (SIGTERM), asked after every step; all processes are answered alike.
+    """A context in which `preemption(step)` says whether the run must end (SIGTERM), to be called after every step.
 
-    In a job the answer is true in one step of all, the first that none of them has passed when the signal comes.
+    All processes of a job get the same answer: it is true at one step, the first that none of them had passed when the
+    signal came.
     """
 
     def __init__(self) -> None:
         self._asked = False
-        self._before: Any = None
+        self._previous_handler: Any = None
 
     def __enter__(self) -> Preemption:
-        # In a job the runtime has a handler of its own; elsewhere only the main thread may set one.
+        # In a job the runtime has its own handler; and only the main thread may set one.
         if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._notice)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._notice)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
@@ -140,14 +147,14 @@ class Preemption:
 
 
 class Watchdog:
-    """Ends this process of a job when nothing has moved for `seconds`: a peer that hangs would be waited for for ever.
+    """A watchdog that ends this process of a job after `seconds` without progress, so that no peer waits forever.
 
-    0: never. A process that dies, or stops altogether, is noticed sooner, by its missing heartbeat.
+    seconds: 0 never ends it. A process that dies or stops is noticed sooner, by its missing heartbeat.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._what, self._last = seconds, "", 0.0
-        self._over = threading.Event()
+        self._finished = threading.Event()
 
     def __enter__(self) -> Watchdog:
         self.moved("begin")
@@ -156,19 +163,19 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._over.set()
+        self._finished.set()
 
     def moved(self, what: str) -> None:
-        """what: is done next."""
+        """Reset the timer; `what` names what the process does next, for the message."""
         self._what, self._last = what, time.monotonic()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._seconds / 4)):
+        while not self._finished.wait(min(1.0, self._seconds / 4)):
             if time.monotonic() - self._last > self._seconds:
                 print(
                     f"lcm-jax: process {jax.process_index()} of {jax.process_count()} has waited for "
-                    f"{self._seconds:g} s at {self._what}: another one hangs. This one ends; start all of them again, "
-                    "and the run goes on from its last checkpoint (--hang-timeout)",
+                    f"{self._seconds:g} s at {self._what}: another process hangs. This one ends; start all of them "
+                    "again, and the run continues from its last checkpoint (--hang-timeout)",
                     file=sys.stderr,
                     flush=True,
                 )

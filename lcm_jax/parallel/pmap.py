@@ -1,8 +1,8 @@
 """Data parallelism by `jax.pmap`: the same pure step, with means over devices. Nothing else here depends on it.
 
-Noise is drawn inside of the losses for the rows that they see, and under pmap these are a device's own. So that a run
-is the one that `jit` makes of it, its keys are of another kind: they draw the whole batch's bits and keep the device's
-rows.
+The losses draw noise for the examples that they are given, which under pmap are those of one device. So that a run has
+the same noise as under `jit`, its keys have another implementation: they draw the bits of the full batch and keep those
+of the device's examples.
 """
 
 from __future__ import annotations
@@ -24,54 +24,57 @@ _BITS = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
 
 
 def own_rows(key: Key, parts: int) -> Key:
-    """A key whose draws (n, ...) are this device's n rows of what `key` draws for (parts * n, ...).
+    """Return a key whose draws of shape (n, ...) are this device's n rows of what `key` draws for (parts * n, ...).
 
-    Numbers without a row axis are the same on all devices.
+    Scalar draws are the same on all devices. parts: the number of devices along AXIS.
     """
     index = jax.lax.axis_index(AXIS).astype(jnp.uint32)
-    return jax.random.wrap_key_data(jnp.append(jax.random.key_data(key), index), impl=_rows_of(parts))
+    return jax.random.wrap_key_data(jnp.append(jax.random.key_data(key), index), impl=_row_prng(parts))
 
 
 @cache
-def _rows_of(parts: int) -> Hashable:
-    """Keys that are threefry's two words and the device's number."""
+def _row_prng(parts: int) -> Hashable:
+    """Return the implementation of keys that consist of threefry's two words and the device's index."""
 
-    def plain(data: Array) -> Key:
+    def threefry_key(data: Array) -> Key:
         return jax.random.wrap_key_data(data[:2], impl="threefry2x32")
 
-    def own(keys: Key, data: Array) -> Array:
+    def with_device_index(keys: Key, data: Array) -> Array:
         words = jax.random.key_data(keys)
         return jnp.concatenate([words, jnp.broadcast_to(data[2:], (*words.shape[:-1], 1))], axis=-1)
 
     def random_bits(data: Array, width: int, shape: tuple[int, ...]) -> Array:
         if not shape:
-            return jax.random.bits(plain(data), shape, _BITS[width])
-        whole = jax.random.bits(plain(data), (parts * shape[0], *shape[1:]), _BITS[width])
-        return jax.lax.dynamic_slice_in_dim(whole, data[2] * shape[0], shape[0])
+            return jax.random.bits(threefry_key(data), shape, _BITS[width])
+        batch_bits = jax.random.bits(threefry_key(data), (parts * shape[0], *shape[1:]), _BITS[width])
+        return jax.lax.dynamic_slice_in_dim(batch_bits, data[2] * shape[0], shape[0])
 
     def seed(number: Array) -> Array:
-        raise TypeError("a device's key is made of one that all have: own_rows")
+        raise TypeError("a device's key is derived from one that all devices share: use own_rows")
 
     return jax.extend.random.define_prng_impl(
         key_shape=(3,),
         seed=seed,
-        split=lambda data, shape: own(jax.random.split(plain(data), shape), data),
+        split=lambda data, shape: with_device_index(jax.random.split(threefry_key(data), shape), data),
         random_bits=random_bits,
-        fold_in=lambda data, number: own(jax.random.fold_in(plain(data), number), data),
+        fold_in=lambda data, number: with_device_index(jax.random.fold_in(threefry_key(data), number), data),
         name=f"own_rows_of_{parts}",
         tag=f"rows{parts}",
     )
 
 
 def pmap_placement(state: Any, frozen: Any, mesh: Mesh) -> Placement:
-    """State and frozen trees whole on every device, the batch (b, ...) cut over them."""
+    """Return the placement of pmap: state and frozen trees copied to every device, the batch (b, ...) sharded."""
     line = Mesh(mesh.devices.reshape(-1), (AXIS,))
-    whole, cut = NamedSharding(line, PartitionSpec()), NamedSharding(line, PartitionSpec(AXIS))
-    return Placement(line, jax.tree.map(lambda _: whole, state), jax.tree.map(lambda _: whole, frozen), cut)
+    copied, sharded = NamedSharding(line, PartitionSpec()), NamedSharding(line, PartitionSpec(AXIS))
+    return Placement(line, jax.tree.map(lambda _: copied, state), jax.tree.map(lambda _: copied, frozen), sharded)
 
 
 class OverDevices:
-    """(state, frozen, batch) -> (state, metrics) of a step that takes its means over AXIS; the state is donated."""
+    """The pmapped function (state, frozen, batch) -> (state, metrics) of a step with means over AXIS.
+
+    The state's buffers are donated. line: a mesh with the one axis AXIS.
+    """
 
     def __init__(self, step: Callable[..., Any], line: Mesh) -> None:
         self._devices = list(line.devices.flat)
@@ -83,5 +86,5 @@ class OverDevices:
         return self._mapped(state, frozen, parts)
 
     def trace(self, *arguments: Any) -> Any:
-        """As a jitted function's."""
+        """Return the trace of the step, like that of a jitted function."""
         return jax.jit(self.__call__).trace(*arguments)

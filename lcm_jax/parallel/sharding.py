@@ -1,11 +1,11 @@
-"""Where arrays lie: one mesh of all devices, and for every tree shardings derived from its shapes.
+"""Sharding: one mesh of all devices, and for every tree of arrays shardings derived from its shapes.
 
-    data     copies of the parameters, each with its part of the batch
-    fsdp     parts of the batch too, and every large array is cut along its largest axis (ZeRO-3, 1910.02054)
-    tensor   the kernels before an attention or inside a feed-forward are cut by columns, those behind by rows
+    data     copies of the parameters; each copy has its part of the batch
+    fsdp     parts of the batch too, and every large array is sharded along its largest axis (ZeRO-3, 1910.02054)
+    tensor   the kernels that enter an attention or a feed-forward are sharded by columns, those that leave it by rows
              (Megatron-LM, 1909.08053); the devices along it have the same part of the batch
 
-Nothing else knows the mesh: `jit` is told where its arguments and results lie, and XLA places the collectives.
+Nothing else knows the mesh: `jit` gets the shardings of its arguments and results, and XLA places the collectives.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmdit.attention import attention_mesh
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes along which a batch is cut
-SMALLEST = 1024  # elements; smaller arrays, and vectors, are on every device: to gather them costs more than it saves
+ROWS = ("data", "fsdp")  # the mesh axes over which a batch is sharded
+SMALLEST = (
+    1024  # elements; smaller arrays, and vectors, are on every device: sharding them saves less than gathering costs
+)
 
 Rules = Sequence[tuple[str, int]]
-"""(regex searched in a parameter's path, axis that `tensor` cuts); the first that fits counts."""
+"""(regex searched in a parameter's path, axis that `tensor` shards); the first match counts."""
 
 _COLUMNS = r"(to_[qkv]|add_[qkv]_proj|[qkv]_proj|net_0/proj|fc1|wi|wi_[01])"
 _ROWS = r"(to_out_0|to_add_out|out_proj|net_2|fc2|wo)"
@@ -39,12 +41,12 @@ RULES: Rules = (
     (rf"(^|/){_COLUMNS}/kernel(/up)?$", -1),
     (rf"(^|/){_ROWS}/kernel(/down)?$", -2),
 )
-"""For UNet, MMDiT, CLIP and T5; /up and /down are those of LoRA adapters."""
+"""The rules of UNet, MMDiT, CLIP and T5; /up and /down are those of LoRA adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; one of them may be -1, which is what the others leave."""
+    """The number of devices along each axis of the mesh; one of them may be -1: all that remain."""
 
     data: int = -1
     fsdp: int = 1
@@ -52,7 +54,19 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """From "data=4,fsdp=2"; without data that axis is what the others leave, so "" is all devices along data."""
+        """Return the config of a text such as "data=4,fsdp=2"; raise ValueError if it is none.
+
+        An axis that is left out has size 1, but `data` takes the devices that remain, so "" is all devices along data.
+
+        >>> from lcm_jax.parallel.sharding import MeshConfig
+        >>> MeshConfig.parse("fsdp=2,tensor=4")
+        MeshConfig(data=-1, fsdp=2, tensor=4)
+        >>> MeshConfig.parse("fsdp=2,tensor=4").shape(16)
+        (2, 2, 4)
+        >>> MeshConfig.parse("data:4")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: mesh 'data:4': 'data:4' is not AXIS=NUMBER; ...
+        """
         sizes: dict[str, int] = {}
         for part in filter(None, text.replace(" ", "").split(",")):
             name, _, number = part.partition("=")
@@ -64,11 +78,13 @@ class MeshConfig:
             sizes[name] = int(number)
         config = cls(**sizes)
         if [config.data, config.fsdp, config.tensor].count(-1) > 1:
-            raise ValueError(f"mesh {text!r}: only one axis can be what the others leave; give the rest their sizes")
+            raise ValueError(
+                f"mesh {text!r}: only one axis can be -1 or left to the remaining devices; give sizes for the rest"
+            )
         return config
 
     def shape(self, devices: int) -> tuple[int, int, int]:
-        """Sizes of AXES. ValueError where their product is not the number of devices."""
+        """Return the sizes of AXES on so many devices; raise ValueError if their product is another number."""
         sizes = (self.data, self.fsdp, self.tensor)
         known = math.prod(size for size in sizes if size > 0)
         data, fsdp, tensor = (devices // known if size < 0 else size for size in sizes)
@@ -81,7 +97,17 @@ class MeshConfig:
 
 
 def mesh_shape(text: str, devices: int, batch_size: int | None = None) -> tuple[int, int, int]:
-    """Sizes of AXES of a --mesh option. ValueError where it does not fit the devices, or them the batch."""
+    """Return the sizes of AXES of a --mesh option on so many devices.
+
+    Raises ValueError if the text is no mesh, does not fit the devices, or does not divide the batch:
+
+    >>> from lcm_jax.parallel.sharding import mesh_shape
+    >>> mesh_shape("fsdp=2", 8)
+    (4, 2, 1)
+    >>> mesh_shape("", 8, batch_size=12)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: batch_size 12 is no multiple of the 8 parts that the mesh cuts it in ...
+    """
     shape = MeshConfig.parse(text).shape(devices)
     parts = shape[0] * shape[1]
     if batch_size is not None and batch_size % parts:
@@ -93,39 +119,41 @@ def mesh_shape(text: str, devices: int, batch_size: int | None = None) -> tuple[
 
 
 def make_mesh(text: str = "", *, batch_size: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a --mesh option over all devices, or those given. ValueError as `mesh_shape` says."""
+    """Return the mesh of a --mesh option over all devices, or those given; raise ValueError as `mesh_shape` does."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(text, len(devices), batch_size)
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parts_of(mesh: Mesh) -> int:
-    """In how many a batch is cut."""
+    """Return the number of parts that the mesh splits a batch into."""
     return int(math.prod(mesh.shape[axis] for axis in ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Cut along the first axis."""
+    """Return the sharding of a batch: over data and fsdp, along the first axis."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Of a tree of arrays or of their shapes. An optimizer's moments have the parameters' names and shapes, and so lie
-    as these do.
+    """Return the shardings of a tree of arrays or of shapes.
+
+    An optimizer's moments have the names and shapes of the parameters, and so the same shardings.
     """
 
-    of = by_path(mesh, rules)
+    sharding_of = by_path(mesh, rules)
     return jax.tree.map_with_path(
-        lambda path, leaf: of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
+        lambda path, leaf: sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
     )
 
 
 def by_path(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """(path, shape) of a parameter to where it lies."""
+    """Return a function (path, shape) -> sharding of a parameter."""
     return lambda path, shape: NamedSharding(mesh, _spec(path, shape, mesh, rules))
 
 
@@ -144,25 +172,24 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Partit
 
 
 class Placement(NamedTuple):
-    """Where the trees of a training step lie."""
+    """The mesh of a training step, and the shardings of its trees."""
 
     mesh: Mesh
-    state: Any  # shardings beside the leaves
+    state: Any  # a tree like the state, of shardings
     frozen: Any
     batch: NamedSharding
 
     @property
     def micro(self) -> NamedSharding:
-        """Of micro-batches stacked along a first axis: each is cut over all devices."""
+        """The sharding of micro-batches stacked along a first axis: each of them is sharded as a batch is."""
         return NamedSharding(self.mesh, PartitionSpec(None, ROWS))
 
 
 @contextlib.contextmanager
 def constrain_batch_sharding(mesh: Mesh) -> Iterator[None]:
-    """Within it what flax modules give stays cut along its rows, as the batch is, and attention may rely on that.
+    """A context in which the outputs of flax modules stay sharded along the batch, which attention may rely on.
 
-    Left to itself XLA gathers whole batches of activations to spare the gathering of a kernel. The networks know
-    nothing of it.
+    Otherwise XLA may all-gather a batch's activations rather than a kernel. The networks know nothing of the mesh.
     """
     parts = parts_of(mesh)
 
@@ -173,15 +200,15 @@ def constrain_batch_sharding(mesh: Mesh) -> Iterator[None]:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(ROWS, *free)))
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        given = next_function(*args, **kwargs)
-        return jax.tree.map(keep, given) if context.method_name == "__call__" else given
+        output = next_function(*args, **kwargs)
+        return jax.tree.map(keep, output) if context.method_name == "__call__" else output
 
     with attention_mesh(mesh, ROWS, "tensor"), nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext():
         yield
 
 
 def put_on_mesh(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, as global ones; each device is given its part alone."""
+    """Return global arrays from arrays that every process has in full; each device gets only its part."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -193,21 +220,25 @@ def put_on_mesh(tree: Any, shardings: Any) -> Any:
 
 
 def local_batch_indices(sharding: NamedSharding, batch_size: int) -> tuple[int, ...]:
-    """The rows of a batch that lie on this process's devices; processes along a tensor axis share theirs."""
+    """Return the indices of a batch that are on this process's devices; processes along `tensor` share theirs."""
     parts = sharding.addressable_devices_indices_map((batch_size,)).values()
     return tuple(sorted({row for part in parts for row in range(batch_size)[part[0]]}))  # type: ignore[index]
 
 
 def make_global_batch(batch: Any, sharding: NamedSharding, rows: Sequence[int], batch_size: int) -> Any:
-    """The `rows` of a batch (`local_batch_indices`) as this process's part of the global arrays."""
+    """Return a global batch, of which this process gives its part.
+
+    batch: arrays of the examples `rows` alone, (len(rows), ...). rows: see `local_batch_indices`. batch_size: of the
+    global batch.
+    """
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
 
     def put(local: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            own = range(batch_size)[index[0]]
-            first = bisect_left(rows, own.start)
-            return local[first : first + len(own)]
+            indices = range(batch_size)[index[0]]
+            first = bisect_left(rows, indices.start)
+            return local[first : first + len(indices)]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
@@ -215,8 +246,9 @@ def make_global_batch(batch: Any, sharding: NamedSharding, rows: Sequence[int], 
 
 
 def shard_batch(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
-    """Arrays (n, ...) that every process has, cut along n over the mesh, filled up with copies of the last row: to
-    `rows`, or to what the mesh cuts.
+    """Return arrays (n, ...), which every process has, sharded along n over the mesh.
+
+    They are padded with copies of the last row, to `rows` rows or to the next multiple of the mesh's parts.
     """
     parts = parts_of(mesh)
 
@@ -229,32 +261,33 @@ def shard_batch(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchedMap:
-    """Functions of rows, some at a time, every device of a mesh taking its own. All processes must ask.
+    """A map of a function over the rows of arrays, in batches that are sharded over a mesh.
 
-    most: rows on a device at a time.
+    All processes must call it. most: rows on a device at a time.
     """
 
     mesh: Mesh
     most: int
 
     def __call__(self, function: Callable[[Any], Any], rows: Any, *, most: int | None = None) -> Any:
-        """What a compiled function of trees (n, ...) gives for each row, as numpy; it sees one number of rows alone.
+        """Return function(rows) as numpy arrays, computed batch by batch; every batch has the same number of rows.
 
-        most: where that is less.
+        function: a compiled function of trees of arrays (b, ...), row by row. rows: the tree of arrays (n, ...). most:
+        a smaller number of rows on a device at a time.
         """
         n, parts = len(jax.tree.leaves(rows)[0]), parts_of(self.mesh)
         size = parts * min(self.most, most or self.most, -(-n // parts))
-        made = []
+        outputs = []
         for start in range(0, n, size):
-            some = jax.tree.map(lambda leaf, at=slice(start, start + size): leaf[at], rows)
+            batch = jax.tree.map(lambda leaf, at=slice(start, start + size): leaf[at], rows)
             with constrain_batch_sharding(self.mesh):
-                given = function(shard_batch(some, self.mesh, size))
-            made.append(jax.tree.map(lambda leaf, left=n - start: leaf[:left], gather_to_host(given)))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *made)
+                output = function(shard_batch(batch, self.mesh, size))
+            outputs.append(jax.tree.map(lambda leaf, left=n - start: leaf[:left], gather_to_host(output)))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *outputs)
 
 
 def gather_to_host(tree: Any) -> Any:
-    """The arrays as numpy on every process, gathered one after another; all processes must ask."""
+    """Return the arrays as numpy arrays on every process, gathered one by one; all processes must call it."""
 
     def fetch(leaf: Any) -> np.ndarray:
         gather = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
@@ -264,10 +297,10 @@ def gather_to_host(tree: Any) -> Any:
 
 
 def create(make: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
-    """make(key), each device computing its part.
+    """Return make(key), of which each device computes its part.
 
-    What `make` closes over (a teacher's weights) becomes an argument, cut over the devices, and not a constant of the
-    program, which cannot be larger than 2 GiB.
+    Arrays that `make` closes over (a teacher's weights) become arguments, sharded over the devices, and not constants
+    of the program, which cannot be larger than 2 GiB. shardings: those of the result.
     """
     closed, shapes = jax.make_jaxpr(make, return_shape=True)(key)
     mesh = jax.tree.leaves(shardings)[0].mesh

@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """The model FLOPs utilisation for `step` and for `overlapped`; zeros if the step does not fit."""
+        """The model FLOPs utilisation for `step` and for `overlapped`; zeros if the compiler refused the step."""
         ideal = self.model_flops / self.peak_flops
         return (ideal / self.step, ideal / self.overlapped) if self.step else (0.0, 0.0)
 
@@ -314,9 +314,9 @@ def _dumped(folder: Path, devices: int) -> _Program | None:
 def candidates(devices: int, batch_size: int) -> Iterator[str]:
     """Yield the meshes to try, as --mesh takes them: those of all devices whose axes data x fsdp divide the batch."""
     for tensor, power in itertools.product(_TENSOR, range(devices.bit_length())):
-        rows, fsdp = devices // tensor, 2**power
-        if devices % tensor == 0 and rows % fsdp == 0 and batch_size % rows == 0:
-            yield f"data={rows // fsdp},fsdp={fsdp},tensor={tensor}"
+        parts, fsdp = devices // tensor, 2**power
+        if devices % tensor == 0 and parts % fsdp == 0 and batch_size % parts == 0:
+            yield f"data={parts // fsdp},fsdp={fsdp},tensor={tensor}"
 
 
 def _summarize(compiled: _Program, traced: Traced, topology: Topology) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def dump_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically: after a failure, what stood at `path` before is still there.
+    """Write a JSON object atomically: after a failure, `path` is as it was before.
 
     >>> import tempfile
     >>> from pathlib import Path

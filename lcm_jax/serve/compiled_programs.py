@@ -1,4 +1,4 @@
-"""What is compiled already. A thread of its own compiles the rest, one thing after another, while streams go on."""
+"""The programs that are compiled, and a thread that compiles others one after another while streams go on."""
 
 from __future__ import annotations
 
@@ -15,41 +15,48 @@ from lcm_jax.stream.step import probing
 from lcm_jax.stream.stream import Job, Stream, run
 
 log = logging.getLogger(__name__)
-PATIENCE = 5.0  # seconds that `stop` gives the present task
+PATIENCE = 5.0  # seconds that `stop` waits for the present task
 
 
 def kind_of(controls: Controls) -> Hashable:
-    """Streams with controls of one kind run the same programs."""
-    own = controls
-    return "stream", own.steps, own.guidance, own.batch, own.remember, own.blend
+    """Return the key of the programs that a stream with these controls runs.
+
+    >>> two_steps, three_steps = kind_of(Controls(steps=2)), kind_of(Controls(steps=3))
+    >>> kind_of(Controls(prompt="a cat", steps=2)) == two_steps, two_steps == three_steps
+    (True, False)
+    """
+    return "stream", controls.steps, controls.guidance, controls.batch, controls.remember, controls.blend
 
 
 def call_of(job: Job, n: int) -> Hashable:
-    """The call of n such jobs."""
+    """Return the key of the program that runs n jobs of this group in one call."""
     return job.program, job.method, job.frame.shape, n
 
 
 def rehearse(stream: Stream) -> None:
-    """Run whatever a stream may run with its present controls."""
+    """Run every program that a stream may run with its present controls, so that they are compiled."""
     jobs = stream.rehearsals()
     if stream.controls.guidance == "onetime":
-        own = jobs[0]
-        jax.block_until_ready(probing(own.program)(own.weights, own.settings, own.state, own.frame))
+        first = jobs[0]
+        jax.block_until_ready(probing(first.program)(first.weights, first.settings, first.state, first.frame))
     for job in jobs:
         together([job])
 
 
 def together(jobs: Sequence[Job]) -> None:
-    """Run jobs as one call."""
+    """Run jobs of one group in one call, and wait for it."""
     jax.block_until_ready(run(jobs))
 
 
 class Programs:
-    """changed: called when something new is there."""
+    """The keys of the compiled programs, and the thread that compiles more.
+
+    changed: called in that thread whenever a program has been compiled.
+    """
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
-        self._there: set[Hashable] = set()
+        self._compiled: set[Hashable] = set()
         self._tasks: deque[tuple[Hashable, Callable[[], Any], Callable[[], bool]]] = deque()
         self._news = threading.Condition()
         self._stopping = False
@@ -57,16 +64,16 @@ class Programs:
         self._thread = threading.Thread(target=self._run, name="lcm-jax compiler", daemon=True)
 
     def start(self) -> None:
-        """Begin to compile what is asked for."""
+        """Start the thread."""
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """True while the thread runs."""
         return self._thread.is_alive()
 
     def stop(self) -> None:
-        """Compile nothing more, and give the present compilation a moment to end."""
+        """Compile nothing more, and wait a moment for the present compilation."""
         with self._news:
             self._stopping = True
             self._news.notify()
@@ -74,17 +81,17 @@ class Programs:
             self._thread.join(PATIENCE)
 
     def has(self, key: Hashable) -> bool:
-        """Whether it is compiled."""
-        return key in self._there
+        """Return whether the program of a key is compiled."""
+        return key in self._compiled
 
     def add(self, key: Hashable) -> None:
-        """It has been compiled."""
-        self._there.add(key)
+        """Record that the program of a key has been compiled."""
+        self._compiled.add(key)
 
     def ask(self, key: Hashable, task: Callable[[], Any], wanted: Callable[[], bool] = lambda: True) -> None:
-        """Have a task run in the thread, after which `key` is there.
+        """Let the thread run a task that compiles the program of `key`.
 
-        wanted: whether somebody still waits for it, looked at when its turn comes.
+        wanted: returns whether the program is still needed; asked when the task's turn comes.
         """
         with self._news:
             self._tasks.append((key, task, wanted))
@@ -100,7 +107,7 @@ class Programs:
             if wanted():
                 try:
                     task()
-                except Exception:  # whoever needs it meets the same error, and is told
-                    log.exception("what was to be compiled ahead could not be")
+                except Exception:  # whoever needs the program runs into the same error, which is reported there
+                    log.exception("a program could not be compiled ahead: %s", key)
                 self.add(key)
                 self._changed()

@@ -1,4 +1,4 @@
-"""One client's WebSocket, from hello to bye: four tasks that talk through queues which forget what is oldest."""
+"""The WebSocket of one client, from hello to bye: four tasks, with queues between them that drop what is oldest."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ from lcm_jax.serve.waiting_line import Full
 from lcm_jax.stream.controls import MOST_STEPS, MOST_TEXT
 
 log = logging.getLogger(__name__)
-HELLO_SECONDS = 10.0  # that a client has to say hello
+HELLO_SECONDS = 10.0  # within which a client has to say hello
 SEND_SECONDS = 20.0  # that one message may take to be sent
 CLOSE_SECONDS = 1.0
-MOST_MESSAGES = 150  # that are read of a client in a second
-PICTURES = 2  # that wait to be sent
-TEXTS = 64
+MOST_MESSAGES = 150  # of a client that are read in a second
+PICTURES = 2  # answers that wait to be sent at most
+TEXTS = 64  # text messages that wait to be sent at most
 
 
 def push(answers: deque[Answer], answer: Answer) -> int:
-    """Append to at most PICTURES answers that wait to be sent; how many pictures had to go for it."""
+    """Append an answer to at most PICTURES that wait to be sent, and return how many pictures were dropped for it."""
     answers.append(answer)
     if len(answers) <= PICTURES:
         return 0
     old, following = answers.popleft(), answers[0]
-    if old.picture is not None and following.picture is None:  # which says that a picture holds that was never sent
+    if old.picture is not None and following.picture is None:  # "the last picture holds", which was not sent yet
         answers[0] = following._replace(shows=old.shows, owed=old.owed, picture=old.picture)
         return 0
     return int(old.picture is not None)
 
 
 async def out(sending: Awaitable[None]) -> None:
-    """Await it for as long as a message may take; `Bye` if it takes longer."""
+    """Await the sending of one message. Raise `Bye` if it takes longer than SEND_SECONDS."""
     try:
-        async with asyncio.timeout(SEND_SECONDS):  # wait_for in Python 3.11 may lose that its task was cancelled
+        async with asyncio.timeout(SEND_SECONDS):  # wait_for in Python 3.11 may swallow a cancellation
             await sending
     except TimeoutError:
         raise Bye(protocol.SLOW, f"a message could not be sent for {SEND_SECONDS:g} seconds") from None
 
 
 class Connection:
-    """Serve one socket: `run`."""
+    """The connection of one client, served by `run`."""
 
     def __init__(self, socket: WebSocket, service: Service) -> None:
         self.socket, self.service = socket, service
@@ -60,23 +60,23 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[Bye] = self._loop.create_future()
         self._gone = asyncio.Event()
-        self._read, self._second = 0, 0.0  # messages since that time
+        self._read, self._second = 0, 0.0  # messages read since the time `_second`
         self._active = self._loop.time()
         self._frames: deque[tuple[Binary, float]] = deque()
         self._come = asyncio.Event()
         self._texts: deque[str] = deque(maxlen=TEXTS)
         self._answers: deque[Answer] = deque()
         self._news = asyncio.Event()  # something is to be sent
-        self._open = False  # the session has its stream
+        self._open = False  # True as soon as the session has its stream
 
     def leave(self, bye: Bye) -> asyncio.Task[Any]:
-        """End the connection. Gives a task that is done when it has ended."""
+        """End the connection, and return a task that is done when it has ended."""
         if not self._over.done():
             self._over.set_result(bye)
         return asyncio.create_task(self._gone.wait())
 
     async def run(self) -> None:
-        """All of it."""
+        """Serve the client until it leaves, fails or is sent away."""
         await self.socket.accept()
         self.service.connections.add(self)
         try:
@@ -86,8 +86,8 @@ class Connection:
         except (WebSocketDisconnect, OSError):
             pass
         except Exception:
-            log.exception("a connection ends")
-            await self._close(Bye(protocol.FAILED, "the server made a mistake"))
+            log.exception("a connection ends by an error")
+            await self._close(Bye(protocol.FAILED, "the server failed; its log says why"))
         finally:
             self.service.connections.discard(self)
             self._gone.set()
@@ -96,7 +96,7 @@ class Connection:
         service = self.service
         if len(service.connections) > service.most_sockets:
             service.refused += 1
-            raise Bye(protocol.FULL, "too many are connected: try again later")
+            raise Bye(protocol.FULL, "too many clients are connected: try again later")
         await self._hello()
         self.session = Session(self.controls, self._tell)
         try:
@@ -116,44 +116,44 @@ class Connection:
             ends = await asyncio.gather(*tasks, return_exceptions=True)
         if self._over.done():
             raise self._over.result()
-        raise next(end for end in ends if isinstance(end, Exception))  # those cancelled are no Exception
+        raise next(end for end in ends if isinstance(end, Exception))  # CancelledError is no Exception
 
     async def _hello(self) -> None:
-        """The first message: what the session begins with."""
+        """Read the first message, which has the controls and the format that the session begins with."""
         try:
             async with asyncio.timeout(HELLO_SECONDS):
-                own = protocol.parse((await self._message()).get("text") or "")
-            if own.type != "hello":
-                raise ValueError(f"the first message must be a hello, and this is a {own.type}")
-            self.controls = self.service.config.controls.changed(**own.controls)
+                hello = protocol.parse((await self._message()).get("text") or "")
+            if hello.type != "hello":
+                raise ValueError(f"the first message must be a hello, and this is a {hello.type}")
+            self.controls = self.service.config.controls.changed(**hello.controls)
             self.service.template.check(self.controls)
         except ValueError as error:
             raise Bye(protocol.BAD_HELLO, str(error)) from None
         except TimeoutError:
             raise Bye(protocol.BAD_HELLO, f"no hello came in {HELLO_SECONDS:g} seconds") from None
-        self.form = own.form
+        self.form = hello.form
 
     async def _message(self) -> Any:
-        """The next one, of at most MOST_MESSAGES in a second: who sends more is read more slowly."""
+        """Return the next message; a client that sends more than MOST_MESSAGES a second is read more slowly."""
         now = self._loop.time()
         if now - self._second >= 1.0:
             self._read, self._second = 0, now
         self._read += 1
         if self._read > MOST_MESSAGES:
             await asyncio.sleep(self._second + 1.0 - now)
-        own = await self.socket.receive()
-        if own["type"] == "websocket.disconnect":
-            raise WebSocketDisconnect(own.get("code", 1005))
-        return own
+        received = await self.socket.receive()
+        if received["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(received.get("code", 1005))
+        return received
 
     async def _receive(self) -> None:
         while True:
-            own = await self._message()
+            received = await self._message()
             try:
-                if own.get("text") is not None:
-                    self._on_text(own["text"])
+                if received.get("text") is not None:
+                    self._on_text(received["text"])
                 elif self._open:
-                    self._frames.append((protocol.unpack_frame(own["bytes"]), time.perf_counter()))
+                    self._frames.append((protocol.unpack_frame(received["bytes"]), time.perf_counter()))
                     if len(self._frames) > 1:
                         self._frames.popleft()
                         self.telemetry.count("lost")
@@ -162,18 +162,18 @@ class Connection:
                 self._say("error", message=str(error))
 
     def _on_text(self, text: str) -> None:
-        own = protocol.parse(text)
-        if own.type == "bye":
+        received = protocol.parse(text)
+        if received.type == "bye":
             raise Bye(protocol.NORMAL, "bye")
-        if own.type == "hello":
+        if received.type == "hello":
             raise ValueError("hello has been said already: use set")
-        controls = self.controls.changed(**own.controls)
+        controls = self.controls.changed(**received.controls)
         self.service.template.check(controls)
         self.controls, self._active = controls, self._loop.time()
         self.service.engine.set(self.session, controls)
 
     async def _decode(self) -> None:
-        """The newest frame, in a worker thread, to the engine."""
+        """Decode the newest frame in a worker thread, and give it to the engine, again and again."""
         while True:
             await self._come.wait()
             self._come.clear()
@@ -191,7 +191,7 @@ class Connection:
                     self.telemetry.count("lost")
 
     async def _live(self) -> None:
-        """Wait in line, then open the session, tell how it goes, and end it when nothing comes any more."""
+        """Wait in line, open the session, report its statistics, and end it when it has been idle for too long."""
         while self.ticket.position > 0:
             self._say("waiting", position=self.ticket.position)
             await self.ticket.moved()
@@ -206,8 +206,8 @@ class Connection:
                 self._say("stats", **self.telemetry.stats(), sessions=line.streaming, waiting=line.waiting)
 
     def _tell(self, event: Event) -> None:
-        """Called in the compute thread."""
-        with suppress(RuntimeError):  # the loop is closed: the server has stopped
+        """Pass an event of the compute thread on to the event loop."""
+        with suppress(RuntimeError):  # the loop is closed, as the server has stopped
             self._loop.call_soon_threadsafe(self._on, event)
 
     def _on(self, event: Event) -> None:
@@ -252,7 +252,9 @@ class Connection:
                 if answer.picture is not None:
                     body = await self._work(encode, answer.picture, self.form)
                 encoded, kind = time.perf_counter(), SAME if answer.picture is None else PICTURE
-                waited = max(round(1000 * (answer.taken - answer.frame.decoded)), 0)  # a turn may begin before it comes
+                waited = max(
+                    round(1000 * (answer.taken - answer.frame.decoded)), 0
+                )  # a turn may begin before its frame comes
                 data = protocol.pack(kind, answer.frame.sequence, answer.shows.sequence, body, waited)
                 await out(self.socket.send_bytes(data))
                 self.telemetry.sent(answer, encoded)
@@ -261,8 +263,8 @@ class Connection:
         return await self._loop.run_in_executor(self.service.pool, function, *args)
 
     async def _close(self, bye: Bye) -> None:
-        """Say why, to a client that may have gone or may never read."""
-        reason = bye.reason.encode()[:120].decode(errors="ignore")  # as much as a close frame holds
+        """Tell the client why the connection ends; it may have gone already, or never read this."""
+        reason = bye.reason.encode()[:120].decode(errors="ignore")  # a close frame holds no more
         try:
             text = message("bye", code=bye.code, reason=bye.reason)
             async with asyncio.timeout(CLOSE_SECONDS):

@@ -1,8 +1,8 @@
-"""The one thread that computes. Sessions leave frames and controls with it, and are told what came of them.
+"""The thread that computes: sessions give it frames and controls, and it tells them the results.
 
-A turn takes a frame of every session that has one waiting, advances all of them together, and hands the pictures out.
-What nobody has compiled yet is compiled by a second thread, so that one session's new number of steps stops no other,
-and itself goes on with the old one until then.
+In each turn it takes a frame of every session that has one, advances their streams together and returns the pictures. A
+second thread compiles new programs, so that one session's new number of steps does not stop the others; that session
+goes on with its old controls until then.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.stream import Job, Stream, run
 
 log = logging.getLogger(__name__)
-WORTH = 8  # turns in which streams met before the call that takes them together is compiled
+WORTH = 8  # turns in which a group of streams could share a call before that call is compiled
 
 Member = tuple[Session, Stream, Job]
 
 
 class Busy(Exception):
-    """As many calls wait as may."""
+    """An error: as many calls wait as are allowed."""
 
 
 class Engine:
-    """make: a stream with given controls. together: the most streams in one call, which holds 1, 2, 4, 8, ...
+    """The thread that runs the streams of all sessions, and single calls between their turns.
 
-    most_calls: pictures asked for outside of streams that may wait at once.
+    make: makes a stream with given controls. together: the most streams in one call, which takes 1, 2, 4, 8, ... of
+    them. most_calls: single calls, for pictures outside of streams, that may wait at once.
     """
 
     def __init__(self, make: Callable[[Controls], Stream], *, together: int = 1, most_calls: int = 4) -> None:
@@ -49,12 +50,12 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="lcm-jax engine")
 
     def start(self) -> None:
-        """Begin to compute."""
+        """Start the threads."""
         self._programs.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the present turn, and wait for that. Calls that wait are cancelled."""
+        """Stop after the present turn, wait for its end, and cancel the calls that still wait."""
         with self._changed:
             self.stopping = True
             self._changed.notify()
@@ -66,33 +67,33 @@ class Engine:
 
     @property
     def compiling(self) -> bool:
-        """After `stop`: whether a compilation goes on still."""
+        """True if a compilation goes on after `stop`."""
         return self._programs.alive
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
+        """True while the thread that computes runs."""
         return self._thread.is_alive()
 
     def warm(self, controls: Controls) -> None:
-        """Compile, in the caller's thread, what a stream with these controls runs."""
+        """Compile, in the caller's thread, the programs of a stream with these controls."""
         rehearse(self.make(controls))
         self._programs.add(kind_of(controls))
 
     def open(self, session: Session) -> None:
-        """Take a session in; it is told `Now` when its stream stands."""
+        """Add a session; it gets the event `Now` when its stream is ready."""
         with self._changed:
             self._sessions.append(session)
             self._changed.notify()
 
     def close(self, session: Session) -> None:
-        """Forget a session."""
+        """Remove a session."""
         with self._changed:
             if session in self._sessions:
                 self._sessions.remove(session)
 
     def offer(self, session: Session, frame: Frame) -> bool:
-        """Leave a frame; False if an older one had to go."""
+        """Give a session's next frame, and return False if an older one that waited was dropped for it."""
         with self._changed:
             full = len(session.inbox) == session.inbox.maxlen
             session.inbox.append(frame)
@@ -100,15 +101,15 @@ class Engine:
         return not full
 
     def set(self, session: Session, controls: Controls) -> None:
-        """Ask for other controls, from the next turn on."""
+        """Change a session's controls, from the next turn on or as soon as their program is compiled."""
         with self._changed:
             session.wanted = controls
             self._changed.notify()
 
     def call(self, key: Hashable, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function between two turns, or beside them if it is the first with its key and so will compile.
+        """Run a function between two turns and return its future; the first of a key compiles, in the other thread.
 
-        `Busy` if too many wait.
+        Raise `Busy` if as many calls wait as are allowed.
         """
         future: Future[Any] = Future()
         with self._changed:
@@ -136,7 +137,7 @@ class Engine:
             self._turn(*self._gather())
 
     def _gather(self) -> tuple[Sequence[Session], tuple[Callable[[], Any], Future[Any]] | None]:
-        """Wait for something to do."""
+        """Wait for something to do, and return the sessions that are due and a call."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopping or self._calls or any(map(self._is_due, self._sessions)))
             due = [session for session in self._sessions if self._is_due(session)]
@@ -146,13 +147,13 @@ class Engine:
         return self._settles(session) or (bool(session.inbox) and session.stream is not None)
 
     def _settles(self, session: Session) -> bool:
-        """Whether its controls are to be changed, and may be: or else their program has still to be asked for."""
+        """Return whether a session's new controls can be applied, or their program has still to be asked for."""
         if not session.unsettled:
             return False
         return session.asked is not session.wanted or self._programs.has(kind_of(session.wanted))
 
     def _turn(self, due: Sequence[Session], call: tuple[Callable[[], Any], Future[Any]] | None) -> None:
-        """One frame of each session further, and one call."""
+        """Advance each session by one frame, and run one call."""
         began, members = time.perf_counter(), []
         for session in due:
             with self._guard(session):
@@ -167,7 +168,7 @@ class Engine:
             _resolve(call[1], call[0])
 
     def _next(self, session: Session) -> list[Member]:
-        """What a session needs run, if anything."""
+        """Return the job of a session's next frame, if it has one."""
         if session.unsettled:
             self._settle(session)
         stream = session.stream
@@ -177,7 +178,7 @@ class Engine:
         return [] if job is None else [(session, stream, job)]
 
     def _settle(self, session: Session) -> None:
-        """Give a session the controls it wants, once their program is there."""
+        """Apply the controls that a session wants if their program is compiled, else ask for it."""
         wanted = session.wanted
         kind = kind_of(wanted)
         if self._programs.has(kind):
@@ -189,22 +190,22 @@ class Engine:
             session.asked = wanted
 
     def _waits(self, session: Session, kind: Hashable) -> bool:
-        """Whether a session still needs a program."""
+        """Return whether a session still waits for a program."""
         return session in self._sessions and kind_of(session.wanted) == kind and not self._programs.has(kind)
 
     def _groups(self, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
-        """Those that can share a call, as many together as is compiled."""
+        """Yield groups that share a call, each as large as a program is compiled for."""
         by_group: dict[Hashable, list[Member]] = {}
         for member in members:
             by_group.setdefault(member[2].group, []).append(member)
-        for own in by_group.values():
-            while own:
-                n = self._together(own)
-                yield own[:n]
-                own = own[n:]
+        for group in by_group.values():
+            while group:
+                n = self._together(group)
+                yield group[:n]
+                group = group[n:]
 
     def _together(self, members: Sequence[Member]) -> int:
-        """A power of two for which a program is there; the best one is asked for if it would be used often."""
+        """Return how many members share a call, a power of two that is compiled; ask for more if often of use."""
         job = members[0][2]
         best = n = 1 << (min(len(members), self.together).bit_length() - 1)
         while n > 1 and not self._programs.has(call_of(job, n)):
@@ -212,17 +213,18 @@ class Engine:
         key = call_of(job, best)
         self._met[key] += n < best
         if self._met[key] == WORTH and n < best:
-            like = [one for _, stream, _ in members[:best] for one in stream.rehearsals() if one.method == job.method]
-            self._programs.ask(key, lambda: together(like))
+            streams = [stream for _, stream, _ in members[:best]]
+            similar = [other for stream in streams for other in stream.rehearsals() if other.method == job.method]
+            self._programs.ask(key, lambda: together(similar))
         return n
 
     @contextmanager
     def _guard(self, *sessions: Session) -> Iterator[None]:
-        """An exception ends these sessions, and nothing else."""
+        """Return a context in which an exception ends these sessions, and nothing else."""
         try:
             yield
         except Exception as error:
-            log.error("a session ends", exc_info=error)
+            log.error("a session ends by an error", exc_info=error)
             for session in sessions:
                 self.close(session)
                 session.tell(Ended(f"{type(error).__name__}: {error!s:.200}"))

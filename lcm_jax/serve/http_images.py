@@ -1,4 +1,4 @@
-"""POST /v1/images: one picture for one JSON request, drawn between two turns of the streams."""
+"""POST /v1/images: draws one picture for one JSON request, between two turns of the streams."""
 
 from __future__ import annotations
 
@@ -22,17 +22,25 @@ from lcm_jax.serve.service import Service
 from lcm_jax.stream.controls import MOST_TEXT
 
 MOST_BODY = 16_000_000  # bytes of a request
-MOST_READ = 16  # requests that are read and drawn at once
-BODY_SECONDS = 30.0  # that one may take to arrive
+MOST_READ = 16  # requests that are served at once
+BODY_SECONDS = 30.0  # within which a request has to arrive
 RETRY = {"retry-after": "5"}
 MOST_STEPS = 50
-MOST_AREA = 4  # times the model's own
-MOST_SIZES = 8  # each is compiled anew
+MOST_AREA = 4  # of a picture, times that of the model's own size
+MOST_SIZES = 8  # different sizes, as each is compiled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A request: the keys of its JSON. size: [height, width]. image, mask: JPEG or PNG in base64."""
+    """A request, checked when constructed: the fields are the keys of its JSON.
+
+    size: [height, width] in pixels. image, mask: JPEG or PNG in base64. strength: of image-to-image. Raise ValueError,
+    which names the key, for a wrong value.
+
+    >>> Order(prompt="red heart", steps=0)
+    Traceback (most recent call last):
+    ValueError: steps is 0: it must be from 1 to 50
+    """
 
     prompt: str
     negative_prompt: str = ""
@@ -72,22 +80,22 @@ _RANGES = (("steps", 1, MOST_STEPS), ("guidance", 0.0, 30.0), ("seed", 0, 2**32 
 
 
 class Images:
-    """The endpoint, `draw`."""
+    """The endpoint of a service: `draw`."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
         self._sizes: set[tuple[int, int]] = set()
-        self._read = 0
+        self._open_requests = 0
 
     async def draw(self, request: Request) -> Response:
-        """The picture as PNG, or {"error": ...}."""
-        if self._read >= MOST_READ:
-            return error(503, f"{self._read} requests are being read: try again later", RETRY)
-        self._read += 1
+        """Return the picture of a request as PNG, or {"error": ...}."""
+        if self._open_requests >= MOST_READ:
+            return error(503, f"{self._open_requests} requests are being served: try again later", RETRY)
+        self._open_requests += 1
         try:
             return await self._answer(request)
         finally:
-            self._read -= 1
+            self._open_requests -= 1
 
     async def _answer(self, request: Request) -> Response:
         loop, service = asyncio.get_running_loop(), self.service
@@ -97,7 +105,7 @@ class Images:
         except TimeoutError:
             return error(408, f"the request did not arrive in {BODY_SECONDS:g} seconds")
         if body is None:
-            return error(413, f"a request may have {MOST_BODY} bytes")
+            return error(413, f"a request may have at most {MOST_BODY} bytes")
         try:
             options = await loop.run_in_executor(service.pool, self._options, body)
             picture = await self._drawn(options)
@@ -119,18 +127,18 @@ class Images:
         return picture
 
     def _options(self, body: bytes) -> dict[str, Any]:
-        """What the pipeline is called with; in a worker thread, as pictures are decoded."""
+        """Return the pipeline's arguments from a request; called in a worker thread, as pictures are decoded."""
         try:
-            own = json.loads(body)
+            request = json.loads(body)
         except (ValueError, RecursionError):
             raise ValueError("the request must be JSON") from None
-        if not isinstance(own, dict) or "prompt" not in own:
+        if not isinstance(request, dict) or "prompt" not in request:
             raise ValueError('the request must be a JSON object with a "prompt"')
         known = [field.name for field in fields(Order)]
-        for key in own:
+        for key in request:
             if key not in known:
                 raise ValueError(f"{key!r:.80} is no key of a request: known are {', '.join(known)}")
-        order, service = Order(**own), self.service
+        order, service = Order(**request), self.service
         size = self._size(order.size)
         options = {name: getattr(order, name) for name in ("prompt", "negative_prompt", "steps", "seed", "strength")}
         options |= {"size": size, "sampler": service.config.sampler}
@@ -146,14 +154,15 @@ class Images:
         return options
 
     def _size(self, size: Any) -> tuple[int, int]:
-        """Of the picture: the model's own, or one of a few others."""
-        own = self.service.config.size
+        """Return the size of the picture: the model's own by default, or one of a few others."""
+        model_size = self.service.config.size
         if size is None:
-            return own
+            return model_size
         if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)):
             raise ValueError(f"size is {size!r:.80}: give [height, width] in pixels")
-        if math.prod(size) > MOST_AREA * math.prod(own) or max(size) > 10_000:
-            raise ValueError(f"size is {size}: at most {MOST_AREA} times the area of {own[0]} x {own[1]} is drawn")
+        if math.prod(size) > MOST_AREA * math.prod(model_size) or max(size) > 10_000:
+            model_area = f"{model_size[0]} x {model_size[1]}"
+            raise ValueError(f"size is {size}: give one of at most {MOST_AREA} times the area of {model_area}")
         height, width = self.service.pipe.check_size(size)
         self._sizes.add((height, width))
         if len(self._sizes) > MOST_SIZES:
@@ -163,7 +172,7 @@ class Images:
         return height, width
 
     def _key(self, options: dict[str, Any]) -> Hashable:
-        """Of what is compiled once."""
+        """Return the key of the program that draws such a picture: each is compiled once."""
         return "picture", options["size"], "image" in options, "mask" in options, options["guidance"] != 1.0
 
     def _draw(self, options: dict[str, Any]) -> np.ndarray:
@@ -171,12 +180,16 @@ class Images:
 
 
 def error(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """{"error": text}."""
+    """Return the response {"error": text}.
+
+    >>> error(400, "size is wrong").body
+    b'{"error":"size is wrong"}'
+    """
     return JSONResponse({"error": text}, status, headers)
 
 
 async def _body(request: Request) -> bytes | None:
-    """None if it is too large: it is not read any further."""
+    """Return the body of a request, or None, without reading on, if it is too large."""
     parts, total = [], 0
     async for part in request.stream():
         parts.append(part)

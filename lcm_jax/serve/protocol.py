@@ -1,7 +1,7 @@
-"""What client and server say to each other over a WebSocket: docs/serve.md describes it for those who write clients.
+"""The protocol between client and server over a WebSocket, which docs/serve.md describes for authors of clients.
 
-Binary messages are frames and pictures, a header of 12 bytes and JPEG or PNG. Text messages are JSON objects with the
-version "v" and a "type".
+Binary messages are frames and pictures: a header of 12 bytes, then a JPEG or PNG. Text messages are JSON objects with
+the version "v" and a "type".
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lcm_jax.serve.codec import Form
 from lcm_jax.stream.controls import Controls
 
 VERSION = 1
-FRAME, PICTURE, SAME = 1, 2, 3  # kinds of binary messages: to the server; to the client, with and without bytes
+FRAME, PICTURE, SAME = 1, 2, 3  # kinds of binary messages: to the server; to the client, with and without a picture
 MOST_TEXT = 65_536  # characters of a text message
 MOST_BYTES = 2_000_000  # of a binary one
 
-# Codes that a connection is closed with; from 4000 on they are this protocol's own.
+# Codes with which a connection is closed; those from 4000 on are defined by this protocol.
 NORMAL, GOING_AWAY, TOO_BIG, FULL = 1000, 1001, 1009, 1013
 BAD_VERSION, BAD_HELLO, IDLE, FAILED, SLOW = 4000, 4001, 4002, 4003, 4004
 
@@ -29,7 +29,7 @@ _KEYS = {"hello": {"controls", "format"}, "set": {"controls"}, "bye": set[str]()
 
 
 class Bye(Exception):
-    """Ends a connection: a code, and a reason that the client is told."""
+    """An exception that ends a connection with a code and a reason, which the client is sent."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -37,8 +37,11 @@ class Bye(Exception):
 
 
 class Binary(NamedTuple):
-    """sequence: of the frame, or of the frame that this answers. shows: of the frame that a picture is of. waited: for
-    how many milliseconds the frame that this answers had waited for its turn.
+    """A binary message.
+
+    kind: FRAME, PICTURE or SAME. sequence: the number of this frame, or of the frame that is answered. shows: the
+    number of the frame that the picture shows. body: the JPEG or PNG. waited: milliseconds that the answered frame
+    waited for its turn.
     """
 
     kind: int
@@ -49,7 +52,10 @@ class Binary(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A text message of a client, its keys checked. form: what pictures are to be sent as."""
+    """A text message of a client, with its keys checked.
+
+    type: "hello", "set" or "bye". controls: those to change. form: the format in which pictures are sent to the client.
+    """
 
     type: str
     controls: Mapping[str, Any]
@@ -57,12 +63,16 @@ class Message(NamedTuple):
 
 
 def pack(kind: int, sequence: int, shows: int = 0, body: bytes = b"", waited: int = 0) -> bytes:
-    """A binary message."""
+    """Return the bytes of a binary message: see `Binary`.
+
+    >>> unpack(pack(PICTURE, 7, shows=5, body=b"..."))
+    Binary(kind=2, sequence=7, shows=5, body=b'...', waited=0)
+    """
     return _HEADER.pack(VERSION, kind, min(waited, 0xFFFF), sequence, shows) + body
 
 
 def unpack(data: bytes) -> Binary:
-    """A binary message; ValueError says what is wrong with it, `Bye` with its version."""
+    """Return a binary message. Raise ValueError if it is too short, `Bye` if it is of another version."""
     if len(data) < _HEADER.size:
         raise ValueError(f"a binary message has a header of {_HEADER.size} bytes, and this one has {len(data)} in all")
     version, kind, waited, sequence, shows = _HEADER.unpack_from(data)
@@ -71,33 +81,37 @@ def unpack(data: bytes) -> Binary:
 
 
 def unpack_frame(data: bytes) -> Binary:
-    """What a client may send."""
+    """Return a client's frame. Raise ValueError if it is none, `Bye` if it is too large or of another version."""
     if len(data) > MOST_BYTES:
-        raise Bye(TOO_BIG, f"a message may have {MOST_BYTES} bytes, and this one has {len(data)}")
+        raise Bye(TOO_BIG, f"a message may have at most {MOST_BYTES} bytes, and this one has {len(data)}")
     message = unpack(data)
     if message.kind != FRAME:
-        raise ValueError(f"a client sends frames, kind {FRAME}, and this is of kind {message.kind}")
+        raise ValueError(f"a client may send frames, kind {FRAME}, and this message is of kind {message.kind}")
     return message
 
 
 def parse(text: str) -> Message:
-    """A client's text message; ValueError says what is wrong with it, `Bye` with its version."""
+    """Return a client's text message. Raise ValueError, which says what is wrong, or `Bye` for another version.
+
+    >>> parse('{"v": 1, "type": "set", "controls": {"steps": 4}}')
+    Message(type='set', controls={'steps': 4}, form='auto')
+    """
     if len(text) > MOST_TEXT:
-        raise ValueError(f"a text message may have {MOST_TEXT} characters, and this one has {len(text)}")
+        raise ValueError(f"a text message may have at most {MOST_TEXT} characters, and this one has {len(text)}")
     try:
-        own = json.loads(text)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError("a text message must be JSON, and this is not") from None
-    if not isinstance(own, dict):
+    if not isinstance(fields, dict):
         raise ValueError('a text message must be a JSON object, such as {"v": 1, "type": "set", "controls": {}}')
-    _check_version(own.pop("v", None))
-    kind = own.pop("type", None)
+    _check_version(fields.pop("v", None))
+    kind = fields.pop("type", None)
     if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(f"type is {kind!r:.80}: known are {', '.join(_KEYS)}")
-    for key in own:
+    for key in fields:
         if key not in _KEYS[kind]:
             raise ValueError(f"{key!r:.80} is no key of {kind}: known are {', '.join(sorted(_KEYS[kind])) or 'none'}")
-    controls, form = own.get("controls", {}), own.get("format", "auto")
+    controls, form = fields.get("controls", {}), fields.get("format", "auto")
     if not isinstance(controls, dict):
         raise ValueError(f"controls are {controls!r:.80}: give an object of names and values")
     if form not in get_args(Form):
@@ -106,12 +120,16 @@ def parse(text: str) -> Message:
 
 
 def message(kind: str, **fields: Any) -> str:
-    """A text message of the server."""
+    """Return a text message of the server.
+
+    >>> message("waiting", position=2)
+    '{"v": 1, "type": "waiting", "position": 2}'
+    """
     return json.dumps({"v": VERSION, "type": kind, **fields})
 
 
 def as_json(controls: Controls) -> dict[str, Any]:
-    """All controls by name, as `set` takes them."""
+    """Return all controls by name, as the message "set" takes them."""
     return dataclasses.asdict(controls)
 
 

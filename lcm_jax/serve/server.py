@@ -1,4 +1,4 @@
-"""`lcm-jax serve`: the page, the socket, the pictures by HTTP, and who may use them."""
+"""`lcm-jax serve`: the page, the WebSocket, pictures by HTTP, and the check of who may use them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ HEADERS = {
 
 
 def application(service: Service) -> Starlette:
-    """The ASGI application; its lifespan starts and stops the engine."""
+    """Return the ASGI application of a service; its lifespan starts and stops the engine."""
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
@@ -77,7 +77,7 @@ def application(service: Service) -> Starlette:
     async def failed(_: Request, wrong: Exception) -> Response:
         if isinstance(wrong, HTTPException):
             return error(wrong.status_code, wrong.detail, dict(wrong.headers or {}))
-        return error(500, "the server made a mistake")
+        return error(500, "the server failed; its log says why")
 
     routes = [
         Route("/healthz", health),
@@ -93,10 +93,10 @@ def application(service: Service) -> Starlette:
 
 
 class Guard:
-    """Lets in who knows the token and comes from a page of this server, and puts `HEADERS` on every answer.
+    """The middleware that refuses requests without the token or from other sites' pages, and adds `HEADERS` to answers.
 
-    A server of this machine alone answers to its own names only, so that no page of elsewhere can have the name of its
-    own host point here and then be of "the same host".
+    A server on a loopback address answers only requests to its own host names: another site could make its own name
+    point to this address, and its pages would then count as of the same host (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
@@ -105,7 +105,7 @@ class Guard:
         self._local = _is_loopback(config.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handle an ASGI scope."""
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
 
@@ -123,36 +123,36 @@ class Guard:
             return await WebSocket(scope, receive, send).send_denial_response(refusal)
         return await refusal(scope, receive, decorated)
 
-    def _refusal(self, asked: HTTPConnection) -> Response | None:
-        path, host = asked.url.path, asked.headers.get("host", "")
+    def _refusal(self, connection: HTTPConnection) -> Response | None:
+        path, host = connection.url.path, connection.headers.get("host", "")
         if path == "/healthz":
             return None
         name = urlsplit(f"//{host}").hostname or ""
         if self._local and name not in self._hosts and not _is_loopback(name):
-            return error(403, f"this server does not go by the name {name!r:.80}; --origin adds one")
-        origin = asked.headers.get("origin")
-        if origin is not None and not self._welcome(origin, host):
-            return error(403, f"pages of {origin!r:.80} may not use this server; --origin admits them")
-        if self.config.token is not None and path not in OPEN and not self._knows(asked, self.config.token):
-            return error(401, "a token is needed: ?token=... or Authorization: Bearer ...")
+            return error(403, f"host name {name!r:.80} is not one of this server; allow its pages with --origin")
+        origin = connection.headers.get("origin")
+        if origin is not None and not self._allows_origin(origin, host):
+            return error(403, f"pages of {origin!r:.80} may not use this server; allow them with --origin")
+        if self.config.token is not None and path not in OPEN and not self._has_token(connection, self.config.token):
+            return error(401, "a token is needed: give ?token=... or the header Authorization: Bearer ...")
         return None
 
-    def _welcome(self, origin: str, host: str) -> bool:
+    def _allows_origin(self, origin: str, host: str) -> bool:
         return urlsplit(origin).netloc == host or origin in self.config.origins or "*" in self.config.origins
 
-    def _knows(self, asked: HTTPConnection, token: str) -> bool:
-        given = asked.query_params.getlist("token")
-        kind, _, value = asked.headers.get("authorization", "").partition(" ")
-        given += [value.strip()] if kind.lower() == "bearer" else []
-        return any(hmac.compare_digest(one.encode(), token.encode()) for one in given)
+    def _has_token(self, connection: HTTPConnection, token: str) -> bool:
+        candidates = connection.query_params.getlist("token")
+        kind, _, value = connection.headers.get("authorization", "").partition(" ")
+        candidates += [value.strip()] if kind.lower() == "bearer" else []
+        return any(hmac.compare_digest(candidate.encode(), token.encode()) for candidate in candidates)
 
 
 class Server(uvicorn.Server):
-    """Says goodbye to its clients before it hangs up, and ends in peace when it is told to end."""
+    """A uvicorn server that says goodbye to its clients before it closes, and stops cleanly on SIGINT and SIGTERM."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # Messages up to twice the limit are read, so that their sender can be told what the limit is.
+        # Messages up to twice the limit are read, so that the answer can name the limit.
         super().__init__(
             uvicorn.Config(
                 application(service),
@@ -169,20 +169,20 @@ class Server(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening, say goodbye, hang up, stop the engine."""
+        """Stop listening, say goodbye to the clients, close their connections and stop the engine."""
         for server in self.servers:
             server.close()
         await self.service.goodbye()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """On SIGINT and SIGTERM; the second SIGINT waits for nobody."""
+        """Begin to stop, on SIGINT or SIGTERM; a second SIGINT stops without waiting for clients."""
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; OSError names the address."""
+    """Return a socket that listens. Raise OSError, which names the address, if that is not possible."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
@@ -191,25 +191,31 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def address(config: Config, listener: socket.socket) -> str:
-    """Of the page."""
+    """Return the address of the page, with its token."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     query = "" if config.token is None else f"?token={quote(config.token)}"
     return f"http://{host}:{listener.getsockname()[1]}/{query}"
 
 
 def serve(pipe: Pipeline, config: Config) -> None:
-    """Until SIGINT or SIGTERM. Listens first, so that a port which is taken costs no time, then compiles."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="lcm_jax")  # of each long prompt, and kept for ever
+    """Serve a pipeline until SIGINT or SIGTERM.
+
+    It listens before it compiles, so that a taken port is reported at once. Raise OSError as `listen` does.
+    """
+    # Each long prompt warns, and Python would keep every such text for ever.
+    warnings.filterwarnings("ignore", category=UserWarning, module="lcm_jax")
     with listen(config.host, config.port) as listener:
         service = Service(pipe, config)
         print(f"lcm-jax: compiling {config.model} for {config.size[0]} x {config.size[1]} pixels ...", flush=True)
         service.engine.warm(config.controls)
         if not _is_loopback(config.host) and config.token is None:
-            print("lcm-jax: whoever reaches this address can use it; --token TOKEN asks for one", file=sys.stderr)
+            print(
+                "lcm-jax: anyone who reaches this address can use it; --token TOKEN requires a token", file=sys.stderr
+            )
         print(f"lcm-jax: {config.model} is served at {address(config, listener)}", flush=True)
         Server(service).run(sockets=[listener])
     print("lcm-jax: stopped", flush=True)
-    if service.engine.compiling:  # which nothing can stop, and the interpreter would crash in it
+    if service.engine.compiling:  # a compilation cannot be stopped, and would crash the interpreter at its end
         sys.stderr.flush()
         os._exit(0)
 

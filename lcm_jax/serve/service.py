@@ -1,4 +1,4 @@
-"""What all connections of a server share."""
+"""The parts that all connections of a server share: pipeline, engine, queue, statistics."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from lcm_jax.serve.waiting_line import WaitingQueue
 from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.stream import Stream
 
-SPARE_SOCKETS = 256  # connections beyond those that stream and wait: they are told that there is no room
-FAREWELL = 2.0  # seconds
+SPARE_SOCKETS = 256  # connections beyond those that stream and wait, which are told that the server is full
+FAREWELL = 2.0  # seconds that clients have to leave when the server stops
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to serve a model.
+    """The configuration of a server, checked when constructed; a wrong value raises ValueError.
 
-    model: its name, for people. size: (height, width) of frames and pictures. controls: those that a session begins
-    with. sampler, together: see `Stream` and `Engine`. guidance: the scale of pictures asked for by HTTP.
-    idle_timeout: seconds without a frame or a control after which a session ends. token: what a client has to know,
-    None for nothing. origins: web pages that may connect besides the server's own, such as "https://example.org".
+    model: its name, as the page shows it. size: (height, width) of frames and pictures in pixels. controls: those of a
+    new session. sampler, together, most_calls: see `Stream` and `Engine`. guidance: the default scale of
+    pictures by HTTP. max_sessions, max_waiting: clients that stream, and that wait in line. idle_timeout: seconds
+    without a frame or a control after which a session ends. token: the secret that a client has to send, None for none.
+    origins: sites whose pages may connect besides the server's own, such as "https://example.org".
     """
 
     model: str
@@ -60,27 +61,28 @@ class Config:
 
 
 def beginning(pipe: Pipeline, sampler: str, scale: float) -> Controls:
-    """Controls that suit a model: guidance is left to the network where it is told the scale, or was distilled.
+    """Return the controls that sessions of a model and device begin with.
 
-    And a device: a CPU takes for n rows about as long as for one n times, so that a stream batch would delay a picture
-    by n - 1 frames and speed up little.
+    Networks that were distilled, or have the guidance scale as an input, are not guided further. A CPU needs about as
+    long for a batch of n as for n evaluations: there a stream batch would delay pictures by n - 1 frames for little
+    speed.
     """
-    alone = pipe.model.embeds_guidance or sampler == "lcm"
+    unguided = pipe.model.embeds_guidance or sampler == "lcm"
     batch = jax.default_backend() != "cpu"
     return Controls(
-        guidance="none" if alone else "full", scale=scale, steps=2, strength=0.6, similarity=0.98, batch=batch
+        guidance="none" if unguided else "full", scale=scale, steps=2, strength=0.6, similarity=0.98, batch=batch
     )
 
 
 class Client(Protocol):
-    """Who is connected."""
+    """The interface of a connection, as the service needs it."""
 
     def leave(self, bye: Bye) -> asyncio.Task[Any]:
-        """End the connection. Gives a task that is done when it has ended."""
+        """End the connection, and return a task that is done when it has ended."""
 
 
 class Service:
-    """A pipeline, its engine, and who is connected."""
+    """A served pipeline, with its engine, queue, statistics and connections."""
 
     def __init__(self, pipe: Pipeline, config: Config) -> None:
         self.pipe, self.config = pipe, config
@@ -93,23 +95,23 @@ class Service:
         self.refused = 0
 
     def make(self, controls: Controls) -> Stream:
-        """A session's stream."""
+        """Return a new stream for a session."""
         return Stream(self.pipe, size=self.config.size, sampler=self.config.sampler, **vars(controls))
 
     @property
     def most_sockets(self) -> int:
-        """Connections that are listened to at once."""
+        """The number of connections that are read at once."""
         return self.config.max_sessions + self.config.max_waiting + SPARE_SOCKETS
 
     async def goodbye(self) -> None:
-        """Tell all clients that the server stops, and give them a moment to go."""
+        """Tell all clients that the server stops, and wait a moment for them to leave."""
         bye = Bye(GOING_AWAY, "the server is stopping")
         gone = [connection.leave(bye) for connection in self.connections]
         if gone:
             await asyncio.wait(gone, timeout=FAREWELL)
 
     def metrics(self) -> str:
-        """In Prometheus' text format."""
+        """Return the statistics of all connections in Prometheus' text format."""
         return self.telemetry.metrics(
             {
                 "sessions": self.line.streaming,

@@ -1,4 +1,4 @@
-"""One client's stream as the engine sees it: frames and controls go in, events come out."""
+"""The stream of one client as the engine sees it: frames and controls go in, events come out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from lcm_jax.stream.stream import Job, Stream
 
 
 class Frame(NamedTuple):
-    """received: seconds of time.perf_counter, when its message had arrived; decoded: when the engine got it."""
+    """A frame of a client.
+
+    sequence: the client's number of it. received, decoded: the times, in seconds of time.perf_counter, at which its
+    message had arrived and the engine got it.
+    """
 
     sequence: int
     pixels: UInt8[np.ndarray, "h w 3"]
@@ -25,10 +29,12 @@ class Frame(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """To `frame`: the picture of `shows`, which entered the stream batch before it; None if the last one still holds.
+    """The answer to a frame.
 
-    owed: no answer before stood for `shows` already, as those of the filter do for all that is in flight.
-    taken, done: seconds, when the engine began and ended. saved: the similarity filter's share so far.
+    frame: the frame that is answered. shows: the frame that the picture shows, which entered the stream batch n - 1
+    calls before. owed: True for the first answer that stands for `shows`; one by the similarity filter stands for all
+    frames in flight. picture: None if the last one stays. taken, done: the times, in seconds of
+    time.perf_counter, at which the engine began and ended. saved: share of frames that the filter has skipped so far.
     """
 
     frame: Frame
@@ -41,18 +47,18 @@ class Answer(NamedTuple):
 
 
 class Now(NamedTuple):
-    """The controls that hold from here on; first: the session has been opened."""
+    """The event that new controls are in use; first: the session has just been opened."""
 
     controls: Controls
     first: bool
 
 
 class Compiling(NamedTuple):
-    """The controls that are wanted need a program that is being compiled; until then the old ones hold."""
+    """The event that a program for the wanted controls is being compiled; the old ones stay in use until then."""
 
 
 class Ended(NamedTuple):
-    """The session failed and is over."""
+    """The event that the session has failed and is over."""
 
     reason: str
 
@@ -61,10 +67,10 @@ Event = Answer | Now | Compiling | Ended
 
 
 class Session:
-    """wanted and inbox are written by others; everything else belongs to the compute thread.
+    """The stream of one client. Other threads write `wanted` and `inbox`; the rest belongs to the compute thread.
 
-    tell: called in the compute thread with each event, and must not block. depth: frames that wait at most; one more
-    pushes out the oldest.
+    tell: called in the compute thread with each event; it must not block. depth: the most frames that wait; one more
+    drops the oldest.
     """
 
     def __init__(self, controls: Controls, tell: Callable[[Event], None], *, depth: int = 1) -> None:
@@ -74,15 +80,15 @@ class Session:
         self.asked: Controls | None = None  # controls that a program was asked for
         self._settled: Controls | None = None
         self._entered: Frame
-        self._flight: deque[tuple[Frame, bool]] = deque()  # in the stream batch, the oldest first, and whether owed
+        self._flight: deque[tuple[Frame, bool]] = deque()  # in the stream batch, oldest first: (frame, owed)
 
     @property
     def unsettled(self) -> bool:
-        """Whether other controls have been asked for since `settle`."""
+        """True if other controls have been asked for since `settle`."""
         return self.wanted is not self._settled
 
     def settle(self, wanted: Controls, make: Callable[[Controls], Stream]) -> None:
-        """Bring the stream, which `make` makes, up to the controls."""
+        """Apply the controls to the stream, which `make` makes at the first call."""
         self._settled, self.asked = wanted, None
         first = self.stream is None
         if self.stream is None:
@@ -92,16 +98,16 @@ class Session:
         self.tell(Now(self.stream.controls, first))
 
     def prepare(self, stream: Stream) -> Job | None:
-        """Take a frame in. None if the filter leaves it out."""
+        """Return the job of the oldest waiting frame, None if the filter skips it, which answers it at once."""
         self._entered, taken = self.inbox.popleft(), time.perf_counter()
         job = stream.prepare(self._entered.pixels)
-        if job is None:  # what is in flight is as this is, and now answered
+        if job is None:  # this answer stands for the frames in flight too, which look the same
             self._flight = deque((frame, False) for frame, _ in self._flight)
             self._answer(stream, self._entered, True, None, taken)
         return job
 
     def finish(self, stream: Stream, job: Job, result: Any, taken: float) -> None:
-        """Hand out what `run` gave: the picture of the frame that entered `in_flight` calls ago."""
+        """Answer with the result of a job by `run`: the picture of the frame from `in_flight` calls ago."""
         picture = stream.finish(*result)
         if job.method == "sequential":
             shows, owed = self._entered, True

@@ -1,4 +1,4 @@
-"""What a server counts, all of it in the event loop: of one session for its client, of all for /metrics."""
+"""The statistics of a server, updated in the event loop: of one session for its client, of all for /metrics."""
 
 from __future__ import annotations
 
@@ -11,38 +11,43 @@ from typing import Any
 from lcm_jax.serve.session import Answer
 
 QUANTILES = (0.5, 0.95, 0.99)
-WINDOW = 1000  # latencies that quantiles are of: the last ones
+WINDOW = 1000  # last latencies, of which the quantiles are
 
 
 def quantile(values: list[float], q: float) -> float:
-    """The smallest value that at least a share q of all are no larger than; nan of none."""
+    """Return the smallest value that at least a share q of all values does not exceed; nan for no values.
+
+    >>> quantile([3.0, 1.0, 2.0, 4.0], 0.5)
+    2.0
+    """
     return sorted(values)[max(math.ceil(q * len(values)), 1) - 1] if values else math.nan
 
 
 class Telemetry:
-    """drawn, same: answers with a picture and without. lost: frames that made room for newer ones before they were
-    computed; unsent: pictures that a client was too slow for. failed: frames that could not be read.
+    """The counts and times of one session, or, as `parent`, of all.
 
-    Latencies, in seconds, are from the arrival of a frame to the sending of the first picture that shows it, with the
-    calls that it spent in the stream batch.
+    drawn, same: answers with a picture and without. lost: frames dropped for newer ones before they were computed.
+    unsent: pictures dropped because the client was too slow. failed: frames that could not be read. latencies: seconds
+    from the arrival of a frame to the sending of the first picture that shows it, including its calls in the stream
+    batch.
     """
 
     def __init__(self, parent: Telemetry | None = None) -> None:
         self.parent = parent
         self.drawn = self.same = self.lost = self.unsent = self.failed = 0
         self.latencies: deque[float] = deque(maxlen=WINDOW)
-        self.timed, self.seconds = 0, 0.0  # the number of all latencies, and their sum
+        self.timed, self.seconds = 0, 0.0  # number and sum of all latencies
         self._sent: deque[float] = deque(maxlen=WINDOW)
         self._parts: dict[str, float] = {}
 
     def count(self, name: str, number: int = 1) -> None:
-        """More of one of them."""
+        """Add a number to one of the counts, here and in the parent."""
         setattr(self, name, getattr(self, name) + number)
         if self.parent is not None:
             self.parent.count(name, number)
 
     def sent(self, answer: Answer, encoded: float) -> None:
-        """An answer has just been sent. encoded: seconds of time.perf_counter, when its picture was."""
+        """Record an answer that has just been sent; encoded: time.perf_counter when its picture was encoded."""
         self.count("same" if answer.picture is None else "drawn")
         now, frame = time.perf_counter(), answer.frame
         self._sent.append(now)
@@ -67,7 +72,7 @@ class Telemetry:
             self.parent._time(latency)
 
     def stats(self) -> dict[str, Any]:
-        """For a client: answers in the last second, milliseconds, and counts."""
+        """Return the statistics for a client: answers in the last second, times in milliseconds, and counts."""
         now, latencies = time.perf_counter(), list(self.latencies)
         return {
             "fps": sum(now - at < 1.0 for at in self._sent),
@@ -79,7 +84,7 @@ class Telemetry:
         }
 
     def metrics(self, gauges: Mapping[str, float]) -> str:
-        """Prometheus' text format. gauges: further numbers by name, without the prefix."""
+        """Return Prometheus' text format; gauges: further numbers by name, without the prefix."""
         latencies = list(self.latencies)
         lines = [
             "# TYPE lcm_jax_frames_total counter",
@@ -103,7 +108,7 @@ class Telemetry:
 
 
 def _ms(seconds: float) -> float | None:
-    """None where nothing has been measured: JSON has no nan."""
+    """Return milliseconds, None for nan, which JSON does not have."""
     return None if math.isnan(seconds) else round(1000.0 * seconds, 1)
 
 

@@ -1,4 +1,4 @@
-"""Who may stream, and who waits in line for it."""
+"""The queue of clients: some may stream, the others wait in line for it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ import asyncio
 
 
 class Full(Exception):
-    """As many wait as may."""
+    """An error: as many clients wait as are allowed."""
 
 
 class Ticket:
-    """A place in the line: 0 may stream, 1 is next."""
+    """A place in the queue: position 0 may stream, 1 is next."""
 
     def __init__(self, position: int) -> None:
         self.position = position
         self._moved = asyncio.Event()
 
     def move(self, position: int) -> None:
-        """To another place."""
+        """Change the position."""
         if position != self.position:
             self.position = position
             self._moved.set()
 
     async def moved(self) -> None:
-        """Wait until the position is another one."""
+        """Wait until the position has changed."""
         await self._moved.wait()
         self._moved.clear()
 
 
 class WaitingQueue:
-    """places: how many may stream. most_waiting: and how many may wait. For one event loop."""
+    """The queue of one event loop; places: how many clients may stream. most_waiting: how many more may wait.
+
+    >>> queue = WaitingQueue(places=1, most_waiting=2)
+    >>> first, second = queue.enter(), queue.enter()
+    >>> queue.leave(first)
+    >>> second.position, queue.streaming, queue.waiting
+    (0, 1, 0)
+    """
 
     def __init__(self, places: int, most_waiting: int) -> None:
         self.places, self.most_waiting = places, most_waiting
@@ -37,27 +44,27 @@ class WaitingQueue:
 
     @property
     def streaming(self) -> int:
-        """How many stream."""
+        """The number of clients that stream."""
         return min(len(self._tickets), self.places)
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """The number of clients that wait."""
         return len(self._tickets) - self.streaming
 
     def enter(self) -> Ticket:
-        """A place to stream or the last one in line; `Full` if there is none."""
+        """Return a place to stream, or the last one in line. Raise `Full` if there is none."""
         if len(self._tickets) >= self.places + self.most_waiting:
             raise Full(f"{self.streaming} sessions are streaming and {self.waiting} are waiting: try again later")
         self._tickets.append(Ticket(self._position(len(self._tickets))))
         return self._tickets[-1]
 
     def leave(self, ticket: Ticket) -> None:
-        """Give a place back; whoever is next moves up."""
+        """Give a place back, so that those behind it move up."""
         if ticket in self._tickets:
             self._tickets.remove(ticket)
-            for i, other in enumerate(self._tickets):
-                other.move(self._position(i))
+            for i, remaining in enumerate(self._tickets):
+                remaining.move(self._position(i))
 
     def _position(self, index: int) -> int:
         return max(index - self.places + 1, 0)

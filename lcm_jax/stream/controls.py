@@ -181,7 +181,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 
 
 def _pairs(name: str, value: Any, kind: type, *, empty: bool = False) -> tuple[tuple[Any, float], ...]:
-    """Return one value, or (value, weight) pairs, as pairs with weights above 0; `empty`: none, and of any sign."""
+    """Return one value, or (value, weight) pairs, as pairs with weights above 0; `empty` allows none, and any sign."""
     if type(value) is kind:
         value = [(value, 1.0)]
     try:

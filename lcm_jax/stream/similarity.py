@@ -38,7 +38,7 @@ def similarity(a: UInt8[np.ndarray, "*f h w 3"], b: UInt8[np.ndarray, "*f h w 3"
 
 @dataclass(kw_only=True)
 class SimilarityFilter:
-    """A similarity filter, which skips frames like the last drawn one at random, at most max_skips in a row.
+    """A similarity filter: it skips frames at random if they are like the last drawn one, at most max_skips in a row.
 
     P(skip) = max(0, 1 - (1 - similarity) / (1 - threshold)), with the similarity to the last frame that was drawn.
 

@@ -1,4 +1,4 @@
-"""`Stream`: frames in, pictures out, every control live; and how the frames of several streams share one call."""
+"""`Stream`, which redraws frames while its controls change, and `run`, which lets several streams share one call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ Picture = UInt8[np.ndarray, "*f h w 3"]
 
 
 class Job(NamedTuple):
-    """A call that one stream is ready for."""
+    """One call that a stream is ready for.
+
+    method: of the program, "step" or "sequential". frame: uint8 (f, h, w, 3), on the device.
+    """
 
     program: StreamProgram
     method: str
@@ -39,14 +42,14 @@ class Job(NamedTuple):
 
     @property
     def group(self) -> Hashable:
-        """Jobs of one group can share a call."""
+        """The key of the jobs that can share a call."""
         return self.program, self.method, id(self.weights.net), self.frame.shape
 
 
 def run(jobs: Sequence[Job]) -> list[tuple[State, Array]]:
-    """The next state and the pictures, still on the device, of every job; those of a group in as few calls as may be.
+    """Run jobs, those of a group in as few calls as possible, and return (next state, pictures) of each.
 
-    A call holds 1, 2, 4, 8, ... streams, so that few numbers are ever compiled.
+    The pictures are still on the device. A call takes 1, 2, 4, 8, ... streams, so that few sizes are compiled.
     """
     done: dict[int, tuple[State, Array]] = {}
     groups: dict[Hashable, list[int]] = {}
@@ -54,31 +57,35 @@ def run(jobs: Sequence[Job]) -> list[tuple[State, Array]]:
         groups.setdefault(job.group, []).append(i)
     for members in groups.values():
         while members:
-            now, members = _power(members)
-            first = jobs[now[0]]
-            trees = zip(*((jobs[i].settings, jobs[i].state, jobs[i].frame) for i in now), strict=True)
+            together, members = _power(members)
+            first = jobs[together[0]]
+            trees = zip(*((jobs[i].settings, jobs[i].state, jobs[i].frame) for i in together), strict=True)
             states, pictures = compiled(first.program, first.method)(first.weights, *trees)
-            done |= dict(zip(now, zip(states, pictures, strict=True), strict=True))
+            done |= dict(zip(together, zip(states, pictures, strict=True), strict=True))
     return [done[i] for i in range(len(jobs))]
 
 
 def _power(members: list[int]) -> tuple[list[int], list[int]]:
-    """The largest power of two of them, and the rest."""
+    """Split off as many members as the largest power of two holds."""
     n = 1 << (len(members).bit_length() - 1)
     return members[:n], members[n:]
 
 
 class Stream:
-    """A pipeline that redraws frames one after another.
-
-    stream = Stream(pipe, "a cat", steps=2, strength=0.6, guidance="self", scale=1.4)
-    picture = stream(frame)          # the frame of n - 1 calls ago, redrawn
-    stream.set(prompt="a dog", travel=10)
-    for picture in stream.map(frames): ...       # one for each, in order
+    """A pipeline that redraws frames one after another, with the stream batch and RCFG of StreamDiffusion (2312.12491).
 
     size: (height, width) in pixels, the pipeline's own by default; frames of other sizes are cropped to its shape and
-    scaled. frames: a buffer of several frames enters at once, (f, h, w, 3). image: False draws from noise, `stream()`.
-    loras: adapters by name, for the control `lora`. controls: see `Controls`.
+    scaled. frames: f, a buffer of several frames that enter together, (f, h, w, 3). image: False draws pictures from
+    noise, with `stream()`. sampler: one with a single evaluation a step. loras: adapters by name, for the control
+    `lora`. controls: see `Controls`. Raise ValueError for a control or an option that the pipeline cannot follow.
+
+    >>> import lcm_jax
+    >>> from lcm_jax.stream import Stream
+    >>> pipe = lcm_jax.load("openmoji")  # doctest: +SKIP
+    >>> stream = Stream(pipe, "cat face", steps=2, guidance="self", scale=1.4)  # doctest: +SKIP
+    >>> picture = stream(frame)  # of the frame from n - 1 calls ago, uint8 (h, w, 3)  # doctest: +SKIP
+    >>> stream.set(prompt="dog face", travel=10)  # doctest: +SKIP
+    >>> pictures = list(stream.map(frames))  # one for each frame, in order  # doctest: +SKIP
     """
 
     def __init__(
@@ -116,7 +123,10 @@ class Stream:
         self.reset()
 
     def set(self, **changes: Any) -> None:
-        """Change controls from the next frame on; all of them, or none if one is wrong. mask: see `set_mask`."""
+        """Change controls from the next frame on. Raise ValueError, and change none, if one is wrong.
+
+        The mask is changed by `set_mask`.
+        """
         controls = self.controls.changed(**changes)
         self.check(controls)
         before, self.controls = self.controls, controls
@@ -124,7 +134,7 @@ class Stream:
             self._apply(before)
 
     def set_mask(self, mask: UInt8[np.ndarray, "h w"] | Bool[np.ndarray, "h w"] | None) -> None:
-        """Redraw only where it is white (128 and above) or true; None redraws everything."""
+        """Redraw only where the mask is white (128 and above) or true; None redraws everything."""
         height, width, _ = self._latent_shape
         white = jnp.ones((height, width, 1))
         if mask is not None:
@@ -133,7 +143,7 @@ class Stream:
         self._forget()
 
     def reset(self) -> None:
-        """Forget the frames in flight and the last picture; the next frame's own picture is the first to come out."""
+        """Discard the frames in flight and the last picture; the next call returns the picture of its own frame."""
         key = jax.random.key(self.controls.seeds[0][0])
         self._state: State | None = self.program.init(self._weights, self._settings, key)
         self._cold = True
@@ -142,8 +152,11 @@ class Stream:
         self._forget()
 
     def __call__(self, frame: Picture | None = None) -> Picture:
-        """The next picture, uint8 of `size`: of the frame of `in_flight` calls ago, or the last one again if the filter
-        finds nothing new. frame: (h, w, 3), or (f, h, w, 3) with a buffer of frames."""
+        """Return the picture of the frame from `in_flight` calls ago, or the last one again if the filter skips this.
+
+        frame: uint8 (h, w, 3), or (f, h, w, 3) with a buffer of f frames; None in a stream from noise. The picture is
+        uint8 of `size`. Raise ValueError for a frame of another kind.
+        """
         job = self.prepare(frame)
         if job is not None:
             return self.finish(*run([job])[0])
@@ -151,16 +164,19 @@ class Stream:
         return self.picture
 
     def prepare(self, frame: Picture | None = None) -> Job | None:
-        """What has to be run for a frame, by `run`, and given to `finish` before the next; None if nothing."""
+        """Return the job of a frame, None if the filter skips it.
+
+        Its result by `run` has to be given to `finish` before the next frame. Raise RuntimeError if it was not.
+        """
         pixels = self._fit(frame)
         if self._left:
-            self._forget()  # on the way to another prompt no scene is still
+            self._forget()  # while the prompt changes, a still scene is drawn again too
         if self.filter is not None and self.filter.skip(pixels, self.in_flight):
             return None
         device = jnp.asarray(pixels.reshape(self.frames, *self.size, 3))
         self._travel()
         if self._state is None:
-            raise RuntimeError("the last frame is not finished")
+            raise RuntimeError("the last frame is not finished: give the result of its job to `finish` first")
         if self.controls.guidance == "onetime" and not self._probed:
             virtual = probing(self.program)(self._weights, self._settings, self._state, device)
             self._settings, self._probed = self._settings._replace(virtual=virtual), True
@@ -171,7 +187,7 @@ class Stream:
         return Job(self.program, method, self._weights, self._settings, state, device)
 
     def finish(self, state: State, pictures: Array) -> Picture:
-        """Take what `run` gave for `prepare`'s job, and wait for its picture."""
+        """Take the result of `prepare`'s job by `run`, wait for its picture, and return it."""
         self._take(state, pictures)
         assert self.picture is not None
         return self.picture
@@ -182,14 +198,14 @@ class Stream:
 
     @property
     def picture(self) -> Picture | None:
-        """The last one, if there has been one."""
+        """The last picture, None before the first."""
         return None if self._pictures is None else self._on_host(self._pictures)
 
     def _on_host(self, pictures: Array) -> Picture:
         return np.asarray(pictures)[0] if self.frames == 1 else np.asarray(pictures)
 
     def rehearsals(self) -> list[Job]:
-        """The jobs that `prepare` may give with these controls, on states of their own: to be compiled beforehand."""
+        """Return the jobs that `prepare` may return with these controls, on new states, to compile them beforehand."""
         methods = ["sequential", "step"] if self.controls.batch and self.program.steps > 1 else ["sequential"]
         frame = jnp.zeros((self.frames, *self.size, 3), jnp.uint8)
         states = [self.program.init(self._weights, self._settings, jax.random.key(0)) for _ in methods]
@@ -199,22 +215,22 @@ class Stream:
         ]
 
     def map(self, frames: Iterable[Picture], *, ahead: int = 0) -> Iterator[Picture]:
-        """Exactly one picture for each frame, in order, those in flight at the end included.
+        """Yield exactly one picture for each frame, in order, those in flight at the end included.
 
-        ahead: how many calls are sent to the device before the picture of the first of them is waited for.
+        ahead: calls that are sent to the device before the picture of the first of them is waited for.
         """
-        flight: deque[bool] = deque()  # whether a picture is still owed for each frame in flight, the oldest first
-        drawn: deque[tuple[Array, int]] = deque()  # pictures not waited for yet, and for how many frames they stand
+        flight: deque[bool] = deque()  # of each frame in flight, oldest first: whether it still needs a picture
+        drawn: deque[tuple[Array, int]] = deque()  # pictures not waited for yet, and the number of their frames
         last: Picture | None = None
 
         def call(frame: Picture, owed: bool) -> None:
             nonlocal flight
             job = self.prepare(frame)
-            if job is None:  # what is in flight is as this is: all of them get the picture that there is
+            if job is None:  # the frames in flight look like this one: all of them get the last picture
                 count, flight = sum(flight) + owed, deque([False] * len(flight))
             else:
                 self._take(*run([job])[0])
-                if job.method == "sequential":  # its own picture; what is in flight, if anything, are copies of it
+                if job.method == "sequential":  # the frame's own picture; those in flight are copies of it
                     count, flight = int(owed), deque([False] * self.in_flight)
                 else:
                     flight.append(owed)
@@ -238,7 +254,7 @@ class Stream:
         yield from ready(0)
 
     def check(self, controls: Controls) -> None:
-        """ValueError for controls that this pipeline and its adapters cannot follow."""
+        """Raise ValueError if this pipeline and its adapters cannot follow some controls."""
         times = controls.times(self._sampler, self.pipe.model.schedule, self.pipe.spacing)
         self.pipe.model.check_start(float(times[0]))
         for name, _ in controls.lora:
@@ -250,12 +266,12 @@ class Stream:
 
     @property
     def in_flight(self) -> int:
-        """Calls between that of a frame and that which gives its picture."""
+        """The calls between the one that takes a frame and the one that returns its picture: n - 1, or 0."""
         return self.program.steps - 1 if self.controls.batch else 0
 
     @property
     def encoded(self) -> int:
-        """How many texts have been encoded."""
+        """The number of times a text encoder has run."""
         return self._prompts.encoded
 
     @cached_property
@@ -265,33 +281,33 @@ class Stream:
         return height, width, config.latent_channels
 
     def _apply(self, before: Controls | None) -> None:
-        """Bring program, weights and settings up to the controls; what has not changed is left alone."""
+        """Update program, weights and settings for the controls that differ from `before`; None updates all."""
         now = self.controls
 
-        def new(*names: str) -> bool:
+        def changed(*names: str) -> bool:
             return before is None or any(getattr(before, name) != getattr(now, name) for name in names)
 
-        if new("lora"):
+        if changed("lora"):
             self._weights = self._merged(now)
         net = self._weights.net
-        texts = new("prompt", "blend", "lora")
-        if texts:
+        text_changed = changed("prompt", "blend", "lora")
+        if text_changed:
             self._target: Cond = self._prompts(net, now.prompts, now.blend)
         if before is None:
             self._settings = self._first_settings()
-        if texts:
-            travel = 0 if before is None or new("lora") else now.travel
+        if text_changed:
+            travel = 0 if before is None or changed("lora") else now.travel
             self._left, self._from, self._length = travel, self._settings.cond, travel
             if travel == 0:
                 self._settings = self._settings._replace(cond=self._target)
-        needed = now.guidance in ("full", "onetime")
-        if needed and new("negative_prompt", "guidance", "lora"):
+        needs_negative = now.guidance in ("full", "onetime")
+        if needs_negative and changed("negative_prompt", "guidance", "lora"):
             self._settings = self._settings._replace(null=self._prompts.negative(net, now.negative_prompt))
-        if new("prompt", "negative_prompt", "guidance", "lora", "blend"):
+        if changed("prompt", "negative_prompt", "guidance", "lora", "blend"):
             self._probed = False
-            if now.guidance != "onetime":
+            if now.guidance != "onetime":  # virtual 0 is self-negative RCFG
                 self._settings = self._settings._replace(virtual=jnp.zeros(self._latent_shape))
-        if new("seed", "steps", "t_index"):
+        if changed("seed", "steps", "t_index"):
             shape = (now.steps, *self._latent_shape)
             self._settings = self._settings._replace(
                 noise=blended_noise(lambda seed: _noise(np.uint32(seed), shape), now.seeds)
@@ -301,7 +317,7 @@ class Stream:
         self._settings = self._settings._replace(
             times=jnp.asarray(times), renoise=jnp.float32(now.add_noise), **numbers
         )
-        if new("similarity", "max_skips"):
+        if changed("similarity", "max_skips"):
             old, self.filter = self.filter, None
             if now.similarity is not None:
                 self.filter = SimilarityFilter(threshold=now.similarity, max_skips=now.max_skips)
@@ -317,8 +333,8 @@ class Stream:
             remember=now.remember,
             low_precision=is_low_precision(*self._weights),
         )
-        another, self.program = before is None or program != self.program, program
-        if before is not None and another:
+        program_changed, self.program = before is None or program != self.program, program
+        if before is not None and program_changed:
             pictures = self._pictures
             self.reset()
             self._pictures = pictures
@@ -347,21 +363,21 @@ class Stream:
             self.filter.forget()
 
     def _travel(self) -> None:
-        """One frame further from the old prompt to the new one."""
+        """Go one frame further from the old prompt to the new one."""
         if self._left > 0:
             self._left -= 1
             share = jnp.float32(1.0 - self._left / self._length)
             self._settings = self._settings._replace(cond=_between(self._from, self._target, share))
 
     def _merged(self, controls: Controls) -> Weights:
-        """The parameters with the adapters."""
+        """Return the parameters with the adapters merged in."""
         net, scales = self.pipe.net_params, dict(controls.lora)
         if self.loras:
-            net = _merge(net, [(own, jnp.float32(scales.get(name, 0.0))) for name, own in self.loras.items()])
+            net = _merge(net, [(adapters, jnp.float32(scales.get(name, 0.0))) for name, adapters in self.loras.items()])
         return Weights(net, self.pipe.params["vae"])
 
     def _fit(self, frame: Picture | None) -> Picture:
-        """The frame in the stream's size; of a stream from noise, zeros that nothing looks at."""
+        """Return the frame in the stream's size; for a stream from noise, zeros that are not used."""
         shape = (self.frames, *self.size, 3) if self.frames > 1 else (*self.size, 3)
         if frame is None:
             if self.image:
@@ -371,14 +387,19 @@ class Stream:
         if frame.dtype != np.uint8 or frame.ndim != len(shape) or frame.shape[-1] != 3:
             raise ValueError(f"frame: expected uint8 {shape}, got {frame.dtype} {frame.shape}")
         if frame.ndim == 4 and len(frame) != self.frames:
-            raise ValueError(f"frame: {len(frame)} frames for a buffer of {self.frames}")
+            raise ValueError(f"frame: {len(frame)} frames given, and this stream takes {self.frames} at once")
         if frame.shape == shape:
             return frame
-        return fit(frame, self.size) if frame.ndim == 3 else np.stack([fit(one, self.size) for one in frame])
+        return fit(frame, self.size) if frame.ndim == 3 else np.stack([fit(single, self.size) for single in frame])
 
 
 def fit(frame: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h2 w2 3"]:
-    """The largest middle part of a frame that has the shape of `size` (height, width), scaled to it."""
+    """Return the largest middle part of a frame that has the shape of `size` (height, width), scaled to it.
+
+    >>> import numpy as np
+    >>> fit(np.zeros((20, 60, 3), np.uint8), (16, 16)).shape
+    (16, 16, 3)
+    """
     height, width = frame.shape[:2]
     ratio = min(height / size[0], width / size[1])
     tall, wide = max(round(size[0] * ratio), 1), max(round(size[1] * ratio), 1)

@@ -1,7 +1,7 @@
-"""Video files in and out: a restyled video keeps frame times, audio and size, and a killed job goes on.
+"""Readers and writers of video files: a restyled video keeps frame times, audio and size, and a killed job resumes.
 
-The work is cut into segments that do not depend on each other: each begins with a cold stream, is written aside and
-renamed, and what is there is not made again. At the end the segments' packets are joined, with the audio's as they are.
+A video is cut into independent segments: each begins with a cold stream, and is renamed when it is complete, so that a
+resumed job makes only the missing ones. At the end the segments' packets are joined with the unchanged audio packets.
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ from lcm_jax.stream.stream import Stream
 from lcm_jax.weights.safetensors_files import read_json
 
 SEGMENT = 240  # frames
-RUN_IN = 8  # frames before a segment that a stream with a memory sees first
-CODEC = {"crf": "18", "preset": "veryfast", "bf": "0"}  # without B-frames packets of segments follow each other
+RUN_IN = 8  # frames before a segment that a stream with feedback, motion or memory is given first
+CODEC = {"crf": "18", "preset": "veryfast", "bf": "0"}  # without B-frames, the packets of segments can be joined
 
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """What a video file says of itself. size: (height, width) in pixels as shown; rate: frames a second."""
+    """The properties of a video file.
+
+    size: (height, width) in pixels as shown. rate: frames a second. time_base: seconds of one unit of time. frames:
+    their number, estimated if the file does not tell it, 0 if that is not possible. audio: whether there is any.
+    """
 
     path: Path
     size: tuple[int, int]
     rate: Fraction
     time_base: Fraction
-    frames: int  # 0 where the file does not tell
+    frames: int
     audio: bool
 
     @classmethod
     def open(cls, path: Path) -> Video:
-        """ValueError for what is not a video that can be read."""
+        """Read a file's properties. Raise FileNotFoundError if it is missing, ValueError if it is no readable video."""
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         try:
@@ -65,7 +69,7 @@ class Video:
         return cls(path=path, size=size, rate=rate, time_base=base, frames=frames, audio=audio)
 
     def read(self) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
-        """(time in units of time_base, picture) of every frame, in the order in which they are shown."""
+        """Yield (time in units of time_base, picture) of every frame, in the order in which they are shown."""
         with av.open(str(self.path)) as container:
             video = container.streams.video[0]
             video.thread_type = "AUTO"
@@ -73,20 +77,24 @@ class Video:
             for frame in container.decode(video):
                 time = frame.pts if frame.pts is not None else (0 if last is None else last + step)
                 if last is not None and time <= last:
-                    time = last + 1  # some files repeat a time, which no encoder takes
+                    time = last + 1  # some files repeat a time, which encoders refuse
                 last = time
                 yield time, frame.to_ndarray(format="rgb24")
 
 
 class Writer:
-    """A video file of frames at given times, H.264."""
+    """A writer of H.264 video files, which takes frames with their times.
+
+    size: (height, width) in pixels; an odd side loses a line. rate: frames a second. time_base: seconds of one unit of
+    time. form: the container, by default that of the path's suffix.
+    """
 
     def __init__(
         self, path: Path, size: tuple[int, int], rate: Fraction, time_base: Fraction, form: str | None = None
     ) -> None:
         self._container = av.open(str(path), "w", format=form)
         self._stream: Any = self._container.add_stream("libx264", rate=rate, options=CODEC)
-        # H.264 with colours at half the resolution has even sides: an odd one loses a line
+        # yuv420p has colours at half the resolution, and so even sides
         self._stream.height, self._stream.width = (side - side % 2 for side in size)
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.thread_count = 1
@@ -94,19 +102,25 @@ class Writer:
         self._base = time_base
 
     def put(self, time: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Write a picture at a time, which has to be later than the last, in units of time_base."""
         part = np.ascontiguousarray(picture[: self._stream.height, : self._stream.width])
-        # With the colours left to the encoder, and more threads, one in ten files differed for the same frames.
+        # Converted here and in one thread: with the encoder's conversion and threads, one file in ten differed.
         frame = av.VideoFrame.from_ndarray(part, format="rgb24").reformat(format="yuv420p")
         frame.pts, frame.time_base = time, self._base
         self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
+        """Write the frames that the encoder still holds, and close the file."""
         self._container.mux(self._stream.encode())
         self._container.close()
 
 
 def working_size(stream_side: tuple[int, int], size: tuple[int, int], factor: int) -> tuple[int, int]:
-    """(height, width) of about the model's own area and the shape of `size`, in multiples of `factor` pixels."""
+    """Return (height, width) with about the area of `stream_side` and the shape of `size`, in multiples of `factor`.
+
+    >>> working_size((512, 512), (1080, 1920), 8)
+    (384, 680)
+    """
     area = stream_side[0] * stream_side[1]
     scale = (area / (size[0] * size[1])) ** 0.5
     height, width = (max(round(side * scale / factor), 1) * factor for side in size)
@@ -114,24 +128,25 @@ def working_size(stream_side: tuple[int, int], size: tuple[int, int], factor: in
 
 
 def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMENT, progress: bool = True) -> int:
-    """Redraw every frame of a video into `target`; how many. Segments lie in TARGET.parts until all are done.
+    """Redraw every frame of a video into the file `target`, and return their number.
 
-    ValueError if the parts there are of another video or of other controls.
+    The segments, of `segment` frames each, are kept in the folder TARGET.parts until all are complete. Raise ValueError
+    if that folder is of another video or of other controls, or no frame can be read.
     """
     parts = target.with_name(target.name + ".parts")
     _check_parts(parts, stream, video, segment)
     frames = prefetch(video.read())
     number = 0
     before: list[UInt8[np.ndarray, "h w 3"]] = []
-    there = segment * len(list(parts.glob("*.nut")))  # not counted into the rate
-    with tqdm(total=video.frames or None, initial=there, unit="frame", disable=not progress) as bar:
+    done = segment * len(list(parts.glob("*.nut")))  # by an earlier run: no part of the bar's rate
+    with tqdm(total=video.frames or None, initial=done, unit="frame", disable=not progress) as bar:
         for index in range(10**9):
             batch = list(islice(frames, segment))
             if not batch:
                 break
             path = parts / f"{index:06d}.nut"
             if not path.is_file():
-                _make(stream, video, batch, before, path, bar)
+                _make_segment(stream, video, batch, before, path, bar)
             number, before = number + len(batch), [picture for _, picture in batch[-RUN_IN:]]
             if len(batch) < segment:
                 break
@@ -143,20 +158,20 @@ def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMEN
 
 
 def _check_parts(parts: Path, stream: Stream, video: Video, segment: int) -> None:
-    """That the segments which are there, if any, belong to this job."""
+    """Raise ValueError if the folder holds the segments of another job; otherwise record this job in it."""
     stat = video.path.stat()
     job = [str(video.path.resolve()), stat.st_size, stat.st_mtime_ns, segment, stream.size, repr(stream.controls)]
     job += [str(stream.pipe.model), sorted(stream.loras)]
     digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
     file = parts / "job.json"
     if file.is_file() and read_json(file)["digest"] != digest:
-        raise ValueError(f"{parts}: parts of another job; delete the folder, or give the arguments that it began with")
+        raise ValueError(f"{parts}: parts of another job; delete the folder, or repeat the arguments of that job")
     parts.mkdir(parents=True, exist_ok=True)
     write_json(file, {"digest": digest, "video": str(video.path), "controls": repr(stream.controls)})
 
 
-def _make(stream: Stream, video: Video, batch: list[Any], before: list[Any], path: Path, bar: Any) -> None:
-    """One segment, from a cold stream."""
+def _make_segment(stream: Stream, video: Video, batch: list[Any], before: list[Any], path: Path, bar: Any) -> None:
+    """Draw one segment with a cold stream, which is given the frames `before` it if its controls use earlier ones."""
     stream.reset()
     if stream.filter is not None:
         stream.filter.restart()
@@ -164,61 +179,61 @@ def _make(stream: Stream, video: Video, batch: list[Any], before: list[Any], pat
     if controls.feedback or controls.motion or controls.remember:
         for picture in before:
             stream(picture)
-    aside = path.with_suffix(".tmp")
+    unfinished = path.with_suffix(".tmp")
 
     def write(item: tuple[int, UInt8[np.ndarray, "h w 3"]]) -> None:
         time, picture = item
         height, width = video.size
         writer.put(time, np.asarray(PILImage.fromarray(picture).resize((width, height), PILImage.Resampling.LANCZOS)))
 
-    # Closed on an interrupt too: else, collected later, it would write what it still holds into the next one's file.
+    # Closed on an interrupt too: else its last frames would be written when it is collected, into its successor's file.
     with (
-        closing(Writer(aside, video.size, video.rate, video.time_base, "nut")) as writer,
-        BackgroundWriter(write) as behind,
+        closing(Writer(unfinished, video.size, video.rate, video.time_base, "nut")) as writer,
+        BackgroundWriter(write) as background,
     ):
         pictures = stream.map(picture for _, picture in batch)
         for (time, _), picture in zip(batch, pictures, strict=True):
-            behind.put((time, picture))
+            background.put((time, picture))
             bar.update()
-    aside.replace(path)
+    unfinished.replace(path)
 
 
 def _join(segments: list[Path], video: Video, target: Path) -> None:
-    """The packets of all segments one after another, and the audio's as they are, in a file that is then renamed."""
+    """Write the packets of all segments, and the unchanged ones of the audio, into a file that is then renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.stem}.tmp{target.suffix}")
-    with av.open(str(aside), "w") as out, av.open(str(segments[0])) as first:
-        shown = out.add_stream_from_template(first.streams.video[0])
-        packets: list[Iterator[Any]] = [_packets(segments, shown)]
+    unfinished = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    with av.open(str(unfinished), "w") as out, av.open(str(segments[0])) as first:
+        video_out = out.add_stream_from_template(first.streams.video[0])
+        packets: list[Iterator[Any]] = [_packets(segments, video_out)]
         if video.audio:
             source = av.open(str(video.path))
-            heard = out.add_stream_from_template(source.streams.audio[0])
-            packets.append(_on(heard, source.demux(source.streams.audio[0])))
+            audio_out = out.add_stream_from_template(source.streams.audio[0])
+            packets.append(_retarget(audio_out, source.demux(source.streams.audio[0])))
         for packet in _by_time(packets):
             out.mux(packet)
         if video.audio:
             source.close()
-    aside.replace(target)
+    unfinished.replace(target)
 
 
 def _packets(segments: list[Path], stream: Any) -> Iterator[Any]:
     for path in segments:
         with av.open(str(path)) as container:
-            yield from _on(stream, container.demux(container.streams.video[0]))
+            yield from _retarget(stream, container.demux(container.streams.video[0]))
 
 
-def _on(stream: Any, packets: Iterable[Any]) -> Iterator[Any]:
-    """Packets of another file as those of a stream of this one."""
+def _retarget(stream: Any, packets: Iterable[Any]) -> Iterator[Any]:
+    """Assign packets of another file to a stream of this one."""
     for packet in packets:
         if packet.pts is not None:  # the last, empty one has none
             packet.stream = stream
-            if packet.dts is None:  # not every file tells it; without B-frames the two are one
+            if packet.dts is None:  # some files have none; without B-frames the two are equal
                 packet.dts = packet.pts
             yield packet
 
 
 def _by_time(streams: list[Iterator[Any]]) -> Iterator[Any]:
-    """All packets, those that come first first, as a file wants them."""
+    """Merge the packets of several streams in the order of their decoding times, as a file needs them."""
     heads = [next(stream, None) for stream in streams]
     while any(head is not None for head in heads):
         times = [float("inf") if head is None else float(head.dts * head.time_base) for head in heads]

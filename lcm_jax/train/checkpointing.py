@@ -74,7 +74,7 @@ def restore_checkpoint(manager: ocp.CheckpointManager, like: Any, placement: Pla
 
 
 def check_writable(workdir: Path) -> None:
-    """Raise OSError unless files can be created in `workdir`, or in the nearest parent that exists; none is left."""
+    """Raise OSError unless files can be created in `workdir`, or in its nearest parent that exists; leave none."""
     folder = workdir.absolute()
     try:
         with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())):

@@ -25,7 +25,7 @@ WATCHING = ("log_every", "save_every", "preview_every", "keep", "mesh", "paralle
 class TrainConfig:
     """Everything that a run depends on."""
 
-    task: Any  # a frozen dataclass with build() -> Task; which raises all of its errors before any long work
+    task: Any  # a frozen dataclass with build() -> Task, which raises all of its errors before any long work
     loop: Annotated[LoopConfig, tyro.conf.arg(name="")] = LoopConfig()
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
 

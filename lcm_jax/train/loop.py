@@ -300,7 +300,7 @@ class _Run:
         with reporting_write_errors(self.manager):
             self.manager.wait_until_finished()
         if is_main():
-            print(f"{self.workdir}: told to end (SIGTERM); step {step} is saved, the same command goes on from it")
+            print(f"{self.workdir}: ended by SIGTERM; step {step} is saved, and the same command continues from it")
         raise Preempted
 
 

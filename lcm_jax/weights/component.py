@@ -36,7 +36,7 @@ class Component:
     """
 
     def __init__(self, module: Any, params: Params | Callable[..., Params]) -> None:
-        """Bind a flax module that has a `config` to its parameters; a callable must take `each`, as `from_torch` does."""
+        """Bind a flax module with a `config` to its parameters; a callable must take `each`, as `from_torch` does."""
         self.module = module
         self._params = params
         self._make = params if callable(params) else None
@@ -141,7 +141,7 @@ def write_part(folder: Path, part: Part, *, dtype: Any = None, variant: str | No
 
 
 def check_part(part: Part) -> None:
-    """Raise ValueError if a network's tensors do not fit its config; it lists what is missing, unexpected, mis-shaped."""
+    """Raise ValueError unless the tensors fit the config; it lists those missing, unexpected or mis-shaped."""
     family = FAMILIES[part.kind]
     check(
         part.tensors,

@@ -1,4 +1,4 @@
-"""`lcm-jax convert`: one format of weights into another, a tensor at a time."""
+"""The command `lcm-jax convert`: weights from one format to another, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODELS = ("diffusers", "single", "orbax")
 LORAS: Mapping[str, Format] = {"lora-peft": "peft", "lora-diffusers": "diffusers", "lora-kohya": "kohya"}
 FORMATS = (*MODELS, *LORAS)
 CLASSES = {"unet": "UNet2DConditionModel", "transformer": "SD3Transformer2DModel", "text_encoder_3": "T5EncoderModel"}
-# Components that a LoRA may be of, with the layers of each that are extracted.
+# Component that a LoRA may adapt -> the layers of it that are extracted.
 TARGETS = {
     "unet": DEFAULT_TARGETS,
     "transformer": MMDIT_TARGETS,
@@ -44,13 +44,13 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What was written, and what the source had that was not."""
+    """The contents of a converted file or folder, and the entries of the source that are not in it."""
 
     components: tuple[str, ...]
     tensors: int
     parameters: int
-    dtypes: Mapping[str, int]  # name -> tensors
-    dropped: tuple[str, ...]
+    dtypes: Mapping[str, int]  # name -> number of tensors
+    dropped: tuple[str, ...]  # entries of the source
 
     def __str__(self) -> str:
         types = ", ".join(f"{count} {name}" for name, count in sorted(self.dtypes.items()))
@@ -67,10 +67,11 @@ def convert(
     config: str | Path | None = None,
     variant: str | None = None,
 ) -> Summary:
-    """Write a model in another format, whole or not at all.
+    """Write a model in another format, completely or not at all.
 
     to: "diffusers" (a folder), "single" (one file in the original naming) or "orbax" (a folder with a checkpoint).
-    dtype: of floating tensors; None keeps each one's. config, variant: see `read_model`.
+    dtype: that of the floating tensors; None keeps each one's. config, variant: see `read_model`. Raises ValueError for
+    an unknown format, a target whose name does not suit the format, and a network that does not fit its config.
     """
     if to not in MODELS:
         raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
@@ -87,14 +88,14 @@ def convert(
         dropped += [f"{name} (a single file has no place for it)" for name in model.small if name != "scheduler"]
     total = sum(len(names_of(part.kind, part.config)) for part in parts.values())
     with tqdm(total=total, unit="tensor", desc=f"{target.name}", disable=None) as bar:
-        counted = {name: _counting(part, dtype, bar.update) for name, part in parts.items()}
-        watched = {name: part for name, (part, _) in counted.items()}
+        with_counts = {name: _counting(part, dtype, bar.update) for name, part in parts.items()}
+        counted = {name: part for name, (part, _) in with_counts.items()}
         if to == "single":
-            write_single(target, watched, prediction=model.prediction)
+            write_single(target, counted, prediction=model.prediction)
         else:
             with replacing(target) as folder:
-                _write_folder(folder, model, watched, orbax_params=to == "orbax")
-    counts = [count for _, count in counted.values()]
+                _write_folder(folder, model, counted, orbax_params=to == "orbax")
+    counts = [count for _, count in with_counts.values()]
     return Summary(
         components=tuple(parts),
         tensors=sum(len(count) for count in counts),
@@ -104,8 +105,11 @@ def convert(
     )
 
 
-def _counting(part: Part, dtype: Any, seen: Callable[[int], Any]) -> tuple[Part, dict[str, tuple[int, str]]]:
-    """The part with its tensors cast, and a table of size and dtype that fills as they are read."""
+def _counting(part: Part, dtype: Any, update: Callable[[int], Any]) -> tuple[Part, dict[str, tuple[int, str]]]:
+    """Return the part with its tensors cast, and a table name -> (size, dtype) that fills as they are read.
+
+    update: called with 1 for every tensor that is read, to advance the progress bar.
+    """
     counts: dict[str, tuple[int, str]] = {}
     tensors = cast({name: part.tensors[name] for name in names_of(part.kind, part.config)}, dtype)
 
@@ -113,14 +117,14 @@ def _counting(part: Part, dtype: Any, seen: Callable[[int], Any]) -> tuple[Part,
         tensor = tensors[name]
         if name not in counts:
             counts[name] = (tensor.size, tensor.dtype.name)
-            seen(1)
+            update(1)
         return tensor
 
     return part._replace(tensors=Lazy({name: partial(read, name) for name in tensors})), counts
 
 
 def _write_folder(folder: Path, model: Model, parts: Mapping[str, Part], *, orbax_params: bool) -> None:
-    """A diffusers folder, or the same with one orbax checkpoint in place of its safetensors files."""
+    """Write a diffusers folder, or one with an orbax checkpoint instead of its safetensors files."""
     index = {name: value for name, value in model.index.items() if name not in UNUSED or not isinstance(value, list)}
     index |= {name: (None, None) for name in UNUSED if name in model.index}
     for name, part in parts.items():
@@ -146,9 +150,13 @@ def convert_lora(
     rank: int = 64,
     config: str | Path | None = None,
 ) -> Summary:
-    """Write a LoRA in another format; or, of a model, the LoRA that makes it out of `base` (by SVD, of rank `rank`).
+    """Write a LoRA in another format; if `source` is a model, extract the LoRA that turns `base` into it, by SVD.
 
-    base: the model that the LoRA is for. Without it only files whose names have dots (PEFT, diffusers) can be read.
+    to: "lora-peft", "lora-diffusers" or "lora-kohya". base: the model that the LoRA is for; without it only files whose
+    module names have dots (PEFT, diffusers) can be read. dtype: that of the tensors; None writes float32. rank: the
+    rank of an extracted LoRA. config: see `read_model`. Raises ValueError if the target is not named *.safetensors, if
+    a model is given without a base, if the two have different architectures, or if no layer that a LoRA can adapt
+    differs.
     """
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: a LoRA is one file, named *.safetensors")
@@ -172,9 +180,9 @@ def convert_lora(
             if name not in tuned.parts or tuned.parts[name].config != model.parts[name].config:
                 raise ValueError(f"{source}: its {name} is not of the same architecture as that of {base}")
             before, after = (to_component(m.parts[name]).params for m in (model, tuned))
-            found = extract(before, after, rank=rank, targets=TARGETS[name])
-            adapters |= {name: found.adapters} if found.adapters else {}
-            dropped += [f"{name}/{path}" for path in found.untouched]
+            extraction = extract(before, after, rank=rank, targets=TARGETS[name])
+            adapters |= {name: extraction.adapters} if extraction.adapters else {}
+            dropped += [f"{name}/{path}" for path in extraction.untouched]
         if not adapters:
             raise ValueError(f"{source}: does not differ from {base} in any layer that a LoRA has")
     if not ("transformer" in networks or "text_encoder_2" in networks):  # SD1's and SD2's tools want diffusers' names
@@ -191,7 +199,7 @@ def convert_lora(
 
 
 def is_lora(source: str | Path) -> bool:
-    """Whether a path or name is a LoRA, as its keys say."""
+    """Return whether a path or name is a LoRA: a folder by the names of its files, a file by its keys."""
     path = locate(source).path
     if path.is_dir():
         return any((path / name).is_file() for name in FILE_NAMES)
@@ -199,7 +207,7 @@ def is_lora(source: str | Path) -> bool:
 
 
 def networks_of(model: Model) -> dict[str, Network]:
-    """How LoRA files name the modules of a model's components."""
+    """Return component -> the tables that name its modules in LoRA files, for the components in `TARGETS`."""
     parts = {name: part for name, part in model.parts.items() if name in TARGETS}
     return lora_networks(
         {name: (part.kind, part.config, abstract_params(part.kind, part.config)) for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""Diffusers folders of Stable Diffusion, in and out: model_index.json and a sub-folder for each component."""
+"""Diffusers folders of Stable Diffusion, read and written: model_index.json and a sub-folder for each component."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
 SD3 = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 
 _NETWORKS = (*DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
-# Text encoder -> its tokenizer, in the order in which their outputs are joined.
+# Text encoder -> its tokenizer, in the order in which the encoders' outputs are concatenated.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 _SETTINGS = (
     *("force_zeros_for_empty_prompt", "requires_aesthetics_score"),
-    *("requires_safety_checker", "add_watermarker"),  # about what is done with the finished picture
+    *("requires_safety_checker", "add_watermarker"),  # these two concern the finished image only
 )
 
 
@@ -43,10 +43,12 @@ def load_component(
     scan: bool = False,
     shardings: Shardings | None = None,
 ) -> Component:
-    """Read `folder`/`name`. dtype: of parameters and computation; float32 for weights that overflow in float16.
+    """Return the component in `folder`/`name`.
 
-    variant: such as "fp16", of the file's name. scan: stack the layers that are alike, of networks that can. shardings:
-    where each parameter goes, of which a device reads its own part alone. Errors name the file and what does not fit.
+    dtype: that of parameters and computation; float16 becomes float32 for weights that overflow in it. variant: such as
+    "fp16", in the file's name. scan: whether equal layers are stacked, for networks that can. shardings: (path, shape)
+    -> sharding; each device reads only its slice. Raises FileNotFoundError, and ValueError with the file's name and
+    what does not fit.
     """
     return to_component(read_part(folder / name, variant=variant), dtype=dtype, scan=scan, shardings=shardings)
 
@@ -54,56 +56,56 @@ def load_component(
 def save_component(
     folder: Path, name: str, component: Component, *, dtype: Any = None, variant: str | None = None
 ) -> tuple[str, str]:
-    """Write `folder`/`name` as diffusers or transformers would; returns its (library, class) for model_index.json."""
+    """Write `folder`/`name` as diffusers or transformers would; return its (library, class) for model_index.json.
+
+    dtype: that of the floating tensors; None keeps each one's. variant: such as "fp16", in the file's name.
+    """
     return write_part(folder / name, to_part(component), dtype=dtype, variant=variant)
 
 
 def without_shift(vae: Component) -> Component:
-    """The autoencoder with shift_factor 0, which every pipeline of diffusers draws with.
+    """Return an equivalent autoencoder with shift_factor 0, which every diffusers pipeline can use.
 
-    Those of UNets only scale latents, whatever the config says; those of SD3 shift them too, and want a number.
+    The shift is folded into the parameters. Pipelines with a UNet only scale latents, whatever the config says; those
+    of SD3 also shift them and need a number. Raises ValueError for a tiny autoencoder that has a shift_factor.
     """
     config, params = vae.module.config, vae.params
     if config.shift_factor:
         if not isinstance(vae.module, AutoencoderKL):
-            raise ValueError(f"the tiny autoencoder has shift_factor={config.shift_factor}; a UNet's must be 0")
+            raise ValueError(f"the tiny autoencoder has shift_factor={config.shift_factor}; for a UNet it must be 0")
         config, params = fold_shift(config, params)
     return Component(vae.module.clone(config=replace(config, shift_factor=0.0)), params)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A whole pipeline as it lies on disk. `components` by their diffusers names: unet, vae, text_encoder ...
+    """The contents of a diffusers folder: a pipeline's networks, tokenizers, scheduler config and settings."""
 
-    tokenizers: under the names of their text encoders. extras: what else model_index.json says, `_class_name` among it;
-    of a folder made here it may be empty.
-    """
-
-    components: Mapping[str, Component]
-    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+    components: Mapping[str, Component]  # by their diffusers names: unet, vae, text_encoder, ...
+    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)  # by the names of their text encoders
     scheduler: Mapping[str, Any]  # scheduler_config.json
-    extras: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)  # other entries of model_index.json: _class_name, ...
 
     @property
     def denoiser(self) -> str:
-        """The name of the network that undoes noise: "unet", or "transformer"."""
+        """The name of the network that denoises: "unet" or "transformer"."""
         return next(name for name in DENOISERS if name in self.components)
 
     @property
     def family(self) -> str:
-        """How prompts condition: "sd", "sdxl" (pooled text and picture sizes) or "sd3" (three encoders)."""
+        """The kind of text conditioning: "sd", "sdxl" (with pooled text and image sizes) or "sd3" (three encoders)."""
         if self.denoiser == "transformer":
             return "sd3"
         return "sdxl" if "text_encoder_2" in self.components else "sd"
 
     @property
     def is_sdxl(self) -> bool:
-        """Whether the UNet is told the pooled text and picture sizes."""
+        """True if the UNet takes pooled text and image sizes as inputs."""
         return self.family == "sdxl"
 
     @property
     def pipeline(self) -> str:
-        """The class of diffusers that draws with these components."""
+        """The name of the diffusers pipeline class for these components."""
         if "_class_name" in self.extras:
             return str(self.extras["_class_name"])
         if self.family == "sd3":
@@ -115,31 +117,39 @@ class Folder:
 
     @property
     def prompts(self) -> Prompts:
-        """How texts become this model's conditioning."""
+        """The text encoders and tokenizers that turn prompts into this model's conditioning."""
         modules = {name: self.components[name].module for name in TOKENIZERS if name in self.tokenizers}
         width = self.components[self.denoiser].module.config.joint_attention_dim if self.family == "sd3" else 0
         return Prompts(modules=modules, tokenizers=self.tokenizers, family=self.family, width=width)
 
     @property
     def zeros_for_empty_prompt(self) -> bool:
-        """Whether no negative prompt means embeddings of zeros, rather than those of the empty text."""
+        """True if a missing negative prompt means embeddings of zeros rather than those of the empty text."""
         default = "_class_name" in self.extras or "text_encoder" in self.components
         return self.is_sdxl and bool(self.extras.get("force_zeros_for_empty_prompt", default))
 
     @property
     def is_refiner(self) -> bool:
-        """Whether the UNet is told an aesthetic score (SDXL's refiner)."""
+        """True if the UNet takes an aesthetic score as an input (SDXL's refiner)."""
         default = "_class_name" not in self.extras and "text_encoder" not in self.components
         return self.is_sdxl and bool(self.extras.get("requires_aesthetics_score", default))
 
 
 def load_folder(location: Location, *, dtype: Any = jnp.float32, variant: str | None = None) -> Folder:
-    """Read a diffusers folder: every component that its model_index.json names."""
+    """Return the contents of a diffusers folder: every component that its model_index.json names.
+
+    dtype: that of parameters and computation. variant: such as "fp16", in the files' names. The errors are those of
+    `read_folder` and `to_folder`.
+    """
     return to_folder(read_folder(location, variant=variant), dtype=dtype)
 
 
 def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
-    """The components of a model, their parameters on the device, once all that it says is known to be supported."""
+    """Return a model as components and tokenizers; the parameters are placed on the device on first access.
+
+    Raises ValueError if the model has a setting or component that is not supported, lacks one that it needs, or has
+    networks that do not fit each other; unknown settings give a warning.
+    """
     extras = {name: value for name, value in model.index.items() if not isinstance(value, list)}
     _check_index(extras, model)
     folder = Folder(
@@ -158,7 +168,7 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
     if config.in_channels != latents:
         raise ValueError(
             f"{model.parts[folder.denoiser].source}/config.json: in_channels={config.in_channels}, but latents have "
-            f"{latents} channels; networks that are given more than latents (inpainting, depth) are not supported"
+            f"{latents} channels; networks with more inputs than latents (inpainting, depth) are not supported"
         )
     return folder
 
@@ -172,14 +182,14 @@ def _load_tokenizer(model: Model, encoder: str) -> Tokenizer:
 
 
 def _check_index(extras: Mapping[str, Any], model: Model) -> None:
-    """ValueError for what changes the picture and is not supported or absent; a warning for unknown settings."""
+    """Raise ValueError for settings that are not supported and missing components; warn of unknown settings."""
     pipeline, source = extras.get("_class_name"), model.source
     known = (*SD, *LCM, *SDXL, *SD3)
     if pipeline is not None and pipeline not in known:
         raise ValueError(f"{source}: _class_name {pipeline!r} is not supported; known are {', '.join(known)}")
-    for needed in _needed(pipeline, model):
-        if needed not in model.parts:
-            raise ValueError(f"{source}: names no {needed}; {pipeline or 'a text-to-image model'} needs one")
+    for name in _needed(pipeline, model):
+        if name not in model.parts:
+            raise ValueError(f"{source}: names no {name}; {pipeline or 'a text-to-image model'} needs one")
     for name in model.parts:
         if name not in _NETWORKS:
             raise ValueError(f"{source}: names the component {name!r}, which is not supported; remove it if unused")
@@ -189,7 +199,7 @@ def _check_index(extras: Mapping[str, Any], model: Model) -> None:
 
 
 def _needed(pipeline: Any, model: Model) -> tuple[str, ...]:
-    """The components that a pipeline cannot do without."""
+    """Return the components that a pipeline needs."""
     if pipeline in SD3 or (pipeline is None and "transformer" in model.parts):
         return "transformer", "vae", "text_encoder", "text_encoder_2"
     sdxl = pipeline in SDXL if pipeline is not None else "text_encoder_2" in model.parts
@@ -197,38 +207,38 @@ def _needed(pipeline: Any, model: Model) -> tuple[str, ...]:
 
 
 def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str | None = None) -> None:
-    """Write a diffusers folder: aside first, then renamed, so `path` holds all of it or is as it was.
+    """Write a diffusers folder under another name and then rename it: a failure leaves `path` as it was.
 
-    dtype: of the files; None keeps the parameters' own. variant: such as "fp16", put into the files' names. A warning
-    says so where diffusers would read the folder and draw something else.
+    dtype: that of the files; None keeps the parameters'. variant: such as "fp16", added to the files' names. Warns if
+    diffusers would generate different images from the folder.
     """
     if folder.family == "sd3" and folder.components["transformer"].module.config.time_cond_proj_dim is not None:
         warnings.warn(
-            f"{path}: its transformer takes the guidance scale as an input (time_cond_proj_dim); lcm_jax draws with "
-            "it, diffusers would leave that input out",
+            f"{path}: its transformer takes the guidance scale as an input (time_cond_proj_dim); lcm_jax uses that "
+            "input, diffusers ignores it",
             stacklevel=2,
         )
     components = dict(folder.components)
     shift = components["vae"].module.config.shift_factor
     if shift if folder.denoiser == "unet" else shift is None:
         components["vae"] = without_shift(components["vae"])
-    with replacing(path) as aside:
+    with replacing(path) as temporary:
         index = {"_class_name": folder.pipeline, **folder.extras, **_settings(folder)}
         for name, component in components.items():
-            index[name] = save_component(aside, name, component, dtype=dtype, variant=variant)
+            index[name] = save_component(temporary, name, component, dtype=dtype, variant=variant)
         for name, tokenizer in folder.tokenizers.items():
-            tokenizer.save(aside / TOKENIZERS[name])
+            tokenizer.save(temporary / TOKENIZERS[name])
             index[TOKENIZERS[name]] = ("transformers", tokenizer.class_name)
-        write_json(aside / "scheduler" / "scheduler_config.json", folder.scheduler)
+        write_json(temporary / "scheduler" / "scheduler_config.json", folder.scheduler)
         index["scheduler"] = ("diffusers", folder.scheduler["_class_name"])
         if folder.family != "sd3" and "text_encoder" in folder.components:
-            # The pipeline takes the first output, which with a projection would be the pooled one.
+            # The pipeline takes the encoder's first output; of a class with a projection that is the pooled one.
             index["text_encoder"] = ("transformers", "CLIPTextModel")
-        write_json(aside / "model_index.json", index)
+        write_json(temporary / "model_index.json", index)
 
 
 def _settings(folder: Folder) -> dict[str, Any]:
-    """The entries of model_index.json that a pipeline's class asks for beside its components."""
+    """Return the entries of model_index.json that a pipeline's class requires besides its components."""
     absent = (None, None)
     if folder.family == "sd3":
         t5 = {"text_encoder_3": absent, "tokenizer_3": absent}

@@ -1,4 +1,4 @@
-"""Where a model is: a bundled name, a file or folder, or a repository of the Hugging Face hub."""
+"""Locations of models: a bundled name, a file or folder, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ from lcm_jax.weights.component import Component, read_part, to_component
 
 @dataclass(frozen=True, kw_only=True)
 class Location:
-    """A model's folder, with the sub-folders that differ from the usual ones (unet, vae, ..., model_index.json)."""
+    """A model's folder or file, and the sub-folders with other names than usual (unet, vae, ..., model_index.json).
+
+    >>> from lcm_jax.weights.hub import locate
+    >>> teacher = locate("openmoji-teacher")
+    >>> teacher.subpath("unet"), teacher.subpath("vae"), teacher.at("model_index.json").name
+    ('unet_teacher', 'vae', 'model_index_teacher.json')
+    """
 
     path: Path
-    subfolders: Mapping[str, str] = field(default_factory=dict)
+    subfolders: Mapping[str, str] = field(default_factory=dict)  # component -> sub-folder, relative to `path`
 
     def subpath(self, component: str) -> str:
-        """The path of a component's folder, or of the file model_index.json, relative to `path`."""
+        """Return the path of a component's folder, or of the file model_index.json, relative to `path`."""
         return self.subfolders.get(component, component)
 
     def at(self, component: str) -> Path:
-        """The path of a component's folder, or of the file model_index.json."""
+        """Return the path of a component's folder, or of the file model_index.json."""
         return self.path / self.subpath(component)
 
     def load(self, component: str, **options: Any) -> Component:
@@ -35,23 +41,23 @@ class Location:
         return to_component(read_part(self.at(component)), **options)
 
 
-# Student and teacher share all but the UNet and the scheduler, so one folder holds both.
+# Student and teacher share everything but the denoiser and the scheduler, so one folder holds both.
 _TEACHER = {
     "model_index.json": "model_index_teacher.json",
     "unet": "unet_teacher",
     "transformer": "transformer_teacher",
     "scheduler": "scheduler_teacher",
 }
-# The mini SD3 has the autoencoder, the first CLIP and the tokenizer of "openmoji".
-_AROUND = {
+# The small SD3 uses the autoencoder, the first CLIP and the tokenizer of "openmoji".
+_SHARED = {
     name: f"../openmoji/{name}" for name in ("vae", "text_encoder", "tokenizer", "image_encoder", "reference")
 } | {"tokenizer_2": "../openmoji/tokenizer"}
 BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "openmoji": ("openmoji", {}),
     "openmoji-teacher": ("openmoji", _TEACHER),
     "openmoji-lcm-lora": ("openmoji/lora", {}),
-    "openmoji-sd3": ("openmoji_sd3", _AROUND),
-    "openmoji-sd3-teacher": ("openmoji_sd3", _AROUND | _TEACHER),
+    "openmoji-sd3": ("openmoji_sd3", _SHARED),
+    "openmoji-sd3-teacher": ("openmoji_sd3", _SHARED | _TEACHER),
     "openmoji-sd3-lcm-lora": ("openmoji_sd3/lora", {}),
 }
 
@@ -61,7 +67,10 @@ _UNUSED = ("safety_checker/*",)
 
 
 def wanted(variant: str | None = None) -> list[str]:
-    """Patterns of the files in a repository that may be read: one precision's safetensors, never a pickle."""
+    """Return patterns of the files to download from a repository: one precision's safetensors, never a pickle.
+
+    variant: the precision, such as "fp16"; None is the one without a name.
+    """
     dot = "" if variant is None else f".{variant}"
     return [
         f"*model{dot}.safetensors",  # model, diffusion_pytorch_model, adapter_model
@@ -73,11 +82,17 @@ def wanted(variant: str | None = None) -> list[str]:
 
 
 def locate(name: str | Path, variant: str | None = None, *, weights: bool = True) -> Location:
-    """The local place of a model. variant: the precision to download, such as "fp16". weights: False leaves them there.
+    """Return the local location of a model: a path, a bundled name, or a repository of the hub, which is downloaded.
 
-    On the hub: "owner/name", "owner/name/file.safetensors" for that file alone, either with "@revision" (a branch, a
-    tag or a commit). What has changed there is downloaded once; without a connection, or with HF_HUB_OFFLINE=1, what
-    was downloaded before serves. Raises FileNotFoundError if the model is in none of these places.
+    On the hub: "owner/name", or "owner/name/file.safetensors" for that file alone, either with "@revision" (a branch, a
+    tag or a commit). Files that changed there are downloaded once; without a connection, or with HF_HUB_OFFLINE=1, the
+    files downloaded before are used. variant: the precision to download, such as "fp16". weights: False downloads
+    configs and tokenizers only. Raises FileNotFoundError if the model is in none of these places.
+
+    >>> from lcm_jax.weights.hub import locate
+    >>> location = locate("openmoji")
+    >>> location.path.name, location.at("unet").name, (location.at("unet") / "config.json").is_file()
+    ('openmoji', 'unet', True)
     """
     text = str(name)
     path = Path(os.path.expanduser(text))
@@ -101,7 +116,7 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
 
 
 def _snapshot(name: str, repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """The folder in the hub's cache that holds the wanted files of a repository."""
+    """Return the folder in the hub's cache with the files of a repository that match the patterns."""
 
     def fetch(*, offline: bool) -> Path:
         return Path(
@@ -116,7 +131,7 @@ def _snapshot(name: str, repository: str, revision: str | None, patterns: list[s
 
     try:
         return fetch(offline=False)
-    except Exception as error:  # of kinds that depend on the HTTP library beneath the hub's client
+    except Exception as error:  # which exceptions there are depends on the HTTP library of the hub's client
         try:
             return fetch(offline=True)
         except Exception:

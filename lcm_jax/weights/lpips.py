@@ -1,4 +1,4 @@
-"""LPIPS weights from files: the lpips package's whole state dict, or torchvision's VGG16 and the heads."""
+"""LPIPS weights from files: the full state dict of the lpips package, or torchvision's VGG16 and the heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vae16 import LPIPS, LPIPS_OPTIONAL, LPIPS_PACKAGE_RULES, LPIPS_RULES
 
 
 def load_lpips(path: str | Path, module: LPIPS = LPIPS()) -> Params:
-    """Parameters of `module` from one .safetensors file with trunk and heads, in either naming."""
+    """Return the parameters of `module` from one .safetensors file with trunk and heads, in either naming."""
     tensors = load_tensors(path)
     rules = LPIPS_PACKAGE_RULES if any(key.startswith("net.") for key in tensors) else LPIPS_RULES
     image = jnp.zeros((1, 16, 16, 3))

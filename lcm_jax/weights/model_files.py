@@ -88,8 +88,8 @@ def dispensable(name: str) -> Iterator[None]:
 def read_folder(location: Location, *, variant: str | None = None, t5: bool = True) -> Model:
     """Return the model in a diffusers folder or one with an orbax checkpoint: all components in its model_index.json.
 
-    Raises FileNotFoundError if a component that it names is missing, and ValueError if it names no scheduler or a config
-    is not supported.
+    Raises FileNotFoundError if a component that it names is missing, and ValueError if it names no scheduler or a
+    config is not supported.
     """
     source = location.path / location.subpath("model_index.json")
     index = _read_index(source, t5=t5)
@@ -116,7 +116,7 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
 
 
 def _unshifted(parts: Mapping[str, Part]) -> Mapping[str, Part]:
-    """Return the parts; the VAE of a model with a UNet without shift_factor, as diffusers' pipelines ignore it there."""
+    """Return the parts, beside a UNet with the VAE's shift_factor set to 0: diffusers' pipelines ignore it there."""
     vae = parts.get("vae")
     if "unet" not in parts or vae is None or not vae.config.shift_factor:
         return parts

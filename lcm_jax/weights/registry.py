@@ -1,4 +1,4 @@
-"""The networks by the class names of diffusers and transformers: how each is built, and how its files name things."""
+"""The networks by the class names of diffusers and transformers: for each its constructor, config and file names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vae16.rules import RULES as RULES_VAE
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a class named in config.json is read and written."""
+    """The facts needed to read and write a class that config.json names."""
 
     config: Any  # class with from_dict and to_dict
     build: Callable[..., nn.Module]  # (config, dtype=..., param_dtype=...) -> module
@@ -39,10 +39,10 @@ class Family:
     example: Callable[[Any], Sequence[Any]]  # config -> arguments of init
     rules: Rules
     stem: str  # file name without .safetensors
-    library: str  # what model_index.json names
-    optional: Sequence[str] = ()
-    prefix: str = ""  # of the tower's names; transformers 5 leaves it out in some files
-    aliases: Mapping[str, str] = field(default_factory=dict)  # a tensor's other name in files -> its name
+    library: str  # its name in model_index.json
+    optional: Sequence[str] = ()  # regexes of keys that may be left over
+    prefix: str = ""  # of the encoder's tensors; transformers 5 omits it in some files
+    aliases: Mapping[str, str] = field(default_factory=dict)  # another name of a tensor in files -> its name
 
 
 def _images(config: AutoencoderConfig | TinyConfig) -> Sequence[Any]:
@@ -147,7 +147,7 @@ FAMILIES: Mapping[str, Family] = {
 TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
-# The networks that a training may be about, by the name of their part in a diffusers folder.
+# The networks that denoise, by the name of their component in a diffusers folder.
 DENOISERS: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
     "transformer": ("SD3Transformer2DModel", "DiT", "CrossDiT", "UViT"),
@@ -155,7 +155,7 @@ DENOISERS: Mapping[str, tuple[str, ...]] = {
 
 
 def denoiser_of(config: Any) -> tuple[str, Family]:
-    """The part's name and the family of a denoiser's config."""
+    """Return the component's name and the family of a denoiser's config; ValueError for any other config."""
     for name, kinds in DENOISERS.items():
         for kind in kinds:
             if type(config) is FAMILIES[kind].config:
@@ -164,5 +164,5 @@ def denoiser_of(config: Any) -> tuple[str, Family]:
 
 
 def class_name(module: nn.Module) -> str:
-    """The PyTorch class that a module of ours corresponds to."""
+    """Return the name of the PyTorch class that corresponds to a module of this library."""
     return next(name for name, family in FAMILIES.items() if family.fits(module))

@@ -1,8 +1,8 @@
-"""Files of tensors and configs: safetensors, whole or sharded, and JSON. Nothing here ever unpickles.
+"""Files of tensors and configs: safetensors, single or sharded, and JSON. Nothing here ever unpickles.
 
 Tensors are views of the memory-mapped file, so a checkpoint larger than memory can be converted one tensor at a time.
-A header is believed only where it accounts for every byte of its file: read are at most the header and what is asked
-for. Everything is written aside in the same folder and then renamed: a reader sees the old file or the new one.
+A header is accepted only if it accounts for every byte of its file; opening a file reads no more than the header. Files
+are written under another name in the same folder and then renamed: a reader sees the old file or the new one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from lcm_jax.runtime.atomic_files import dump_json, written_aside
 from lcm_jax.runtime.messages import few
 
-_DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which writes the last ones first
+_DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which writes the last of them first
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -42,13 +42,13 @@ _DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which wr
 }
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 _ORDER = {code: i for i, code in enumerate(_DTYPES)}
-# The bits of infinity, or of NaN where there is no infinity: all that follow, up to the sign, are not finite either.
+# The bits of infinity, or of NaN for dtypes without infinity. Larger bit patterns of that sign are not finite either.
 _NOT_FINITE = {
     np.dtype(dtype): int(np.array(np.inf).astype(dtype).view(f"u{np.dtype(dtype).itemsize}"))
     for code, dtype in _DTYPES.items()
     if "F" in code
 }
-_CHUNK = 1 << 18  # elements: the second look at them finds them in the cache
+_CHUNK = 1 << 18  # elements: they are read twice, the second time from the cache
 _HEADER_LIMIT = 100_000_000  # bytes, the format's own
 _JSON_LIMIT = 4 << 20  # bytes; configs have a few thousand
 _INDEX_LIMIT = 64 << 20
@@ -61,11 +61,11 @@ _CONVERT = (
 
 
 class _Entry(NamedTuple):
-    """A tensor in a file: where it lies in the data, in bytes, and what it is."""
+    """The header's entry of a tensor."""
 
-    begin: int
+    begin: int  # bytes from the start of the data
     end: int
-    code: str
+    code: str  # the format's name of its dtype
     shape: tuple[int, ...]
 
 
@@ -92,7 +92,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
-    """The tensors of a header, which must fill `size` bytes of data without overlap or hole; ValueError if not."""
+    """Return the tensors of a header; ValueError unless they fill `size` bytes of data without overlap or gap."""
     entries = {}
     for name, entry in header.items():
         match entry:
@@ -101,20 +101,20 @@ def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
                     entries[name] = _Entry(begin, end, code, tuple(axes))
         if name not in entries:
             raise ValueError(f"its header does not say what {name!r:.160} is")
-    reached = 0
+    position = 0
     for name, (begin, end, code, shape) in sorted(entries.items(), key=lambda item: item[1]):
-        if begin != reached or end < begin:
+        if begin != position or end < begin:
             raise ValueError(f"{name!r:.160} does not begin where the tensor before it ends")
         if code in _DTYPES and math.prod(shape) * np.dtype(_DTYPES[code]).itemsize != end - begin:
             raise ValueError(f"{name!r:.160} has {end - begin} bytes, which do not make {code} of shape {shape!s:.160}")
-        reached = end
-    if reached != size:
-        raise ValueError(f"it has {size} bytes of tensors, its header speaks of {reached}")
+        position = end
+    if position != size:
+        raise ValueError(f"it has {size} bytes of tensors, but {position} according to its header")
     return entries
 
 
 def _header(path: Path) -> tuple[int, dict[str, _Entry], dict[str, str]]:
-    """Where the data of a safetensors file begins, its tensors and its metadata, once the layout has been checked."""
+    """Return the byte where the data of a safetensors file begins, its tensors and its metadata, all checked."""
     if path.suffix.lower() in _PICKLES and os.path.isfile(path):
         raise _pickle_error(path)
     if not os.path.isfile(path):
@@ -135,7 +135,7 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry], dict[str, str]]:
                 raise ValueError(f"its header would have {length} bytes of {size}, at most {_HEADER_LIMIT} are allowed")
             file.seek(8)
             header = _parse(file.read(length))
-            metadata = {} if (found := header.pop("__metadata__", None)) is None else found
+            metadata = {} if (value := header.pop("__metadata__", None)) is None else value
             if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
                 raise ValueError("its __metadata__ is not text")
             return 8 + length, _entries(header, size - 8 - length), metadata
@@ -144,12 +144,23 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry], dict[str, str]]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The text that a safetensors file carries beside its tensors."""
+    """Return the metadata of a safetensors file, a dict of strings; it is empty if the file has none.
+
+    >>> import tempfile, numpy as np
+    >>> from lcm_jax.weights.safetensors_files import read_metadata, save_tensors
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(f"{folder}/x.safetensors", {"w": np.zeros(3)}, {"author": "me"})
+    ...     read_metadata(f"{folder}/x.safetensors")
+    {'format': 'pt', 'author': 'me'}
+    """
     return _header(Path(path))[2]
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Every tensor of one file, as read-only views of its memory map."""
+    """Return every tensor of one file, as read-only views of its memory map.
+
+    Raises FileNotFoundError, and ValueError for a pickle, a damaged file and a dtype that numpy does not have.
+    """
     path = Path(path)
     start, entries, _ = _header(path)
     data = np.asarray(np.memmap(path, np.uint8, mode="r"))
@@ -166,7 +177,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def release(tensor: np.ndarray) -> None:
-    """Give back the memory that reading a view of a memory map has taken; whoever reads it again pays again."""
+    """Free the memory that holds the pages of a memory-mapped view; reading the view again reads the file again."""
     owner: Any = tensor
     while isinstance(owner, np.ndarray):
         owner = owner.base
@@ -179,49 +190,57 @@ def release(tensor: np.ndarray) -> None:
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    """The tensors of all files, of its own folder, that a model.safetensors.index.json names."""
+    """Return the tensors of all files that a model.safetensors.index.json names; they must be in its own folder."""
     weight_map = read_json(index, limit=_INDEX_LIMIT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map, so not the index of a sharded checkpoint")
     shards: dict[str, dict[str, np.ndarray]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not re.fullmatch(r"(?!\.\.?$)[^/\\]{1,255}", shard) or not shard.isprintable():
-            where = "shards must be file names in the same folder"
-            raise ValueError(f"{index}: {name!r:.160} points to {shard!r:.160}; {where}")
+            rule = "shards must be file names in the same folder"
+            raise ValueError(f"{index}: {name!r:.160} points to {shard!r:.160}; {rule}")
         if shard not in shards:
             shards[shard] = read_safetensors(index.parent / shard)
         if name not in shards[shard]:
             raise ValueError(
                 f"{index}: {name!r:.160} is not in {shard}; the index and its shards do not belong together"
             )
-    # What the index does not name is kept too: whether it may be left over is for the network to say.
-    every = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
-    return every | {name: shards[shard][name] for name, shard in weight_map.items()}
+    # Tensors that the index does not name are returned too: the network decides whether they may be left over.
+    unindexed = {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+    return unindexed | {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def _find(folder: Path, stem: str, variant: str | None) -> Path:
-    """The safetensors file, or the index of shards, that holds a network in its folder."""
-    whole = folder / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
-    index = _index(whole)
-    for path in (whole, index):
+    """Return the safetensors file, or the index of shards, that holds a network in its folder."""
+    single = folder / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
+    index = _index(single)
+    for path in (single, index):
         if path.is_file():
             return path
     others = sorted(p.name for p in folder.glob("*") if re.search(r"\.safetensors(\.index(\.\w+)?\.json)?$", p.name))
     pickles = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICKLES)
     if pickles and not others:
         raise _pickle_error(pickles[0])
-    there = f"there are {few('others', others)}; choose by variant= or by path" if others else "it has no safetensors"
-    raise FileNotFoundError(f"{folder}: neither {whole.name} nor {index.name}; {there}")
+    hint = f"it has {few('other files', others)}; choose by variant= or by path" if others else "it has no safetensors"
+    raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name}; {hint}")
 
 
 def load_tensors(
     path: str | os.PathLike[str], stem: str = "diffusion_pytorch_model", variant: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Named tensors of a .safetensors file, an index of shards, or a network's folder.
+    """Return the named tensors of a .safetensors file, an index of shards, or a network's folder.
 
     stem: the file name in a folder, "model" for text encoders. variant: such as "fp16", for stem.fp16.safetensors.
-    Raises FileNotFoundError or ValueError, naming the file, where it is absent, cut off, corrupt or a pickle. Values
-    are not looked at, and nothing in the format would tell a damaged one, save that it may not be finite: `is_finite`.
+    Raises FileNotFoundError or ValueError with the file's name if it is absent, truncated, corrupt or a pickle. The
+    values are not checked: the format has no checksum, so a damaged value shows only if it is not finite (`is_finite`).
+
+    >>> import tempfile, numpy as np
+    >>> from lcm_jax.weights.safetensors_files import load_tensors, save_tensors
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(f"{folder}/x.safetensors", {"w": np.ones((2, 3), np.float16)})
+    ...     tensors = load_tensors(f"{folder}/x.safetensors")
+    ...     {name: (tensor.shape, tensor.dtype.name) for name, tensor in tensors.items()}
+    {'w': ((2, 3), 'float16')}
     """
     path = Path(path)
     if path.is_dir():
@@ -234,32 +253,41 @@ def load_tensors(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether an array holds neither infinity nor NaN. Takes no memory of the array's size, whatever its strides."""
-    first = _NOT_FINITE.get(array.dtype)
-    if first is None:
+    """Return whether an array holds neither infinity nor NaN; it makes no copy of the array, whatever its strides.
+
+    >>> import numpy as np
+    >>> from lcm_jax.weights.safetensors_files import is_finite
+    >>> is_finite(np.ones(3)), is_finite(np.array([1.0, np.nan]))
+    (True, False)
+    """
+    limit = _NOT_FINITE.get(array.dtype)
+    if limit is None:
         return array.dtype.kind in "biu" or bool(np.isfinite(array).all())
-    # Read as integers, what is not finite is the largest there is: signed where positive, unsigned where negative.
-    # Two maxima run at the speed of memory; np.isfinite is eight times slower and has no fast path for 16 bits.
+    # Read as integers, values that are not finite are the largest: as signed if positive, as unsigned if negative. Two
+    # maxima run at the speed of memory; np.isfinite is eight times slower and has no fast path for 16 bits.
     size = array.dtype.itemsize
     sign = 1 << (8 * size - 1)
     chunks: Any = np.nditer(
         array.view(f"u{size}"), flags=["external_loop", "buffered", "zerosize_ok"], buffersize=_CHUNK, order="K"
     )
     for bits in chunks:
-        if bits.size and (bits.max() >= first | sign or bits.view(f"i{size}").max() >= first):
+        if bits.size and (bits.max() >= limit | sign or bits.view(f"i{size}").max() >= limit):
             return False
     return True
 
 
 def check_finite(tensors: Mapping[str, np.ndarray], source: str | os.PathLike[str]) -> None:
-    """One ValueError that names the tensors with infinity or NaN in them (ten, and their number)."""
+    """Raise ValueError if any tensor holds infinity or NaN; it names ten of them and their number.
+
+    source: the file that the message names.
+    """
     names = [repr(name) for name in tensors if not is_finite(tensors[name])]
     if names:
         raise ValueError(f"{source}: {few('tensors', names)} hold infinity or NaN; copy or download it again")
 
 
 def _index(path: Path) -> Path:
-    """The index of shards that can stand for x.safetensors or x.fp16.safetensors, named as diffusers does."""
+    """Return the index of shards that replaces x.safetensors or x.fp16.safetensors, as diffusers names it."""
     stem = path.name.removesuffix(".safetensors")
     base, _, variant = stem.rpartition(".")
     if base and variant.isidentifier():
@@ -268,7 +296,7 @@ def _index(path: Path) -> Path:
 
 
 def _describe(name: str, tensor: Any) -> _Entry:
-    """dtype, shape and size of what is to be written, without fetching it."""
+    """Return dtype, shape and size of a tensor that is to be written, without a copy of it to the host."""
     tensor = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
     code = _CODES.get(tensor.dtype)
     if code is None:
@@ -284,7 +312,7 @@ def _bytes(name: str, tensor: Any, entry: _Entry) -> np.ndarray:
 
 
 def _write(path: Path, tensors: Mapping[str, Any], entries: Mapping[str, _Entry], metadata: Mapping[str, str]) -> None:
-    """The tensors that `entries` names, byte for byte as the safetensors library writes them."""
+    """Write the tensors that `entries` names, byte for byte as the safetensors library does."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in sorted(entries, key=lambda name: (-_ORDER[entries[name].code], name)):
@@ -299,7 +327,7 @@ def _write(path: Path, tensors: Mapping[str, Any], entries: Mapping[str, _Entry]
 
 
 def _groups(entries: Mapping[str, _Entry], limit: int) -> list[dict[str, _Entry]]:
-    """Consecutive tensors of together at most `limit` bytes, or single ones."""
+    """Return groups of consecutive tensors with at most `limit` bytes together; a larger tensor is a group alone."""
     groups: list[dict[str, _Entry]] = [{}]
     filled = 0
     for name, entry in entries.items():
@@ -318,11 +346,20 @@ def save_tensors(
     *,
     max_shard_size: int = 10 * 10**9,
 ) -> None:
-    """Writes a .safetensors file at once or not at all. Metadata "format": "pt" is added: diffusers asks for it.
+    """Write a .safetensors file, or shards with an index, completely or not at all.
 
-    Values are looked up twice, for their shape and dtype and then one at a time to be written, so a mapping that makes
-    them when asked needs memory for one. max_shard_size: bytes above which x.safetensors becomes
-    x-00001-of-0000n.safetensors and x.safetensors.index.json, as in diffusers. The other form of an earlier save goes.
+    Each tensor is accessed twice, for its shape and dtype and then to be written, one at a time: a mapping that
+    computes tensors on access needs memory for one of them. metadata: strings for the header; "format": "pt" is added,
+    which diffusers requires. max_shard_size: bytes above which x.safetensors becomes x-00001-of-0000n.safetensors and
+    x.safetensors.index.json, as in diffusers. Files of the other form from an earlier save are deleted. Raises
+    ValueError for a dtype that the format does not have and for a tensor named "__metadata__".
+
+    >>> import os, tempfile, numpy as np
+    >>> from lcm_jax.weights.safetensors_files import save_tensors
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_tensors(f"{folder}/x.safetensors", {"a": np.ones(3), "b": np.ones(3)}, max_shard_size=24)
+    ...     sorted(os.listdir(folder))
+    ['x-00001-of-00002.safetensors', 'x-00002-of-00002.safetensors', 'x.safetensors.index.json']
     """
     path = Path(path)
     entries = {name: _describe(name, tensors[name]) for name in tensors}
@@ -339,7 +376,7 @@ def save_tensors(
             total = sum(entry.end for entry in entries.values())
             dump_json(asides[-1], {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
             if any(file.exists() for file in new[:-1]):
-                index.unlink(missing_ok=True)  # else the old index would name old and new shards for a moment
+                index.unlink(missing_ok=True)  # otherwise the old index would for a moment name old and new shards
     shard = re.compile(re.escape(stem) + r"-\d{5}-of-\d{5}\.safetensors")
     for old in (index, path, *(file for file in path.parent.iterdir() if shard.fullmatch(file.name))):
         if old not in new:
@@ -347,7 +384,10 @@ def save_tensors(
 
 
 def read_json(path: str | os.PathLike[str], *, limit: int = _JSON_LIMIT) -> dict[str, Any]:
-    """A JSON file that holds one object, such as a config.json, of at most `limit` bytes."""
+    """Return the object in a JSON file of at most `limit` bytes, such as a config.json.
+
+    Raises FileNotFoundError, and ValueError for a larger file, invalid JSON, a key given twice or another JSON value.
+    """
     path = Path(path)
     if not os.path.isfile(path):
         raise _absent(path)

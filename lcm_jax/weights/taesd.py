@@ -1,4 +1,4 @@
-"""The tiny autoencoder from files and to files: a diffusers folder, or its author's pair, one file for each half."""
+"""The tiny autoencoder (TAESD) read and written: a diffusers folder, or its author's two files, one for each half."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _KEY = re.compile(r"(\d+)\.(conv\.\d+\.)?(?:weight|bias)")
 
 
 def load_tiny(path: str | Path, *, dtype: Any = jnp.float32) -> Component:
-    """A tiny autoencoder from `path`: a diffusers folder with config.json, or a folder with the original two files,
+    """Return the tiny autoencoder in a diffusers folder with config.json, or in a folder with the original two files.
 
-    NAME_encoder.safetensors and NAME_decoder.safetensors, whose shapes give the config. dtype: of parameters and
-    computation. Errors name the file and what does not fit.
+    These are NAME_encoder.safetensors and NAME_decoder.safetensors, whose shapes give the config. dtype: that of
+    parameters and computation. Raises FileNotFoundError, and ValueError with the file's name and what does not fit.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
@@ -57,7 +57,8 @@ def load_tiny(path: str | Path, *, dtype: Any = jnp.float32) -> Component:
 def save_tiny_original(folder: str | Path, component: Component, *, name: str = "taesd", dtype: Any = None) -> None:
     """Write `folder`/NAME_encoder.safetensors and NAME_decoder.safetensors, which the original TAESD reads.
 
-    name: the original's are "taesd", "taesdxl", "taesd3" and "taef1". dtype: of the files; None keeps the parameters'.
+    name: the original ones are "taesd", "taesdxl", "taesd3" and "taef1". dtype: that of the files; None keeps the
+    parameters'. Raises ValueError if the config has values that these files cannot hold.
     """
     config, plain = component.module.config, TinyConfig()
     for key in ("act_fn", "upsampling_scaling_factor", "scaling_factor", "shift_factor"):
@@ -68,31 +69,31 @@ def save_tiny_original(folder: str | Path, component: Component, *, name: str = 
             )
     tensors = to_torch(component.params, TINY_ORIGINAL_RULES, dtype=dtype)
     for half in _HALVES:
-        own = {key.removeprefix(f"{half}."): value for key, value in tensors.items() if key.startswith(f"{half}.")}
-        save_tensors(Path(folder) / f"{name}_{half}.safetensors", own)
+        part = {key.removeprefix(f"{half}."): value for key, value in tensors.items() if key.startswith(f"{half}.")}
+        save_tensors(Path(folder) / f"{name}_{half}.safetensors", part)
 
 
 def _find(folder: Path, half: str) -> Path:
-    """The file of one half."""
-    for suffix in (".safetensors", ".pth"):  # the second are pickles: reading one says how to convert it
-        found = sorted(folder.glob(f"*_{half}{suffix}"))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
+    """Return the file of one half."""
+    for suffix in (".safetensors", ".pth"):  # .pth files are pickles: reading one raises an error on how to convert it
+        files = sorted(folder.glob(f"*_{half}{suffix}"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
             raise ValueError(f"{folder}: which of {names}? give a folder that holds one tiny autoencoder")
-        if found:
-            return found[0]
+        if files:
+            return files[0]
     raise FileNotFoundError(
         f"{folder}: no config.json and no *_{half}.safetensors; give a diffusers folder or the two original files"
     )
 
 
 class _Outline(NamedTuple):
-    """What the keys and shapes of one half say."""
+    """The sizes of one half, as its keys and shapes tell them."""
 
-    inputs: int
+    inputs: int  # channels
     width: int
     outputs: int
-    depths: tuple[int, ...]  # residual blocks after each convolution but the last
+    depths: tuple[int, ...]  # number of residual blocks after each convolution but the last
 
 
 def _outline(tensors: Mapping[str, np.ndarray], file: Path) -> _Outline:

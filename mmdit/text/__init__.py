@@ -1,4 +1,4 @@
-"""Text encoders: prompts -> embeddings."""
+"""The text encoders CLIP and T5, their tokenizers, and the conditioning of each model family."""
 
 from mmdit.text.clip import CLIPModel, CLIPTextModel, CLIPVisionModel, TextOutput, VisionOutput, normalize_images
 from mmdit.text.clip_config import (

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021, arXiv:2103.00020): the text and image towers, in transformers' parameter layout."""
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): the text and image encoders, in transformers' parameter layout."""
 
 from __future__ import annotations
 
@@ -19,35 +19,44 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TextOutput(NamedTuple):
+    """The output of the text encoder; text_embeds is None for a model without projection."""
+
     last_hidden: Float[Array, "b l d"]  # the last layer after the final norm
-    hidden: Float[Array, "b l d"]  # the layer asked for by hidden_layer and final_norm
+    hidden: Float[Array, "b l d"]  # the layer that hidden_layer chooses, after the final norm if final_norm
     pooled: Float[Array, "b d"]  # last_hidden at the end-of-text token
     text_embeds: Float[Array, "b p"] | None  # pooled, projected
 
 
 class VisionOutput(NamedTuple):
-    last_hidden: Float[Array, "b n d"]  # the last layer without the post norm; row 0 is the class token
-    hidden: Float[Array, "b n d"]  # the layer asked for by hidden_layer, without the post norm
+    """The output of the image encoder; image_embeds is None for a model without projection."""
+
+    last_hidden: Float[Array, "b n d"]  # the last layer without the post norm; token 0 is the class token
+    hidden: Float[Array, "b n d"]  # the layer that hidden_layer chooses, without the post norm
     pooled: Float[Array, "b d"]  # the class token after the post norm
     image_embeds: Float[Array, "b p"] | None  # pooled, projected
 
 
 def eos_position(ids: Int[Array, "b l"], eos_token_id: int) -> Int[Array, " b"]:
-    """Where each text ends: the first `eos_token_id`; position 0 if there is none, as in transformers.
+    """Return the position of the first `eos_token_id` of each text; 0 if there is none, as in transformers.
 
     Checkpoints exported before 2023 declare eos_token_id 2 although their tokenizer writes 49407, the largest id;
-    for them the end is the first position of the largest id.
+    for them it is the first position of the largest id.
+
+    >>> import jax.numpy as jnp
+    >>> from mmdit.text.clip import eos_position
+    >>> eos_position(jnp.array([[8, 1, 9, 9], [8, 2, 3, 9]]), eos_token_id=9).tolist()
+    [2, 3]
     """
     return jnp.argmax(ids if eos_token_id == 2 else ids == eos_token_id, axis=-1)
 
 
 def normalize_images(images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """From this library's [-1, 1] to what the image tower was trained on: (pixels in [0, 1] - mean) / std."""
+    """Turn images in [-1, 1] into the inputs of CLIP's image encoder: ((images + 1) / 2 - mean) / std per channel."""
     return ((images + 1) / 2 - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)
 
 
 class TextTower(nn.Module):
-    """torch's `text_model`: (b, l) ids -> last and chosen hidden states and the pooled state."""
+    """The text transformer, PyTorch's `text_model`: ids (b, l) -> last hidden, chosen hidden and pooled states."""
 
     config: CLIPTextConfig
     hidden_layer: int = -1
@@ -79,7 +88,7 @@ class TextTower(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """torch's `vision_model`: (b, h, w, c) images -> last and chosen hidden states and the pooled state."""
+    """The image transformer, PyTorch's `vision_model`: images -> last hidden, chosen hidden and pooled states."""
 
     config: CLIPVisionConfig
     hidden_layer: int = -1
@@ -107,10 +116,20 @@ class VisionTower(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """The text encoder; with `projection` it is transformers' CLIPTextModelWithProjection.
+    """CLIP's text encoder; with `projection` it is transformers' CLIPTextModelWithProjection.
 
-    `hidden_layer` picks TextOutput.hidden (-1 the last layer, -2 the penultimate), `final_norm` whether the final
-    norm is applied to it. `scan` stacks the layers' parameters under encoder/layers, else encoder/layers_i.
+    `hidden_layer` chooses TextOutput.hidden (-1 is the last layer, -2 the penultimate), and `final_norm` applies the
+    final norm to it. `scan` stacks the layers' parameters under encoder/layers; else they are encoder/layers_i.
+    `remat` recomputes the layers in the backward pass.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.text import CLIPTextConfig, CLIPTextModel
+    >>> sizes = dict(vocab_size=10, hidden_size=4, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
+    >>> clip = CLIPTextModel(CLIPTextConfig(**sizes, projection_dim=6, eos_token_id=9), projection=True)
+    >>> ids = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    >>> out, _ = jax.eval_shape(clip.init_with_output, jax.random.key(0), ids)
+    >>> out.last_hidden.shape, out.pooled.shape, out.text_embeds.shape
+    ((1, 5, 4), (1, 4), (1, 6))
     """
 
     config: CLIPTextConfig
@@ -147,7 +166,19 @@ class CLIPTextModel(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The image encoder on images from `normalize_images`; with `projection`, CLIPVisionModelWithProjection."""
+    """CLIP's image encoder; with `projection` it is transformers' CLIPVisionModelWithProjection.
+
+    Its images are those of `normalize_images`. The other fields are as in `CLIPTextModel`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.text import CLIPVisionConfig, CLIPVisionModel
+    >>> sizes = dict(hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, projection_dim=6)
+    >>> clip = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4))
+    >>> images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32)
+    >>> out, _ = jax.eval_shape(clip.init_with_output, jax.random.key(0), images)
+    >>> out.last_hidden.shape, out.image_embeds.shape
+    ((1, 5, 4), (1, 6))
+    """
 
     config: CLIPVisionConfig
     projection: bool = True
@@ -177,9 +208,9 @@ class CLIPVisionModel(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPModel:
-    """Both encoders over one tree in transformers' CLIPModel layout:
+    """CLIP's text and image encoders over one parameter tree in the layout of transformers' CLIPModel.
 
-    {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}.
+    The tree is {"text_model", "text_projection", "vision_model", "visual_projection", "logit_scale"}.
     """
 
     config: CLIPConfig
@@ -190,6 +221,7 @@ class CLIPModel:
 
     @property
     def text(self) -> CLIPTextModel:
+        """The text encoder, which takes the same parameter tree."""
         return CLIPTextModel(
             self.config.text,
             projection=True,
@@ -201,6 +233,7 @@ class CLIPModel:
 
     @property
     def vision(self) -> CLIPVisionModel:
+        """The image encoder, which takes the same parameter tree."""
         return CLIPVisionModel(
             self.config.vision,
             projection=True,
@@ -211,6 +244,7 @@ class CLIPModel:
         )
 
     def init(self, key: Array) -> dict[str, Any]:
+        """Return random parameters of both encoders and the initial log temperature."""
         text_key, image_key = jax.random.split(key)
         size = self.config.vision.image_size
         images = jnp.zeros((1, size, size, self.config.vision.num_channels))
@@ -221,9 +255,9 @@ class CLIPModel:
         }
 
     def text_features(self, params: Any, ids: Int[Array, "b l"]) -> Float[Array, "b p"]:
-        """Projected and not yet normalised."""
+        """Return the projected text embeddings, not normalised to unit length."""
         return cast(Array, cast(TextOutput, self.text.apply({"params": params}, ids)).text_embeds)
 
     def image_features(self, params: Any, images: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
-        """Projected and not yet normalised; images as `normalize_images` gives them."""
+        """Return the projected image embeddings, not normalised; images are those of `normalize_images`."""
         return cast(Array, cast(VisionOutput, self.vision.apply({"params": params}, images)).image_embeds)

@@ -1,4 +1,4 @@
-"""CLIP's configurations: field names are the keys of transformers' config.json."""
+"""The configs of CLIP: their fields are the keys of transformers' config.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ T = TypeVar("T", bound="CLIPTextConfig | CLIPVisionConfig")
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """The text tower. `eos_token_id` 2 is the value old checkpoints carry: see `clip.eos_position`."""
+    """The architecture of CLIP's text encoder; the defaults are CLIP ViT-L/14.
+
+    Old checkpoints have eos_token_id 2: see `clip.eos_position`. Raises ValueError unless integer fields are integers,
+    hidden_act is "quick_gelu" or "gelu", and num_attention_heads divides hidden_size.
+
+    >>> from mmdit.text import CLIP_BIGG, CLIPTextConfig
+    >>> CLIP_BIGG.hidden_size, CLIP_BIGG.num_hidden_layers
+    (1280, 32)
+    >>> CLIPTextConfig.from_dict(CLIP_BIGG.to_dict()) == CLIP_BIGG
+    True
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -32,16 +42,28 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> CLIPTextConfig:
-        """From a text encoder's config.json, or from a whole CLIPModel's (its `text_config`)."""
+        """Read the config.json of a text encoder, or of a full CLIPModel (its `text_config`).
+
+        Raises ValueError that names `source` for another model_type or an unsupported value.
+        """
         return _from_dict(cls, values, "text_config", ("clip_text_model", "clip"), source)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of a config.json that transformers loads."""
         return {"model_type": "clip_text_model", **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig:
-    """The image tower: a ViT on square images of `image_size` pixels cut into patches of `patch_size` pixels."""
+    """The architecture of CLIP's image encoder; the defaults are CLIP ViT-L/14.
+
+    It is a ViT on square images of `image_size` pixels, divided into patches of `patch_size` pixels. Raises ValueError
+    as `CLIPTextConfig`, and unless patch_size divides image_size.
+
+    >>> from mmdit.text import CLIP_L_VISION
+    >>> (CLIP_L_VISION.image_size // CLIP_L_VISION.patch_size) ** 2
+    256
+    """
 
     image_size: int = 224
     patch_size: int = 14
@@ -58,21 +80,32 @@ class CLIPVisionConfig:
         _check(self)
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"CLIPVisionConfig: image_size={self.image_size} is no multiple of patch_size={self.patch_size}"
+                f"CLIPVisionConfig: image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> CLIPVisionConfig:
-        """From an image encoder's config.json, or from a whole CLIPModel's (its `vision_config`)."""
+        """Read the config.json of an image encoder, or of a full CLIPModel (its `vision_config`).
+
+        Raises ValueError that names `source` for another model_type or an unsupported value.
+        """
         return _from_dict(cls, values, "vision_config", ("clip_vision_model", "clip"), source)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of a config.json that transformers loads."""
         return {"model_type": "clip_vision_model", **asdict(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """Both towers and the initial log temperature; the projections share their width."""
+    """The architecture of both encoders of CLIP, and the initial log temperature.
+
+    Raises ValueError unless both encoders have the same projection_dim.
+
+    >>> from mmdit.text import CLIPConfig
+    >>> CLIPConfig.from_dict(CLIPConfig().to_dict()) == CLIPConfig()
+    True
+    """
 
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
     vision: CLIPVisionConfig = field(default_factory=CLIPVisionConfig)
@@ -81,12 +114,13 @@ class CLIPConfig:
     def __post_init__(self) -> None:
         if self.text.projection_dim != self.vision.projection_dim:
             raise ValueError(
-                f"CLIPConfig: the text tower projects to {self.text.projection_dim} channels and the "
-                f"image tower to {self.vision.projection_dim}; give both the same projection_dim"
+                f"CLIPConfig: the text encoder projects to {self.text.projection_dim} channels and the "
+                f"image encoder to {self.vision.projection_dim}; give both the same projection_dim"
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> CLIPConfig:
+        """Read the config.json of a full CLIPModel; raises ValueError that names `source` for unsupported values."""
         return cls(
             text=CLIPTextConfig.from_dict(values, source),
             vision=CLIPVisionConfig.from_dict(values, source),
@@ -94,6 +128,7 @@ class CLIPConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of a config.json that transformers loads."""
         return {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -108,17 +143,19 @@ def _check(config: CLIPTextConfig | CLIPVisionConfig) -> None:
     name = type(config).__name__
     for f in fields(config):
         if f.type == "int" and not isinstance(getattr(config, f.name), int):
-            raise ValueError(f"{name}: {f.name}={getattr(config, f.name)!r} must be one integer")
+            raise ValueError(f"{name}: {f.name}={getattr(config, f.name)!r} must be an integer")
     if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{name}: hidden_act={config.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"{name}: hidden_act={config.hidden_act!r} is not supported; use one of {', '.join(ACTIVATIONS)}"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"{name}: hidden_size={config.hidden_size} is no multiple of "
+            f"{name}: hidden_size={config.hidden_size} is not a multiple of "
             f"num_attention_heads={config.num_attention_heads}"
         )
 
 
-# What transformers assumes for a key that a config.json leaves out; our own defaults are CLIP ViT-L/14.
+# The values that transformers assumes for keys that a config.json leaves out; our own defaults are CLIP ViT-L/14.
 _TRANSFORMERS_DEFAULTS: dict[str, dict[str, Any]] = {
     "text_config": dict(
         vocab_size=49408,
@@ -141,25 +178,28 @@ _TRANSFORMERS_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def _from_dict(cls: type[T], values: Mapping[str, Any], tower: str, kinds: tuple[str, ...], source: str) -> T:
-    """Keys that are no field of ours (training dropout, generation options) change nothing in a forward pass."""
+    """Build a config from the keys that are its fields.
+
+    Other keys (training dropout, generation options) change nothing in a forward pass.
+    """
     if values.get("model_type", kinds[0]) not in kinds:
         raise ValueError(f"{source}: model_type is {values['model_type']!r}, expected {' or '.join(kinds)}")
-    found = dict(_TRANSFORMERS_DEFAULTS[tower])
+    merged = dict(_TRANSFORMERS_DEFAULTS[tower])
     if tower in values or values.get("model_type") == "clip":
-        # Early exports keep the true values under "<tower>_dict"; transformers lets those win.
-        found |= {**(values.get(tower) or {}), **(values.get(tower + "_dict") or {})}
-        found["projection_dim"] = values.get("projection_dim", 512)
+        # Early exports have the true values under "<tower>_dict", and transformers prefers those.
+        merged |= {**(values.get(tower) or {}), **(values.get(tower + "_dict") or {})}
+        merged["projection_dim"] = values.get("projection_dim", 512)
     else:
-        found |= values
+        merged |= values
     names = {f.name for f in fields(cls)}
     try:
-        return cls(**{name: value for name, value in found.items() if name in names and value is not None})
+        return cls(**{name: value for name, value in merged.items() if name in names and value is not None})
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
 
 
-CLIP_L = CLIPTextConfig()  # SD1, SDXL's first, SD3's first
-CLIP_H = CLIPTextConfig(  # SD2 stores 23 of the 24 layers, so that its last layer is OpenCLIP's penultimate
+CLIP_L = CLIPTextConfig()  # the text encoder of SD1, the first of SDXL and of SD3
+CLIP_H = CLIPTextConfig(  # SD2 stores 23 of the 24 layers, so its last layer is OpenCLIP's penultimate
     hidden_size=1024,
     intermediate_size=4096,
     num_hidden_layers=24,
@@ -167,7 +207,7 @@ CLIP_H = CLIPTextConfig(  # SD2 stores 23 of the 24 layers, so that its last lay
     hidden_act="gelu",
     projection_dim=1024,
 )
-CLIP_BIGG = CLIPTextConfig(  # SDXL's second, SD3's second
+CLIP_BIGG = CLIPTextConfig(  # the second text encoder of SDXL and of SD3
     hidden_size=1280,
     intermediate_size=5120,
     num_hidden_layers=32,

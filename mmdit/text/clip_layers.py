@@ -1,4 +1,4 @@
-"""The layers of CLIP's two towers (Radford et al. 2021, arXiv:2103.00020, section 2.4)."""
+"""The layers of CLIP's two encoders (Radford et al. 2021, arXiv:2103.00020, section 2.4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdit.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
 
 def quick_gelu(x: Array) -> Array:
-    """x sigmoid(1.702 x)."""
+    """Return x sigmoid(1.702 x), OpenAI's approximation of GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -33,6 +33,8 @@ def _linear(block: SelfAttention | MLP, width: int, name: str, std: float) -> nn
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention; causal: a token attends only to itself and earlier tokens."""
+
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
     dtype: Any = jnp.float32
@@ -51,6 +53,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The MLP of a layer: fc2(act(fc1(x)))."""
+
     config: CLIPTextConfig | CLIPVisionConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -63,7 +67,10 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A pre-norm transformer layer; shaped as a scan body that keeps a copy of its output where `keep` says so."""
+    """A pre-norm transformer layer, as the body of `nn.scan`.
+
+    The carry is (x, kept): where `keep` is true the layer's output becomes `kept`, else `kept` is passed on.
+    """
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
@@ -83,9 +90,10 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of layers -> (last layer's output, the output chosen by `hidden_layer`).
+    """The stack of layers; it returns the last layer's output and the output that `hidden_layer` chooses.
 
-    hidden_layer counts as transformers' hidden_states does: 0 is the input, -1 the last layer, -2 the one before.
+    hidden_layer counts as transformers' hidden_states: 0 is the input, -1 the last layer, -2 the one before. Raises
+    ValueError for a layer that does not exist.
     """
 
     config: CLIPTextConfig | CLIPVisionConfig
@@ -116,6 +124,8 @@ class Encoder(nn.Module):
 
 
 class TextEmbeddings(nn.Module):
+    """The token embeddings plus the position embeddings; raises ValueError for a text with too many tokens."""
+
     config: CLIPTextConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -141,7 +151,7 @@ class TextEmbeddings(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """The convolution whose stride is its kernel, as one matrix product: torch's patch_embedding, (p, p, c, d)."""
+    """The projection of patches, PyTorch's patch_embedding with a kernel (p, p, c, d), as one matrix product."""
 
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
@@ -158,6 +168,8 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
+    """The class token and the projected patches, plus position embeddings; raises ValueError for another image size."""
+
     config: CLIPVisionConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -172,10 +184,10 @@ class VisionEmbeddings(nn.Module):
             )
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         patches = PatchEmbedding(c, name="patch_embedding", **types)(images)
-        first = self.param(
+        class_token = self.param(
             "class_embedding", nn.initializers.normal(c.hidden_size**-0.5), (c.hidden_size,), self.param_dtype
         ).astype(self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(first, (len(patches), 1, c.hidden_size)), patches], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(class_token, (len(patches), 1, c.hidden_size)), patches], axis=1)
         return x + nn.Embed(
             x.shape[1], c.hidden_size, embedding_init=nn.initializers.normal(0.02), name="position_embedding", **types
         )(jnp.arange(x.shape[1]))

@@ -1,7 +1,7 @@
-"""How each model family assembles its condition from its text encoders.
+"""The conditioning of each model family: the arrays that its network takes, assembled from its text encoders.
 
-Every function is pure and can be jitted whole; which hidden layer a family reads is decided here, so the same
-parameters serve any of them.
+Every function is pure and can be jitted. The hidden layer of a family is chosen here, so the same parameters work for
+all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmdit.text.t5 import T5Encoder
 
 
 class Encoding(NamedTuple):
-    """One text encoder at work on a batch: its ids come from its own tokenizer."""
+    """A text encoder, its parameters, and the token ids of a batch from its own tokenizer."""
 
     module: CLIPTextModel | T5Encoder
     params: Any
@@ -31,29 +31,40 @@ def _encode(encoding: Encoding, hidden_layer: int, final_norm: bool) -> TextOutp
 
 
 def stable_diffusion(encoding: Encoding, *, clip_skip: int = 0) -> dict[str, Array]:
-    """SD1 and SD2 -> {"context": (b, l, d)}: the last hidden state after the final norm.
+    """Return the conditioning of SD1 and SD2, {"context": (b, l, d)}: the last hidden state after the final norm.
 
-    SD2 was trained on OpenCLIP-H's penultimate layer; its checkpoint leaves the last one out, so nothing differs here.
-    clip_skip: number of last layers to skip (the final norm stays), as some finetunes of SD1 ask for.
+    SD2 was trained on OpenCLIP-H's penultimate layer, but its checkpoint does not have the last one, so both are equal
+    here. clip_skip: number of last layers to skip (the final norm stays), as some finetunes of SD1 need.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.text import CLIPTextConfig, CLIPTextModel, Encoding, stable_diffusion
+    >>> sizes = dict(vocab_size=10, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> clip = CLIPTextModel(CLIPTextConfig(**sizes, eos_token_id=9))
+    >>> ids = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    >>> params = jax.eval_shape(clip.init, jax.random.key(0), ids)["params"]
+    >>> jax.eval_shape(lambda p, ids: stable_diffusion(Encoding(clip, p, ids)), params, ids)["context"].shape
+    (1, 5, 4)
     """
     return {"context": _encode(encoding, -1 - clip_skip, True).hidden}
 
 
 def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b n"], *, clip_skip: int = 0) -> dict[str, Array]:
-    """SDXL (Podell et al. 2023, arXiv:2307.01952, section 2.1) -> {"context": (b, l, 2048), "pooled", "time_ids"}.
+    """Return the conditioning of SDXL (Podell et al. 2023, arXiv:2307.01952, section 2.1).
 
-    context: the penultimate hidden states of CLIP-L and bigG without the final norm, joined on channels.
-    pooled: the projected text embedding of the last encoder. time_ids: see `size_ids`. The refiner has bigG alone, so
-    its context is 1280 wide.
+    It is {"context": (b, l, 2048), "pooled": (b, 1280), "time_ids": (b, n)}. context: the penultimate hidden states of
+    CLIP-L and bigG without the final norm, concatenated on channels. pooled: the projected text embedding of the last
+    encoder. time_ids: see `size_ids`. The refiner has only bigG, so its context is 1280 wide. clip_skip: number of
+    further layers to skip. Raises ValueError without encoders, for ids of different shapes, or if the last encoder has
+    no projection.
     """
     if not encodings:
-        raise ValueError("sdxl: no text encoder given; SDXL takes CLIP-L and bigG, its refiner bigG")
+        raise ValueError("sdxl: no text encoder given; SDXL takes CLIP-L and bigG, its refiner bigG only")
     if len({e.ids.shape for e in encodings}) > 1:
         raise ValueError(f"sdxl: the encoders' ids differ in shape: {', '.join(str(e.ids.shape) for e in encodings)}")
     outputs = [_encode(e, -2 - clip_skip, False) for e in encodings]
     pooled = outputs[-1].text_embeds
     if pooled is None:
-        raise ValueError("sdxl: the last text encoder needs projection=True, its text_embeds are SDXL's pooled vector")
+        raise ValueError("sdxl: the last text encoder needs projection=True: its text_embeds are SDXL's pooled vector")
     return {
         "context": jnp.concatenate([out.hidden for out in outputs], axis=-1),
         "pooled": pooled,
@@ -64,11 +75,26 @@ def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b n"], *, clip_s
 def sd3(
     clips: Sequence[Encoding], t5: Encoding | None, *, width: int, t5_tokens: int, clip_skip: int = 0
 ) -> dict[str, Array]:
-    """SD3 (Esser et al. 2024, arXiv:2403.03206, section 4) -> {"context": (b, l + m, width), "pooled": (b, p)}.
+    """Return the conditioning of SD3 (Esser et al. 2024, arXiv:2403.03206, section 4).
 
-    context: the penultimate hidden states of the CLIPs without the final norm, joined on channels and filled up with
-    zeros to `width`, then the states of T5, joined on tokens. pooled: the CLIPs' text embeddings, joined.
-    Without T5 its `t5_tokens` tokens are zeros, as when it was dropped in training. `width` is T5's, also without it.
+    It is {"context": (b, l + m, width), "pooled": (b, p)}. context: the penultimate hidden states of the CLIPs without
+    the final norm, concatenated on channels and padded with zeros to `width`, then the states of T5 as further tokens.
+    pooled: the CLIPs' text embeddings, concatenated. Without T5 its `t5_tokens` tokens are zeros, as when it was
+    dropped in training; `width` is T5's width in any case. clip_skip: number of further layers to skip. Raises
+    ValueError without CLIPs, for ids of different shapes, for a CLIP without projection, or if widths or lengths do not
+    fit.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.text import CLIPTextConfig, CLIPTextModel, Encoding, sd3
+    >>> sizes = dict(vocab_size=10, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> clip = CLIPTextModel(CLIPTextConfig(**sizes, projection_dim=6, eos_token_id=9), projection=True)
+    >>> ids = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    >>> params = jax.eval_shape(clip.init, jax.random.key(0), ids)["params"]
+    >>> def condition(params, ids):
+    ...     return sd3([Encoding(clip, params, ids)] * 2, None, width=8, t5_tokens=3)
+    >>> cond = jax.eval_shape(condition, params, ids)
+    >>> cond["context"].shape, cond["pooled"].shape
+    ((1, 8, 8), (1, 12))
     """
     if not clips:
         raise ValueError("sd3: no text encoder given; SD3 takes CLIP-L and bigG, T5 is optional")
@@ -77,7 +103,7 @@ def sd3(
     outputs = [_encode(e, -2 - clip_skip, False) for e in clips]
     embeds = [out.text_embeds for out in outputs if out.text_embeds is not None]
     if len(embeds) < len(outputs):
-        raise ValueError("sd3: every CLIP needs projection=True, their text_embeds are SD3's pooled vector")
+        raise ValueError("sd3: every CLIP needs projection=True: their text_embeds are SD3's pooled vector")
     hidden = jnp.concatenate([out.hidden for out in outputs], axis=-1)
     if hidden.shape[-1] > width:
         raise ValueError(f"sd3: the CLIPs are {hidden.shape[-1]} wide together, more than the context's {width}")
@@ -100,9 +126,14 @@ def size_ids(
     aesthetic_score: float | None = None,
     batch: int = 1,
 ) -> Float[np.ndarray, "b n"]:
-    """SDXL's size conditioning in pixels: (original height, width, crop top, left, target height, width).
+    """Return SDXL's size conditioning in pixels (arXiv:2307.01952, section 2.2), one row for each of `batch` images.
 
+    A row is (original height, width, crop top, left, target height, width); the target is the original by default.
     With an aesthetic score (1 to 10) it is the refiner's: (original height, width, crop top, left, score).
+
+    >>> from mmdit.text import size_ids
+    >>> size_ids((1024, 768)).tolist()
+    [[1024.0, 768.0, 0.0, 0.0, 1024.0, 768.0]]
     """
     last = (original if target is None else target) if aesthetic_score is None else (aesthetic_score,)
     return np.tile(np.asarray([*original, *crop, *last], np.float32), (batch, 1))
@@ -116,10 +147,15 @@ def size_pair(
     aesthetic_score: float | None = None,
     refiner: bool = False,
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """The size conditioning of a prompt and of its negative prompt, where the picture has `size` (height, width).
+    """Return the size conditioning of a prompt and of its negative prompt, for an image of `size` (height, width).
 
-    Defaults are diffusers': `size` is the original's too, nothing is cut off, the score is 6. The refiner's negative
-    prompt always has a score of 2.5 and nothing cut off.
+    The defaults are those of diffusers: the original has `size` too, there is no crop, the score is 6. The refiner's
+    negative prompt always has a score of 2.5 and no crop.
+
+    >>> from mmdit.text.conditioning import size_pair
+    >>> prompt, negative = size_pair((512, 512), refiner=True)
+    >>> prompt.tolist(), negative.tolist()
+    ([512.0, 512.0, 0.0, 0.0, 6.0], [512.0, 512.0, 0.0, 0.0, 2.5])
     """
     original, crop = original_size or size, crop or (0, 0)
     if not refiner:
@@ -130,5 +166,12 @@ def size_pair(
 
 
 def zero_prompt(condition: Mapping[str, Array]) -> dict[str, Array]:
-    """SDXL's empty prompt: the text embeddings are zeros, the size conditioning stays."""
+    """Return the conditioning of SDXL's empty prompt: zeros for the text, while the size conditioning stays.
+
+    >>> import jax.numpy as jnp
+    >>> from mmdit.text import zero_prompt
+    >>> empty = zero_prompt({"pooled": jnp.ones((1, 2)), "time_ids": jnp.ones((1, 2))})
+    >>> empty["pooled"].tolist(), empty["time_ids"].tolist()
+    ([[0.0, 0.0]], [[1.0, 1.0]])
+    """
     return {name: value if name == "time_ids" else jnp.zeros_like(value) for name, value in condition.items()}

@@ -1,7 +1,7 @@
 """T5's encoder (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020 for version 1.1), in transformers' parameter layout.
 
-The residual stream is float32 in every precision: its values grow over the layers, and in T5-XXL pass the 65504 that
-float16 can hold. The matrix products run in `dtype`.
+The residual stream is float32 in every precision: its values grow over the layers, and in T5-XXL they exceed 65504, the
+largest number of float16. The matrix products run in `dtype`.
 """
 
 from __future__ import annotations
@@ -23,28 +23,33 @@ from mmdit.text.t5_config import T5Config
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "l l"]:
-    """The bucket of each pair (query i, key j), which depends on j - i in tokens alone (section 2.1).
+    """Return the bucket of each pair (query i, key j), which depends only on j - i in tokens (section 2.1).
 
     The lower half of the buckets is for keys not after the query, the upper half for keys after it. Within a half, the
-    first half has one distance each; the others grow geometrically, and the last holds all beyond `max_distance`.
+    first half of the buckets has one distance each; the others grow geometrically, and the last one has all distances
+    beyond `max_distance`.
+
+    >>> from mmdit.text.t5 import relative_buckets
+    >>> relative_buckets(3, num_buckets=8, max_distance=4).tolist()
+    [[0, 5, 6], [1, 0, 5], [2, 1, 0]]
     """
     half = num_buckets // 2
     exact = half // 2
     offset = np.arange(length) - np.arange(length)[:, None]
     distance = np.abs(offset)
-    # In float32, as the weights were trained: at a bucket's edge the rounding decides.
+    # In float32, as in the training of the published weights: at the edge of a bucket the rounding decides.
     growth = np.log(np.maximum(distance, 1).astype(np.float32) / exact) / np.float32(math.log(max_distance / exact))
     far = np.minimum(exact + (growth * (half - exact)).astype(np.int32), half - 1)
     return np.where(distance < exact, distance, far) + half * (offset > 0)
 
 
 def _linear(block: SelfAttention | DenseReluDense, width: int, name: str, std: float, **options: Any) -> nn.Dense:
-    own = {"kernel_init": nn.initializers.normal(std), "use_bias": False}
-    return linear(width, name, block.dtype, block.param_dtype, **own, **options)
+    fields = {"kernel_init": nn.initializers.normal(std), "use_bias": False}
+    return linear(width, name, block.dtype, block.param_dtype, **fields, **options)
 
 
 class SelfAttention(nn.Module):
-    """softmax(q k^T + bias) v per head: the scale 1 / sqrt(d_kv) is in the initial q, and learnt from there."""
+    """Self-attention softmax(q k^T + bias) v per head, without a scale: 1 / sqrt(d_kv) is in q's initial weights."""
 
     config: T5Config
     dtype: Any = jnp.float32
@@ -67,7 +72,10 @@ class SelfAttention(nn.Module):
 
 
 class DenseReluDense(nn.Module):
-    """wo(gelu(wi_0 x) * wi_1 x) with the tanh form of GELU, or in T5 1.0 wo(relu(wi x)); no biases. float32 out."""
+    """The MLP wo(gelu(wi_0 x) * wi_1 x) with the tanh form of GELU, or in T5 1.0 wo(relu(wi x)).
+
+    It has no biases, and its output is float32.
+    """
 
     config: T5Config
     dtype: Any = jnp.float32
@@ -81,14 +89,14 @@ class DenseReluDense(nn.Module):
             h = jax.nn.relu(wi("wi")(x))
         else:
             h = jax.nn.gelu(wi("wi_0")(x), approximate=True) * wi("wi_1")(x)
-        # Its sums overflow float16. transformers keeps this kernel in float32 there, which makes product and residual
-        # stream float32; the sums are what matters, and this way the product still takes the fast units.
-        sum_wide = partial(flat_dot, preferred_element_type=jnp.float32)
-        return _linear(self, c.d_model, "wo", c.d_ff**-0.5, dot_general=sum_wide)(h)
+        # The sums of wo overflow float16. transformers therefore keeps its kernel in float32, which makes the product
+        # and the residual stream float32. Only the sums need it: this way the product still runs on the fast units.
+        sum_in_float32 = partial(flat_dot, preferred_element_type=jnp.float32)
+        return _linear(self, c.d_model, "wo", c.d_ff**-0.5, dot_general=sum_in_float32)(h)
 
 
 class Residual(nn.Module):
-    """x + f(norm(x)), with x in float32: torch's `layer.i`, where f has the name of its class."""
+    """The residual layer x + f(norm(x)) with x in float32: PyTorch's `layer.i`, where f has the name of its class."""
 
     config: T5Config
     inner: type[nn.Module]
@@ -96,14 +104,14 @@ class Residual(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"], *others: Array | None) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], *inputs: Array | None) -> Float[Array, "b l d"]:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         h = nn.RMSNorm(epsilon=self.config.layer_norm_epsilon, name="layer_norm", **types)(x)
-        return x + self.inner(self.config, name=self.inner.__name__, **types)(h, *others)
+        return x + self.inner(self.config, name=self.inner.__name__, **types)(h, *inputs)
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward; shaped as a scan body."""
+    """One block of the encoder: self-attention, then the MLP; it returns (x, None), as the body of `nn.scan`."""
 
     config: T5Config
     dtype: Any = jnp.float32
@@ -117,7 +125,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """torch's `encoder`: the blocks, the table of position biases that they share, and the last norm."""
+    """PyTorch's `encoder`: the blocks, the table of position biases that they share, and the final norm."""
 
     config: T5Config
     scan: bool = False
@@ -157,10 +165,19 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """(b, l) token ids -> (b, l, d_model) states after the final norm: transformers' T5EncoderModel.
+    """T5's encoder, transformers' T5EncoderModel: token ids (b, l) -> states (b, l, d_model) after the final norm.
 
-    mask: True where a token counts; nothing that is False is attended to. SD3 gives none, so its padding counts.
-    `scan` stacks the blocks' parameters under encoder/block, else they are encoder/block_i.
+    mask: True where a token may be attended to; None is everywhere, as in SD3, which attends to its padding too. Raises
+    ValueError unless the mask has the shape of the ids. `scan` stacks the blocks' parameters under encoder/block; else
+    they are encoder/block_i. `remat` recomputes the blocks in the backward pass.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.text import T5Config, T5Encoder
+    >>> t5 = T5Encoder(T5Config(vocab_size=10, d_model=4, d_kv=2, d_ff=8, num_layers=1, num_heads=2))
+    >>> ids = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    >>> states, _ = jax.eval_shape(t5.init_with_output, jax.random.key(0), ids)
+    >>> states.shape
+    (1, 5, 4)
     """
 
     config: T5Config
@@ -178,7 +195,7 @@ class T5Encoder(nn.Module):
             c.vocab_size,
             c.d_model,
             embedding_init=nn.initializers.normal(1.0),
-            param_dtype=self.param_dtype,  # and no dtype: rows are widened below, not the whole table cast
+            param_dtype=self.param_dtype,  # no dtype: the rows of these ids are cast below, not the full table
             name="shared",
         )
         x = table(ids).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""T5's configuration: field names are the keys of transformers' config.json."""
+"""The config of T5: its fields are the keys of transformers' config.json."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ FEED_FORWARDS = {"relu": ("relu", False), "gated-gelu": ("gelu_new", True)}
 
 @dataclass(frozen=True, kw_only=True)
 class T5Config:
-    """The encoder of T5. The defaults are what transformers assumes for a key that a config.json leaves out.
+    """The architecture of T5's encoder; the defaults are those of transformers for keys that a config.json leaves out.
 
     d_kv: the width of one head; num_heads * d_kv need not be d_model. feed_forward_proj: "relu" is T5 1.0,
-    "gated-gelu" is T5 1.1. relative_attention_max_distance: in tokens, where the last bucket of distances begins.
+    "gated-gelu" is T5 1.1. relative_attention_max_distance: in tokens, the start of the last bucket of distances.
+    Raises ValueError that names a value which is not supported.
+
+    >>> from mmdit.text import T5_XXL, T5Config
+    >>> T5_XXL.d_model, T5_XXL.num_layers
+    (4096, 24)
+    >>> T5Config.from_dict(T5_XXL.to_dict()) == T5_XXL
+    True
     """
 
     vocab_size: int = 32128
@@ -33,10 +40,11 @@ class T5Config:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "int" and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"T5Config: {f.name}={value!r} must be one positive integer")
+                raise ValueError(f"T5Config: {f.name}={value!r} must be a positive integer")
         if self.feed_forward_proj not in FEED_FORWARDS:
             raise ValueError(
-                f"T5Config: feed_forward_proj={self.feed_forward_proj!r} is none of {', '.join(FEED_FORWARDS)}"
+                f"T5Config: feed_forward_proj={self.feed_forward_proj!r} is not supported; "
+                f"use one of {', '.join(FEED_FORWARDS)}"
             )
         if not 1 <= self.relative_attention_num_buckets // 4 < self.relative_attention_max_distance:
             raise ValueError(
@@ -46,7 +54,10 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config.json") -> T5Config:
-        """Keys that are no field (the decoder's, dropout, generation options) change nothing in the encoder."""
+        """Read the content of a config.json; raises ValueError that names `source` and the key it cannot support.
+
+        Keys that are no fields (the decoder's, dropout, generation options) change nothing in the encoder.
+        """
         if values.get("model_type", "t5") != "t5":
             raise ValueError(f"{source}: model_type is {values['model_type']!r}, expected 't5'")
         names = {f.name for f in fields(cls)}
@@ -56,15 +67,16 @@ class T5Config:
             raise ValueError(f"{source}: {error}") from None
         activation, gated = FEED_FORWARDS[config.feed_forward_proj]
         # transformers derives the first two from feed_forward_proj, but lets a file override them.
-        for key, want in {"dense_act_fn": activation, "is_gated_act": gated, "is_decoder": False}.items():
-            if values.get(key) not in (None, want):
+        for key, expected in {"dense_act_fn": activation, "is_gated_act": gated, "is_decoder": False}.items():
+            if values.get(key) not in (None, expected):
                 raise ValueError(
                     f"{source}: {key}={values[key]!r} is not supported with "
-                    f"feed_forward_proj={config.feed_forward_proj!r}; only {want!r} is"
+                    f"feed_forward_proj={config.feed_forward_proj!r}; only {expected!r} is"
                 )
         return config
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the content of a config.json that transformers loads."""
         return {"model_type": "t5", **asdict(self)}
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers of CLIP and T5: load one from a folder, or train one on captions."""
+"""The tokenizers of CLIP and T5: load one from a folder, or train one on captions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-SUFFIX = "</w>"  # closes a word: "cat</w>" is the word, "cat" the beginning of "cats"
-PAD, END, UNKNOWN, SENTINEL = "<pad>", "</s>", "<unk>", "<extra_id_0>"  # T5's, the last in place of a masked token
+SUFFIX = "</w>"  # ends a word: "cat</w>" is the word, "cat" the beginning of "cats"
+PAD, END, UNKNOWN, SENTINEL = "<pad>", "</s>", "<unk>", "<extra_id_0>"  # of T5; SENTINEL replaces a masked token
 
 
 def _kind(folder: Path) -> type[CLIPTokenizer] | type[T5Tokenizer]:
-    """T5's where the folder holds a Unigram model, else CLIP's, whose reader then names what is amiss."""
+    """Return T5's class if the folder has a Unigram model, else CLIP's, whose reader reports missing files."""
     if (folder / "spiece.model").is_file():
         return T5Tokenizer
     try:
@@ -43,20 +43,24 @@ def _check_files(folder: Path, kind: type[CLIPTokenizer] | type[T5Tokenizer]) ->
             "install them, or put the model's tokenizer.json beside it"
         )
     if kind is CLIPTokenizer and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
-        raise FileNotFoundError(f"{folder}: holds neither tokenizer.json nor vocab.json with merges.txt")
+        raise FileNotFoundError(f"{folder}: has neither tokenizer.json nor vocab.json with merges.txt")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts -> (b, length) int32 ids: BOS (CLIP's only), the text's tokens cut to fit, EOS, then padding."""
+    """The tokenizer of CLIP or T5: texts -> int32 ids (b, length).
+
+    The ids are BOS (CLIP only), the text's tokens truncated to fit, EOS, then padding.
+    """
 
     backend: CLIPTokenizer | T5Tokenizer
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """A CLIPTokenizer or T5Tokenizer folder of transformers: tokenizer.json, or what it is made from, which is
+        """Read a CLIPTokenizer or T5Tokenizer folder of transformers; local files only.
 
-        vocab.json with merges.txt for CLIP and spiece.model for T5. Reads local files only.
+        The folder has tokenizer.json, or its sources: vocab.json with merges.txt for CLIP, spiece.model for T5. Raises
+        FileNotFoundError if files are missing, and ValueError if they are not readable or lack a special token.
         """
         path = Path(folder)
         kind = _kind(path)
@@ -67,7 +71,7 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception on a malformed file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path}: not a readable {name} tokenizer ({reason})") from error
-        # transformers appends special tokens it does not find, with ids that the network has no embedding for.
+        # transformers appends special tokens that are missing, with ids for which the network has no embedding.
         vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
         for token in (backend.eos_token, backend.bos_token if kind is CLIPTokenizer else backend.pad_token):
             if token not in vocabulary:
@@ -76,42 +80,50 @@ class Tokenizer:
 
     @property
     def class_name(self) -> str:
-        """Of transformers, as a model_index.json names it."""
+        """The name of transformers' class, as in a model_index.json."""
         return "T5TokenizerFast" if isinstance(self.backend, T5Tokenizer) else "CLIPTokenizer"
 
     @property
     def vocab_size(self) -> int:
+        """The number of tokens, special tokens included."""
         return len(self.backend)
 
     @property
     def max_length(self) -> int:
-        """The model's length; where the folder does not say, 77 for CLIP and 512 for T5."""
+        """The model's number of tokens; 77 for CLIP and 512 for T5 if the folder does not say."""
         length = self.backend.model_max_length
         return int(length) if length < 1_000_000 else 512 if isinstance(self.backend, T5Tokenizer) else 77
 
     @property
     def bos_token_id(self) -> int:
+        """The id of the token before a text; raises ValueError for T5, which has none."""
         if self.backend.bos_token_id is None:
-            raise ValueError("this tokenizer, a T5's, writes no token before a text")
+            raise ValueError("this is a T5 tokenizer: it has no token before a text")
         return int(self.backend.bos_token_id)
 
     @property
     def eos_token_id(self) -> int:
+        """The id of the token after a text."""
         return int(self.backend.eos_token_id)
 
     @property
     def pad_token_id(self) -> int:
+        """The id of the padding."""
         return int(self.backend.pad_token_id)
 
     @property
     def mask_token_id(self) -> int:
-        """Of the token that stands for a hidden one: T5's first sentinel."""
+        """The id of the token that replaces a masked token, T5's first sentinel; raises ValueError without one."""
         number = self.backend.backend_tokenizer.token_to_id(SENTINEL)
         if number is None:
-            raise ValueError(f"this tokenizer has no {SENTINEL}, which T5's have")
+            raise ValueError(f"this tokenizer has no {SENTINEL}; use a T5 tokenizer")
         return int(number)
 
     def __call__(self, texts: str | Sequence[str], length: int | None = None) -> Int[np.ndarray, "b l"]:
+        """Return the ids of one text or several, padded and truncated to `length`, by default `max_length`.
+
+        Raises ValueError for a length below 2.
+        """
         length = self.max_length if length is None else length
         if length < 2:
             raise ValueError(f"length={length} leaves no room for the begin and end tokens; give at least 2")
@@ -122,21 +134,24 @@ class Tokenizer:
         return np.asarray(encoded["input_ids"], np.int32)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " l"]) -> str:
-        """The text without special tokens; the case and the spacing of the original are lost."""
+        """Return the text of these ids without special tokens; the case and the spacing of the original are lost."""
         return str(self.backend.decode([int(i) for i in ids], skip_special_tokens=True))
 
     def save(self, folder: str | os.PathLike[str]) -> Tokenizer:
-        """A folder that transformers takes, and for CLIP older readers of vocab.json; read back from there."""
+        """Write a folder that transformers loads, and return the tokenizer that is read back from it.
+
+        For CLIP it has vocab.json and merges.txt too, for older readers.
+        """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         fast = self.backend.backend_tokenizer
-        fast.no_padding()  # the last call's settings, and below how it was loaded, would be written along
+        fast.no_padding()  # else the last call's settings, and below the loading options, would be written too
         fast.no_truncation()
         for key in ("is_local", "local_files_only"):
             self.backend.init_kwargs.pop(key, None)
         self.backend.save_pretrained(str(path))
         if isinstance(self.backend, CLIPTokenizer):
-            # transformers 5 writes tokenizer.json only; older readers, and people, want the pair.
+            # transformers 5 writes tokenizer.json only; older programs, and people, read the pair.
             model = json.loads(fast.to_str())["model"]
             lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
             (path / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
@@ -147,20 +162,22 @@ class Tokenizer:
 def train_tokenizer(
     captions: Iterable[str], vocab_size: int, folder: str | os.PathLike[str], max_length: int = 77
 ) -> Tokenizer:
-    """Byte-pair encoding (Sennrich et al. 2016) in CLIP's format, written as a CLIPTokenizer folder.
+    """Train a byte-pair encoding (Sennrich et al. 2016) in CLIP's format and write a CLIPTokenizer folder.
 
-    The vocabulary is laid out as OpenAI's: 256 byte symbols, the same closing a word, the merges, BOS, EOS. All bytes
-    are in it, so every Unicode text has ids. Fewer captions than `vocab_size` needs give a smaller vocabulary:
-    take `Tokenizer.vocab_size` for the network.
+    The vocabulary has OpenAI's order: 256 byte symbols, the same at the end of a word, the merges, BOS, EOS. It has all
+    bytes, so every Unicode text has ids. Too few captions for `vocab_size` give a smaller vocabulary: use
+    `Tokenizer.vocab_size` for the network. Raises ValueError if `vocab_size` is less than the byte symbols need.
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = letters + [letter + SUFFIX for letter in letters]
     if vocab_size < len(symbols) + 2:
-        raise ValueError(f"vocab_size={vocab_size} is below the {len(symbols) + 2} of the byte alphabet and BOS, EOS")
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: the byte alphabet with BOS and EOS needs {len(symbols) + 2}"
+        )
     splitter = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
     learner = BackendTokenizer(models.BPE(end_of_word_suffix=SUFFIX, continuing_subword_prefix=""))
     learner.normalizer, learner.pre_tokenizer = splitter.normalizer, splitter.pre_tokenizer
-    # The trainer breaks ties by id and numbers unknown symbols in hash order: naming them all makes it deterministic.
+    # The trainer breaks ties by id and numbers unlisted symbols in hash order: listing all makes it deterministic.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 2, special_tokens=symbols, end_of_word_suffix=SUFFIX, show_progress=False
     )
@@ -175,10 +192,10 @@ def train_tokenizer(
 def train_unigram(
     captions: Iterable[str], vocab_size: int, folder: str | os.PathLike[str], max_length: int = 512
 ) -> Tokenizer:
-    """A unigram language model over pieces (Kudo 2018, arXiv:1804.10959), written as a T5Tokenizer folder.
+    """Train a unigram language model over pieces (Kudo 2018, arXiv:1804.10959) and write a T5Tokenizer folder.
 
-    Ids as T5's: padding 0, end 1, unknown 2, the pieces with the likeliest first, and one sentinel at the end. A letter
-    that no caption has is unknown. Fewer captions than `vocab_size` needs give a smaller vocabulary.
+    The ids are as in T5: padding 0, end 1, unknown 2, the pieces from the most to the least likely, and one sentinel at
+    the end. Letters that are in no caption are unknown. Too few captions for `vocab_size` give a smaller vocabulary.
     """
     special = [PAD, END, UNKNOWN]
     learner = BackendTokenizer(models.Unigram())
@@ -188,7 +205,7 @@ def train_unigram(
     )
     learner.train_from_iterator(captions, trainer)
     learnt = json.loads(learner.to_str())["model"]["vocab"][len(special) :]
-    # The trainer's threads add up in any order: rounded, the same captions always give the same vocabulary.
+    # The trainer's threads add numbers in any order: with rounding the same captions always give the same vocabulary.
     pieces = sorted(((piece, round(score, 5)) for piece, score in learnt), key=lambda pair: (-pair[1], pair[0]))
     vocabulary = [*((token, 0.0) for token in special), *pieces, (SENTINEL, 0.0)]
     return Tokenizer(T5Tokenizer(vocab=vocabulary, extra_ids=1, model_max_length=max_length)).save(folder)

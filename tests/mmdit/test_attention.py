@@ -55,13 +55,19 @@ def test_half_precision_on_a_cpu_errs_as_its_inputs_do(keys: int) -> None:
 
         return jax.grad(total, (0, 1, 2))(*qkv)
 
-    whole = [x.astype(jnp.float32) for x in (q, k, v)]
-    true, half = module.attention(*whole), module.attention(q, k, v, implementation="cpu")
+    @jax.jit
+    def everything(*qkv: jax.Array) -> tuple:
+        whole = [x.astype(jnp.float32) for x in qkv]
+        values = module.attention(*whole), module.attention(*qkv, implementation="cpu")
+        return *values, slopes("cpu", *qkv), slopes("xla", *whole)
+
+    true, half, mine, plain = everything(q, k, v)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), true, rtol=2**-7)
     assert abs(float((half.astype(jnp.float32) / true).mean()) - 1.0) < 2**-10
-    for mine, plain in zip(slopes("cpu", q, k, v), slopes("xla", *whole), strict=True):
-        assert float(jnp.linalg.norm(mine.astype(jnp.float32) - plain) / jnp.linalg.norm(plain)) < 0.02
+    for one, other in zip(mine, plain, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other)
+        assert np.linalg.norm(one - other) / np.linalg.norm(other) < 0.02
 
 
 def test_halved_attention_is_bfloat16s() -> None:
@@ -106,12 +112,14 @@ def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
     def without(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return module.flash((("is_causal", causal), ("implementation", "xla")), q, k, v)
 
-    def slopes(attend: object) -> tuple:
-        return jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), (0, 1, 2))(q, k, v)  # type: ignore[operator]
+    def everything(*qkv: jax.Array) -> list:
+        """Of each: values and gradients."""
+        each = (even, without, plain)
+        return [(f(*qkv), jax.grad(lambda *qkv, f=f: jnp.sin(f(*qkv)).sum(), (0, 1, 2))(*qkv)) for f in each]
 
-    for mine in (even, without):
-        np.testing.assert_allclose(mine(q, k, v), plain(q, k, v), atol=1e-6)
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), slopes(mine), slopes(plain))
+    *mine, wanted = jax.jit(everything)(q, k, v)
+    for own in mine:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), own, wanted)
 
 
 @pytest.mark.parametrize(("whole", "keys"), [(False, 7), (True, 77)])
@@ -124,7 +132,8 @@ def test_heads_and_queries_by_parts_are_the_same_attention(
     rng = np.random.default_rng(0)
     q, k, v, dq, dk, dv = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (23, keys, keys) * 2)
 
-    def everything(implementation: str) -> object:
+    @partial(jax.jit, static_argnums=0)
+    def everything(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> object:
         def attend(*qkv: jax.Array) -> jax.Array:
             return module.attention(*qkv, scale=0.7, implementation=implementation)  # type: ignore[arg-type]
 
@@ -132,7 +141,7 @@ def test_heads_and_queries_by_parts_are_the_same_attention(
         return slopes, jax.jvp(attend, (q, k, v), (dq, dk, dv))
 
     near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-    jax.tree.map(near, everything("cpu"), everything("xla"))
+    jax.tree.map(near, everything("cpu", q, k, v), everything("xla", q, k, v))
     with pytest.raises(ValueError, match="or leave it out"):
         module.attention(q, q, q, causal=True, implementation="cpu")
 
@@ -142,7 +151,8 @@ def test_the_largest_logit_of_a_row_is_found_wherever_it_is(keys: int) -> None:
     """Logits of thousands, whose exponentials are infinite or nought unless the very largest is taken off first."""
     rng = np.random.default_rng(keys)
     rows = jnp.asarray(1e3 * rng.standard_normal((keys, keys)) + 1e4 * np.eye(keys), jnp.float32)
-    np.testing.assert_array_equal(cpu_attention.largest(rows), rows.max(-1, keepdims=True))
+    np.testing.assert_array_equal(jax.jit(cpu_attention.largest)(rows), np.asarray(rows).max(-1, keepdims=True))
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 8)), jnp.float32) for n in (5, keys, keys))
-    mine, plain = (module.attention(q, k, v, scale=1e3, implementation=name) for name in ("cpu", "xla"))
+    attend = partial(module.attention, scale=1e3)
+    mine, plain = jax.jit(lambda *qkv: [attend(*qkv, implementation=name) for name in ("cpu", "xla")])(q, k, v)
     np.testing.assert_allclose(mine, plain, rtol=1e-3, atol=1e-3)

@@ -35,8 +35,8 @@ def everything(implementation: str, *qkv: jax.Array) -> object:
 def test_it_is_attention(shape: tuple[int, ...]) -> None:
     qkv = arrays(*shape)
     with pltpu.force_tpu_interpret_mode():
-        mine = everything("tpu", *qkv)
-    jax.tree.map(near, mine, everything("xla", *qkv))
+        mine = jax.jit(partial(everything, "tpu"))(*qkv)
+    jax.tree.map(near, mine, jax.jit(partial(everything, "xla"))(*qkv))
 
 
 def test_it_is_attention_under_vmap() -> None:
@@ -47,8 +47,8 @@ def test_it_is_attention_under_vmap() -> None:
         return everything(implementation, q, k, v[:3])
 
     with pltpu.force_tpu_interpret_mode():
-        mine = jax.vmap(partial(of, "tpu"))(queries, keys)
-    jax.tree.map(near, mine, jax.vmap(partial(of, "xla"))(queries, keys))
+        mine = jax.jit(jax.vmap(partial(of, "tpu")))(queries, keys)
+    jax.tree.map(near, mine, jax.jit(jax.vmap(partial(of, "xla")))(queries, keys))
 
 
 def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +96,7 @@ for heads, cut in ((2, "heads"), (3, None)):  # three do not divide among two de
     with module.attention_mesh(mesh, ("rows",), "heads"):
         mine = jax.jit(partial(everything, "tpu"), in_shardings=(rows,) * 3)(*qkv)
     assert mine[0].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("rows", None, cut)), 4), mine[0].sharding
-    jax.tree.map(near, mine, everything("xla", *qkv))
+    jax.tree.map(near, mine, jax.jit(partial(everything, "xla"))(*qkv))
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,16 @@ def whole(how: Normalisation, x: jax.Array, *others: jax.Array) -> jax.Array:
 )
 def test_the_kernel_is_group_norm(shape: tuple[int, int, int, int], groups: int) -> None:
     arrays = drawn(shape)
-    for silu in (False, True):
-        how = Normalisation(groups, 1e-5, silu)
-        y = gpu_group_norm.group_norm(*arrays, **how._asdict(), interpret=True)
+    options = [Normalisation(groups, 1e-5, silu) for silu in (False, True)]
+
+    @jax.jit
+    def both(*arrays: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        run = partial(gpu_group_norm.group_norm, interpret=True)
+        return [(run(*arrays, **how._asdict()), whole(how, *arrays)) for how in options]
+
+    for y, want in both(*arrays):
         assert y.dtype == jnp.bfloat16
-        assert error(y, whole(how, *arrays)) < 3e-3  # the rounding of the result
+        assert error(y, want) < 3e-3  # the rounding of the result
 
 
 def test_half_precision_is_near_float32_and_has_its_gradient() -> None:
@@ -59,19 +65,25 @@ def test_half_precision_is_near_float32_and_has_its_gradient() -> None:
     def exact(x: jax.Array) -> jax.Array:
         return whole(how, x, offset, scale, bias)
 
-    assert error(half(x), exact(x)) < 3e-3
-    slopes = [jax.grad(lambda x, f=f: (f(x).astype(jnp.float32) ** 2).sum())(x) for f in (half, exact)]
-    assert error(*slopes) < 0.02
-    _, along = jax.jvp(half, (x,), (x,))
-    assert error(along, jax.jvp(exact, (x,), (x,))[1]) < 0.02
+    @jax.jit
+    def value_slope_and_direction(x: jax.Array) -> list[tuple[jax.Array, ...]]:
+        return [
+            (jax.grad(lambda x, f=f: (f(x).astype(jnp.float32) ** 2).sum())(x), *jax.jvp(f, (x,), (x,)))
+            for f in (half, exact)
+        ]
+
+    (slope, value, along), (want_slope, want, want_along) = value_slope_and_direction(x)
+    assert error(value, want) < 3e-3
+    assert error(slope, want_slope) < 0.02
+    assert error(along, want_along) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_an_offset_is_added_beforehand(dtype: jnp.dtype) -> None:
     x, offset, scale, bias = drawn((2, 9, 8, 24))
-    module, params = GroupNorm(4, dtype=dtype), {"params": {"scale": scale, "bias": bias}}
+    apply = jax.jit(partial(GroupNorm(4, dtype=dtype).apply, {"params": {"scale": scale, "bias": bias}}))
     x, offset = x.astype(dtype), jnp.round(offset * 4) / 4  # the sum is exact in both
-    given, before = module.apply(params, x, offset), module.apply(params, x + offset[:, None, None].astype(dtype))
+    given, before = apply(x, offset), apply(x + offset[:, None, None].astype(dtype))
     assert error(given, before) < (1e-5 if dtype == jnp.float32 else 0.01)
 
 
@@ -87,15 +99,16 @@ def test_half_precision_under_vmap_pmap_and_shard_map(monkeypatch: pytest.Monkey
     def run(x: jax.Array, offset: jax.Array, scale: jax.Array = scale) -> jax.Array:
         return module.apply({"params": {"scale": scale, "bias": bias}}, x, offset)
 
-    want = run(x, offset)
+    want = jax.jit(run)(x, offset)
     pair, offsets = x.reshape(2, 3, *x.shape[1:]), offset.reshape(2, 3, -1)
     batches.clear()
-    assert error(jax.vmap(run)(pair, offsets).reshape(x.shape), want) < 1e-6
+    assert error(jax.jit(jax.vmap(run))(pair, offsets).reshape(x.shape), want) < 1e-6
     assert 6 in batches
-    one = jax.vmap(run, (0, None))(pair, offsets[0])
-    assert error(one[1], run(pair[1], offsets[0])) < 1e-6
+    one = jax.jit(jax.vmap(run, (0, None)))(pair, offsets[0])
+    assert error(one[1], jax.jit(run)(pair[1], offsets[0])) < 1e-6
     scales = jnp.stack([scale, 2 * scale])
-    assert error(jax.vmap(run, (None, None, 0))(x, offset, scales)[1], run(x, offset, 2 * scale)) < 1e-6
+    twice = jax.jit(run)(x, offset, 2 * scale)
+    assert error(jax.jit(jax.vmap(run, (None, None, 0)))(x, offset, scales)[1], twice) < 1e-6
     monkeypatch.undo()
     assert error(jax.pmap(run)(x[None], offset[None])[0], want) < 1e-6
     rows = PartitionSpec("data")

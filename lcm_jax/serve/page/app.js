@@ -1,4 +1,4 @@
-// Everything on the page: what is shown, what is asked for, and when a frame is sent.
+// The page: it connects sources, controls, connection and canvases, and decides when a frame is sent.
 
 import { Connection } from "./connection.js";
 import { COLOURS, Drawing } from "./drawing.js";
@@ -6,8 +6,8 @@ import { Panel } from "./panel.js";
 import { Picture, Video, camera, screen } from "./sources.js";
 
 const $ = (id) => document.getElementById(id);
-const SIDE = 512;            // pixels of the larger side of both canvases, at least
-const RATE = 30;             // frames a second that are sent at most
+const SIDE = 512;            // least pixels of the larger side of both canvases
+const RATE = 30;             // most frames a second that are sent
 const LOSSLESS = 256 * 256;  // pixels up to which frames are sent as PNG
 
 const address = new URL("ws" + location.search, location.href);
@@ -15,9 +15,9 @@ address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
 const panel = new Panel((changes) => connection.set(changes));
 const connection = new Connection(address, () => panel.values);
 const [source, output] = [$("source"), $("output")];
-const frame = document.createElement("canvas");  // what is sent, of the model's size
+const frame = document.createElement("canvas");  // the frame that is sent, in the model's size
 
-// --- where frames come from
+// --- sources of frames
 
 const drawing = new Drawing(source);
 const back = () => choose("draw");
@@ -111,9 +111,9 @@ document.addEventListener("keydown", (event) => {
 // --- sending
 
 let [paused, sending, last] = [false, false, 0];
-let [version, still] = [0, null];   // how often the source has been painted; its frame, unless that has changed
+let [version, still] = [0, null];   // how often the source was painted; its encoded frame, null if it has changed since
 
-// By halves, so that every pixel counts: browsers scale by more than that with gaps.
+// By halves, so that every pixel counts: browsers skip pixels when they scale down further at once.
 const halves = [document.createElement("canvas"), document.createElement("canvas")];
 function shrink(from, to) {
   let turn = 0;
@@ -146,8 +146,8 @@ async function pump() {
 let [repaint, painted] = [true, 0];
 function paint() {
   const now = performance.now();
-  // What moves by itself is painted when it can be sent: what is shown beside a picture is what that was drawn from,
-  // and a machine that draws pictures too has better to do than to paint others.
+  // A live source is painted only when its frame can be sent: so the page shows the frame that a picture was made of,
+  // and a machine that runs the server too spends no time on other frames.
   const idle = sources[current].live && connection.live && !paused && !connection.room;
   if (!idle && now - painted >= 1000 / RATE - 4 && (sources[current].changed() || repaint)) {
     [repaint, painted, still] = [false, now, null];
@@ -157,7 +157,7 @@ function paint() {
   pump();
 }
 const animate = () => { paint(); requestAnimationFrame(animate); };
-// A page that is not seen, as while another window is shared, draws nothing by itself: answers keep it going.
+// A hidden page (another window is shared) gets no animation frames: there the answers trigger the next paint.
 connection.addEventListener("room", () => { if (document.hidden) setTimeout(paint, 1000 / RATE); else paint(); });
 
 $("pause").addEventListener("click", () => {
@@ -166,7 +166,7 @@ $("pause").addEventListener("click", () => {
   $("pause").textContent = paused ? "Go on" : "Pause";
 });
 
-// --- what comes back
+// --- answers
 
 const answers = [];
 const latencies = [];
@@ -183,7 +183,7 @@ $("smooth").addEventListener("change", draw);
 
 connection.addEventListener("picture", ({ detail: { blob, captured } }) => {
   answers.push(performance.now());
-  shown = shown.then(async () => {   // in order, however long one takes to decode
+  shown = shown.then(async () => {   // in order, even if one takes longer to decode
     picture = await createImageBitmap(blob);
     draw();
     if (captured !== null) latencies.push(performance.now() - captured);
@@ -207,7 +207,7 @@ connection.addEventListener("stats", ({ detail }) => {
   if (p50 !== null) $("latency").title = `In the server: half under ${p50} ms, 95 % under ${p95} ms, 99 % under ${p99} ms`;
 });
 
-// --- how it goes
+// --- status
 
 connection.addEventListener("status", ({ detail: { state, text } }) => {
   $("status").dataset.state = state;
@@ -244,7 +244,7 @@ connection.addEventListener("welcome", ({ detail }) => {
   draw();
 });
 
-// --- keeping it
+// --- saving and recording
 
 function keep(blob, ending) {
   const name = new Date().toISOString().slice(0, 19).replaceAll(":", "-");
@@ -257,8 +257,8 @@ $("save").addEventListener("click", () => output.toBlob((blob) => keep(blob, "pn
 let recorder = null;
 $("record").addEventListener("click", () => {
   if (recorder) return recorder.stop();
-  const type = ["video/mp4;codecs=avc1", "video/webm;codecs=vp9", "video/webm"].find((one) => globalThis.MediaRecorder?.isTypeSupported(one));
-  if (!type) return wrong("This browser records no video");
+  const type = ["video/mp4;codecs=avc1", "video/webm;codecs=vp9", "video/webm"].find((name) => globalThis.MediaRecorder?.isTypeSupported(name));
+  if (!type) return wrong("This browser cannot record video");
   const [parts, began] = [[], Date.now()];
   recorder = new MediaRecorder(output.captureStream(RATE), { mimeType: type, videoBitsPerSecond: 6e6 });
   const clock = setInterval(() => {

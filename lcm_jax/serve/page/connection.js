@@ -1,11 +1,11 @@
-// The socket: docs/serve.md describes what is said on it.
+// The WebSocket: docs/serve.md describes its messages.
 
 const VERSION = 1, HEADER = 12, FRAME = 1, PICTURE = 2, SAME = 3;
-const WINDOW = 2;          // frames on their way: one is drawn, one waits
-const EARLY = 10;          // milliseconds that a frame should wait for its turn: sooner it would only grow old
-const PATIENCE = 4000;     // milliseconds after which an answer is not waited for any more
+const WINDOW = 2;          // frames without an answer: one is drawn, one waits
+const EARLY = 10;          // milliseconds that a frame should wait for its turn: a longer wait only adds latency
+const PATIENCE = 4000;     // milliseconds after which an answer is no longer waited for
 const PACE = 60;           // milliseconds between two messages with controls
-const ENDED = {            // codes after which the page does not try again by itself
+const ENDED = {            // close codes after which the page does not reconnect by itself
   1000: "The session has ended",
   4000: "This page is older than the server: load it again",
   4001: "The server does not take these controls",
@@ -14,7 +14,7 @@ const ENDED = {            // codes after which the page does not try again by i
 };
 
 export class Connection extends EventTarget {
-  // controls: a function that gives those to begin with.
+  // controls: a function that returns the controls to begin with.
   constructor(url, controls) {
     super();
     Object.assign(this, { url, controls, live: false, tries: 0, pending: {}, timer: null });
@@ -25,7 +25,7 @@ export class Connection extends EventTarget {
     this.said = "";
     this.sent = new Map();           // sequence number to the time of capture
     [this.next, this.answered, this.lastSent] = [0, -1, 0];
-    [this.pace, this.due] = [0, 0];  // milliseconds from an answer to the next frame, and when that is
+    [this.pace, this.due] = [0, 0];  // milliseconds from an answer to the next frame, and the time of that frame
     this.show("connecting", this.tries ? "Connecting again" : "Connecting");
     const socket = this.socket = new WebSocket(this.url);
     socket.binaryType = "arraybuffer";
@@ -41,17 +41,17 @@ export class Connection extends EventTarget {
   tell(name, detail) { this.dispatchEvent(new CustomEvent(name, { detail })); }
   say(type, fields) { this.socket.send(JSON.stringify({ v: VERSION, type, ...fields })); }
 
-  onText(own) {
-    if (own.type === "waiting") this.show("waiting", `Waiting in line, at position ${own.position}`);
-    else if (own.type === "compiling") this.show("compiling", "Compiling for these settings; until then the old ones hold");
-    else if (own.type === "bye") this.said = own.reason;
-    else if (own.type === "error") {
-      if (own.sequence !== undefined) this.settle(own.sequence);
-      this.tell("wrong", own.message);
+  onText(message) {
+    if (message.type === "waiting") this.show("waiting", `Waiting in line, at position ${message.position}`);
+    else if (message.type === "compiling") this.show("compiling", "Compiling for the new settings; the old ones stay in use until then");
+    else if (message.type === "bye") this.said = message.reason;
+    else if (message.type === "error") {
+      if (message.sequence !== undefined) this.settle(message.sequence);
+      this.tell("wrong", message.message);
     } else {
-      if (own.type === "welcome") [this.live, this.tries] = [true, 0];
-      if (own.type === "welcome" || own.type === "controls") this.show("streaming", "Streaming");
-      this.tell(own.type, own);
+      if (message.type === "welcome") [this.live, this.tries] = [true, 0];
+      if (message.type === "welcome" || message.type === "controls") this.show("streaming", "Streaming");
+      this.tell(message.type, message);
     }
   }
 
@@ -62,16 +62,16 @@ export class Connection extends EventTarget {
     const captured = this.sent.get(shows) ?? null;
     this.pace = Math.max(this.pace + (waited - EARLY) / (waited < EARLY ? 2 : 5), 0);
     this.settle(sequence);
-    if (kind === SAME) {             // it stands for this frame and for all before it
+    if (kind === SAME) {             // it answers this frame and all before it
       this.sent.clear();
       this.tell("same", {});
     }
-    this.sent.delete(shows);         // a frame that is shown again is not late
+    this.sent.delete(shows);         // shown again later, this frame gives no latency
     if (kind === PICTURE) this.tell("picture", { blob: new Blob([data.slice(HEADER)]), captured });
   }
 
-  // An answer to one frame says that those before it are answered or dropped. Their times are kept for a while, as a
-  // picture that is still in the stream batch shows one of them.
+  // An answer to one frame says that those before it are answered or dropped. Their times are kept for a while, as the
+  // pictures in the stream batch will show some of them.
   settle(sequence) {
     this.answered = sequence;
     for (const old of this.sent.keys()) if (old < sequence - 16) this.sent.delete(old);
@@ -93,7 +93,7 @@ export class Connection extends EventTarget {
     }
   }
 
-  // Changes of controls, together, a few times a second.
+  // Changes of controls are collected, and sent a few times a second.
   set(changes) {
     Object.assign(this.pending, changes);
     if (!this.live || this.timer !== null) return;

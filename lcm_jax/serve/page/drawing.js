@@ -1,6 +1,6 @@
 // A canvas to paint on with mouse, pen or finger.
 
-export const COLOURS = {   // OpenMoji's own
+export const COLOURS = {   // OpenMoji's palette
   black: "#000000", white: "#ffffff", grey: "#9b9b9a", yellow: "#fcea2b", orange: "#f1b31c", peach: "#fadcbc",
   brown: "#a57939", "dark brown": "#6a462f", pink: "#ffa7c0", red: "#ea5a47", "dark red": "#d22f27",
   purple: "#b399c8", "light blue": "#92d3f5", blue: "#61b2e4", green: "#b1cc33", "dark green": "#5c9e31",
@@ -31,7 +31,7 @@ export class Drawing {
     this.context.fillRect(0, 0, this.layer.width, this.layer.height);
   }
 
-  // Something to begin with: a cat, as far as a few strokes go.
+  // A drawing to begin with: a cat of a few strokes.
   sketch() {
     const { context: c, layer: { width: w, height: h } } = this;
     const s = Math.min(w, h) / 512;
@@ -62,7 +62,7 @@ export class Drawing {
     c.resetTransform();
   }
 
-  // Since it was last asked.
+  // Whether the drawing has changed since the last call.
   changed() {
     const was = this.dirty;
     this.dirty = false;
@@ -103,8 +103,8 @@ export class Drawing {
 
   move(event) {
     if (!this.last) return;
-    for (const one of event.getCoalescedEvents?.() ?? [event]) {
-      const point = this.at(one);
+    for (const step of event.getCoalescedEvents?.() ?? [event]) {
+      const point = this.at(step);
       this.line(this.last, point);
       this.last = point;
     }

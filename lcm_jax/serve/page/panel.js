@@ -1,15 +1,15 @@
-// The controls: every element with data-control is one of the server's, by name; prompts and the filter have their own.
+// The controls: every element with data-control is the server's control of that name. Prompts and filter are extra cases.
 
 const $ = (id) => document.getElementById(id);
 const MOST_PROMPTS = 8;
-const AFTER = 150;           // milliseconds without a key after which a text counts
+const AFTER = 150;           // milliseconds after the last key after which a text is sent
 const DECIMALS = { strength: 2, feedback: 2, scale: 1, delta: 2, similarity: 3, motion: 2 };
 
 export class Panel {
-  // changed: called with {name: value} whenever the user has changed something.
+  // changed: called with {name: value} whenever the user changes something.
   constructor(changed) {
     this.changed = changed;
-    this.values = {};        // all that has been changed here: what a new connection begins with
+    this.values = {};        // all that was changed on this page: a new connection begins with it
     this.fields = [...document.querySelectorAll("[data-control]")];
     for (const field of this.fields) {
       const act = () => this.put({ [field.dataset.control]: this.read(field) });
@@ -46,7 +46,7 @@ export class Panel {
     this.changed(changes);
   }
 
-  // The server's values, at a welcome. embeds: the network is told the scale even where nothing else guides.
+  // Show the server's values, at a welcome. embeds: the network takes the guidance scale as an input.
   show(controls, embeds, steps) {
     this.field("steps").max = steps;
     this.embeds = embeds;
@@ -67,7 +67,7 @@ export class Panel {
     this.enable();
   }
 
-  // A slider's number and the part of it that is filled.
+  // Update a slider's number and its filled part.
   mark(field) {
     if (field.type !== "range") return;
     const name = field.dataset.control;
@@ -76,7 +76,7 @@ export class Panel {
     field.style.setProperty("--part", (field.value - field.min) / (field.max - field.min));
   }
 
-  // What has no effect with the present kind of guidance is greyed.
+  // Disable the controls that have no effect with the present kind of guidance.
   enable() {
     const kind = this.field("guidance").value;
     const can = {
@@ -127,7 +127,7 @@ export class Panel {
     const rows = [...document.querySelectorAll(".prompt")];
     const pairs = rows.map((row) => [row.querySelector(".text").value, rows.length > 1 ? row.querySelector("[type=range]").valueAsNumber : 1]);
     const some = pairs.some(([, weight]) => weight > 0);
-    $("prompt-hint").textContent = some ? "" : "Give one of them a weight";
+    $("prompt-hint").textContent = some ? "" : "Give at least one prompt a weight above 0";
     if (some) this.put({ prompt: pairs });
   }
 }

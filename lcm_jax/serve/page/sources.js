@@ -1,4 +1,4 @@
-// Camera, screen and picture file: each paints itself onto a canvas, its middle filling it.
+// Camera, screen and picture file: each paints itself onto a canvas, which its middle part fills.
 
 function cover(context, image, imageWidth, imageHeight, width, height, mirrored) {
   if (!imageWidth || !imageHeight) return;
@@ -9,15 +9,15 @@ function cover(context, image, imageWidth, imageHeight, width, height, mirrored)
     context.translate(width, 0);
     context.scale(-1, 1);
   }
-  context.imageSmoothingQuality = scale < 0.5 ? "high" : "medium";  // high is slow, and seen only where much is lost
+  context.imageSmoothingQuality = scale < 0.5 ? "high" : "medium";  // high is slow, and visible only when much is scaled away
   context.drawImage(image, (width - w) / 2, (height - h) / 2, w, h);
   context.restore();
 }
 
 export class Video {
-  // get: gives a promise of a stream. ended: called when the user or the system stops it.
+  // get: returns a promise of a stream. ended: called when the user or the system stops the stream.
   constructor(get, ended) {
-    Object.assign(this, { get, ended, mirrored: false, live: true });  // live: changes by itself
+    Object.assign(this, { get, ended, mirrored: false, live: true });  // live: it changes by itself
     this.video = Object.assign(document.createElement("video"), { muted: true, playsInline: true });
   }
 
@@ -45,12 +45,12 @@ export class Video {
 }
 
 export const camera = () => {
-  if (!navigator.mediaDevices) throw new Error("browsers give the camera to https:// and localhost only");
+  if (!navigator.mediaDevices) throw new Error("browsers allow the camera only on https:// and localhost");
   return navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 640 }, height: { ideal: 640 }, frameRate: { ideal: 30 } } });
 };
 
 export const screen = () => {
-  if (!navigator.mediaDevices?.getDisplayMedia) throw new Error("this browser shares no screen with this page");
+  if (!navigator.mediaDevices?.getDisplayMedia) throw new Error("this browser cannot share a screen with this page");
   return navigator.mediaDevices.getDisplayMedia({ video: { frameRate: { ideal: 30 } } });
 };
 

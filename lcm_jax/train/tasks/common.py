@@ -59,7 +59,7 @@ class DataConfig:
         if self.buckets or self.synthetic:
             raise ValueError(
                 f"{self.name} with buckets={self.buckets}, synthetic={self.synthetic}: only task.data of diffusion and "
-                "of its distillation takes them; leave them out here"
+                "of its distillation takes them; leave them out"
             )
         return load_source(self.name, self.split, self.size, encoded=encoded)
 

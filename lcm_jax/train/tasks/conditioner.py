@@ -99,7 +99,7 @@ class Conditioner:
 
         SDXL has "time_ids" (n, 6) too, which say that the picture has `size` and was not cropped.
 
-        size: (height, width) in pixels; None: the autoencoder's. learned: text encoders used instead of the frozen ones.
+        size: (height, width) in pixels; None: the autoencoder's. learned: text encoders to use for the frozen ones.
         """
         side = self.vae.module.config.sample_size
         sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None

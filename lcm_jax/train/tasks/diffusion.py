@@ -46,7 +46,7 @@ class DiffusionTask(LatentTask):
 
     net: Denoiser = UNetConfig()
     objective: Diffusion = Diffusion(schedule=DDPM())
-    preview_steps: int = 25
+    preview_steps: int = 25  # sampling steps of a preview
     preview_guidance: float = 3.0
     scan: bool = False  # compile blocks of one shape once, as a scan; see the network
     remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep

@@ -48,7 +48,7 @@ from vae16 import AutoencoderKL, unscale
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationTask(LatentTask):
-    """A few-step student of `teacher` (a bundled name, folder or hub id), with the teacher's schedule and kind.
+    """A few-step student of `teacher`, with the teacher's schedule and kind.
 
     With `lora` only adapters are trained: the student is the teacher with the adapters merged, without a w-embedding,
     so teacher and student share one network in memory. Otherwise the student is a copy of the teacher. If the objective
@@ -56,18 +56,18 @@ class DistillationTask(LatentTask):
     zero, so that it starts as the teacher.
     """
 
-    teacher: str = "openmoji-teacher"
+    teacher: str = "openmoji-teacher"  # a bundled name, folder or hub id
     start: str | None = None  # a student (name or folder) to start from; None: the teacher. Not for LoRA
     objective: FewStep = LatentConsistencyDistillation(schedule=DDPM())
     lora: LoraConfig | None = None
-    guidance_dim: int = 256
+    guidance_dim: int = 256  # width of the w-embedding
     rate_of_others: float = 1.0  # the learning rate of a fake score or discriminator, divided by the student's
     image_encoder: str = "openmoji"  # a model whose image tower gives the features of a discriminator of pictures
     preview_guidance: float = 3.0
-    preview_steps: int = 4
+    preview_steps: int = 4  # sampling steps of a preview
     scan: bool = False  # compile blocks of one shape once, as a scan; see the network
     remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
-    dtype: str = "float32"
+    dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
     teacher_dtype: str = "float32"  # of the teacher's parameters
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class DistillationTask(LatentTask):
             raise ValueError("task.scan with task.lora: adapters are for each layer, so leave scan out")
 
     def build(self) -> Task:
-        """Return the task; raise ValueError, before any picture is encoded, if objective, models and data do not fit."""
+        """Return the task; raise ValueError, before pictures are encoded, if objective, models and data do not fit."""
         location = locate(self.teacher)
         scheduler = location.at("scheduler") / "scheduler_config.json"
         schedule, kind = read_scheduler(read_json(scheduler), source=str(scheduler))
@@ -169,7 +169,7 @@ class DistillationTask(LatentTask):
         return abstract_task(init, learner.loss, frozen, batch, optimizer)
 
     def _objective(self, schedule: Schedule, kind: Kind) -> FewStep:
-        """Return the objective on the teacher's schedule; raise ValueError if it does not fit the teacher or the LoRA."""
+        """Return the objective on the teacher's schedule; raise ValueError if it does not fit teacher or LoRA."""
         embed_w = self.objective.embed_w and self.lora is None
         objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
         if kind == "epsilon" and float(schedule.alpha(schedule.t_max)) == 0.0:
@@ -179,7 +179,8 @@ class DistillationTask(LatentTask):
             )
         if self.lora is not None and objective.spans:
             raise ValueError(
-                "the objective tells the student how far a step reaches, which a LoRA's network cannot take: leave task.lora out"
+                "the objective tells the student how far a step reaches, which a LoRA's network cannot take: leave "
+                "task.lora out"
             )
         if objective.needs_w and not embed_w and objective.w_min < objective.w_max:
             raise ValueError(
@@ -198,19 +199,22 @@ class DistillationTask(LatentTask):
         kernel: Implementation | None = "xla" if objective.forward_mode else None
         return build_net(config, dtype=self.dtype, remat=self.remat, scan=self.scan, attention=kernel)
 
-    def critic(self, objective: FewStep, net: Any, vae: Component) -> Discriminator:
-        """Return the discriminator: heads on the teacher's blocks, or on an image tower if it judges pictures."""
+    def critic(self, objective: FewStep, net: Any, around: Component) -> Discriminator:
+        """Return the discriminator: heads on the teacher's blocks, or on an image tower if it judges pictures.
+
+        net: the student's network. around: the autoencoder.
+        """
         if not objective.judges_pictures:
             return Discriminator(features=partial(features, net), net=net, frozen={})
-        tower = locate(self.image_encoder).load("image_encoder")
+        tower, vae = locate(self.image_encoder).load("image_encoder"), around.module
 
         def image_features(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
-            latents = unscale(x, vae.module.config)
-            pictures = vae.module.apply({"params": params["vae"]}, latents, method="decode")
+            latents = unscale(x, vae.config)
+            pictures = vae.apply({"params": params["vae"]}, latents, method="decode")
             output = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
             return [output.last_hidden]
 
-        frozen = {"vae": vae.params, "tower": tower.params}
+        frozen = {"vae": around.params, "tower": tower.params}
         return Discriminator(features=image_features, net=net, frozen={"eyes": frozen})
 
 

@@ -1,4 +1,4 @@
-"""DreamBooth and plain finetuning: a model goes on learning from a few pictures, held by what it drew before."""
+"""DreamBooth and plain finetuning: a model is trained further on a few pictures, with a prior of its own pictures."""
 
 from __future__ import annotations
 
@@ -41,35 +41,35 @@ from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of
 from mmdit.blocks import Remat
 from mmdit.text import T5Encoder
 
-NET = "net"  # the denoiser among the networks that learn
-TOKENS = "tokens_"  # before the number of the text encoder whose tokens they are
-DRAWN = 16  # class pictures at a time, at most
+NET = "net"  # the denoiser's key among the trained networks
+TOKENS = "tokens_"  # prefix of a record's token ids, before the number of the text encoder
+DRAWN = 16  # class pictures sampled at a time, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneTask:
-    """A model goes on with the diffusion loss on `data`, whose captions are taken as they are ("a sks dog").
+    """A model trained further with the diffusion loss on `data`, whose captions are used as they are ("a sks dog").
 
     DreamBooth (Ruiz et al. 2022, 2208.12242 eq. 2) adds prior_weight times the same loss on pictures that the model
-    drew of class_prompt ("a dog") before it learned anything, so that it does not forget what a dog is. A batch then
-    has as many of these beside its own.
+    drew of class_prompt ("a dog") before the training, so that it does not forget what a dog is. A batch then has one
+    such picture for each picture of `data`.
     """
 
     model: str = "openmoji-teacher"  # a bundled name, folder or hub id: all its networks
     data: DataConfig = DataConfig()
     objective: Diffusion = Diffusion(schedule=DDPM(), caption_dropout=0.0)  # its schedule and kind are the model's
-    class_prompt: str = ""  # none: no class pictures
-    class_pictures: int = 100
-    class_steps: int = 50
-    class_guidance: float = 4.0
-    prior_weight: float = 1.0
-    train_text: bool = False  # the CLIP text encoders learn too
+    class_prompt: str = ""  # empty: no class pictures
+    class_pictures: int = 100  # number of class pictures
+    class_steps: int = 50  # sampling steps of a class picture
+    class_guidance: float = 4.0  # guidance of a class picture
+    prior_weight: float = 1.0  # weight of the loss on class pictures
+    train_text: bool = False  # train the CLIP text encoders too
     lora: LoraConfig | None = None  # train adapters instead of all weights
-    preview_prompts: tuple[str, ...] = ()  # none: the first captions of the data
-    preview_steps: int = 25
+    preview_prompts: tuple[str, ...] = ()  # empty: the first captions of the data
+    preview_steps: int = 25  # sampling steps of a preview
     preview_guidance: float = 4.0
-    remat: Remat = False  # what the backward pass computes again: nothing, all of a block, or what a policy leaves out
-    dtype: str = "float32"
+    remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
+    dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
 
     def __post_init__(self) -> None:
         for name in ("class_pictures", "class_steps"):
@@ -79,6 +79,7 @@ class FinetuneTask:
             raise ValueError(f"task.prior_weight is {self.prior_weight}; it must not be negative")
 
     def build(self) -> Task:
+        """Return the task; raise ValueError, before any picture is encoded or drawn, if model and data do not fit."""
         location = locate(self.model)
         config_file = location.at("scheduler") / "scheduler_config.json"
         scheduler = read_json(config_file)
@@ -88,17 +89,17 @@ class FinetuneTask:
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         base = location.load(part, shardings=by_path(own_devices()))
         if base.module.config.time_cond_proj_dim is not None:
-            raise ValueError(f"task.model {self.model} is a distilled student, told its guidance: finetune its teacher")
+            raise ValueError(f"task.model {self.model} is a distilled student with a w-embedding: finetune its teacher")
         check_fit(base.module.config, conditioner, self.data.sizes)
         net = build_net(base.module.config, dtype=self.dtype, remat=self.remat)
         texts = [
             n for n, text in conditioner.texts.items() if self.train_text and not isinstance(text.module, T5Encoder)
         ]
         if texts and conditioner.prompts.family == "sdxl":
-            raise ValueError("task.train_text: the text encoders of an SDXL do not learn here; leave it out")
+            raise ValueError("task.train_text: the text encoders of SDXL cannot be trained; leave train_text out")
         networks = {NET: base.params, **(conditioner.params if texts else {})}
         learners = Learners(networks=networks, texts=texts, lora=self.lora)
-        jax.eval_shape(learners.init, jax.random.key(0))  # says what is wrong with rank and targets
+        jax.eval_shape(learners.init, jax.random.key(0))  # raises what is wrong with rank and targets
         source = self.data.open(encoded=True)
 
         model = LatentDiffusion(net=net, vae=conditioner.vae.module, schedule=schedule, kind=kind)
@@ -108,17 +109,17 @@ class FinetuneTask:
             weights = conditioner.digest + _digest(location.at(part))
             drawn = self.class_records(model, base.params, conditioner, scheduler, weights)
             kinds.append(Pictures.of(conditioner, drawn, [self.class_prompt] * len(drawn), texts))
-        weight_of = jnp.asarray([1.0, self.prior_weight][: len(kinds)])
-        nothing = conditioner.prompts.tokenize([""])
+        weights_by_kind = jnp.asarray([1.0, self.prior_weight][: len(kinds)])
+        empty_tokens = conditioner.prompts.tokenize([""])
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
             trees = learners.trees(params, frozen["networks"])
-            null = conditioner.prompts.encode(trees, nothing) if texts else frozen["null"]
+            null = conditioner.prompts.encode(trees, empty_tokens) if texts else frozen["null"]
             nets = Nets(as_apply(net), trees[NET], null=null)
 
-            def of_kind(batch: dict[str, Array], key: Key) -> tuple[Array, Metrics]:
+            def kind_loss(batch: dict[str, Array], key: Key) -> tuple[Array, Metrics]:
                 draw, rest = jax.random.split(key)
                 latents = draw_latents(draw, {n: leaf for n, leaf in batch.items() if not n.startswith(TOKENS)})
                 if texts:
@@ -127,10 +128,11 @@ class FinetuneTask:
                 return objective(nets, latents, rest)
 
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(kinds)))
-            each, metrics = jax.vmap(of_kind, in_axes=(1, 0))(batch, keys)  # the network is traced once for both kinds
-            total = jnp.sum(weight_of * each)
-            shown = {name: values[0] for name, values in metrics.items()} | {"loss": total}
-            return total, shown if len(kinds) == 1 else {**shown, "own": each[0], "prior": each[1]}
+            # vmap, so that the network is traced once for both kinds
+            losses, metrics = jax.vmap(kind_loss, in_axes=(1, 0))(batch, keys)
+            total = jnp.sum(weights_by_kind * losses)
+            scalars = {name: values[0] for name, values in metrics.items()} | {"loss": total}
+            return total, scalars if len(kinds) == 1 else {**scalars, "own": losses[0], "prior": losses[1]}
 
         show = preview(
             model,
@@ -144,19 +146,19 @@ class FinetuneTask:
         if not texts:
             conditioner.release()
 
-        def shown(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
+        def full_preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             trees = learners.trees(ema, frozen["networks"])
             return show(trees[NET], frozen["vae"], batched_map, trees if texts else None)
 
         def export(ema: Params, path: Path) -> None:
-            own = {part if name == NET else name: tree for name, tree in jax.device_get(ema).items()}
-            whole = {part: Component(net, base.params), "vae": conditioner.vae, **conditioner.texts}
+            trained = {part if name == NET else name: tree for name, tree in jax.device_get(ema).items()}
+            original = {part: Component(net, base.params), "vae": conditioner.vae, **conditioner.texts}
             if self.lora is not None:
                 path.mkdir(parents=True, exist_ok=True)
-                parts = {name: (class_name(c.module), c.module.config, c.params) for name, c in whole.items()}
-                save_loras(path / "pytorch_lora_weights.safetensors", own, lora_networks(parts))
+                parts = {name: (class_name(c.module), c.module.config, c.params) for name, c in original.items()}
+                save_loras(path / "pytorch_lora_weights.safetensors", trained, lora_networks(parts))
                 return
-            components = whole | {name: Component(whole[name].module, tree) for name, tree in own.items()}
+            components = original | {name: Component(original[name].module, tree) for name, tree in trained.items()}
             tokenizers = conditioner.prompts.tokenizers
             save_folder(path, Folder(components=components, tokenizers=tokenizers, scheduler=scheduler))
 
@@ -169,7 +171,7 @@ class FinetuneTask:
                 "vae": conditioner.vae.params,
             },
             batches=loader(Beside(kinds=kinds)),
-            preview=shown,
+            preview=full_preview,
             export=export,
         )
 
@@ -181,9 +183,11 @@ class FinetuneTask:
         scheduler: Mapping[str, Any],
         weights: str,
     ) -> Cache:
-        """Latents of the pictures' size that the model draws of the class prompt by its own sampler, as records, once.
+        """Return records of latents that the model draws for the class prompt with its own sampler, made once.
 
-        weights: the digest of all that draws.
+        The latents are of the size of `data`'s pictures, and are read from a cache the next time.
+
+        weights: the digest of all weights that draw them.
         """
         spec, spacing = get_sampler(sampler_of(scheduler)), Spacing.from_config(scheduler)
         times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
@@ -192,22 +196,22 @@ class FinetuneTask:
         cond, null = conditioner.encode_text([self.class_prompt] * drawn), conditioner.empty(drawn)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
-        noise_sigma = spec.init_noise_sigma(model.schedule, times, spacing)  # of arrays at hand: none may be traced
+        noise_sigma = spec.init_noise_sigma(model.schedule, times, spacing)  # outside jit: it needs concrete arrays
 
         @jax.jit
-        def draw(params: Params, key: Key, rows: tuple[Cond, Cond, Image]) -> Array:
+        def draw(params: Params, key: Key, inputs: tuple[Cond, Cond, Image]) -> Array:
             options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
-            return model.latents(params, *rows, pad(times), guidance, key, **options)
+            return model.latents(params, *inputs, pad(times), guidance, key, **options)
 
         def produce() -> Iterator[dict[str, Any]]:
-            one = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
+            record_cond = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
             starts = range(0, self.class_pictures, drawn)
             for start in tqdm(starts, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
                 noise, rest = jax.random.split(jax.random.fold_in(jax.random.key(0), start))
                 x = noise_sigma * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
-                made = conditioner.batched_map(partial(draw, params, rest), (cond, null, x)).astype(np.float16)
-                for latent in made[: self.class_pictures - start]:
-                    yield {"mean": latent, "std": np.zeros_like(latent), **one}
+                latents = conditioner.batched_map(partial(draw, params, rest), (cond, null, x)).astype(np.float16)
+                for latent in latents[: self.class_pictures - start]:
+                    yield {"mean": latent, "std": np.zeros_like(latent), **record_cond}
 
         produced_by = {
             "kind": "class pictures",
@@ -225,20 +229,20 @@ class FinetuneTask:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Learners:
-    """What of a model learns: the denoiser and the text encoders named in `texts`, whole or by adapters."""
+    """The trained networks of a model: the denoiser and the text encoders named in `texts`, in full or by adapters."""
 
-    networks: Mapping[str, Params]  # as they were: the denoiser, and where a text encoder learns all of these
+    networks: Mapping[str, Params]  # before the training: the denoiser, and all text encoders if one is trained
     texts: Sequence[str]
     lora: LoraConfig | None
 
     @property
     def frozen(self) -> dict[str, Params]:
-        """The networks that a step needs and does not change."""
+        """The parameters that a step needs and does not change, by network."""
         learning = set() if self.lora is not None else {NET, *self.texts}
         return {name: tree for name, tree in self.networks.items() if name not in learning}
 
     def init(self, key: Key) -> Params:
-        """Copies, or adapters that change nothing yet."""
+        """Return the trained trees before the first step: copies of the networks, or adapters without effect yet."""
         if self.lora is None:
             return {name: jax.tree.map(jnp.copy, self.networks[name]) for name in (NET, *self.texts)}
         config, targets = self.lora, {NET: self.lora.targets, **dict.fromkeys(self.texts, lora.CLIP_TARGETS)}
@@ -248,7 +252,7 @@ class Learners:
         }
 
     def trees(self, params: Params, frozen: Mapping[str, Params]) -> dict[str, Params]:
-        """Every network's parameters; the denoiser's adapters stay branches beside it."""
+        """Return every network's parameters; adapters are merged, but the denoiser's are kept as `lora.Adapted`."""
         if self.lora is None:
             return {**frozen, **params}
         texts = {name: lora.merge(frozen[name], params[name]) for name in self.texts}
@@ -257,15 +261,18 @@ class Learners:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pictures:
-    """Encoded records; where text encoders learn, with their captions' tokens in the place of the conditioning."""
+    """Encoded records; if text encoders are trained, with token ids of the captions instead of the conditioning."""
 
     records: Source
     tokens: Mapping[str, np.ndarray] | None  # (n, l) for each encoder
 
     @classmethod
     def of(cls, conditioner: Conditioner, records: Source, texts: list[str], learning: Sequence[str]) -> Pictures:
+        """Return the records with their captions `texts`; `learning` names the text encoders that are trained."""
         ids = enumerate(conditioner.prompts.tokenize(texts)) if learning else ()
-        return cls(records=records, tokens={f"{TOKENS}{i}": np.asarray(each) for i, each in ids} if learning else None)
+        return cls(
+            records=records, tokens={f"{TOKENS}{i}": np.asarray(tokens) for i, tokens in ids} if learning else None
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -274,13 +281,13 @@ class Pictures:
         record = self.records[index]
         if self.tokens is None:
             return record
-        own = {name: record[name] for name in ("mean", "std")}
-        return own | {name: ids[index] for name, ids in self.tokens.items()}
+        posterior = {name: record[name] for name in ("mean", "std")}
+        return posterior | {name: ids[index] for name, ids in self.tokens.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Beside:
-    """One record of each kind, stacked; the shorter list is gone through again."""
+    """A source whose record i is record i of each kind, stacked; a shorter kind starts again at its end."""
 
     kinds: Sequence[Pictures]
 
@@ -288,8 +295,8 @@ class Beside:
         return max(map(len, self.kinds))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        rows = [kind[index % len(kind)] for kind in self.kinds]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        records = [kind[index % len(kind)] for kind in self.kinds]
+        return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
 
 def _digest(folder: Path) -> str:

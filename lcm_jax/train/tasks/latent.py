@@ -32,12 +32,12 @@ class LatentTask:
     """The fields of every task that trains a denoiser between a frozen autoencoder and frozen text encoders."""
 
     vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
-    text: str = "openmoji"  # likewise; its text encoders and tokenizers are used
+    text: str = "openmoji"  # a model as for `vae`; its text encoders and tokenizers are used
     data: DataConfig = DataConfig()
     prompts: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))  # captions of the previews
 
     def batches(self, conditioner: Conditioner, sources: Mapping[Size, Source]) -> Callable[[int, int], LoaderIterator]:
-        """Encode the sources, each into a cache of its own, and return the loop's function that iterates over batches.
+        """Encode the sources, each into a separate cache, and return the loop's function that iterates over batches.
 
         sources: (height, width) -> source, since latents of one cache have one shape.
         """

@@ -1,4 +1,4 @@
-"""Training a text tower for an image tower that stays as it is: a second CLIP text encoder of another width."""
+"""Training of a text tower for a frozen image tower: a second CLIP text encoder, of another width."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ INITIAL_LOG_TEMPERATURE = 2.6592  # log(1 / 0.07), CLIP's
 
 @dataclass(frozen=True, kw_only=True)
 class LockedImageTask:
-    """Locked-image tuning (Zhai et al. 2022, arXiv:2111.07991): of the contrastive pair only the text tower learns.
+    """Locked-image tuning (Zhai et al. 2022, arXiv:2111.07991): a contrastive loss that trains the text tower alone.
 
-    The pictures' embeddings are made once, so a step costs a text tower. `images` gives the image tower and the
-    tokenizer, which the two text towers share as SD3's do.
+    The embeddings of the pictures are computed once, so a step costs one text tower. The model `images` gives the image
+    tower and the tokenizer; its own text tower and the new one share that tokenizer, as SD3's do.
     """
 
     text: CLIPTextConfig = CLIPTextConfig()
@@ -40,6 +40,7 @@ class LockedImageTask:
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
 
     def build(self) -> Task:
+        """Return the task; raise ValueError if the two towers differ in their projection's width."""
         path = locate(self.images).path
         tokenizer, tower = Tokenizer.load(path / "tokenizer"), load_component(path, "image_encoder")
         width = tower.module.config.projection_dim
@@ -51,12 +52,12 @@ class LockedImageTask:
         source, held_out = self.data.open(), self.validation.open()
 
         def init(key: Key) -> Params:
-            tree = net.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-            return {"text": tree, "logit_scale": jnp.float32(INITIAL_LOG_TEMPERATURE)}
+            params = net.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+            return {"text": params, "logit_scale": jnp.float32(INITIAL_LOG_TEMPERATURE)}
 
         def compare(params: Params, batch: dict[str, Array]) -> tuple[Array, Metrics]:
-            out: Any = net.apply({"params": params["text"]}, batch["ids"])
-            return contrastive_loss(batch["image"], out.text_embeds, params["logit_scale"])
+            output: Any = net.apply({"params": params["text"]}, batch["ids"])
+            return contrastive_loss(batch["image"], output.text_embeds, params["logit_scale"])
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
@@ -74,11 +75,11 @@ class LockedImageTask:
             embeds = embed(np.stack([source[i]["image"] for i in range(len(source))]))
             return [{"image": e, "ids": encode(c)} for e, c in zip(embeds, captions(source), strict=True)]
 
-        unseen = {name: np.stack([row[name] for row in pairs(held_out)]) for name in ("image", "ids")}
-        retrieve = jax.jit(compare)
+        validation_batch = {name: np.stack([pair[name] for pair in pairs(held_out)]) for name in ("image", "ids")}
+        validate = jax.jit(compare)
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
-            value, metrics = retrieve(ema, unseen)
+            value, metrics = validate(ema, validation_batch)
             return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
 
         def export(ema: Params, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Training a T5 encoder on captions alone: hidden tokens are guessed from those around."""
+"""Training of a T5 encoder on captions alone: it predicts hidden tokens from the others."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from mmdit.text import T5Config, T5Encoder, train_unigram
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedTask:
-    """A T5 encoder and its tokenizer, both from the captions of `data`; the vocabulary size is the tokenizer's.
+    """A T5 encoder and its tokenizer, trained on the captions of `data`; `net` gets the tokenizer's vocabulary size.
 
-    T5's own objective writes the hidden spans with a decoder, which SD3 has no use for; here the states of the hidden
-    tokens, times the table of embeddings, say what they are. Padding counts, as SD3's T5 is given no mask.
+    T5's own objective writes the hidden spans with a decoder, which SD3 does not use. Here the logits of a hidden token
+    are its state times the embedding table. Padding counts, since SD3's T5 is given no mask.
     """
 
     net: T5Config = T5Config()
-    vocabulary: int = 1000  # most pieces of the tokenizer
-    tokens: int = 24  # of a caption
-    rate: float = 0.3  # of hidden tokens
+    vocabulary: int = 1000  # pieces of the tokenizer, at most
+    tokens: int = 24  # length of a caption
+    rate: float = 0.3  # share of hidden tokens
     data: DataConfig = DataConfig()
     validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
 
     def build(self) -> Task:
+        """Return the task; the tokenizer is trained first."""
         source = self.data.open()
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = train_unigram(captions(source), self.vocabulary, folder, self.tokens)
@@ -48,24 +49,24 @@ class MaskedTask:
         def ids(caption: str) -> np.ndarray:
             return tokenizer(caption, self.tokens)[0]
 
-        def guess(params: Params, ids: Array, key: Key) -> tuple[Array, Metrics]:
+        def masked_prediction_loss(params: Params, ids: Array, key: Key) -> tuple[Array, Metrics]:
             hidden = hide(key, ids, rate=self.rate, pad_id=tokenizer.pad_token_id)
             states = net.apply({"params": params}, jnp.where(hidden, tokenizer.mask_token_id, ids))
-            # Scaled as in T5 1.0, whose output is its embedding too.
+            # Scaled as in T5 1.0, whose output layer is its embedding table too.
             logits = states @ params["shared"]["embedding"].T * config.d_model**-0.5
             return masked_loss(logits, ids, hidden)
 
         def loss(
             params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
         ) -> tuple[Array, Metrics]:
-            value, metrics = guess(params, batch["ids"], key)
+            value, metrics = masked_prediction_loss(params, batch["ids"], key)
             return value, {"loss": value, **metrics}
 
-        unseen = np.stack([ids(caption) for caption in captions(self.validation.open())])
-        check = jax.jit(lambda params: guess(params, jnp.asarray(unseen), jax.random.key(0)))
+        held_out = np.stack([ids(caption) for caption in captions(self.validation.open())])
+        validate = jax.jit(lambda params: masked_prediction_loss(params, jnp.asarray(held_out), jax.random.key(0)))
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
-            value, metrics = check(ema)
+            value, metrics = validate(ema)
             return {"validation_loss": float(value), "validation_accuracy": float(metrics["accuracy"])}
 
         def export(ema: Params, folder: Path) -> None:

@@ -124,11 +124,11 @@ def split(tensors: Mapping[str, np.ndarray], source: Path) -> dict[str | None, d
     unknown, twice = [], []
     for key, tensor in tensors.items():
         component, rest = component_of(key)
-        found = next(((m, role) for pattern, role in _ROLES if (m := re.search(pattern, rest))), None)
-        if found is None:
+        match_role = next(((m, role) for pattern, role in _ROLES if (m := re.search(pattern, rest))), None)
+        if match_role is None:
             unknown.append(key)
             continue
-        match, role = found
+        match, role = match_role
         module = rest[: match.start()]
         for pattern, replacement in _SPELLINGS:
             module = re.sub(pattern, replacement, module)

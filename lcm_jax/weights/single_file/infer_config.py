@@ -90,7 +90,7 @@ def _depth(shapes: Shapes, prefix: str) -> int:
 
 
 def _depths(down: list[list[int]], middle: int, up: list[list[int]]) -> dict[str, Any]:
-    """Return transformer_layers_per_block, with the reverse_ one if layers of a level or the two halves differ (SSD-1B).
+    """Return transformer_layers_per_block, and the reverse_ one if a level's layers or the two halves differ (SSD-1B).
 
     down, up: for each level the depth of each of its layers. middle: the depth of the middle block.
     """

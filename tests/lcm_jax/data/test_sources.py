@@ -63,7 +63,7 @@ def test_folder_with_two_texts_to_a_picture(folder):
     record = load_source(str(folder), "train", 8)[0]
     assert (record["caption"], record["synthetic_caption"]) == ("a.png", "much about a.png")
     table.write_text("\n".join(map(json.dumps, [*rows[:2], rows[2] | {"synthetic": " "}])))
-    refused(ValueError, 'metadata.jsonl:3: "synthetic" is no text', folder)
+    refused(ValueError, 'metadata.jsonl:3: "synthetic" is not a text', folder)
     del rows[1]["synthetic"]
     table.write_text("\n".join(map(json.dumps, rows)))
     refused(ValueError, 'metadata.jsonl: b.jpg has no "synthetic" text, others have', folder)

@@ -205,7 +205,7 @@ def test_adapters_start_as_the_model(tiny_model: Path, data: DataConfig) -> None
         ({"lora": LoraConfig(rank=0)}, "rank must be at least 1, got 0"),
         ({"lora": LoraConfig(targets="nowhere")}, "targets 'nowhere' match none of"),
         ({"model": "nowhere"}, "model 'nowhere': no such file or folder"),
-        ({"model": "openmoji"}, "task.model openmoji is a distilled student, told its guidance: finetune its teacher"),
+        ({"model": "openmoji"}, "task.model openmoji is a distilled student with a w-embedding: finetune its teacher"),
         ({"data": DataConfig(name="folder:nowhere")}, "nowhere: no such folder"),
         ({"data": DataConfig(size=15)}, "task.data.size .*: size 15x15"),
     ],

@@ -90,7 +90,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
     with pytest.raises(SystemExit) as ending:
         fit(line_task(told_at=17), LOOP, OPTIMIZER, tmp_path / "told")
     assert ending.value.code == 0
-    assert "step 17 is saved, the same command goes on from it" in capsys.readouterr().out
+    assert "step 17 is saved, and the same command continues from it" in capsys.readouterr().out
     assert checkpoint_manager(tmp_path / "told", keep=LOOP.keep).latest_step() == 17
     assert not (tmp_path / "told" / "export").exists()
     assert signal.getsignal(signal.SIGTERM) == before

@@ -384,7 +384,7 @@ def test_the_command_line_encodes_and_refuses(
         (["--part", "2/2"], "--part 2/2: the first number must be from 0 to 1"),
         (["--part", "1"], "--part 1: give P/N"),
         (["--batch", "0"], "--batch 0: it must be at least 1"),
-        (["--out", str(pictures)], "holds 0.png, no file of an encoded data set; name another folder"),
+        (["--out", str(pictures)], "holds 0.png, which is no file of an encoded data set; name another folder"),
         (["--out", str(pictures / "0.png")], "is a file; name a folder"),
     ):
         assert cli.main([*arguments, "--out", str(tmp_path / "none"), *options]) == 2

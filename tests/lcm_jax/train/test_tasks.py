@@ -275,7 +275,7 @@ def test_the_command_line_says_so_too(
     command = ["distill", "--config", "openmoji_lcm_lora", "--objective", "ctm", "--workdir", str(tmp_path / "run")]
     assert cli.main([*command, *folder, *models]) == 2
     error = capsys.readouterr().err
-    assert "which a LoRA's network cannot be" in error
+    assert "which a LoRA's network cannot take" in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -26,7 +26,7 @@ KIND = "SD3Transformer2DModel"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(abstract_params, "_WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(abstract_params, "_MIN_SECONDS", 0.0)
     abstract_params.abstract_params.cache_clear()
     yield tmp_path / "shapes"
     abstract_params.abstract_params.cache_clear()

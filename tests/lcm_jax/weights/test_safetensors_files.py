@@ -185,7 +185,7 @@ HOSTILE = {
     "overlap": ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, "'b' does not begin where"),
     "alias": ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, "'b' does not begin where"),
     "hole": ({"a": entry([2], 0, 8), "b": entry([2], 12, 20)}, 20, "'b' does not begin where"),
-    "tail": ({"a": entry([2], 0, 8)}, 9, "9 bytes of tensors, its header speaks of 8"),
+    "tail": ({"a": entry([2], 0, 8)}, 9, "9 bytes of tensors, but 8 according to its header"),
     "size": ({"a": entry([3], 0, 8)}, 8, "'a' has 8 bytes"),
     "vast": ({"a": entry([2**40, 2**40], 0, 8)}, 8, "'a' has 8 bytes"),
     "backwards": ({"a": entry([2], 8, 0)}, 8, "'a' does not begin"),

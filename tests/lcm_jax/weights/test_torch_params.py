@@ -146,7 +146,7 @@ def test_values_that_are_not_finite_are_refused(params: dict) -> None:
 def test_whole_numbers_do_not_pass_for_weights(params: dict) -> None:
     tensors = to_torch(params, RULES)
     tensors["conv.bias"] = tensors["conv.bias"].astype(np.int32)
-    with pytest.raises(ValueError, match=r"1 of whole numbers \(conv\.bias\)"):
+    with pytest.raises(ValueError, match=r"1 of the wrong kind of dtype \(conv\.bias\)"):
         from_torch(tensors, like(params), RULES)
 
 
