@@ -7,12 +7,24 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
+from beartype import BeartypeConf, beartype
 from flax import traverse_util
+from jaxtyping import install_import_hook
+
+# Every annotated function of the library checks the types, shapes and dtypes of its arguments and its result.
+# LCM_JAX_CHECK_TYPES=0 switches that off, to debug a test faster.
+if os.environ.get("LCM_JAX_CHECK_TYPES", "0") != "0":
+    checker = types.ModuleType("lcm_jax_type_checker")
+    checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+    sys.modules["lcm_jax_type_checker"] = checker
+    install_import_hook(["lcm_jax", "mmdit", "vae16"], "lcm_jax_type_checker.check")
 
 import mmdit
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
@@ -38,6 +50,16 @@ if jax.config.jax_compilation_cache_dir is None:
     cache = os.environ.get("LCM_JAX_TEST_CACHE") or str(Path(tempfile.gettempdir()) / "lcm_jax_test_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def _types_are_checked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test marked `wrong_types` hands the library what its annotations forbid, to see the library's own error."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", request.node.get_closest_marker("wrong_types") is not None)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
 
 CAPTIONS = ["red heart", "yellow heart", "woman farmer, medium skin tone", "flag of france", "dog face", "cat face"]
 

@@ -1,7 +1,10 @@
 """A data source in a file of your own: squares and discs of eight colours, drawn as they are asked for.
 
-lcm-jax train --config openmoji_teacher --import docs/examples/own_data.py --task.data.name shapes:all --task.prompts.name shapes:all
-lcm-jax encode --import docs/examples/own_data.py --data shapes:discs --out encoded
+The file registers the source, so `--import` makes its name known to any command:
+
+    lcm-jax train --import docs/examples/own_data.py --config openmoji_teacher \
+        --task.data.name shapes:all --task.prompts.name shapes:all
+    lcm-jax encode --import docs/examples/own_data.py --data shapes:discs --out encoded
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A solver in a file of your own: the second-order Adams-Bashforth rule, one evaluation a step.
 
-lcm-jax sample --model openmoji-teacher --sampler docs/examples/own_solver.py:ab2 --steps 12 --prompt "red heart"
+Its sampler is named on the command line:
+
+    lcm-jax sample --model openmoji-teacher --sampler docs/examples/own_solver.py:ab2 --steps 12 --prompt "red heart"
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A task in a file of your own: a small network that learns to count the dark pixels of a picture.
 
-lcm-jax train --config docs/examples/own_task.py:count_dark --steps 100
+Its config is named on the command line:
+
+    lcm-jax train --config docs/examples/own_task.py:count_dark --steps 100
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import jax
 import numpy as np
@@ -53,6 +53,7 @@ class Record(Texts):
     image: UInt8[np.ndarray, "h w 3"]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to records, which a Loader shuffles; a Cache of encoded records is one too."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from lcm_jax.typing import Params
 
 
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """A function from n pictures to n features: uint8 (n, h, w, 3) -> float32 (n, d).
 

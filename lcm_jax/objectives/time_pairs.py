@@ -6,7 +6,7 @@ Karras et al.'s noise level is sigma / alpha, so their grids fit any schedule; t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from lcm_jax.typing import Key, Schedule, Time
 Pair = tuple[Float[Array, " n"], Float[Array, " n"]]
 
 
+@runtime_checkable
 class Pairs(Protocol):
     """A function (schedule, key, n, step) -> (t, s) of n examples at a training step."""
 

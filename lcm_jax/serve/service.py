@@ -6,7 +6,7 @@ import asyncio
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -74,6 +74,7 @@ def beginning(pipe: Pipeline, sampler: str, scale: float) -> Controls:
     )
 
 
+@runtime_checkable
 class Client(Protocol):
     """The interface of a connection, as the service needs it."""
 

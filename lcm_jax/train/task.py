@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import optax
@@ -15,6 +15,7 @@ from lcm_jax.train.train_step import Loss
 from lcm_jax.typing import Key, Params
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An endless iterator whose position can be saved (lcm_jax.data.Loader)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class TrainState(NamedTuple):
         return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
+@runtime_checkable
 class Step(Protocol):
     """A compiled training step; `trace` is that of a jitted function."""
 

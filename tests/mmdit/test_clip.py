@@ -77,8 +77,7 @@ def test_the_end_is_the_first_eos_and_for_old_checkpoints_the_largest_id():
     np.testing.assert_array_equal(eos_position(jnp.asarray([[62, 5, 2, EOS]]), 2), [3])
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_scanned_equals_unrolled(params, remat):
+def test_scanned_equals_unrolled_recomputed_or_not(params):
     options = dict(projection=True, hidden_layer=-2)
     pairs = [
         (CLIPTextModel, TEXT, IDS),
@@ -86,16 +85,21 @@ def test_scanned_equals_unrolled(params, remat):
     ]
     for kind, config, inputs in pairs:
         listed = jax.jit(kind(config, **options).apply)({"params": params}, inputs)
-        scanned = kind(config, scan=True, remat=remat, **options)
-        jax.tree.map(close, jax.jit(scanned.apply)({"params": stack(params)}, inputs), listed)
+        for remat in (False, True):
+            scanned = kind(config, scan=True, remat=remat, **options)
+            jax.tree.map(close, jax.jit(scanned.apply)({"params": stack(params)}, inputs), listed)
 
 
 def test_recomputation_changes_no_gradient(params):
+    """Of one layer."""
+    encoder = {"layers_0": params["text_model"]["encoder"]["layers_0"]}
+    own = {"text_model": params["text_model"] | {"encoder": encoder}, "text_projection": params["text_projection"]}
+
     def gradient(remat):
-        module = CLIPTextModel(TEXT, projection=True, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, IDS).text_embeds ** 2)))(
-            {name: params[name] for name in ("text_model", "text_projection")}
-        )
+        module = CLIPTextModel(dataclasses.replace(TEXT, num_hidden_layers=1), projection=True, remat=remat)
+        loss = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, IDS).text_embeds ** 2))
+        assert ("remat" in str(jax.make_jaxpr(loss)(own))) == remat
+        return jax.jit(loss)(own)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient(True), gradient(False))
 

@@ -18,7 +18,7 @@ from mmdit.text.t5_config import T5Config
 L = CLIPTextConfig(
     hidden_size=16,
     intermediate_size=32,
-    num_hidden_layers=3,
+    num_hidden_layers=2,
     num_attention_heads=2,
     projection_dim=12,
     vocab_size=64,
@@ -96,9 +96,9 @@ def test_the_zero_prompt_keeps_the_sizes(condition):
 
 def test_wrong_encoders_are_named(first, second):
     with pytest.raises(ValueError, match="projection=True"):
-        sdxl([second, first], TIME)
+        jax.eval_shape(lambda: sdxl([second, first], TIME))
     with pytest.raises(ValueError, match="differ in shape"):
-        sdxl([first, second._replace(ids=IDS[:, :4])], TIME)
+        jax.eval_shape(lambda: sdxl([first, second._replace(ids=IDS[:, :4])], TIME))
     with pytest.raises(ValueError, match="no text encoder"):
         sdxl([], TIME)
 
@@ -137,15 +137,15 @@ def test_sd3_joins_clips_on_channels_and_t5_on_tokens(projected, second, third):
 
 
 def test_sd3_without_t5_has_zeros_in_its_place(projected, second):
-    without = sd3([projected, second], None, width=48, t5_tokens=6)
+    without = jax.jit(lambda: sd3([projected, second], None, width=48, t5_tokens=6))()
     assert without["context"].shape == (2, 14, 48)
     assert not without["context"][:, 8:].any()
 
 
 def test_sd3_says_what_does_not_fit(projected, first, second, third):
     with pytest.raises(ValueError, match="40 wide together, more than the context's 32"):
-        sd3([projected, second], None, width=32, t5_tokens=6)
+        jax.eval_shape(lambda: sd3([projected, second], None, width=32, t5_tokens=6))
     with pytest.raises(ValueError, match="needs projection=True"):
-        sd3([first, second], None, width=48, t5_tokens=6)
+        jax.eval_shape(lambda: sd3([first, second], None, width=48, t5_tokens=6))
     with pytest.raises(ValueError, match=r"T5 gives \(tokens, width\) = \(6, 48\)"):
-        sd3([projected, second], third, width=48, t5_tokens=5)
+        jax.eval_shape(lambda: sd3([projected, second], third, width=48, t5_tokens=5))

@@ -23,24 +23,25 @@ def arrays(*shapes: tuple[int, ...], dtype: object = jnp.float32) -> list[Array]
 
 def test_winograd_is_the_convolution() -> None:
     x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
-    np.testing.assert_allclose(winograd(x, kernel), direct(x, kernel), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(winograd)(x, kernel), direct(x, kernel), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2), (3, 1)])
 def test_blocks_of_pixels_are_the_convolution(shape: tuple[int, int]) -> None:
     x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
-    np.testing.assert_allclose(blocks(x, kernel, shape), direct(x, kernel), atol=1e-5)
+    mine = jax.jit(partial(blocks, shape=shape))(x, kernel)
+    np.testing.assert_allclose(mine, direct(x, kernel), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (2, 5), (3, 1)])
 def test_neighbours_side_by_side_are_the_convolution(size: tuple[int, int]) -> None:
     x, kernel = arrays((2, *size, 5), (3, 3, 5, 7))
-    np.testing.assert_allclose(columns(x, kernel), direct(x, kernel), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(columns)(x, kernel), direct(x, kernel), atol=1e-5)
 
 
 def test_products_for_each_place_are_the_convolution() -> None:
     x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
-    np.testing.assert_allclose(places(x, kernel), direct(x, kernel), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(places)(x, kernel), direct(x, kernel), atol=1e-5)
 
 
 def test_its_error_is_about_the_direct_ones() -> None:
@@ -48,8 +49,18 @@ def test_its_error_is_about_the_direct_ones() -> None:
     x, kernel = arrays((1, 32, 32, 256), (3, 3, 256, 64))
     with jax.enable_x64(True):
         exact = np.asarray(direct(*(jnp.asarray(np.asarray(a), jnp.float64) for a in (x, kernel))))
-    mine, plain = (np.square(np.asarray(own(x, kernel)) - exact).mean() for own in (winograd, direct))
+    mine, plain = (np.square(np.asarray(own(x, kernel)) - exact).mean() for own in map(jax.jit, (winograd, direct)))
     assert mine < 2.5 * plain
+
+
+def derivatives(way: Callable[..., Array], x: Array, kernel: Array, dx: Array, dk: Array) -> object:
+    slopes = jax.grad(lambda *args: jnp.sin(way(*args)).sum(), (0, 1))
+    along = [jax.jvp(partial(way, x), (kernel,), (dk,)), jax.jvp(lambda x: way(x, kernel), (x,), (dx,))]
+    pairs = jnp.stack([x, dx]), jnp.stack([kernel, dk])
+    return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (dx, dk)), along, jax.vmap(slopes)(*pairs)
+
+
+direct_ones = jax.jit(partial(derivatives, direct))
 
 
 @pytest.mark.parametrize(
@@ -69,14 +80,8 @@ def test_gradients_and_derivatives_along_a_direction(
     for name, bound in bounds.items():
         monkeypatch.setattr(convolution, name, bound)
     x, kernel, dx, dk = arrays(*((2, height, 4, 3), (side, side, 3, 5)) * 2)
-    pairs = jnp.stack([x, dx]), jnp.stack([kernel, dk])
-
-    def everything(way: Callable[..., Array]) -> object:
-        slopes = jax.grad(lambda *args: jnp.sin(way(*args)).sum(), (0, 1))
-        along = [jax.jvp(partial(way, x), (kernel,), (dk,)), jax.jvp(lambda x: way(x, kernel), (x,), (dx,))]
-        return slopes(x, kernel), jax.jvp(slopes, (x, kernel), (dx, dk)), along, jax.vmap(slopes)(*pairs)
-
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), everything(own), everything(direct))
+    mine = jax.jit(partial(derivatives, own))(x, kernel, dx, dk)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), mine, direct_ones(x, kernel, dx, dk))
 
 
 def test_no_window_of_a_gradient_is_larger_than_its_picture_on_a_cpu() -> None:

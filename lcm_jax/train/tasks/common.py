@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lcm_jax.data import (
     BucketLoader,
@@ -82,6 +82,7 @@ class DataConfig:
         return CaptionMix(rate=rate) if rate else None
 
 
+@runtime_checkable
 class StartBatches(Protocol):
     """A function that returns an iterator of batches, in an order given by `seed`.
 
