@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 __all__ = [
+    "AnyTime",
     "Apply",
     "Array",
     "Carry",
@@ -22,6 +24,7 @@ __all__ = [
     "Denoiser",
     "Image",
     "Key",
+    "Keys",
     "Kind",
     "Nets",
     "Params",
@@ -30,11 +33,13 @@ __all__ = [
 __all__ += ["Schedule", "Solver", "Time"]
 
 Key = PRNGKeyArray
+Keys = jaxtyping.Key[Array, " b"]  # one for each example
 Params = PyTree[jax.Array]
 Cond = Mapping[str, Array]
 Carry = PyTree[jax.Array]
 Image = Float[Array, "b h w c"]
-Time = Float[Array, "*b"] | float
+Time = Float[Array | np.ndarray, "*b"] | float  # all times of one call have the same shape
+AnyTime = Float[Array | np.ndarray, "..."] | float  # each may have its own
 
 Kind = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 
@@ -67,7 +72,7 @@ class Schedule(Protocol):
 
     @property
     def keeps_partial_step(self) -> bool:
-        """Whether image-to-image counts the fraction of a step that `strength` leaves as a whole step."""
+        """True if image-to-image counts the fraction of a step that `strength` leaves as a whole step."""
 
     @property
     def usual_kind(self) -> Kind:
@@ -117,7 +122,7 @@ class Solver(Protocol):
 
     @property
     def stochastic(self) -> bool:
-        """Whether a step draws noise."""
+        """True if a step draws noise."""
 
     def init(self, x: Image) -> Carry:
         """The carry before the first step."""

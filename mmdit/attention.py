@@ -46,7 +46,7 @@ def platform() -> str:
 
 
 @contextmanager
-def halved() -> Iterator[None]:
+def bfloat16_attention() -> Iterator[None]:
     """Compute every attention that is traced inside the `with` block in bfloat16; its output keeps its dtype."""
     token = _halved.set(True)
     try:

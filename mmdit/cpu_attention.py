@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 PART = 512  # the most queries whose logits are in memory at a time
 LOGITS = 2**20  # logits of a head, from which on they do not fit the cache and queries are taken in parts
-FOLD = 8  # parts of a row that `largest` compares at a time
+FOLD = 8  # parts of a row that `row_max` compares at a time
 
 
 def attend(
@@ -46,7 +46,7 @@ def attend(
 
 def _attend(q: Float[Array, "*b l d"], k: Float[Array, "*b m d"], v: Float[Array, "*b m d"]) -> Float[Array, "*b l d"]:
     logits = jnp.einsum("...ld,...md->...lm", q, k, preferred_element_type=jnp.float32)
-    weights = jnp.exp(logits - largest(jax.lax.stop_gradient(logits)))
+    weights = jnp.exp(logits - row_max(jax.lax.stop_gradient(logits)))
     weights = _truncate(weights) if v.dtype == jnp.bfloat16 else weights.astype(v.dtype)
     # With a column of ones the product adds up the weights too.
     v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], 1), v.dtype)], axis=-1)
@@ -69,7 +69,7 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     return _truncate(*primals), tangents[0].astype(jnp.bfloat16)
 
 
-def largest(x: Float[Array, "*b m"]) -> Float[Array, "*b 1"]:
+def row_max(x: Float[Array, "*b m"]) -> Float[Array, "*b 1"]:
     """Return the maximum of each row, by comparing FOLD parts of the row with one another until few values are left.
 
     The parts may overlap. XLA's own reductions along the last axis take longer than the rest of attention: 178 against

@@ -46,7 +46,7 @@ class Column:
 
 
 def columns(guidance: float, sampler: str = "ddim") -> list[Column]:
-    """The teacher with its sampler at 1, 2, 4, 8 and its usual steps; LCM at 1, 2, 4, 8; LCM-LoRA at 4."""
+    """Return the columns: the teacher at 1, 2, 4, 8 and its usual steps, LCM at 1, 2, 4, 8, LCM-LoRA at 4."""
     name, most = USUAL[sampler]
     teacher = [
         Column(title=f"teacher\n{name} {n}", model="teacher", sampler=sampler, steps=n, guidance=guidance)
@@ -96,7 +96,7 @@ def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The scores as text, one row for each way to draw."""
+    """Return the scores as text, one line for each way to draw."""
     lines = [f"{'':18}{'s/image':>10}{'Frechet':>10}{'CLIP':>8}{'precision':>11}{'recall':>8}"]
     for row in rows:
         lines.append(

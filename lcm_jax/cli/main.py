@@ -1,4 +1,4 @@
-"""The command line: lcm-jax demo, sample, compile, train, distill, encode, evaluate, plan, stream, serve, ..."""
+"""The commands of `lcm-jax`: demo, sample, compile, train, distill, encode, evaluate, plan, stream, serve, ..."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except distributed.Preempted:
         code = 0
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
-        said = distributed.explain(error) or error
+        said = distributed.peer_failure_message(error) or error
         if os.environ.get("LCM_JAX_TRACEBACK") or (said is error and isinstance(error, jax.errors.JaxRuntimeError)):
             raise
         print(f"lcm-jax: {' '.join(str(said).split())}", file=sys.stderr)
         code = 2
     else:
         code = 0
-    distributed.end(code)
+    distributed.leave_job(code)
     return code
 
 
@@ -198,7 +198,7 @@ def _names(out: Path, prompts: Sequence[str], each: int) -> list[Path]:
 
 
 def read_image(path: Path, option: str = "--image") -> np.ndarray:
-    """A picture file as uint8 (h, w, 3), as it is shown. option: named in errors."""
+    """Read an image file as uint8 (h, w, 3), upright as it is shown. option: named in errors."""
     if not path.is_file():
         raise FileNotFoundError(f"{option} {path}: no such file")
     return read_picture(path, source=f"{option} {path}")

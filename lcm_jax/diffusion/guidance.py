@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lcm_jax.diffusion.parameterization import expand, target, to_prediction
-from lcm_jax.typing import Denoiser, Image, Kind, Prediction, Schedule, Time
+from lcm_jax.typing import AnyTime, Denoiser, Image, Kind, Prediction, Schedule, Time
 
 
 def cfg(
@@ -138,7 +138,7 @@ def skip_layer_guidance(
 def _halves(paired: Denoiser, x: Image, t: Float[Array, "*b"], s: Time | None = None) -> tuple[Prediction, Prediction]:
     """Return the predictions of n examples without and with the prompt, from a denoiser of 2n."""
 
-    def twice(u: Time) -> Time:
+    def twice(u: AnyTime) -> AnyTime:
         return jnp.concatenate([u, u]) if jnp.ndim(u) else u
 
     both = paired(jnp.concatenate([x, x]), twice(t), *(() if s is None else (twice(s),)))

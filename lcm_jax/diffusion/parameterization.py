@@ -20,16 +20,17 @@ from __future__ import annotations
 from typing import get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Shaped
 
 from lcm_jax.diffusion.schedules import log_snr
-from lcm_jax.typing import Apply, Cond, Denoiser, Image, Kind, Params, Prediction, Schedule, Time
+from lcm_jax.typing import AnyTime, Apply, Cond, Denoiser, Image, Kind, Params, Prediction, Schedule, Time
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SIGMA_DATA = 0.5
 
 
-def expand(v: Time, like: Array) -> Array:
+def expand(v: Shaped[Array | np.ndarray, "*b"] | float, like: Array) -> Array:
     """Return a scalar as it is, and (b,) as (b, 1, ..., 1), ready to multiply `like`.
 
     >>> import jax.numpy as jnp
@@ -110,7 +111,7 @@ def add_noise(schedule: Schedule, x0: Image, eps: Image, t: Time) -> Image:
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
 
 
-def noise_further(schedule: Schedule, x: Image, eps: Image, s: Time, t: Time) -> Image:
+def noise_further(schedule: Schedule, x: Image, eps: Image, s: AnyTime, t: AnyTime) -> Image:
     """Return x_t from x_s for t >= s: r x_s + sqrt(sigma_t^2 - r^2 sigma_s^2) eps, with r = alpha_t / alpha_s.
 
     >>> import jax.numpy as jnp

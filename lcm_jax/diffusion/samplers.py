@@ -47,7 +47,7 @@ class Sampler:
 
     @property
     def streams(self) -> bool:
-        """Whether a stream batch can use it, which evaluates the network once for each frame in flight."""
+        """True if a stream batch can use it: the network is evaluated once for each frame in flight."""
         return self.solver.evaluations == 1
 
     def at(self, steps: int, spacing: Spacing) -> Sampler:

@@ -36,7 +36,15 @@ def unit_noise(key: Key | Image, x: Image) -> Image:
 
 
 def move(prediction: Prediction, alpha: Array, sigma: Array) -> Image:
-    """Return alpha x0 + sigma eps: the straight line of a prediction at another time (DDIM, Euler, DPM-Solver-1)."""
+    """Return alpha x0 + sigma eps: the straight line of a prediction at another time (DDIM, Euler, DPM-Solver-1).
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.solvers import move
+    >>> from lcm_jax.typing import Prediction
+    >>> x0, eps = jnp.full((1, 1, 1, 1), 1.0), jnp.full((1, 1, 1, 1), 3.0)
+    >>> float(move(Prediction(x0, eps), jnp.float32(0.5), jnp.float32(0.5)).squeeze())
+    2.0
+    """
     return alpha * prediction.x0 + sigma * prediction.eps
 
 
@@ -374,7 +382,7 @@ class TCD:
 
 
 class InpaintTarget(NamedTuple):
-    """The part that inpainting keeps: clean latents x0, and the noise eps that takes them to any time.
+    """The part that inpainting keeps: x_s = alpha_s x0 + sigma_s eps from clean latents x0 and one noise eps.
 
     mask is 1 where the image is redrawn and 0 where it is kept.
     """

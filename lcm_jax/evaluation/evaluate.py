@@ -28,7 +28,7 @@ from lcm_jax.metrics import (
     ssim,
 )
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
-from lcm_jax.parallel.sharding import BatchedMap, batch_sharding, make_mesh, parts_of, put_on_mesh, replicated
+from lcm_jax.parallel.sharding import BatchedMap, batch_parts, batch_sharding, make_mesh, put_on_mesh, replicated
 from lcm_jax.precision.context import precision_context
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.diffusers_folder import Component
@@ -114,7 +114,7 @@ def shard(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
         return jax.lax.with_sharding_constraint(extracted, replicated(mesh))
 
     shardings = jax.tree.map(lambda _: replicated(mesh), features.params)
-    size = features.batch_size + -features.batch_size % parts_of(mesh)
+    size = features.batch_size + -features.batch_size % batch_parts(mesh)
     return replace(features, apply=apply, params=put_on_mesh(features.params, shardings), batch_size=size)
 
 
@@ -182,7 +182,9 @@ def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh:
             return to_uint8(vae.module.apply({"params": vae_params}, mean, method="decode"))
 
     mesh = make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh
-    decoded: Pictures = BatchedMap(mesh=mesh, most=-(-batch_size // parts_of(mesh)))(partial(run, vae.params), images)
+    decoded: Pictures = BatchedMap(mesh=mesh, most=-(-batch_size // batch_parts(mesh)))(
+        partial(run, vae.params), images
+    )
     return decoded
 
 

@@ -42,10 +42,16 @@ _MOST_HEADER = 2**16  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a program was made for.
+    """The description of a program in its file.
 
-    jax: its version. device: kind, "" for any of the platform. model: its `digest`. size: (height, width) in pixels.
-    batch: pictures of a call. guided: it runs classifier-free guidance. program: SHA-256 of program.bin.
+    jax: the version of JAX that wrote it. device: its kind, "" for any of the platform. model: the model's `digest`.
+    size: (height, width) in pixels. batch: images of a call. guided: it runs classifier-free guidance. program: SHA-256
+    of program.bin.
+
+    >>> from lcm_jax.inference.ahead_of_time import Header
+    >>> header = Header(jax="0.10.2", platform="cpu", device="", model="", size=(64, 64), batch=1, sampler="lcm", guided=False)
+    >>> header.version
+    1
     """
 
     version: int = VERSION
@@ -61,19 +67,25 @@ class Header:
 
 
 class Call(NamedTuple):
-    """What a program is given beside the parameters."""
+    """The arguments of a program beside the parameters: token ids, grid, guidance, noise key."""
 
-    ids: Ids  # of the prompts, for each encoder
+    ids: Ids  # prompts, for each encoder
     negative: Ids
     empty: Array  # () bool, whether there is no negative prompt
     grid: tuple[Array, Array]  # a `Grid`
-    noise_sigma: Array  # () what unit noise is multiplied by
+    noise_sigma: Array  # () factor of the unit noise
     guidance: Array  # ()
     key: Array  # (2,) words of the noise's key
 
 
 def digest(pipe: Pipeline) -> str:
-    """Of all that a model's program depends on, which is not the weights but their shapes."""
+    """Return the SHA-256 of all that a model's program depends on: shapes and dtypes of the weights, not their values.
+
+    >>> import lcm_jax
+    >>> from lcm_jax.inference.ahead_of_time import digest
+    >>> len(digest(lcm_jax.load("openmoji")))
+    64
+    """
     leaves = [
         (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_leaves_with_path(_parameters(pipe))
@@ -92,10 +104,14 @@ def write_program(
     guidance: float = 1.0,
     platform: str | None = None,
 ) -> Header:
-    """Write the program that draws `batch` pictures of `size`, and compile it if it is for this machine.
+    """Write the program that draws `batch` images of `size`, and compile it if it is for this machine.
 
-    guidance: other numbers may be given to the program, save that 1 is a program of its own, without guidance.
-    platform: "cpu", "gpu" or "tpu": of a machine that need not be at hand; this one's by default.
+    guidance: the program takes any scale but 1, which is a program of its own, without guidance. platform: "cpu", "gpu"
+    or "tpu", which need not be at hand; this machine's by default. ValueError for an unknown sampler or platform, or
+    for a model with a part in 8 bits.
+
+        write_program(lcm_jax.load("openmoji"), Path("heart.program"))
+        Exported(lcm_jax.load("openmoji"), Path("heart.program"))("red heart")   # uint8 (1, 64, 64, 3)
     """
     pipe.plain("a compiled program")
     sampler = sampler_name(sampler)
@@ -130,7 +146,10 @@ def write_program(
 
 
 class Exported:
-    """A pipeline drawn by a program that `write_program` wrote. ValueError where it is for something else."""
+    """A pipeline that draws with a program of `write_program`, without tracing a network: see the example there.
+
+    ValueError where the program is for another model, platform, device or version of JAX.
+    """
 
     def __init__(self, pipe: Pipeline, path: Path) -> None:
         self.pipe, self.path = pipe, path
@@ -164,7 +183,10 @@ class Exported:
         seed: int = 0,
         num_images: int = 1,
     ) -> UInt8[np.ndarray, "n h w 3"]:
-        """Pictures as `Pipeline.__call__` draws them, of header.batch prompts with their num_images."""
+        """Return images as `Pipeline.__call__` draws them, of header.batch prompts with their num_images.
+
+        ValueError for another number of images, or for guidance where the program has none.
+        """
         header = self.header
         prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
         if len(prompts) != header.batch:
@@ -210,12 +232,12 @@ def _call(
 
 
 def _leaves(call: Call) -> tuple[Any, ...]:
-    """Of kinds of trees that every version of jax.export knows."""
+    """Return the call as tuples, which every version of jax.export can write."""
     return tuple(call._replace(grid=tuple(call.grid)))  # type: ignore[arg-type]
 
 
 def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tuple[Any, ...]], Array]:
-    """(parameters, `Call`) -> uint8 (b, h, w, 3), as `Pipeline.__call__` does it."""
+    """Return the function (parameters, `Call`) -> uint8 (b, h, w, 3) that does what `Pipeline.__call__` does."""
     model, texts, net = pipe.model, pipe.folder.prompts, pipe.folder.denoiser
     sampler, sizes = get_sampler(header.sampler).at(4, pipe.spacing), pipe.size_conditioning(header.size)
 
@@ -243,7 +265,7 @@ def _compilable(exported: export.Exported) -> Any:
 
 
 def _read(path: Path) -> tuple[Header, bytes]:
-    """ValueError for what is no whole file of this version, FileNotFoundError for none."""
+    """Read a program's file. ValueError if truncated or of another version, FileNotFoundError if absent."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo("header.json").file_size > _MOST_HEADER:

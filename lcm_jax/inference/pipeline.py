@@ -1,4 +1,4 @@
-"""`lcm_jax.load`: a model ready to draw. Text in, uint8 pictures out; one compiled program from noise to picture."""
+"""`lcm_jax.load` and `Pipeline`: text in, uint8 images out; one compiled program from noise to image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 class Parameters(MutableMapping[str, Params]):
-    """The trees of a model's networks by component; each is placed on the device when it is first read."""
+    """The parameter trees of a model by component; each is put on the device when it is first read.
+
+    >>> import lcm_jax
+    >>> sorted(lcm_jax.load("openmoji").params)
+    ['text_encoder', 'unet', 'vae']
+    """
 
     def __init__(self, components: Mapping[str, Component]) -> None:
         self.components = dict(components)
@@ -75,10 +80,21 @@ jax.tree_util.register_pytree_node(
 
 
 class Pipeline:
-    """A text-to-image model: networks, parameters and schedule. Made by `load`."""
+    """A text-to-image model: networks, parameters and schedule. `load` makes it.
+
+    params: the parameter trees by component ("unet" or "transformer", "vae", "text_encoder", ...), to read or replace.
+    model: the networks and the schedule without parameters. spacing: the folder's rule for time grids.
+
+    >>> import lcm_jax
+    >>> pipe = lcm_jax.load("openmoji")
+    >>> pipe.size, pipe.default_sampler
+    ((64, 64), 'lcm')
+    >>> pipe("red heart", steps=1, guidance=4.0).shape
+    (1, 64, 64, 3)
+    """
 
     def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
-        """source: the scheduler config's name in errors."""
+        """Bind a model's folder. source: the scheduler config's name in errors."""
         self.folder, self.scheduler_source = folder, source
         self.params = Parameters(folder.components)
         self.mesh: Mesh | None = None
@@ -96,19 +112,24 @@ class Pipeline:
         )
 
     def shard(self, mesh: Mesh) -> None:
-        """From now on draw on all devices of a mesh (`lcm_jax.parallel.sharding.make_mesh`): the parameters lie as in
-        training, the pictures of a call are cut along the batch and are the same for any number of devices.
+        """Draw on all devices of a mesh (`lcm_jax.parallel.sharding.make_mesh`) from now on.
 
-        Of several processes all must make the same calls; each encodes the texts by itself.
+        The parameters are sharded as in training, the images of a call along the batch; they are the same for any
+        number of devices. All processes of a job must make the same calls; each encodes the texts by itself.
         """
         for name in self.params if jax.process_count() == 1 else (self.folder.denoiser, "vae"):
             self.params[name] = put_on_mesh(self.params[name], tree_shardings(self.params[name], mesh))
         self.mesh = mesh
         self.__dict__.pop("_draw", None)
 
+    def spread(self, mesh: Mesh) -> None:
+        """Do what `shard` does, under its name in version 0.1."""
+        warnings.warn("Pipeline.spread is now called shard", DeprecationWarning, stacklevel=2)
+        self.shard(mesh)
+
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was trained at."""
+        """The (height, width) in pixels of the model's training; ValueError if its config does not say."""
         side = self.model.net.config.sample_size
         if side is None:
             raise ValueError("the network's config has no sample_size: give size=(height, width) in pixels")
@@ -117,11 +138,11 @@ class Pipeline:
 
     @property
     def net_params(self) -> Params:
-        """Of the denoiser."""
+        """The denoiser's parameters."""
         return self.params[self.folder.denoiser]
 
     def component(self, name: str) -> Component:
-        """A network with its present parameters."""
+        """Return a network with its present parameters."""
         return self.params.components[name]
 
     @property
@@ -155,23 +176,25 @@ class Pipeline:
         crop: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
     ) -> UInt8[np.ndarray, "n h w 3"]:
-        """Pictures of the prompts, `num_images` for each, as uint8.
+        """Draw images of the prompts, `num_images` for each, as uint8.
 
-        prompt, negative_prompt: one text or a list. steps: network evaluations (twice that for heun and dpm2).
-        guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding is told w = guidance - 1.
-        sampler: "lcm", "tcd", "flow_map", "ddim", "euler", "euler_a", "heun", "dpm++2m" or "dpm2". gamma: of tcd, 0.3
-        by default: how much of a step is noise. seed: of the noise. size: (height, width) in pixels, the model's own by
+        prompt, negative_prompt: one text or a list. steps: solver steps, each of as many network evaluations as the
+        sampler's solver declares. guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding
+        receives w = guidance - 1. sampler: a name in `diffusion.samplers.SAMPLERS`. gamma: for tcd, the share of a step
+        that is noise, 0.3 by default. seed: the seed of the noise. size: (height, width) in pixels, the model's own by
         default. latents: the initial unit noise, for parity with other systems.
-        image, strength: image-to-image; the picture is noised up to `strength` (0.6 by default) of the way and redrawn.
-        mask: inpainting; only what is white (128 and above) or true is redrawn, from nothing if no strength is given.
+        image, strength: image-to-image; the image is noised up to `strength` (0.6 by default) of the way and redrawn.
+        mask: inpainting; only white (128 and above) or true pixels are redrawn, from pure noise without a strength.
 
-        SD3's: t5_tokens of a prompt (256 by default, at most 512). shift of the noise levels, the folder's by default,
-        and double_shift, whether it is applied twice as both references do (they are by default). skip_layers such as
-        (7, 8, 9): skip-layer guidance of scale skip_scale, in the steps between the fractions skip_interval of all.
+        For SD3: t5_tokens of a prompt (256 by default, at most 512). shift of the noise levels, the folder's by
+        default, and double_shift, whether it is applied twice as in both references (it is by default). skip_layers
+        such as (7, 8, 9): skip-layer guidance of scale skip_scale, in the steps between the fractions skip_interval.
 
-        What SDXL is told of its training pictures: original_size (height, width) before they were scaled, `size` by
-        default, and crop, the (top, left) that was cut off, (0, 0) by default; its refiner aesthetic_score (1 to 10), 6
-        by default. In its negative prompt the score is 2.5 and, for the refiner, nothing cut off.
+        For SDXL, its size conditioning: original_size (height, width) of the image before it was scaled, `size` by
+        default, and crop, the (top, left) that was cut off, (0, 0) by default; for its refiner aesthetic_score (1 to
+        10), 6 by default. With the negative prompt the refiner's score is 2.5 and its crop (0, 0).
+
+        ValueError, before anything is drawn, for options that do not fit the model or one another.
         """
         prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
         sampler = sampler_name(sampler)
@@ -217,10 +240,10 @@ class Pipeline:
     def encode_prompt(
         self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None, t5_tokens: int | None = None
     ) -> dict[str, Array]:
-        """Texts to conditioning: {"context": (n, l, d)}, for SDXL and SD3 "pooled" (n, p), for SDXL "time_ids" too.
+        """Encode texts as conditioning: {"context": (n, l, d)}, for SDXL and SD3 "pooled" (n, p), for SDXL "time_ids".
 
         sizes: SDXL's size conditioning in pixels (`mmdit.text.size_ids`); that of the model's own size by default.
-        t5_tokens: of SD3's third encoder, 256 by default. A warning says which text is too long for an encoder.
+        t5_tokens: length for SD3's third encoder, 256 by default. A text that is too long for an encoder is a warning.
         """
         texts = self._prompts(t5_tokens)
         for line in texts.too_long(prompts):
@@ -232,7 +255,7 @@ class Pipeline:
         return texts(self.params, prompts)
 
     def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
-        """Pictures to latents in the UNet's units (the posterior's mean)."""
+        """Encode images as latents in the denoiser's units (the posterior's mean)."""
         return self._encode_image(self.params["vae"], jnp.asarray(image))
 
     def denoiser(
@@ -255,11 +278,11 @@ class Pipeline:
         )
 
     def quantized(self, kind: str, part: str = "denoiser") -> Pipeline:
-        """The same model with one part in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.
+        """Return the same model with one part in 8 bits: "int8", "int8w" (kernels alone) or "fp8"; see `quantization`.
 
-        part: "denoiser", "vae", or "text", all of its text encoders (of T5 take the kernels alone: its inputs have
-        outliers). What has not been used yet is rounded as it comes from the file and never whole on the device. LoRAs
-        go in before. It draws, streams and evaluates; it is not saved.
+        part: "denoiser", "vae", or "text" for all text encoders (use int8w for T5, whose inputs have outliers).
+        Parameters that were not used yet are rounded one at a time as they come from the file. Merge LoRAs before. The
+        result draws, streams and evaluates; it cannot be saved. ValueError for an unknown part or kind.
         """
         check_part(part)
         if part in self.rounded:
@@ -274,14 +297,14 @@ class Pipeline:
         return other
 
     def plain(self, what: str) -> None:
-        """ValueError if a part is in 8 bits. what: was asked for."""
+        """Raise ValueError if a component is quantized; `what` names the operation."""
         for part, kind in self.rounded.items():
             raise ValueError(f"the {part} is in {kind}, which {what} does not take: use the model as it was loaded")
 
     def save(self, path: str | Path, *, dtype: str | None = None, variant: str | None = None) -> None:
-        """A diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
+        """Write a diffusers folder that diffusers and `load` read. dtype: of the files; None keeps the parameters' own.
 
-        variant: such as "fp16", put into the files' names, as hubs that keep several precisions side by side do.
+        variant: a part of the files' names such as "fp16", as hubs have that keep several precisions side by side.
         """
         self.plain("save")
         kind = None if dtype is None else _dtype(dtype)
@@ -289,7 +312,7 @@ class Pipeline:
 
     @property
     def networks(self) -> dict[str, Network]:
-        """How LoRA files name the modules of UNet and text encoders."""
+        """The networks that LoRA files adapt, by the components' names in such files."""
         return lora_networks(
             {
                 name: (class_name(part.module), part.module.config, self.params[name])
@@ -304,7 +327,7 @@ class Pipeline:
             self.params[name] = merge(self.params[name], own, weight)
 
     def _on_shift(self, shift: float | None, double: bool | None) -> tuple[LatentDiffusion, Spacing]:
-        """The generator and spacing with another shift of the noise levels than the folder's."""
+        """Return the model and spacing with another shift of the noise levels than the folder's."""
         schedule = self.model.schedule
         if shift is None and double is None:
             return self.model, self.spacing
@@ -325,7 +348,7 @@ class Pipeline:
     def times(
         self, model: LatentDiffusion, spec: Sampler, steps: int, spacing: Spacing, strength: float
     ) -> Float[np.ndarray, " n_plus_1"]:
-        """The grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
+        """Return the time grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
         schedule = model.schedule
         below_strength = schedule.timesteps is None or self.folder.pipeline in LCM
         times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if below_strength else 1.0)
@@ -334,7 +357,7 @@ class Pipeline:
         return times
 
     def noise(self, key: Key, n: int, size: tuple[int, int], latents: Any = None) -> Image:
-        """Unit noise of the latents, or those given if they fit."""
+        """Return unit noise of the latents' shape, or the given latents; ValueError if those do not fit."""
         config = self.model.vae.config
         shape = (n, *(side // config.downsample_factor for side in size), config.latent_channels)
         noise = jax.random.normal(key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
@@ -343,7 +366,7 @@ class Pipeline:
         return noise
 
     def size_conditioning(self, size: tuple[int, int], **options: Any) -> tuple[Any, Any]:
-        """SDXL's size conditioning (`size_pair`) of a prompt and of its negative prompt; None for models without."""
+        """Return SDXL's size conditioning (`size_pair`) for a prompt and its negative prompt; None for other models."""
         sdxl, refiner = self.folder.is_sdxl, self.folder.is_refiner
         for name, value in options.items():
             fits, whose = (refiner, "SDXL's refiner") if name == "aesthetic_score" else (sdxl, "SDXL")
@@ -361,7 +384,10 @@ class Pipeline:
         guided: bool,
         t5_tokens: int | None = None,
     ) -> tuple[Cond, Cond]:
-        """Of the prompts and of the negative prompts; `empty`: none was given. Not guided, the second goes unused."""
+        """Return the conditioning of the prompts and of the negative prompts.
+
+        empty: no negative prompt was given. guided: without guidance the second is not computed.
+        """
         cond = self.encode_prompt(prompts, sizes=sizes[0], t5_tokens=t5_tokens)
         if not guided:
             return cond, cond
@@ -370,7 +396,7 @@ class Pipeline:
         return cond, self.encode_prompt(negatives, sizes=sizes[1], t5_tokens=t5_tokens)
 
     def check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
-        """In pixels: of whole patches where the network has them, and within its position grid."""
+        """Return a size in pixels that fits the network's patches and position grid; ValueError for another."""
         config = self.model.net.config
         factor = self.model.vae.config.downsample_factor * getattr(config, "patch_size", 1)
         return check_size(self.size if size is None else size, factor, getattr(config, "pos_embed_max_size", None))
@@ -394,7 +420,7 @@ class Pipeline:
 
     @cached_property
     def _prompts(self) -> Callable[[int | None], Prompts]:
-        """The text encoders with so many tokens of T5; compiled once for each number."""
+        """The text encoders for a number of T5's tokens; compiled once for each number."""
         return cache(lambda t5_tokens: replace(self.folder.prompts, t5_tokens=t5_tokens))
 
     @cached_property
@@ -413,16 +439,22 @@ def load(
     config: str | Path | None = None,
     t5: bool = True,
 ) -> Pipeline:
-    """A pipeline from a bundled name ("openmoji", "openmoji-teacher"), a diffusers or orbax folder, a single
-    .safetensors file, or a hub id.
+    """Load a pipeline from a bundled name ("openmoji"), a folder, a single .safetensors file or a hub id.
 
-    dtype: of parameters and computation. lora: an adapter file, folder or bundled name ("openmoji-lcm-lora"), or a list
-    of (adapter, weight) pairs, merged into UNet and text encoders. tiny_vae: a TAESD in the autoencoder's place.
-    variant: such as "fp16", of files kept in several precisions. config: the diffusers folder or hub id with the
-    configs, tokenizers and scheduler of a single file; the published one of its family by default. t5: False leaves
-    out SD3's third text encoder, most of its memory.
+    name: a bundled name ("openmoji", "openmoji-teacher"), a diffusers or orbax folder, a single file, or a hub id.
+    dtype: "float32", "bfloat16" or "float16", of parameters and computation. lora: an adapter file, folder or bundled
+    name ("openmoji-lcm-lora"), or a list of (adapter, weight) pairs, merged into UNet and text encoders. tiny_vae: a
+    TAESD in place of the autoencoder. variant: the precision to read, such as "fp16", where files are kept in several.
+    config: the diffusers folder or hub id with the configs, tokenizers and scheduler of a single file; the published
+    one of its family by default. t5: False leaves out SD3's third text encoder, most of its memory.
 
-    What does not fit is told at once; values stay in the files, mapped, until a network is first used.
+    Raises FileNotFoundError or ValueError at once, in one line, for all that does not fit; the values stay in the
+    files, mapped, until a network is first used.
+
+    >>> import lcm_jax
+    >>> pipe = lcm_jax.load("openmoji-teacher", lora="openmoji-lcm-lora")
+    >>> pipe.model.schedule.timesteps
+    1000
     """
     model = read_model(name, config=config, variant=variant, t5=t5)
     folder = to_folder(model, dtype=_dtype(dtype))

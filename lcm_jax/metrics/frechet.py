@@ -64,7 +64,7 @@ class Moments:
         return cls(count=len(x), mean=mean, scatter=centred.T @ centred)
 
     @classmethod
-    def of_batches(cls, batches: Iterable[Float[np.ndarray, "n d"]], *, name: str = "features") -> Moments:
+    def of_batches(cls, batches: Iterable[Float[np.ndarray, "_ d"]], *, name: str = "features") -> Moments:
         """Return the moments of a stream of feature batches; memory is O(d^2) whatever the number of samples.
 
         Raises ValueError, which names `name`, if the stream is empty.

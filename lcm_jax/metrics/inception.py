@@ -52,7 +52,7 @@ class ConvBN(nn.Module):
     padding: str = "SAME"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b i j d"]:
         """Return `features` channels; without padding the picture becomes smaller."""
         conv = nn.Conv(self.features, self.kernel, self.stride, padding=self.padding, use_bias=False, name="conv")
         return nn.relu(FrozenBatchNorm(name="bn")(conv(x)))

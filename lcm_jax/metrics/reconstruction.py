@@ -13,7 +13,7 @@ K1, K2 = 0.01, 0.03
 
 
 def _pair(
-    x: Num[Array, "n h w c"], y: Num[Array, "n h w c"], data_range: float
+    x: Num[Array | np.ndarray, "n h w c"], y: Num[Array | np.ndarray, "n h w c"], data_range: float
 ) -> tuple[Float[Array, "n h w c"], Float[Array, "n h w c"]]:
     """Return both pictures in float32, in units of the data range."""
     if x.shape != y.shape or x.ndim != 4:
@@ -23,7 +23,9 @@ def _pair(
     return jnp.asarray(x, jnp.float32) / data_range, jnp.asarray(y, jnp.float32) / data_range
 
 
-def psnr(x: Num[Array, "n h w c"], y: Num[Array, "n h w c"], *, data_range: float) -> Float[Array, " n"]:
+def psnr(
+    x: Num[Array | np.ndarray, "n h w c"], y: Num[Array | np.ndarray, "n h w c"], *, data_range: float
+) -> Float[Array, " n"]:
     """Return the peak signal-to-noise ratio of each picture in decibels, 10 log10(data_range^2 / MSE).
 
     It is infinite for equal pictures. data_range: the greatest minus the least possible value (255 for uint8, 2 for
@@ -53,7 +55,9 @@ def _smooth(x: Float[Array, "n h w c"]) -> Float[Array, "n h-10 w-10 c"]:
     return x.reshape(n, c, *x.shape[2:]).transpose(0, 2, 3, 1)
 
 
-def ssim(x: Num[Array, "n h w c"], y: Num[Array, "n h w c"], *, data_range: float) -> Float[Array, " n"]:
+def ssim(
+    x: Num[Array | np.ndarray, "n h w c"], y: Num[Array | np.ndarray, "n h w c"], *, data_range: float
+) -> Float[Array, " n"]:
     """Return the mean structural similarity of each picture, in [-1, 1] (Wang 2004, eq. 13).
 
     SSIM = (2 mu_x mu_y + C1)(2 sigma_xy + C2) / ((mu_x^2 + mu_y^2 + C1)(sigma_x^2 + sigma_y^2 + C2)), where

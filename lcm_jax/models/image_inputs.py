@@ -12,7 +12,12 @@ from lcm_jax.typing import Array
 
 
 def check_size(size: Sequence[int], factor: int, grid: int | None) -> tuple[int, int]:
-    """(height, width) in pixels: multiples of `factor`, and of at most `grid` times as much where there is one."""
+    """Return (height, width) in pixels; ValueError unless both are multiples of `factor`, at most `grid` of them.
+
+    >>> from lcm_jax.models.image_inputs import check_size
+    >>> check_size((64, 96), 8, None)
+    (64, 96)
+    """
     height, width = size
     if min(height, width) < factor or height % factor or width % factor:
         raise ValueError(f"size {height}x{width}: height and width must be positive multiples of {factor} pixels")
@@ -27,7 +32,15 @@ def check_size(size: Sequence[int], factor: int, grid: int | None) -> tuple[int,
 def check_pictures(
     image: UInt8[np.ndarray, "*n h w 3"], size: Sequence[int], number: int
 ) -> UInt8[np.ndarray, "n h w 3"]:
-    """One picture or several of `size` (height, width), of which each is for as many of `number` prompts."""
+    """Return images (m, h, w, 3) from one or several of `size` (height, width); ValueError for others.
+
+    number: the number of prompts, a multiple of m: each image is for as many of them.
+
+    >>> import numpy as np
+    >>> from lcm_jax.models.image_inputs import check_pictures
+    >>> check_pictures(np.zeros((8, 8, 3), np.uint8), (8, 8), 2).shape
+    (1, 8, 8, 3)
+    """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
         raise ValueError(f"image: expected uint8 (h, w, 3) or (n, h, w, 3), got {image.dtype} {image.shape}")
@@ -39,7 +52,7 @@ def check_pictures(
 def latent_mask(
     mask: UInt8[np.ndarray, "*n h w"] | Bool[np.ndarray, "*n h w"], size: Sequence[int], number: int, factor: int
 ) -> Float[Array, "number h w 1"]:
-    """1 where latents are redrawn: where the mask is true, or white (128 and above).
+    """Return the mask of the latents, 1 where they are redrawn: where the image's mask is true, or at least 128.
 
     Of the factor x factor pixels of a latent the first decides, as in diffusers.
     """

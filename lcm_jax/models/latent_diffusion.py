@@ -1,4 +1,4 @@
-"""From conditioning and noise to pictures: one pure function over a denoiser and an autoencoder, compiled whole."""
+"""From conditioning and noise to images: pure functions over a denoiser and an autoencoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.solvers import Inpaint, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.lora import Adapted, branches
-from lcm_jax.nets.attention_hooks import Memory, given, keys_values, remembering
+from lcm_jax.nets.attention_hooks import Memory, extended_attention, keys_values, use_keys_values
 from lcm_jax.precision.context import precision_context
 from lcm_jax.precision.quantization import Quantized
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Prediction, Schedule, Time
@@ -31,21 +31,30 @@ __all__ = ["BoundDenoiser", "LatentDiffusion", "Memory", "SkipLayers", "as_apply
 
 
 def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply:
-    """A flax module as the pure function that the mathematics takes; parameters may be `lora.Adapted`
-    or `Quantized`, or the one around the other.
+    """Return a flax module as the pure function apply(params, x, network_time, cond) that the mathematics takes.
 
-    cond["cross"]: `keys_values` of the text, where they have been computed before. memory: what its self-attention sees
-    beside the picture.
+    Its parameters may be `lora.Adapted` or `Quantized`, or one inside the other. cond["cross"]: the text's keys and
+    values (`keys_values`), where they were computed before. memory: tokens that its self-attention attends to as well.
+    options: keyword arguments of the module's call.
+
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.models.latent_diffusion import as_apply
+    >>> class Double(nn.Module):
+    ...     def __call__(self, x, t, cond):
+    ...         return 2.0 * x
+    >>> float(as_apply(Double())({}, jnp.ones(()), 0.0, {}))
+    2.0
     """
 
     def apply(params: Params, x: Image, t: Time, cond: Cond) -> Image:
         with contextlib.ExitStack() as stack:
             if "cross" in cond:
                 cross: Any = cond["cross"]
-                stack.enter_context(given(cross))
+                stack.enter_context(use_keys_values(cross))
                 cond = {name: leaf for name, leaf in cond.items() if name != "cross"}
             if memory is not None:
-                stack.enter_context(remembering(memory))
+                stack.enter_context(extended_attention(memory))
             if isinstance(params, Adapted):
                 stack.enter_context(branches(params.adapters, params.dropout))
                 params = params.params
@@ -58,9 +67,13 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
 @partial(jax.tree_util.register_dataclass, data_fields=("scale", "interval"), meta_fields=("layers",))
 @dataclass(frozen=True, kw_only=True)
 class SkipLayers:
-    """Skip-layer guidance with classifier-free guidance: which layers, how strongly, and between which times.
+    """The settings of `skip_layer_guidance`: the layers to leave out (static), the scale and the interval of times.
 
-    A tree whose layers are static; see `skip_layer_guidance`.
+    >>> import numpy as np
+    >>> from lcm_jax.models.latent_diffusion import SkipLayers
+    >>> skip = SkipLayers.in_steps(np.linspace(1.0, 0.0, 11), (7, 8, 9), 2.8, (0.01, 0.3))
+    >>> [round(float(t), 2) for t in skip.interval]
+    [0.8, 0.9]
     """
 
     layers: tuple[int, ...]
@@ -71,7 +84,7 @@ class SkipLayers:
     def in_steps(
         cls, times: Float[np.ndarray, " n_plus_1"], layers: tuple[int, ...], scale: float, part: tuple[float, float]
     ) -> SkipLayers:
-        """In the steps i of a grid of n with part[0] < i / n < part[1]; a warning if that is none."""
+        """Return the settings for the steps i of a grid of n with part[0] < i / n < part[1]; a warning if there are none."""
         steps = len(times) - 1
         inside = [times[i] for i in range(steps) if part[0] * steps < i < part[1] * steps]
         if not inside:
@@ -82,10 +95,12 @@ class SkipLayers:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentDiffusion:
-    """The static half of a text-to-image model; parameters, conditioning and noise are arguments.
+    """The static half of a latent diffusion model; parameters, conditioning and noise are arguments of its methods.
 
-    embeds_guidance: the network takes w = guidance - 1 as an input (a distilled student), so CFG is not run on top.
-    embeds_span: it takes how far the step reaches, too.
+    It is a frozen hashable value, so it can be static under jit.
+
+    embeds_guidance: the network has a w-embedding, of w = guidance - 1 (a distilled student), so CFG is not run on top.
+    embeds_span: the network has a span embedding, of the length of the step.
     """
 
     net: Any  # flax module, apply({"params": ...}, x, t, cond)
@@ -105,9 +120,10 @@ class LatentDiffusion:
         guided: bool,
         skip: SkipLayers | None = None,
     ) -> Denoiser:
-        """The network with everything bound. cond: n rows; null: the same leaves of the negative prompt, n rows.
+        """Return the network's denoiser with everything bound.
 
-        guided: static, whether classifier-free guidance is run (two rows for each picture). skip: used if it is.
+        cond: the conditioning of n images; null: the same leaves for the negative prompts. guided: static, whether
+        classifier-free guidance is run, with two network inputs for each image. skip: skip-layer guidance, if guided.
         """
 
         apply, spans = as_apply(self.net), self.embeds_span
@@ -140,7 +156,7 @@ class LatentDiffusion:
         skip: SkipLayers | None = None,
         inpaint_target: InpaintTarget | None = None,
     ) -> Image:
-        """The clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]. kept: for inpainting."""
+        """Return the clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]."""
         denoise = self.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
         if sampler.consistency:
             denoise = consistency(denoise, self.schedule)
@@ -151,7 +167,7 @@ class LatentDiffusion:
         return mask * x + (1.0 - mask) * x0  # clean, even where the grid ends before the clean time
 
     def check_start(self, t: float) -> None:
-        """ValueError for a first time at which the network's output says nothing about the picture."""
+        """Raise ValueError for a first time at which the network's output does not determine x0."""
         schedule: Any = self.schedule
         if self.kind == "epsilon" and _alpha(schedule, t) == 0.0:
             raise ValueError(
@@ -160,18 +176,18 @@ class LatentDiffusion:
             )
 
     def precompute(self, params: Params, cond: Cond) -> dict[str, Any]:
-        """The conditioning with what the network makes of the text alone, the same at every step: `keys_values`."""
+        """Return the conditioning with the text's keys and values, the same at every step: `keys_values`."""
         kernels = params.params if isinstance(params, Quantized) else params
         return {**cond, "cross": keys_values(self.net, kernels, cond["context"])}
 
     def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
-        """Clean latents of pictures (the posterior's mean), in the denoiser's units."""
+        """Encode images as clean latents (the posterior's mean), in the denoiser's units."""
         vae: Any = self.vae
         with precision_context(vae_params) as own:
             return scale(vae.apply({"params": own}, to_float(images), method="encode")[0], vae.config)
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
-        """Pictures of clean latents."""
+        """Decode clean latents to images."""
         vae: Any = self.vae
         with precision_context(vae_params) as own:
             return to_uint8(vae.apply({"params": own}, unscale(latents, vae.config), method="decode"))
@@ -204,15 +220,21 @@ class BoundDenoiser:
 
 @cache
 def _alpha(schedule: Schedule, t: float) -> float:
-    """Remembered, as it is asked of the device, which would be waited for at every call."""
+    """Return alpha(t), cached: reading it from the device at every call would wait for the device."""
     return float(schedule.alpha(t))
 
 
 def to_float(images: UInt8[Array, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:
-    """0 ... 255 to [-1, 1]."""
+    """Return images in [-1, 1] from 0 ... 255: x / 127.5 - 1."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
-    """[-1, 1] to 0 ... 255, rounded and clipped."""
+    """Return images in 0 ... 255, rounded and clipped, from [-1, 1].
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.models.latent_diffusion import to_float, to_uint8
+    >>> to_uint8(to_float(jnp.array([0, 128, 255], jnp.uint8).reshape(1, 1, 1, 3))).ravel().tolist()
+    [0, 128, 255]
+    """
     return jnp.clip(jnp.round((images.astype(jnp.float32) + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

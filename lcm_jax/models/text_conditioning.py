@@ -1,4 +1,4 @@
-"""How texts become conditioning: the text encoders of a model, of any family; parameters are arguments."""
+"""Text conditioning: the text encoders of a model of any family, with their tokenizers; parameters are arguments."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ T5_TOKENS = 256  # of a prompt, as diffusers has it, unless the tokenizer has fe
 class Prompts:
     """Text encoders in the order in which their outputs are joined, each with its tokenizer.
 
-    family: "sd", "sdxl" or "sd3". width: of SD3's context, its transformer's joint_attention_dim, which fills up the
-    CLIPs' and is T5's; t5_tokens: of a prompt, T5 there or not; None is 256, or the tokenizer's length if that is less.
+    family: "sd", "sdxl" or "sd3". width: channels of SD3's context, its transformer's joint_attention_dim, to which the
+    CLIPs' are padded. t5_tokens: SD3's tokens of a prompt for T5, with or without a T5; None is 256, or the tokenizer's
+    length if that is less. ValueError for t5_tokens that the model cannot take.
     """
 
     modules: Mapping[str, Any]
@@ -56,7 +57,7 @@ class Prompts:
 
     @cached_property
     def lengths(self) -> dict[str, int]:
-        """Tokens of a prompt for each encoder, "t5" among them for SD3 even without one."""
+        """The number of tokens of a prompt for each encoder; SD3 has "t5" even without a T5."""
         clips = {
             name: min(module.config.max_position_embeddings, self.tokenizers[name].max_length)
             for name, module in self.modules.items()
@@ -66,14 +67,14 @@ class Prompts:
         return clips | t5
 
     def tokenize(self, texts: Sequence[str]) -> Ids:
-        """Ids for each encoder; what does not fit is cut off."""
+        """Return token ids for each encoder; longer texts are cut off."""
         return tuple(
             jnp.asarray(self.tokenizers[name](list(texts), self.lengths["t5" if name == self._t5 else name]))
             for name in self.modules
         )
 
     def too_long(self, texts: Sequence[str]) -> list[str]:
-        """A line for every encoder that does not read the whole of a text."""
+        """Return a line of warning for every encoder that cuts a text off."""
         lines = []
         for name in self.modules:
             length = self.lengths["t5" if name == self._t5 else name]
@@ -93,22 +94,22 @@ class Prompts:
     def encode(
         self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
     ) -> dict[str, Array]:
-        """What `__call__` gives, of tokens, as part of a greater program; to be differentiated by the parameters."""
+        """Return the result of `__call__` from token ids, inside a larger program; differentiable in the parameters."""
         return self._joined([params[name] for name in self.modules], tuple(ids), sizes)
 
     def shapes(self, params: Mapping[str, Params]) -> dict[str, tuple[int, ...]]:
-        """Of the conditioning of one text."""
+        """Return the shapes of each conditioning array for one prompt."""
         sizes = jax.ShapeDtypeStruct((1, 6), jnp.float32) if self.family == "sdxl" else None
         out = jax.eval_shape(self._joined, [params[name] for name in self.modules], self.tokenize([""]), sizes)
         return {name: leaf.shape for name, leaf in out.items()}
 
     @cached_property
     def _encode(self) -> Callable[[bool], Any]:
-        """Of parameters that are narrow, or not."""
-        return cache(lambda of: jax.jit(self._joined, compiler_options=compiler_options(low_precision=of)))
+        """The jitted encoder, one program for float32 and one for low-precision parameters."""
+        return cache(lambda low: jax.jit(self._joined, compiler_options=compiler_options(low_precision=low)))
 
     def _joined(self, params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
-        """Of parameters in the encoders' order, either all `Quantized` or none."""
+        """Encode with the parameters in the encoders' order, either all `Quantized` or none."""
         with contextlib.ExitStack() as stack:
             own = [stack.enter_context(precision_context(tree)) for tree in params]
             encodings = [Encoding(*parts) for parts in zip(self.modules.values(), own, ids, strict=True)]
@@ -125,7 +126,12 @@ class Prompts:
 def pair_texts(
     prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
 ) -> tuple[list[str], list[str]]:
-    """One prompt and one negative prompt for each picture."""
+    """Return one prompt and one negative prompt for each image; ValueError where their numbers do not fit.
+
+    >>> from lcm_jax.models.text_conditioning import pair_texts
+    >>> pair_texts(["a cat", "a dog"], "blurry", 1)
+    (['a cat', 'a dog'], ['blurry', 'blurry'])
+    """
     prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     if not prompts:
         raise ValueError(f"nothing to draw: {'prompt is empty' if num_images > 0 else f'num_images={num_images}'}")

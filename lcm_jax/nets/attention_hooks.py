@@ -39,20 +39,20 @@ def keys_values(net: Any, params: Any, context: Float[Array, "b l d"]) -> Tokens
     }
 
 
-def given(tokens: Tokens) -> contextlib.AbstractContextManager[None]:
+def use_keys_values(tokens: Tokens) -> contextlib.AbstractContextManager[None]:
     """Return a context manager in which the layers named in `tokens` return these tokens instead of computing them.
 
     tokens: the keys and values of `keys_values`.
 
     >>> import jax
     >>> from lcm_jax.nets import UNet, UNetConfig, example_inputs
-    >>> from lcm_jax.nets.attention_hooks import given, keys_values
+    >>> from lcm_jax.nets.attention_hooks import use_keys_values, keys_values
     >>> sizes = dict(block_out_channels=(4,), cross_attention_dim=4, attention_head_dim=1, norm_num_groups=2)
     >>> blocks = dict(down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None)
     >>> net = UNet(UNetConfig(**sizes, **blocks, layers_per_block=1))
     >>> x, t, cond = example_inputs(net.config)
     >>> def denoise(params):
-    ...     with given(keys_values(net, params, cond["context"])):
+    ...     with use_keys_values(keys_values(net, params, cond["context"])):
     ...         return net.apply({"params": params}, x, t, cond)
     >>> jax.eval_shape(denoise, jax.eval_shape(net.init, jax.random.key(0), x, t, cond)["params"]).shape
     (1, 8, 8, 4)
@@ -80,7 +80,7 @@ class Memory:
     seen: Tokens = field(default_factory=dict)
 
 
-def remembering(memory: Memory) -> contextlib.AbstractContextManager[None]:
+def extended_attention(memory: Memory) -> contextlib.AbstractContextManager[None]:
     """Return a context manager in which every self-attention of a UNet also attends to the past tokens in `memory`.
 
     It stores this frame's tokens in `memory.seen`.

@@ -12,7 +12,7 @@ MAX_TEMPERATURE = 100.0
 def contrastive_loss(
     image_features: Float[Array, "b d"],
     text_features: Float[Array, "b d"],
-    logit_scale: Float[Array, ""],
+    logit_scale: Float[Array, ""] | float,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The symmetric InfoNCE loss in nats; row i of each argument is a pair. With cosines c and temperature s,
 
@@ -25,8 +25,8 @@ def contrastive_loss(
     >>> import jax.numpy as jnp
     >>> from lcm_jax.objectives import contrastive_loss
     >>> loss, metrics = contrastive_loss(jnp.eye(4), jnp.eye(4), jnp.log(100.0))
-    >>> round(float(loss), 6), float(metrics["accuracy"])
-    (0.0, 1.0)
+    >>> bool(loss < 1e-6), float(metrics["accuracy"])
+    (True, 1.0)
     """
     if image_features.shape != text_features.shape:
         raise ValueError(

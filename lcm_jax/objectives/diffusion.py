@@ -22,7 +22,7 @@ from lcm_jax.objectives.time_densities import (
     even_times,
     uniform_times,
 )
-from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Schedule
+from lcm_jax.typing import Array, Cond, Image, Key, Keys, Kind, Nets, Schedule
 
 # Named one by one, so that their numbers can be set from the command line.
 Density = Uniform | LogitNormal | Mode | CosMap
@@ -35,8 +35,8 @@ def min_snr_weight(
 
     Hang et al. 2023 (arXiv:2303.09556) Eq. 8, for any output y = a x0 + b eps: at a given x an error e of x0 is
     an error (a - b alpha / sigma) e of y, so the weight is min(SNR, gamma) / (a - b alpha / sigma)^2, where
-    SNR = alpha^2 / sigma^2. epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma). Multiplied out by sigma^2,
-    so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit 1.
+    SNR = alpha^2 / sigma^2. epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma).
+    Multiplied out by sigma^2, so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit 1.
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax.objectives.diffusion import min_snr_weight
@@ -124,7 +124,7 @@ class Diffusion:
 
 
 def validation_losses(
-    objective: Diffusion, nets: Nets, batch: dict[str, Any], keys: Key, *, levels: int = 8
+    objective: Diffusion, nets: Nets, batch: dict[str, Any], keys: Keys, *, levels: int = 8
 ) -> Float[Array, "b levels"]:
     """Return each example's loss at `levels` evenly spaced times, from clean to noise (SD3, 2403.03206, section 5).
 

@@ -124,7 +124,7 @@ class FewStep(ABC):
 
     @property
     def needs_target(self) -> bool:
-        """Whether it evaluates nets.target, the moving average of the student."""
+        """True if it evaluates nets.target, the moving average of the student."""
         return False
 
     @property

@@ -17,7 +17,13 @@ Distance = Literal["l2", "huber", "huber_whole"]
 
 
 def check(name: str, value: object, allowed: object) -> None:
-    """Raise ValueError unless `value` is one of the strings of the Literal `allowed`."""
+    """Raise ValueError unless `value` is one of the strings of the Literal `allowed`.
+
+    >>> from lcm_jax.objectives.terms import Distance, check
+    >>> check("loss", "l1", Distance)
+    Traceback (most recent call last):
+    ValueError: loss='l1' is unknown; use one of l2, huber, huber_whole
+    """
     if value not in get_args(allowed):
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(allowed))}")
 
@@ -43,7 +49,7 @@ def distance(kind: Distance, difference: Float[Array, "b ..."], c: float = 1e-3)
     return jnp.mean(square if kind == "l2" else square / (jnp.sqrt(square + c * c) + c), axis=1)
 
 
-def without_caption(null: Cond, cond: Cond) -> Cond:
+def without_caption(null: Cond | None, cond: Cond) -> Cond:
     """Return `cond` with the leaves of the empty prompt (batch 1, broadcast) in place of its own.
 
     A leaf that `null` lacks stays the example's: SDXL's time_ids describe the picture, not the caption. ValueError
@@ -57,12 +63,14 @@ def without_caption(null: Cond, cond: Cond) -> Cond:
     (0.0, 1.0)
     """
     if not null or not set(null) <= set(cond):
-        raise ValueError(f"nets.null has the leaves {sorted(null)}, batch['cond'] {sorted(cond)}: encode both alike")
+        raise ValueError(
+            f"nets.null has the leaves {sorted(null or ())}, batch['cond'] {sorted(cond)}: encode both alike"
+        )
     rows = {k: jnp.broadcast_to(v, (cond[k].shape[0], *v.shape[1:])).astype(cond[k].dtype) for k, v in null.items()}
     return {**cond, **rows}
 
 
-def drop_captions(key: Key, cond: Cond, null: Cond, rate: float) -> Cond:
+def drop_captions(key: Key, cond: Cond, null: Cond | None, rate: float) -> Cond:
     """Replace each example's conditioning, all leaves together, by that of the empty prompt with probability `rate`.
 
     >>> import jax

@@ -121,7 +121,7 @@ class Mode(TimeDensity):
     def pdf(self, t: Float[Array, "*n"]) -> Float[Array, "*n"]:
         """Return 1 / quantile'(u); u, which has no closed form, is found by bisection."""
 
-        def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
             middle = 0.5 * (low + high)
             below = self.quantile(middle) < t

@@ -72,7 +72,7 @@ def initialize(
 
     def exit_at_once(*error: Any) -> None:  # JAX's own exit handler would wait for the other processes
         original_hook(*error)
-        end(1)
+        leave_job(1)
 
     sys.excepthook = exit_at_once
 
@@ -82,7 +82,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def end(code: int) -> None:
+def leave_job(code: int) -> None:
     """Leave the job; after an error (code is not 0) exit at once, without waiting for processes that may never end."""
     if not jax.distributed.is_initialized():
         return
@@ -94,7 +94,7 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-def explain(error: BaseException) -> str | None:
+def peer_failure_message(error: BaseException) -> str | None:
     """Return a message for a runtime error that another process of the job has caused; None for other errors."""
     out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # of this process
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized() and not out_of_memory:
@@ -157,7 +157,7 @@ class Watchdog:
         self._finished = threading.Event()
 
     def __enter__(self) -> Watchdog:
-        self.moved("begin")
+        self.reset("begin")
         if self._seconds > 0 and jax.process_count() > 1:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -165,7 +165,7 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._finished.set()
 
-    def moved(self, what: str) -> None:
+    def reset(self, what: str) -> None:
         """Reset the timer; `what` names what the process does next, for the message."""
         self._what, self._last = what, time.monotonic()
 

@@ -23,7 +23,7 @@ AXIS = "devices"
 _BITS = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
 
 
-def own_rows(key: Key, parts: int) -> Key:
+def device_key(key: Key, parts: int) -> Key:
     """Return a key whose draws of shape (n, ...) are this device's n rows of what `key` draws for (parts * n, ...).
 
     Scalar draws are the same on all devices. parts: the number of devices along AXIS.
@@ -70,7 +70,7 @@ def pmap_placement(state: Any, frozen: Any, mesh: Mesh) -> Placement:
     return Placement(line, jax.tree.map(lambda _: copied, state), jax.tree.map(lambda _: copied, frozen), sharded)
 
 
-class OverDevices:
+class PmappedStep:
     """The pmapped function (state, frozen, batch) -> (state, metrics) of a step with means over AXIS.
 
     The state's buffers are donated. line: a mesh with the one axis AXIS.

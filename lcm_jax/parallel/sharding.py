@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mmdit.attention import attention_mesh
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the mesh axes over which a batch is sharded
+BATCH_AXES = ("data", "fsdp")  # the mesh axes over which a batch is sharded
 SMALLEST = (
     1024  # elements; smaller arrays, and vectors, are on every device: sharding them saves less than gathering costs
 )
@@ -125,9 +125,9 @@ def make_mesh(text: str = "", *, batch_size: int | None = None, devices: Sequenc
     return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def parts_of(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh) -> int:
     """Return the number of parts that the mesh splits a batch into."""
-    return int(math.prod(mesh.shape[axis] for axis in ROWS))
+    return int(math.prod(mesh.shape[axis] for axis in BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -137,7 +137,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch: over data and fsdp, along the first axis."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
@@ -146,13 +146,13 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     An optimizer's moments have the names and shapes of the parameters, and so the same shardings.
     """
 
-    sharding_of = by_path(mesh, rules)
+    sharding_of = param_sharding(mesh, rules)
     return jax.tree.map_with_path(
         lambda path, leaf: sharding_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape), tree
     )
 
 
-def by_path(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def param_sharding(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Return a function (path, shape) -> sharding of a parameter."""
     return lambda path, shape: NamedSharding(mesh, _spec(path, shape, mesh, rules))
 
@@ -182,7 +182,7 @@ class Placement(NamedTuple):
     @property
     def micro(self) -> NamedSharding:
         """The sharding of micro-batches stacked along a first axis: each of them is sharded as a batch is."""
-        return NamedSharding(self.mesh, PartitionSpec(None, ROWS))
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
 
 
 @contextlib.contextmanager
@@ -191,19 +191,22 @@ def constrain_batch_sharding(mesh: Mesh) -> Iterator[None]:
 
     Otherwise XLA may all-gather a batch's activations rather than a kernel. The networks know nothing of the mesh.
     """
-    parts = parts_of(mesh)
+    parts = batch_parts(mesh)
 
     def keep(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or leaf.ndim < 2 or leaf.shape[0] % parts:
             return leaf
         free = (PartitionSpec.UNCONSTRAINED,) * (leaf.ndim - 1)
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(ROWS, *free)))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *free)))
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         output = next_function(*args, **kwargs)
         return jax.tree.map(keep, output) if context.method_name == "__call__" else output
 
-    with attention_mesh(mesh, ROWS, "tensor"), nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext():
+    with (
+        attention_mesh(mesh, BATCH_AXES, "tensor"),
+        nn.intercept_methods(call) if parts > 1 else contextlib.nullcontext(),
+    ):
         yield
 
 
@@ -250,7 +253,7 @@ def shard_batch(tree: Any, mesh: Mesh, rows: int = 0) -> Any:
 
     They are padded with copies of the last row, to `rows` rows or to the next multiple of the mesh's parts.
     """
-    parts = parts_of(mesh)
+    parts = batch_parts(mesh)
 
     def fill(leaf: np.ndarray) -> np.ndarray:
         return np.concatenate([leaf, np.repeat(leaf[-1:], max(rows - len(leaf), -len(leaf) % parts), axis=0)])
@@ -275,7 +278,7 @@ class BatchedMap:
         function: a compiled function of trees of arrays (b, ...), row by row. rows: the tree of arrays (n, ...). most:
         a smaller number of rows on a device at a time.
         """
-        n, parts = len(jax.tree.leaves(rows)[0]), parts_of(self.mesh)
+        n, parts = len(jax.tree.leaves(rows)[0]), batch_parts(self.mesh)
         size = parts * min(self.most, most or self.most, -(-n // parts))
         outputs = []
         for start in range(0, n, size):
@@ -296,7 +299,7 @@ def gather_to_host(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def create(make: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
+def init_sharded(make: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
     """Return make(key), of which each device computes its part.
 
     Arrays that `make` closes over (a teacher's weights) become arguments, sharded over the devices, and not constants

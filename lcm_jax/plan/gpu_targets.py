@@ -32,7 +32,7 @@ _MULTIPROCESSORS = {
 }
 
 
-def described(kind: str) -> str:
+def gpu_target_config(kind: str) -> str:
     """Return the description of a GPU that XLA needs to compile without one: its GpuTargetConfigProto, as text.
 
     kind: "a100", "h100" or "h200".

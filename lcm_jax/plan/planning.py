@@ -234,7 +234,7 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
         if cached.whole or dump is not None:
             return cached
     start = time.perf_counter()
-    with elapsed(f"compiling {name} for {topology}, {said(mesh.shape)}"):
+    with elapsed(f"compiling {name} for {topology}, {format_mesh(mesh.shape)}"):
         program = compile_step(traced.lowered, mesh.size, dump)
     result = Plan(
         config=name,
@@ -359,7 +359,7 @@ def _bytes_per_device(tree: Any, shardings: Any) -> int:
 
 def _digest(traced: Traced, topology: Topology) -> str:
     """Return a hash of all that a plan depends on: program, topology, mesh, size of the arguments, versions."""
-    about = [_VERSION, topology.name, topology.chip, said(traced.mesh.shape), traced.arguments]
+    about = [_VERSION, topology.name, topology.chip, format_mesh(traced.mesh.shape), traced.arguments]
     about += [version_of(name) or "" for name in _COMPILERS]
     digest = hashlib.sha256("\n".join(map(str, about)).encode())
     digest.update(_POINTER.sub("", traced.lowered.as_text()).encode())
@@ -382,7 +382,7 @@ def bytes_needed(error: str) -> int | None:
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
-def said(mesh: Mapping[str, int]) -> str:
+def format_mesh(mesh: Mapping[str, int]) -> str:
     """Return a mesh as --mesh takes it, without axes of size one."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "data=1"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lcm_jax.plan.planning import Plan, said
+from lcm_jax.plan.planning import Plan, format_mesh
 from lcm_jax.runtime.hardware import GIB
 
 
@@ -12,7 +12,7 @@ def describe(plan: Plan) -> str:
     """Return one plan as text: memory, FLOPs, collectives and time, a line for each."""
     gib = [size / GIB for size in (plan.arguments, plan.temporaries, plan.peak, plan.capacity)]
     lines = [
-        f"{plan.config} on {plan.topology}, {said(plan.mesh)}, batch {plan.batch_size}, "
+        f"{plan.config} on {plan.topology}, {format_mesh(plan.mesh)}, batch {plan.batch_size}, "
         f"{plan.parameters / 1e6:,.0f} M trained parameters",
         f"memory of a chip: {gib[0]:.2f} GiB arguments, {gib[1]:.2f} GiB temporaries; peak {gib[2]:.2f} of "
         f"{gib[3]:.0f} GiB: {'fits' if plan.fits else 'DOES NOT FIT'}",
@@ -53,7 +53,14 @@ def table(plans: Sequence[Plan]) -> str:
 
 def _row(plan: Plan) -> tuple[str, ...]:
     sizes = [f"{size / GIB:.2f}" for size in (plan.arguments, plan.temporaries, plan.peak)]
-    head = (plan.config, plan.topology, said(plan.mesh), str(plan.batch_size), *sizes, f"{plan.capacity / GIB:.0f}")
+    head = (
+        plan.config,
+        plan.topology,
+        format_mesh(plan.mesh),
+        str(plan.batch_size),
+        *sizes,
+        f"{plan.capacity / GIB:.0f}",
+    )
     if not plan.flops:
         return (*head, "no", *("",) * 8)
     count, sent = (sum(entry[key] for entry in plan.collectives.values()) for key in ("count", "bytes"))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from lcm_jax.plan.gpu_targets import described
+from lcm_jax.plan.gpu_targets import gpu_target_config
 from lcm_jax.runtime.hardware import CHIPS, GPUS, Chip
 
 HOP = 1e-6  # seconds from a chip to its neighbour
@@ -94,7 +94,7 @@ def open_topology(name: str) -> Topology:
                 f"--topology {name}: {number} GPUs are no whole nodes of {chip.node}; give a multiple of {chip.node}"
             )
         per_node = min(number, chip.node)
-        target = {"target_config": described(kind), "topology": f"1x{number // per_node}x{per_node}"}
+        target = {"target_config": gpu_target_config(kind), "topology": f"1x{number // per_node}x{per_node}"}
         devices = _described(name, "cuda", name, **target)
     elif kind == "cpu":
         devices = jax.devices("cpu")

@@ -37,7 +37,7 @@ def _half(kernel: Array) -> BFloat16[Array, "*k"]:
 OVERRIDES = LayerOverrides(takes=_takes, multiply=_multiply, convolve=_convolve)
 
 
-def is_half(params: Params) -> bool:
+def is_bfloat16(params: Params) -> bool:
     """Return whether any parameter of a network is bfloat16.
 
     >>> import jax.numpy as jnp

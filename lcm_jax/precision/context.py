@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lcm_jax.precision import bfloat16_cpu, quantization
 from lcm_jax.typing import Params
-from mmdit.attention import halved, platform
+from mmdit.attention import bfloat16_attention, platform
 
 
 @contextlib.contextmanager
@@ -21,10 +21,10 @@ def precision_context(params: Params) -> Iterator[Params]:
             stack.enter_context(bfloat16_cpu.OVERRIDES.around())
         if quantization.in_8_bits(params):
             stack.enter_context(quantization.OVERRIDES.around())
-            stack.enter_context(halved())
+            stack.enter_context(bfloat16_attention())
         yield quantization.dequantize(params)
 
 
 def is_low_precision(*params: Params) -> bool:
     """Return whether any of some networks multiplies in bfloat16 or 8 bits: `compiler_options` differ for them."""
-    return any(quantization.in_8_bits(tree) or bfloat16_cpu.is_half(tree) for tree in params)
+    return any(quantization.in_8_bits(tree) or bfloat16_cpu.is_bfloat16(tree) for tree in params)

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from lcm_jax.precision.layer_overrides import LayerOverrides
 from lcm_jax.runtime.optional_deps import require
 from lcm_jax.typing import Array, Params
-from mmdit.cpu_attention import largest
+from mmdit.cpu_attention import row_max
 from vae16.layers import folded
 
 KINDS = ("int8", "int8w", "fp8")
@@ -197,7 +197,7 @@ OVERRIDES = LayerOverrides(takes=_is_rounded, multiply=_multiply, convolve=_conv
 def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Float[Array, "n m"], Float[Array, "n 1"]]:
     """Return rows in 8 bits, and the size of one step of each row."""
     largest_magnitude = jax.lax.platform_dependent(
-        jnp.abs(x.astype(jnp.float32)), cpu=largest, default=partial(jnp.max, axis=-1, keepdims=True)
+        jnp.abs(x.astype(jnp.float32)), cpu=row_max, default=partial(jnp.max, axis=-1, keepdims=True)
     )
     most = 127.0 if dtype == jnp.int8 else float(jnp.finfo(dtype).max)
     scale = jnp.maximum(largest_magnitude, _NOTHING) / most

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from lcm_jax.stream.controls import Controls
-from lcm_jax.stream.step import probing
+from lcm_jax.stream.step import compiled_probe
 from lcm_jax.stream.stream import Job, Stream, run
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def rehearse(stream: Stream) -> None:
     jobs = stream.rehearsals()
     if stream.controls.guidance == "onetime":
         first = jobs[0]
-        jax.block_until_ready(probing(first.program)(first.weights, first.settings, first.state, first.frame))
+        jax.block_until_ready(compiled_probe(first.program)(first.weights, first.settings, first.state, first.frame))
     for job in jobs:
         together([job])
 

@@ -33,7 +33,7 @@ from lcm_jax.typing import Carry, Cond, Denoiser, Image, Key, Params, Prediction
 
 Frames = UInt8[Array, "f h w 3"]
 Rows = Float[Array, " rows"]
-KEPT_AWAY = 0.2  # share of the step from t_0 to t_1 that motion never takes off a frame's first time
+MIN_FIRST_STEP_SHARE = 0.2  # share of the step from t_0 to t_1 that motion never takes off a frame's first time
 
 
 class Weights(NamedTuple):
@@ -210,7 +210,7 @@ class StreamProgram:
         """Return the first time of a frame: moving ones get less noise (StreamDiffusionV2's controller, 2511.07399)."""
         first, second = settings.times[0], settings.times[1]
         return floor_to_timestep(
-            self.model.schedule, first - (1.0 - KEPT_AWAY) * settings.motion * moved * (first - second)
+            self.model.schedule, first - (1.0 - MIN_FIRST_STEP_SHARE) * settings.motion * moved * (first - second)
         )
 
     def _times_and_noise(self, settings: Settings, moved: Float[Array, ""]) -> tuple[Rows, Rows, Image]:
@@ -338,6 +338,6 @@ def compiled(program: StreamProgram, method: str) -> Callable[..., tuple[tuple[S
 
 
 @functools.cache
-def probing(program: StreamProgram) -> Callable[..., Float[Array, "h w c"]]:
+def compiled_probe(program: StreamProgram) -> Callable[..., Float[Array, "h w c"]]:
     """Return `program.probe`, compiled."""
     return jax.jit(program.probe, compiler_options=compiler_options(low_precision=program.low_precision))

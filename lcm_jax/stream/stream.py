@@ -21,7 +21,7 @@ from lcm_jax.precision.context import is_low_precision
 from lcm_jax.stream.controls import Controls, blended_noise
 from lcm_jax.stream.prompt_cache import PromptCache
 from lcm_jax.stream.similarity import SimilarityFilter
-from lcm_jax.stream.step import Settings, State, StreamProgram, Weights, compiled, probing
+from lcm_jax.stream.step import Settings, State, StreamProgram, Weights, compiled, compiled_probe
 from lcm_jax.typing import Array, Cond, Params
 
 Picture = UInt8[np.ndarray, "*f h w 3"]
@@ -178,7 +178,7 @@ class Stream:
         if self._state is None:
             raise RuntimeError("the last frame is not finished: give the result of its job to `finish` first")
         if self.controls.guidance == "onetime" and not self._probed:
-            virtual = probing(self.program)(self._weights, self._settings, self._state, device)
+            virtual = compiled_probe(self.program)(self._weights, self._settings, self._state, device)
             self._settings, self._probed = self._settings._replace(virtual=virtual), True
             self.probes += 1
         sequential = self._cold or not self.controls.batch or self.program.steps == 1

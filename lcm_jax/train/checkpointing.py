@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from lcm_jax.parallel.distributed import explain
+from lcm_jax.parallel.distributed import peer_failure_message
 from lcm_jax.parallel.sharding import Placement
 from lcm_jax.train.task import Batches
 from lcm_jax.train.train_step import TrainState
@@ -43,7 +43,7 @@ def reporting_write_errors(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if explain(error):  # another process of the job is gone; the disk is not to blame
+        if peer_failure_message(error):  # another process of the job is gone; the disk is not to blame
             raise
         saved = max(manager.all_steps(read=True), default=None)
         last = "nothing was saved" if saved is None else f"the last whole one is of step {saved}"

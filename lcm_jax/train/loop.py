@@ -21,13 +21,13 @@ from lcm_jax.parallel.sharding import (
     BatchedMap,
     MeshConfig,
     Placement,
+    batch_parts,
     batch_sharding,
-    create,
     gather_to_host,
+    init_sharded,
     local_batch_indices,
     make_global_batch,
     make_mesh,
-    parts_of,
     put_on_mesh,
     tree_shardings,
 )
@@ -122,7 +122,7 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     # Closing the manager waits for the checkpoint that is being written, however the run ends.
     with Watchdog(loop.hang_timeout) as watchdog, checkpoint_manager(workdir, keep=loop.keep) as manager:
         if manager.latest_step() is None:
-            state = create(
+            state = init_sharded(
                 lambda key: TrainState.create(task.init(key), tx), jax.random.key(loop.seed), placement.state
             )
         else:
@@ -141,14 +141,14 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
             return step_fn(state, frozen, batch)
 
         # At most as many examples on a device at a time as a training step has there, whose memory is known to suffice.
-        batched_map = BatchedMap(mesh=mesh, most=max(1, loop.batch_size // loop.accumulate // parts_of(mesh)))
+        batched_map = BatchedMap(mesh=mesh, most=max(1, loop.batch_size // loop.accumulate // batch_parts(mesh)))
 
         def preview(state: TrainState) -> dict[str, float | np.ndarray]:
             return task.preview(state.ema, frozen, batched_map)
 
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
             state = _Run(loop, rate, manager, batches, log, watchdog, meter).run(state, advance, preview)
-        watchdog.moved("the last checkpoint")
+        watchdog.reset("the last checkpoint")
         with reporting_write_errors(manager):
             manager.wait_until_finished()
         ema = gather_to_host(state.ema) if jax.process_count() > 1 else state.ema
@@ -233,7 +233,7 @@ class _Run:
         pending: tuple[int, Metrics] | None = None
         with bar, profile as trace, Preemption() as preempted:
             for step in range(start + 1, loop.steps + 1):
-                self.watchdog.moved(f"step {step}")
+                self.watchdog.reset(f"step {step}")
                 trace(step, state)
                 state, metrics = advance(state)
                 self.losses[step] = metrics["loss"]

@@ -30,7 +30,7 @@ from lcm_jax.data import Cache, Record, Source, load_source
 from lcm_jax.data.array_cache import MANIFEST, check_same, join, read_manifest, write_shard
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.models.image_inputs import check_size
-from lcm_jax.parallel.sharding import make_mesh, parts_of
+from lcm_jax.parallel.sharding import batch_parts, make_mesh
 from lcm_jax.train.tasks.conditioner import Conditioner, encode_batch
 
 SHARD = 4096  # pictures in a shard, about, if the number of shards is not given
@@ -86,7 +86,7 @@ def encode(
     except ValueError as error:
         raise ValueError(f"--size: {error}") from None
     source = load_source(data, split, side, check=False)
-    batch = encode_batch((side, side), parts_of(local_mesh)) if batch is None else batch
+    batch = encode_batch((side, side), batch_parts(local_mesh)) if batch is None else batch
     number = max(1, round(len(source) / SHARD)) if shards is None else shards
     if not 1 <= number <= min(len(source), 99999):
         raise ValueError(f"--shards {number}: it must be from 1 to the number of pictures, {len(source)}")

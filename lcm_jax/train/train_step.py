@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcm_jax.parallel.pmap import AXIS, OverDevices, own_rows
+from lcm_jax.parallel.pmap import AXIS, PmappedStep, device_key
 from lcm_jax.parallel.sharding import Placement, constrain_batch_sharding, replicated
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Key, Params
@@ -101,7 +101,7 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if parallel == "pmap" and placement is not None:
-            key = own_rows(key, placement.mesh.size)
+            key = device_key(key, placement.mesh.size)
             grads, metrics = jax.lax.pmean(gradients(state, frozen, batch, key), AXIS)
         else:
             with contextlib.nullcontext() if placement is None else constrain_batch_sharding(placement.mesh):
@@ -116,7 +116,7 @@ def make_train_step(
     if placement is None:
         return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
     if parallel == "pmap":
-        return OverDevices(train_step, placement.mesh)
+        return PmappedStep(train_step, placement.mesh)
     inputs = (placement.state, placement.frozen, placement.batch)
     results = (placement.state, replicated(placement.mesh))
     options = compiler_options(platform=placement.mesh.devices.flat[0].platform)

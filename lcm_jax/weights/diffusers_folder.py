@@ -14,7 +14,7 @@ from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.runtime.atomic_files import replacing, write_json
 from lcm_jax.weights.component import Component, read_part, to_component, to_part, write_part
 from lcm_jax.weights.hub import Location
-from lcm_jax.weights.model_files import Model, dispensable, read_folder
+from lcm_jax.weights.model_files import Model, hint_if_optional, read_folder
 from lcm_jax.weights.registry import DENOISERS
 from lcm_jax.weights.torch_params import Shardings
 from mmdit.text import Tokenizer
@@ -177,7 +177,7 @@ def _load_tokenizer(model: Model, encoder: str) -> Tokenizer:
     name = TOKENIZERS[encoder]
     if name not in model.small:
         raise ValueError(f"{model.source}: names no {name}, which {encoder} needs")
-    with dispensable(encoder):
+    with hint_if_optional(encoder):
         return Tokenizer.load(model.small[name])
 
 

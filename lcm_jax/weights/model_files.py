@@ -75,7 +75,7 @@ def _read_index(source: Path, *, t5: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def dispensable(name: str) -> Iterator[None]:
+def hint_if_optional(name: str) -> Iterator[None]:
     """Return a context that adds a hint to FileNotFoundError if `name` is a component that the model works without."""
     try:
         yield
@@ -96,7 +96,7 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
     named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     networks = [name for name in named if name not in (*SMALL, *UNUSED)]
     for name in networks:
-        with dispensable(name):
+        with hint_if_optional(name):
             if len(named[name]) != 2 or not (location.at(name) / "config.json").is_file():
                 raise FileNotFoundError(f"{source}: names {name}, but {location.at(name)} has no config.json")
     if (location.path / orbax.NAME).is_dir():
@@ -129,7 +129,7 @@ def _unshifted(parts: Mapping[str, Part]) -> Mapping[str, Part]:
 
 
 def _read_named(location: Location, name: str, variant: str | None = None) -> Part:
-    with dispensable(name):
+    with hint_if_optional(name):
         return read_part(location.at(name), variant=variant)
 
 

@@ -151,7 +151,7 @@ def check(
     }
     if any(faults.values()):
         listed = [few(what, items) for what, items in faults.items() if items]
-        listed = [*other_depths(expected, tensors), *listed]
+        listed = [*depth_mismatches(expected, tensors), *listed]
         raise ValueError(f"{source or 'weights'}: does not fit the network: {'; '.join(listed)}")
 
 
@@ -261,7 +261,7 @@ def to_torch(params: Any, rules: Rules, *, dtype: Any = None) -> dict[str, np.nd
     return tensors
 
 
-def other_depths(want: Iterable[str], have: Iterable[str]) -> list[str]:
+def depth_mismatches(want: Iterable[str], have: Iterable[str]) -> list[str]:
     """Return a message for each stack of numbered layers whose depth in a file differs from the config's.
 
     want: the names that the network needs. have: the names in the file.

@@ -62,7 +62,11 @@ def test_targets_are_those_of_lcm_lora(adapters):
     ]
 
 
-@pytest.mark.parametrize(("config", "millions"), [(SD15, 67.25), (SDXL, 196.75)], ids=["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [(SD15, 67.25), pytest.param(SDXL, 196.75, marks=pytest.mark.slow)],
+    ids=["sd15", "sdxl"],
+)
 def test_lcm_lora_has_the_published_number_of_parameters(config, millions):
     like = abstract_params(UNet(config, scan=True))
     adapters = jax.eval_shape(lambda p: lora.init(jax.random.key(0), p, rank=64), like)
@@ -291,12 +295,14 @@ def test_branches_are_what_merging_gives(kind: str) -> None:
             attention_head_dim=2,
             cross_attention_dim=6,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            mid_block_type=None,
+            up_block_types=("UpBlock2D", "UpBlock2D"),
             layers_per_block=1,
         )
-        net, inputs, targets = UNet(config, remat=kind == "remat"), example_inputs(config), lora.DEFAULT_TARGETS
+        net, inputs = UNet(config, remat=kind == "remat"), example_inputs(config, size=(4, 4))
+        targets = lora.DEFAULT_TARGETS
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *inputs)["params"])
-    params = jax.tree.map(lambda leaf: 0.3 * array(*leaf.shape), shapes)
+    params = jax.tree.map(lambda leaf: 0.3 * RNG.normal(size=leaf.shape).astype(np.float32), shapes)
     x = jax.random.normal(jax.random.key(1), inputs[0].shape)
     adapters = lora.init(jax.random.key(2), params, rank=3, alpha=2.0, targets=targets)
     adapters = {path: {**a, "up": jnp.ones_like(a["up"]) * 0.1} for path, a in adapters.items()}
@@ -310,11 +316,12 @@ def test_branches_are_what_merging_gives(kind: str) -> None:
     plain = jax.jit(loss)(params)
     np.testing.assert_allclose(split, whole, rtol=1e-4)
     assert abs(split - plain) > 1e-3 * plain
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wholes))
+    splits, wholes = jax.tree.map(np.asarray, (splits, wholes))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wholes))
     for path, adapter in splits.items():
         assert not adapter["alpha"].any()
         for name in ("down", "up"):
-            scale = float(jnp.abs(wholes[path][name]).max())
+            scale = np.abs(wholes[path][name]).max()
             np.testing.assert_allclose(adapter[name], wholes[path][name], rtol=2e-3, atol=2e-3 * scale + 1e-6 * largest)
 
 
@@ -339,10 +346,10 @@ def test_dropout_is_of_the_adapters_input_and_unbiased() -> None:
         return apply(lora.Dropout(key=key, rate=rate))
 
     whole, base = apply(None), net.apply({"params": params}, x)
-    many = jax.vmap(dropped)(jax.random.split(jax.random.key(1), 4096))
-    deviation = jnp.std(many, axis=0)
-    assert bool(jnp.all(deviation > 0.1 * jnp.abs(whole - base)))
-    assert bool(jnp.all(jnp.abs(jnp.mean(many, axis=0) - whole) < 5 * deviation / 64))
+    many = np.asarray(jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(1), 4096)))
+    deviation = np.std(many, axis=0)
+    assert np.all(deviation > 0.1 * np.abs(whole - base))
+    assert np.all(np.abs(np.mean(many, axis=0) - whole) < 5 * deviation / 64)
     np.testing.assert_array_equal(dropped(jax.random.key(2), 0.0), whole)
     np.testing.assert_array_equal(dropped(jax.random.key(2)), dropped(jax.random.key(2)))
     kept = jnp.stack([lora.Dropout(key=jax.random.key(2), rate=0.25)(jnp.ones(4096), path) for path in ("a", "b")])
@@ -354,7 +361,7 @@ def test_training_adapters_holds_the_network_once() -> None:
     """What a step of LCM-LoRA takes beside the kernels is small against them; where adapters are merged it is not."""
     config = MMDiTConfig(  # its kernels are all of products: the host's compiler turns a convolution's over in a copy
         sample_size=4,
-        num_layers=2,
+        num_layers=1,
         num_attention_heads=4,
         attention_head_dim=64,
         joint_attention_dim=256,

@@ -72,7 +72,7 @@ def test_half_precision_on_a_cpu_errs_as_its_inputs_do(keys: int) -> None:
 
 def test_halved_attention_is_bfloat16s() -> None:
     q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8)), jnp.float32)
-    with module.halved():
+    with module.bfloat16_attention():
         half = module.attention(q, k, v)
     bfloat16 = module.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
     assert half.dtype == jnp.float32
@@ -151,7 +151,7 @@ def test_the_largest_logit_of_a_row_is_found_wherever_it_is(keys: int) -> None:
     """Logits of thousands, whose exponentials are infinite or nought unless the very largest is taken off first."""
     rng = np.random.default_rng(keys)
     rows = jnp.asarray(1e3 * rng.standard_normal((keys, keys)) + 1e4 * np.eye(keys), jnp.float32)
-    np.testing.assert_array_equal(jax.jit(cpu_attention.largest)(rows), np.asarray(rows).max(-1, keepdims=True))
+    np.testing.assert_array_equal(jax.jit(cpu_attention.row_max)(rows), np.asarray(rows).max(-1, keepdims=True))
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 8)), jnp.float32) for n in (5, keys, keys))
     attend = partial(module.attention, scale=1e3)
     mine, plain = jax.jit(lambda *qkv: [attend(*qkv, implementation=name) for name in ("cpu", "xla")])(q, k, v)

@@ -199,8 +199,8 @@ def test_bfloat16_computes_on_float32_parameters(params: dict, inputs: tuple, pl
     half = abstract_params(MMDiT(TINY, param_dtype=jnp.bfloat16))
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {np.dtype(jnp.bfloat16)}
     x, t, cond = inputs
-    halved = jax.eval_shape(net.apply, {"params": half}, x.astype(jnp.bfloat16), t, cond)
-    assert halved.dtype == jnp.bfloat16
+    bfloat16_attention = jax.eval_shape(net.apply, {"params": half}, x.astype(jnp.bfloat16), t, cond)
+    assert bfloat16_attention.dtype == jnp.bfloat16
 
 
 def test_patches_there_and_back() -> None:

@@ -52,6 +52,7 @@ def assert_same(pipe: Any, ours: np.ndarray, **options: Any) -> None:
     assert difference.max() <= 1, difference.max()
 
 
+@pytest.mark.slow
 def test_teacher_with_its_own_sampler(tmp_path: Path) -> None:
     ours = lcm_jax.load("openmoji-teacher")(PROMPTS, sampler="ddim", steps=4, guidance=3.0, latents=NOISE)
     assert_same(exported("openmoji-teacher", tmp_path), ours, num_inference_steps=4, guidance_scale=3.0)
@@ -62,7 +63,8 @@ def test_student(tmp_path: Path) -> None:
     assert_same(exported("openmoji", tmp_path), ours, num_inference_steps=4, guidance_scale=3.0)
 
 
-@pytest.mark.parametrize("form", ["lora-peft", pytest.param("lora-kohya", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["lora-peft", "lora-kohya"])
 def test_lcm_lora_on_the_teacher(form: str, tmp_path: Path) -> None:
     """Trained here, exported, and loaded by diffusers onto the exported teacher."""
     ours = lcm_jax.load("openmoji-teacher", lora="openmoji-lcm-lora")(PROMPTS, steps=4, guidance=1.0, latents=NOISE)

@@ -37,7 +37,7 @@ NET = {
     "sample_size": 8,
     "in_channels": 16,
     "out_channels": 16,
-    "num_layers": 4,
+    "num_layers": 3,
     "attention_head_dim": 8,
     "num_attention_heads": 2,
     "caption_projection_dim": 16,
@@ -49,7 +49,7 @@ NETS = {
     "medium": NET,
     "medium_without_t5": NET,
     "35medium": NET | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1), "pos_embed_max_size": 24},
-    "35large": NET | {"qk_norm": "rms_norm", "num_layers": 5},
+    "35large": NET | {"qk_norm": "rms_norm", "num_layers": 4},
 }
 LARGE = {"512": NET | {"sample_size": 64, "pos_embed_max_size": 48}}
 
@@ -76,7 +76,7 @@ def clip(tokenizer: Any, width: int, act: str) -> Any:
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
         hidden_act=act,
@@ -94,7 +94,7 @@ def t5(tokenizer: Any) -> Any:
         d_model=T5_WIDTH,
         d_kv=8,
         d_ff=48,
-        num_layers=2,
+        num_layers=1,
         num_heads=3,
         feed_forward_proj="gated-gelu",
     )
@@ -205,7 +205,9 @@ def compare(
     assert_same(got, decoded(pipe, pipe(PROMPTS, **start | options | (theirs or {}), output_type="latent").images))
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", ["medium", "medium_without_t5", "35medium", pytest.param("35large", marks=pytest.mark.slow)]
+)
 def test_text_to_image(families: Callable[[str], Family], name: str) -> None:
     compare(families(name))
 
@@ -221,7 +223,7 @@ def test_steps(families: Callable[[str], Family], steps: int) -> None:
     compare(families("medium"), steps=steps)
 
 
-@pytest.mark.parametrize("shape", [(12, 8), (6, 20)])
+@pytest.mark.parametrize("shape", [pytest.param((12, 8), marks=pytest.mark.slow), (6, 20)])
 def test_other_sizes(families: Callable[[str], Family], shape: tuple[int, int]) -> None:
     noise = np.random.default_rng(2).standard_normal((2, *shape, 16)).astype(np.float32)
     compare(families("35medium"), noise=noise)
@@ -234,7 +236,7 @@ def test_large_pictures(families: Callable[[str], Family], size: tuple[int, int]
     compare(families("512"), noise=np.random.default_rng(3).standard_normal(shape).astype(np.float32))
 
 
-@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("shift", [pytest.param(1.0, marks=pytest.mark.slow), 5.0])
 def test_shift(families: Callable[[str], Family], shift: float) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     compare(families("medium"), scheduler=scheduler, ours={"shift": shift})
@@ -259,7 +261,7 @@ class Exact(diffusers.DPMSolverMultistepScheduler):
         self.timesteps = 1000 * self.sigmas[:-1]
 
 
-@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_dpm(families: Callable[[str], Family], tmp_path: Path, steps: int) -> None:
     """diffusers' DPM solver has its own spacing of a flow, which its folder asks for."""
     family = families("medium")
@@ -286,7 +288,10 @@ def test_lcm(families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch)
 SKIP = {"skip_guidance_layers": [1, 2], "skip_layer_guidance_scale": 2.5}
 
 
-@pytest.mark.parametrize(("name", "steps", "part"), [("35medium", 10, (0.01, 0.2)), ("medium", 4, (0.2, 0.8))])
+@pytest.mark.parametrize(
+    ("name", "steps", "part"),
+    [pytest.param("35medium", 10, (0.01, 0.2), marks=pytest.mark.slow), ("medium", 4, (0.2, 0.8))],
+)
 def test_skip_layer_guidance(
     families: Callable[[str], Family], name: str, steps: int, part: tuple[float, float]
 ) -> None:
@@ -313,7 +318,7 @@ def test_image_to_image(
     compare(family, steps=steps, ours={"image": IMAGES, "strength": strength}, theirs=start, pipe=pipe)
 
 
-@pytest.mark.parametrize(("strength", "guidance"), [(1.0, 4.0), (0.6, 1.0)])
+@pytest.mark.parametrize(("strength", "guidance"), [(1.0, 4.0), pytest.param(0.6, 1.0, marks=pytest.mark.slow)])
 def test_inpainting(
     families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch, strength: float, guidance: float
 ) -> None:
@@ -334,9 +339,9 @@ BASE = {"steps": 4, "guidance": 4.0, "sampler": "euler", "t5_tokens": T5_TOKENS,
     [
         {"negative_prompt": "dog face"},
         {"prompt": ["dog face", "cat face"]},
-        {"t5_tokens": 20},
-        {"shift": 1.0},
-        {"skip_layers": (1, 2), "skip_interval": (0.2, 0.8)},
+        pytest.param({"t5_tokens": 20}, marks=pytest.mark.slow),
+        {"shift": 5.0},
+        {"skip_layers": (1, 2), "skip_scale": 2.5, "skip_interval": (0.2, 0.8)},
         {"image": IMAGES, "strength": 0.6},
         {"image": IMAGES, "mask": MASK},
     ],

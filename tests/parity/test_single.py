@@ -122,7 +122,10 @@ def test_mmdit_keys_are_those_that_diffusers_converts() -> None:
 PUBLISHED = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "refiner": SDXL_REFINER, "ssd1b": SSD1B}
 
 
-@pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED.keys())
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(c, id=n, marks=() if n in ("sd15", "sdxl") else pytest.mark.slow) for n, c in PUBLISHED.items()],
+)
 def test_published_unets_are_recognised_by_their_shapes(config: UNetConfig) -> None:
     kind = "UNet2DConditionModel"
     shapes = original_shapes(names_of(kind, config), layout_of(kind, config))
@@ -131,13 +134,22 @@ def test_published_unets_are_recognised_by_their_shapes(config: UNetConfig) -> N
     assert found.heads == config.heads
 
 
-@pytest.mark.parametrize("config", [SD3_MEDIUM, SD35_MEDIUM, SD35_LARGE], ids=["medium", "35medium", "35large"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(SD3_MEDIUM, id="medium", marks=pytest.mark.slow),
+        pytest.param(SD35_MEDIUM, id="35medium"),
+        pytest.param(SD35_LARGE, id="35large", marks=pytest.mark.slow),
+    ],
+)
 def test_published_mmdits_are_recognised_by_their_shapes(config: MMDiTConfig) -> None:
     kind = "SD3Transformer2DModel"
     assert mmdit_config(original_shapes(names_of(kind, config), layout_of(kind, config)), source="file") == config
 
 
-@pytest.mark.parametrize(("config", "open_clip"), [(CLIP_L, False), (CLIP_H, True), (CLIP_BIGG, True)])
+@pytest.mark.parametrize(
+    ("config", "open_clip"), [(CLIP_L, False), (CLIP_H, True), pytest.param(CLIP_BIGG, True, marks=pytest.mark.slow)]
+)
 def test_published_text_towers_are_recognised_by_their_shapes(config: CLIPTextConfig, open_clip: bool) -> None:
     kind = "CLIPTextModelWithProjection"
     shapes = original_shapes(names_of(kind, config), layout_of(kind, config, open_clip=open_clip))

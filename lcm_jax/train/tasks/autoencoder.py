@@ -15,11 +15,11 @@ import numpy as np
 from lcm_jax.data import Source
 from lcm_jax.metrics import psnr
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
-from lcm_jax.parallel.sharding import BatchedMap, by_path
+from lcm_jax.parallel.sharding import BatchedMap, param_sharding
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, loader
-from lcm_jax.train.tasks.conditioner import at_once, own_devices
+from lcm_jax.train.tasks.conditioner import decode_batch, local_mesh
 from lcm_jax.train.train_step import Metrics
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, save_component
@@ -134,7 +134,7 @@ class AutoencoderTask(PictureTask):
             encode = jax.jit(lambda params, x: vae.apply({"params": params["vae"]}, x, method="encode"))
             size = self.data.size
             pictures = np.stack([source[i]["image"] for i in range(min(512, len(source)))])
-            chunk = at_once((size, size))
+            chunk = decode_batch((size, size))
             means = np.concatenate(
                 [encode(ema, to_float(pictures[i : i + chunk]))[0] for i in range(0, len(pictures), chunk)]
             )
@@ -156,7 +156,7 @@ class TinyAutoencoderTask(PictureTask):
     def build(self) -> Task:
         """Return the task; raise ValueError if the tiny autoencoder's latents have another shape than `vae`'s."""
         location = locate(self.vae)
-        teacher = location.load("vae", shardings=by_path(own_devices()))
+        teacher = location.load("vae", shardings=param_sharding(local_mesh()))
         for name in ("latent_channels", "downsample_factor"):
             value, expected = getattr(self.model, name), getattr(teacher.module.config, name)
             if value != expected:

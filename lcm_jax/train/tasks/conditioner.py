@@ -17,7 +17,7 @@ from lcm_jax.data import Cache, Columns, Record, Source, cached
 from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.models.latent_diffusion import to_float
 from lcm_jax.models.text_conditioning import Prompts
-from lcm_jax.parallel.sharding import BatchedMap, by_path, make_mesh, parts_of
+from lcm_jax.parallel.sharding import BatchedMap, batch_parts, make_mesh, param_sharding
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.runtime.image_io import Size
@@ -55,11 +55,11 @@ class Conditioner:
 
         mesh: devices of this process; None: all of them.
         """
-        mesh = own_devices() if mesh is None else mesh
+        mesh = local_mesh() if mesh is None else mesh
         vae_location, text_location = locate(vae), locate(text)
         names = tuple(name for name in TOKENIZERS if text_location.at(name).is_dir()) or ("text_encoder",)
         family = FAMILY_OF[names[-1]]
-        texts = {name: text_location.load(name, shardings=by_path(mesh)) for name in names}
+        texts = {name: text_location.load(name, shardings=param_sharding(mesh)) for name in names}
         prompts = Prompts(
             modules={name: part.module for name, part in texts.items()},
             tokenizers={name: Tokenizer.load(text_location.at(TOKENIZERS[name])) for name in names},
@@ -72,7 +72,7 @@ class Conditioner:
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):
                         digest.update(block)
-        component = vae_location.load("vae", shardings=by_path(mesh))
+        component = vae_location.load("vae", shardings=param_sharding(mesh))
         batched_map = BatchedMap(mesh=mesh, most=ENCODE_BATCH)
         return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), batched_map=batched_map)
 
@@ -134,7 +134,7 @@ class Conditioner:
         """
         fill = batch - len(records)  # every batch has one shape, so there is one compilation
         images = np.stack([r["image"] for r in records] + [records[-1]["image"]] * fill)
-        most = batch // parts_of(self.batched_map.mesh)
+        most = batch // batch_parts(self.batched_map.mesh)
         mean, std = self.batched_map(partial(self._posterior, self.vae.params), images, most=most)
         columns = {"mean": mean, "std": std}
         for prefix in ("", SYNTHETIC) if synthetic else ("",):
@@ -184,7 +184,7 @@ class Conditioner:
 
         def produce() -> Iterator[dict[str, Any]]:
             height, width = source[0]["image"].shape[:2]
-            batch = encode_batch((height, width), parts_of(self.batched_map.mesh))
+            batch = encode_batch((height, width), batch_parts(self.batched_map.mesh))
             for start in range(0, count, batch):
                 records = [source[i] for i in range(start, min(start + batch, count))]
                 yield from self.encode(records, batch, synthetic=synthetic)
@@ -197,16 +197,16 @@ class Conditioner:
         return cached(cache_dir() / "latents", produced_by, produce, total=count)
 
 
-def at_once(size: Size) -> int:
+def decode_batch(size: Size) -> int:
     """Return how many pictures of (height, width) a device encodes or decodes at a time: a megapixel together."""
     return max(1, MEGAPIXEL // (size[0] * size[1]))
 
 
 def encode_batch(size: Size, parts: int = 1) -> int:
     """Return how many pictures of (height, width) are encoded at a time by `parts` devices."""
-    return parts * max(1, min(at_once(size), ENCODE_BATCH // parts))
+    return parts * max(1, min(decode_batch(size), ENCODE_BATCH // parts))
 
 
-def own_devices() -> Mesh:
+def local_mesh() -> Mesh:
     """Return a mesh of this process's devices that shards large networks: a T5-XXL is larger than a small chip."""
     return make_mesh(f"fsdp={jax.local_device_count()}", devices=jax.local_devices())

@@ -17,7 +17,7 @@ from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.nets.discriminator_heads import features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
-from lcm_jax.parallel.sharding import by_path
+from lcm_jax.parallel.sharding import param_sharding
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.abstract_step import (
     abstract_task,
@@ -27,7 +27,7 @@ from lcm_jax.train.tasks.abstract_step import (
     required_shape_of,
 )
 from lcm_jax.train.tasks.common import captions
-from lcm_jax.train.tasks.conditioner import Conditioner, own_devices
+from lcm_jax.train.tasks.conditioner import Conditioner, local_mesh
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.discriminator import Discriminator
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
@@ -83,7 +83,7 @@ class DistillationTask(LatentTask):
         conditioner = Conditioner.load(self.vae, self.text)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
         dtype = jnp.dtype(self.teacher_dtype)
-        shardings = by_path(own_devices())
+        shardings = param_sharding(local_mesh())
         teacher = location.load(part, dtype=dtype, scan=self.scan, shardings=shardings)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)

@@ -21,11 +21,11 @@ from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.objectives import Diffusion
-from lcm_jax.parallel.sharding import BatchedMap, by_path, parts_of
+from lcm_jax.parallel.sharding import BatchedMap, batch_parts, param_sharding
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, captions, loader
-from lcm_jax.train.tasks.conditioner import Conditioner, at_once, own_devices
+from lcm_jax.train.tasks.conditioner import Conditioner, decode_batch, local_mesh
 from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.latent import draw_latents, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
@@ -87,7 +87,7 @@ class FinetuneTask:
         objective = replace(self.objective, schedule=schedule, kind=kind)
         conditioner = Conditioner.load(self.model, self.model)
         part = next((name for name in DENOISERS if location.at(name).is_dir()), "unet")
-        base = location.load(part, shardings=by_path(own_devices()))
+        base = location.load(part, shardings=param_sharding(local_mesh()))
         if base.module.config.time_cond_proj_dim is not None:
             raise ValueError(f"task.model {self.model} is a distilled student with a w-embedding: finetune its teacher")
         check_fit(base.module.config, conditioner, self.data.sizes)
@@ -191,8 +191,8 @@ class FinetuneTask:
         """
         spec, spacing = get_sampler(sampler_of(scheduler)), Spacing.from_config(scheduler)
         times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
-        parts = parts_of(conditioner.batched_map.mesh)
-        drawn = min(DRAWN, parts * at_once((self.data.size, self.data.size)))
+        parts = batch_parts(conditioner.batched_map.mesh)
+        drawn = min(DRAWN, parts * decode_batch((self.data.size, self.data.size)))
         cond, null = conditioner.encode_text([self.class_prompt] * drawn), conditioner.empty(drawn)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor

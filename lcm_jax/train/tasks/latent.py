@@ -20,7 +20,7 @@ from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.tasks.common import DataConfig, loader
-from lcm_jax.train.tasks.conditioner import Conditioner, Learned, at_once
+from lcm_jax.train.tasks.conditioner import Conditioner, Learned, decode_batch
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
 from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
 from lcm_jax.weights.registry import denoiser_of
@@ -80,7 +80,7 @@ def preview(
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
     noise = jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
-    most = at_once((vae.sample_size, vae.sample_size))
+    most = decode_batch((vae.sample_size, vae.sample_size))
 
     @jax.jit
     def run(params: Params, vae_params: Params, inputs: tuple[Cond, Cond, Image]) -> Array:

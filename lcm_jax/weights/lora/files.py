@@ -28,14 +28,14 @@ from lcm_jax.nets import RULES_UNET
 from lcm_jax.runtime.messages import few
 from lcm_jax.weights.lora.modules import (
     Factors,
+    KernelLayer,
     Network,
-    Place,
-    alike,
+    equal_factors,
     fuse,
+    layer_factors,
     modules,
     places,
     reorder,
-    share,
     slot_of,
     to_kernel,
     to_weight,
@@ -187,7 +187,7 @@ def _fit(groups: Mapping[str, Group], config: Mapping[str, Any], network: Networ
                     misshaped.append(f"{module}{_shapes(group, kernel.shape)}")
                     break
                 first = layers.setdefault(destination.path, {}).setdefault(destination.layer, factors)
-                if first is not factors and not alike(first, factors):
+                if first is not factors and not equal_factors(first, factors):
                     twice.append(module)
     faults = {"modules the network lacks": unknown, "modules without both halves": incomplete}
     faults |= {"modules of another shape": misshaped, "modules given twice and differently": twice}
@@ -203,7 +203,7 @@ def _fit(groups: Mapping[str, Group], config: Mapping[str, Any], network: Networ
     return {name: _assemble(kernels[name], parts) for name, parts in layers.items()}
 
 
-def _first(destinations: Mapping[int, tuple[Slot, Place]]) -> Place:
+def _first(destinations: Mapping[int, tuple[Slot, KernelLayer]]) -> KernelLayer:
     return next(iter(destinations.values()))[1]
 
 
@@ -224,7 +224,7 @@ def _layer_factors(module: Factors, slot: Slot, kernel: tuple[int, ...]) -> Fact
     """Return one layer's factors of a module in JAX's axes; None if they do not fit a kernel of this shape."""
     if len(module.up) % slot.parts or module.up.shape[1] != len(module.down):
         return None
-    down, up, alpha = share(module, slot)
+    down, up, alpha = layer_factors(module, slot)
     down, up = to_kernel(down, len(kernel)), to_kernel(up, len(kernel))
     expected = shapes(np.broadcast_to(np.int8(0), kernel), down.shape[-1])
     return Factors(down, up, alpha) if (down.shape, up.shape) == (expected["down"], expected["up"]) else None

@@ -20,7 +20,7 @@ class Network(NamedTuple):
     layout: Layout | None = None  # names in original files
 
 
-class Place(NamedTuple):
+class KernelLayer(NamedTuple):
     """The kernel that holds the weight of a PyTorch module."""
 
     module: str  # name in PyTorch
@@ -36,12 +36,12 @@ class Factors(NamedTuple):
     alpha: float
 
 
-def modules(path: str, kernel: Any, rules: Rules) -> Iterator[Place]:
+def modules(path: str, kernel: Any, rules: Rules) -> Iterator[KernelLayer]:
     """Yield the PyTorch modules whose weights a kernel holds: one, or one for each layer stacked in it."""
     name = torch_name(path, rules).removesuffix(".weight")
     layers = np.ndindex(*kernel.shape[: name.count("*")])
     for module, layer in zip(unstack(name, kernel.shape, path), layers, strict=True):
-        yield Place(module, path, layer)
+        yield KernelLayer(module, path, layer)
 
 
 def slot_of(module: str, layout: Layout | None) -> Slot:
@@ -50,14 +50,14 @@ def slot_of(module: str, layout: Layout | None) -> Slot:
     return slot._replace(key=slot.key.removesuffix(".weight")) if slot.key.endswith(".weight") else Slot(module)
 
 
-def places(network: Network) -> dict[str, dict[int, tuple[Slot, Place]]]:
+def places(network: Network) -> dict[str, dict[int, tuple[Slot, KernelLayer]]]:
     """Return {module name in files, dots as underscores: {part of a fused module: (its slot, the kernel it adapts)}}.
 
     Kohya's names have underscores for dots and cannot be split again, so the table has every spelling of each module:
     diffusers' name, that name without `text_model.` (which a bare text encoder lacks in transformers 5), and the
     original name. Raises ValueError if two modules have the same spelling.
     """
-    table: dict[str, dict[int, tuple[Slot, Place]]] = {}
+    table: dict[str, dict[int, tuple[Slot, KernelLayer]]] = {}
     for path, kernel in traverse_util.flatten_dict(network.like, sep="/").items():
         if not path.endswith("kernel"):
             continue
@@ -71,12 +71,12 @@ def places(network: Network) -> dict[str, dict[int, tuple[Slot, Place]]]:
     return table
 
 
-def alike(a: Factors, b: Factors) -> bool:
+def equal_factors(a: Factors, b: Factors) -> bool:
     """Return whether two LoRAs are equal, number by number."""
     return a.alpha == b.alpha and np.array_equal(a.down, b.down) and np.array_equal(a.up, b.up)
 
 
-def share(whole: Factors, slot: Slot) -> Factors:
+def layer_factors(whole: Factors, slot: Slot) -> Factors:
     """Return one layer's LoRA from that of the module which holds the layer in original files, possibly fused.
 
     Fused layers share down, and each has its own rows of up. Components of the rank that are zero in a layer's rows are

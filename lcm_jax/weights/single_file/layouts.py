@@ -18,7 +18,7 @@ import numpy as np
 from lcm_jax.nets import UNetConfig
 from lcm_jax.runtime.messages import few
 from lcm_jax.weights.component import Lazy
-from lcm_jax.weights.torch_params import other_depths
+from lcm_jax.weights.torch_params import depth_mismatches
 from mmdit import MMDiTConfig
 from vae16 import AutoencoderConfig
 
@@ -254,7 +254,7 @@ def from_original(
     misshaped = sorted(key for key, parts in fused.items() if tensors[key].ndim < 1 or tensors[key].shape[0] % parts)
     faults = {"missing": missing, "unexpected": unknown, "mis-shaped": misshaped}
     if any(faults.values()):
-        listed = [*other_depths(used, tensors), *(few(what, keys) for what, keys in faults.items() if keys)]
+        listed = [*depth_mismatches(used, tensors), *(few(what, keys) for what, keys in faults.items() if keys)]
         raise ValueError(f"{source}: does not fit the network: {'; '.join(listed)}")
     converted = {}
     for name, slot in slots.items():

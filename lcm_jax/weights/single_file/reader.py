@@ -31,7 +31,7 @@ from lcm_jax.weights.single_file.layouts import (
 )
 
 
-class Place(NamedTuple):
+class ComponentSpec(NamedTuple):
     """The prefix and class of a component in a family of single files."""
 
     prefix: str  # of its keys
@@ -39,24 +39,24 @@ class Place(NamedTuple):
     open_clip: bool = False  # a text encoder in OpenCLIP's naming
 
 
-_VAE = Place("first_stage_model.", "AutoencoderKL")
-_UNET = {"unet": Place("model.diffusion_model.", "UNet2DConditionModel"), "vae": _VAE}
+_VAE = ComponentSpec("first_stage_model.", "AutoencoderKL")
+_UNET = {"unet": ComponentSpec("model.diffusion_model.", "UNet2DConditionModel"), "vae": _VAE}
 _CLIP, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
-PLACES: Mapping[str, Mapping[str, Place]] = {
-    "sd1": {**_UNET, "text_encoder": Place("cond_stage_model.transformer.", _CLIP)},
-    "sd2": {**_UNET, "text_encoder": Place("cond_stage_model.model.", _CLIP, open_clip=True)},
+FAMILY_COMPONENTS: Mapping[str, Mapping[str, ComponentSpec]] = {
+    "sd1": {**_UNET, "text_encoder": ComponentSpec("cond_stage_model.transformer.", _CLIP)},
+    "sd2": {**_UNET, "text_encoder": ComponentSpec("cond_stage_model.model.", _CLIP, open_clip=True)},
     "sdxl": {
         **_UNET,
-        "text_encoder": Place("conditioner.embedders.0.transformer.", _CLIP),
-        "text_encoder_2": Place("conditioner.embedders.1.model.", _PROJECTED, open_clip=True),
+        "text_encoder": ComponentSpec("conditioner.embedders.0.transformer.", _CLIP),
+        "text_encoder_2": ComponentSpec("conditioner.embedders.1.model.", _PROJECTED, open_clip=True),
     },
-    "refiner": {**_UNET, "text_encoder_2": Place("conditioner.embedders.0.model.", _PROJECTED, open_clip=True)},
+    "refiner": {**_UNET, "text_encoder_2": ComponentSpec("conditioner.embedders.0.model.", _PROJECTED, open_clip=True)},
     "sd3": {
-        "transformer": Place("model.diffusion_model.", "SD3Transformer2DModel"),
+        "transformer": ComponentSpec("model.diffusion_model.", "SD3Transformer2DModel"),
         "vae": _VAE,
-        "text_encoder": Place("text_encoders.clip_l.transformer.", _PROJECTED),
-        "text_encoder_2": Place("text_encoders.clip_g.transformer.", _PROJECTED),
-        "text_encoder_3": Place("text_encoders.t5xxl.transformer.", "T5EncoderModel"),
+        "text_encoder": ComponentSpec("text_encoders.clip_l.transformer.", _PROJECTED),
+        "text_encoder_2": ComponentSpec("text_encoders.clip_g.transformer.", _PROJECTED),
+        "text_encoder_3": ComponentSpec("text_encoders.t5xxl.transformer.", "T5EncoderModel"),
     },
 }
 # Keys left behind by training, and buffers that this library computes: dropped, and listed in `Single.dropped`.
@@ -163,7 +163,7 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
     parts: dict[str, Part] = {}
     used: set[str] = set()
     dropped: list[str] = []
-    for component, spec in PLACES[family].items():
+    for component, spec in FAMILY_COMPONENTS[family].items():
         network = {k.removeprefix(spec.prefix): t for k, t in tensors.items() if k.startswith(spec.prefix)}
         if not network:
             continue
@@ -183,7 +183,7 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
     )
 
 
-def _infer_config(spec: Place, tensors: Mapping[str, np.ndarray], family: str, source: str) -> Any:
+def _infer_config(spec: ComponentSpec, tensors: Mapping[str, np.ndarray], family: str, source: str) -> Any:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if spec.kind == "UNet2DConditionModel":
         return unet_config(shapes, source=source)
@@ -207,7 +207,7 @@ def replace_layers(config: Any, layers: int) -> Any:
 
 
 def _read_part(
-    spec: Place, config: Any, original: dict[str, np.ndarray], family: str, source: str
+    spec: ComponentSpec, config: Any, original: dict[str, np.ndarray], family: str, source: str
 ) -> tuple[Part, list[str]]:
     """Return one network in diffusers' naming, and the keys of the file that it does not use."""
     shapes = names_of(spec.kind, config)
@@ -250,7 +250,7 @@ def write_single(path: str | Path, parts: Mapping[str, Part], *, prediction: str
     config and for a component that the family's files do not hold.
     """
     family = _family_to_write(parts)
-    specs = PLACES[family]
+    specs = FAMILY_COMPONENTS[family]
     unsupported = sorted(parts.keys() - specs.keys())
     if unsupported:
         raise ValueError(f"{path}: a single file of {family} has no place for {', '.join(unsupported)}")

@@ -58,7 +58,7 @@ def test_bind_passes_network_time_and_cond() -> None:
         seen.update(t=t, cond=cond)
         return (params["scale"] * x).astype(jnp.bfloat16)
 
-    prediction = bind(apply, {"scale": 2.0}, {"context": EPS}, schedule, "flow")(X0, 0.25)
+    prediction = bind(apply, {"scale": jnp.float32(2.0)}, {"context": EPS}, schedule, "flow")(X0, 0.25)
     assert float(seen["t"]) == 250.0
     assert seen["cond"]["context"] is EPS
     assert prediction.x0.dtype == jnp.float32
@@ -99,6 +99,7 @@ def test_expand() -> None:
     assert expand(0.5, X0).shape == ()
 
 
+@pytest.mark.wrong_types
 def test_unknown_kind() -> None:
     with pytest.raises(ValueError, match="prediction type 'score' is unknown: use one of epsilon"):
         prediction_coefficients("score", jnp.ones(()), jnp.ones(()))  # type: ignore[arg-type]

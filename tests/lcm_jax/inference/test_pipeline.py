@@ -217,7 +217,9 @@ def test_the_folders_sampler(tiny_components: dict[str, Component], scheduler: s
 
 
 def test_a_scheduler_that_another_sampler_stands_in_for_is_a_warning(tiny_components) -> None:
-    with pytest.warns(UserWarning, match=r"scheduler_config.json asks for PNDMScheduler.*'ddim' \(DDIMScheduler\) draws"):
+    with pytest.warns(
+        UserWarning, match=r"scheduler_config.json asks for PNDMScheduler.*'ddim' \(DDIMScheduler\) draws"
+    ):
         assert bare(tiny_components, _class_name="PNDMScheduler").default_sampler == "ddim"
 
 

@@ -26,6 +26,7 @@ def test_batches_are_padded_and_compiled_once():
     assert traced == [(4, 4, 4, 3)]
 
 
+@pytest.mark.wrong_types
 def test_bad_pictures_are_named():
     extract = NetworkFeatures(apply=lambda params, images: images, params=None)
     with pytest.raises(ValueError, match="float64"):

@@ -85,6 +85,7 @@ def test_save_and_load(rng, tmp_path):
     assert frechet_distance(Moments.load(tmp_path / "published.npz"), x) == pytest.approx(0.0, abs=1e-10)
 
 
+@pytest.mark.wrong_types
 def test_bad_input_is_named(rng, tmp_path):
     x = rng.normal(size=(4, 3))
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):

@@ -65,6 +65,7 @@ def test_both_can_be_compiled_and_differentiated(pictures):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.wrong_types
 def test_bad_input_is_named(pictures):
     x, y = pictures
     with pytest.raises(ValueError, match="one shape"):

@@ -21,6 +21,7 @@ def test_clip_score_is_a_hundred_cosines():
     assert clip_score(image, text, weight=2.5) == pytest.approx(clip_score(image, text) / 40)
 
 
+@pytest.mark.wrong_types
 def test_clip_score_refuses_what_has_no_cosine():
     x = np.eye(3)
     with pytest.raises(ValueError, match="pair row by row"):
@@ -66,6 +67,7 @@ def test_precision_recall_agrees_with_the_definition(rng, k):
     assert precision_recall(rng.permutation(real), fake, k=k) == expected
 
 
+@pytest.mark.wrong_types
 def test_precision_recall_names_bad_input(rng):
     x = rng.normal(size=(10, 3))
     with pytest.raises(ValueError, match="more than k samples; got 3 real, 10 fake"):

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 
 from lcm_jax.parallel.sharding import (
     MeshConfig,
-    create,
     gather_to_host,
+    init_sharded,
     local_batch_indices,
     make_mesh,
     shard_batch,
@@ -205,7 +205,7 @@ def test_what_a_beginning_closes_over_is_no_constant() -> None:
         return {"copy": weights, "drawn": jax.random.normal(key, (3,))}
 
     shardings = tree_shardings(jax.eval_shape(make, jax.random.key(1)), mesh)
-    made = create(make, jax.random.key(1), shardings)
+    made = init_sharded(make, jax.random.key(1), shardings)
     np.testing.assert_array_equal(made["copy"], weights)
     np.testing.assert_array_equal(made["drawn"], jax.random.normal(jax.random.key(1), (3,)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -45,9 +46,13 @@ def _error(one: Any, other: Any) -> float:
 
 
 def _given(layer: Any, channels: int, side: int) -> tuple[Any, jax.Array]:
-    x = jax.random.normal(jax.random.key(0), (2, side, side, channels), jnp.bfloat16)
-    params = layer.init(jax.random.key(1), x)["params"]
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(0.02, leaf.dtype), params), x
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((2, side, side, channels)), jnp.bfloat16)
+
+    def fill(like: Any) -> jax.Array:
+        return jnp.asarray(math.prod(like.shape[:-1]) ** -0.5 * random.standard_normal(like.shape) + 0.02, like.dtype)
+
+    return jax.tree.map(fill, jax.eval_shape(layer.init, jax.random.key(1), x)["params"]), x
 
 
 def _read(layer: Any, params: Any, x: Any) -> Any:
@@ -58,7 +63,8 @@ def _read(layer: Any, params: Any, x: Any) -> Any:
 @pytest.mark.parametrize(("layer", "channels", "side"), LAYERS)
 def test_a_layer_gives_what_its_float32_gives(layer: Any, channels: int, side: int) -> None:
     params, x = _given(layer, channels, side)
-    exact = layer.clone(dtype=jnp.float32).apply({"params": params}, x.astype(jnp.float32))
+    exact = jax.jit(layer.clone(dtype=jnp.float32).apply)({"params": params}, x.astype(jnp.float32))
+    exact = np.asarray(exact)
     with lowering_for("cpu"):
         how = compiler_options(low_precision=True)
         out = jax.jit(lambda params, x: _read(layer, params, x), compiler_options=how)(params, x)
@@ -70,10 +76,11 @@ def test_a_layer_gives_what_its_float32_gives(layer: Any, channels: int, side: i
 @pytest.mark.parametrize(("layer", "channels", "side"), LAYERS)
 def test_its_gradient_is_the_layers(layer: Any, channels: int, side: int) -> None:
     params, x = _given(layer, channels, side)
-    weights = jax.random.normal(jax.random.key(2), layer.apply({"params": params}, x).shape)
+    out = jax.eval_shape(layer.apply, {"params": params}, x)
+    weights = np.random.default_rng(1).standard_normal(out.shape).astype(np.float32)
 
     def gradients(apply: Any) -> Any:
-        return jax.grad(lambda params, x: jnp.sum(weights * apply(params, x)), argnums=(0, 1))(params, x)
+        return jax.jit(jax.grad(lambda params, x: jnp.sum(weights * apply(params, x)), argnums=(0, 1)))(params, x)
 
     with lowering_for("cpu"):
         own = gradients(lambda params, x: _read(layer, params, x))
@@ -99,9 +106,12 @@ def test_sums_that_are_asked_for_in_float32_stay_so() -> None:
     config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
     module = T5Encoder(config, **HALF)
     ids = jnp.arange(8)[None]
-    params = module.init(jax.random.key(0), ids)["params"]
-    with lowering_for("cpu"), precision_context(params) as own:
-        _, kept = module.apply({"params": own}, ids, capture_intermediates=True, mutable="intermediates")
+
+    def run(params: Any) -> Any:
+        with lowering_for("cpu"), precision_context(params) as own:
+            return module.apply({"params": own}, ids, capture_intermediates=True, mutable="intermediates")
+
+    _, kept = jax.eval_shape(run, jax.eval_shape(module.init, jax.random.key(0), ids)["params"])
     feed_forward = kept["intermediates"]["encoder"]["block_0"]["layer_1"]["DenseReluDense"]
     assert feed_forward["wo"]["__call__"][0].dtype == jnp.float32
     assert feed_forward["wi"]["__call__"][0].dtype == jnp.bfloat16

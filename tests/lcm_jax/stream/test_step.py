@@ -12,7 +12,7 @@ import pytest
 
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.stream import Settings, State, StreamProgram, Weights
-from lcm_jax.stream.step import compiled, probing
+from lcm_jax.stream.step import compiled, compiled_probe
 
 Model = Any  # of conftest: generator, weights, cond, null
 
@@ -120,7 +120,7 @@ def test_agrees_with_the_equations(
     model: Model = request.getfixturevalue(name)
     program, weights, settings, state = made(model, mode, TIMES[n])
     if mode == "onetime":
-        virtual = probing(program)(weights, settings, state, jnp.asarray(frames[0]))
+        virtual = compiled_probe(program)(weights, settings, state, jnp.asarray(frames[0]))
         settings = settings._replace(virtual=virtual)
     reference = Reference(model, mode, TIMES[n], np.asarray(settings.noise, np.float64))
     wanted = [reference(frame) for frame in frames]
@@ -235,16 +235,16 @@ def test_motion_takes_noise_away(light: Model, frames: np.ndarray) -> None:
 def test_remembering_changes_nothing_in_a_still_scene(unet: Model, frames: np.ndarray) -> None:
     """Attention on the same tokens twice is attention on them once; on another frame's it is not."""
     plain, weights, settings, state = made(unet, "full", TIMES[2])
-    remembering = replace(plain, remember=True)
-    held = remembering.init(weights, settings, jax.random.key(0))
+    extended_attention = replace(plain, remember=True)
+    held = extended_attention.init(weights, settings, jax.random.key(0))
     assert held.memory, "the UNet has self-attention"
     for method, frame in (("sequential", 0), ("step", 0), ("step", 0)):
         state = call(plain, method, weights, settings, state, frames[frame])
-        held = call(remembering, method, weights, settings, held, frames[frame])
+        held = call(extended_attention, method, weights, settings, held, frames[frame])
         assert close(held.latents, state.latents, 1e-4)
     for _ in range(2):
         state = call(plain, "step", weights, settings, state, frames[1])
-        held = call(remembering, "step", weights, settings, held, frames[1])
+        held = call(extended_attention, "step", weights, settings, held, frames[1])
     assert not close(held.latents, state.latents, 1e-4)
 
 

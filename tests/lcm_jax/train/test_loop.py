@@ -16,7 +16,7 @@ import pytest
 from tensorboardX import SummaryWriter
 
 from lcm_jax.data import Loader
-from lcm_jax.parallel.pmap import AXIS, own_rows
+from lcm_jax.parallel.pmap import AXIS, device_key
 from lcm_jax.train.checkpointing import checkpoint_manager
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -297,7 +297,7 @@ def test_each_device_draws_its_rows_of_what_one_would(draw: Any) -> None:
     @jax.jit
     def both() -> Any:
         own = jax.vmap(
-            lambda: (draw(own_rows(key, 4), (2, 3)), draw(own_rows(key, 4), ())), axis_name=AXIS, axis_size=4
+            lambda: (draw(device_key(key, 4), (2, 3)), draw(device_key(key, 4), ())), axis_name=AXIS, axis_size=4
         )
         return own(), (draw(key, (8, 3)), draw(key, ()))
 
