@@ -253,8 +253,13 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
     if stacked:
         raise ValueError(f"{few('adapters', stacked)} are of stacked layers: merge them, or build the network unrolled")
 
+    inside = False  # the down projection is a Dense or Conv too, and has no adapter
+
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        nonlocal inside
         y, module = next_function(*args, **kwargs), context.module
+        if inside:
+            return y
         path = "/".join((*module.path, "kernel"))
         adapter = None
         if context.method_name == "__call__" and isinstance(module, (nn.Dense, nn.Conv)):
@@ -264,7 +269,11 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
         x = args[0] if dropout is None else dropout(args[0], path)
         rank, outputs = adapter["up"].shape[-2:]
         down_layer = module.clone(parent=None, name=None, features=rank, use_bias=False)
-        z: Any = down_layer.apply({"params": {"kernel": adapter["down"]}}, x)
+        inside = True
+        try:
+            z: Any = down_layer.apply({"params": {"kernel": adapter["down"]}}, x)
+        finally:
+            inside = False
         up = jax.lax.stop_gradient(adapter["alpha"]) / rank * adapter["up"].reshape(rank, outputs)
         return y + flat_dot(z, up.astype(z.dtype)).astype(y.dtype)
 

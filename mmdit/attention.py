@@ -75,7 +75,7 @@ def attention(
     value: Float[Array, "b m h d"],
     *,
     causal: bool = False,
-    mask: Bool[Array, "b #h #l m"] | None = None,
+    mask: Bool[Array, " b #h #l m"] | None = None,
     bias: Float[Array, "#b h l m"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,

@@ -113,7 +113,7 @@ class Modulation(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, c: Float[Array, "b d"]) -> list[Float[Array, "b 1 d"]]:
+    def __call__(self, c: Float[Array, "b d"]) -> list[Float[Array, "b 1 e"]]:
         width = self.parts * (self.features or c.shape[-1])
         y = dense(width, "linear", self.dtype, self.param_dtype, zero=True)(c)
         return jnp.split(y[:, None], self.parts, axis=-1)

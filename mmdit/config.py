@@ -44,8 +44,6 @@ class MMDiTConfig:
     span_embedding: bool = False
 
     def __post_init__(self) -> None:
-        if self.out_channels is None:  # in diffusers' files None means in_channels
-            object.__setattr__(self, "out_channels", self.in_channels)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -112,8 +110,11 @@ class MMDiTConfig:
         for key, value in d.items():
             if key not in fields and not key.startswith("_"):
                 raise ValueError(f"{source}: unknown key {key!r} (value {value!r}); remove it if it changes nothing")
+        values = {key: tuple(d[key]) if isinstance(d[key], list) else d[key] for key in d if key in fields}
+        if "out_channels" in values and values["out_channels"] is None:  # in diffusers' files that means in_channels
+            values["out_channels"] = values.get("in_channels", cls.in_channels)
         try:
-            return cls(**{key: value for key, value in d.items() if key in fields})
+            return cls(**values)
         except ValueError as error:
             raise ValueError(str(error).replace("MMDiT config", source, 1)) from None
 

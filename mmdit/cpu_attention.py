@@ -76,8 +76,8 @@ def row_max(x: Float[Array, "*b m"]) -> Float[Array, "*b 1"]:
     90 ms for 8 heads of 4096 tokens and 40 channels, with the column of ones (two cores with AVX-512).
 
     >>> import jax.numpy as jnp
-    >>> from mmdit.cpu_attention import largest
-    >>> largest(jnp.array([[3.0, 1.0], [0.0, 2.0]])).tolist()
+    >>> from mmdit.cpu_attention import row_max
+    >>> row_max(jnp.array([[3.0, 1.0], [0.0, 2.0]])).tolist()
     [[3.0], [2.0]]
     """
     while (m := x.shape[-1]) > FOLD:

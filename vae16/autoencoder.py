@@ -221,7 +221,7 @@ class Encoder(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 2*z"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 z2"]:
         c = self.config
         types: Types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         last = len(c.block_out_channels) - 1

@@ -291,7 +291,7 @@ def folded(kernel: Float[Array, "3 3 c d"]) -> Float[Array, "2 2 c 4*d"]:
     return jnp.concatenate(phases, axis=-1)
 
 
-def interleaved(corners: Float[Array, "b h+1 w+1 4*d"]) -> Float[Array, "b 2*h 2*w d"]:
+def interleaved(corners: Float[Array, "b h1 w1 d4"]) -> Float[Array, "b 2*h1-2 2*w1-2 d4//4"]:
     """Put the pixels of the four phases at their positions and remove the border."""
     return rearrange(corners, "b h w (p q d) -> b (h p) (w q) d", p=2, q=2)[:, 1:-1, 1:-1]
 

@@ -24,7 +24,7 @@ from vae16.tiny import AutoencoderTiny, last_layer, paint
 
 Images = Float[Array, "b h w c"]
 Scalar = Float[Array, ""]
-Perceptual = Callable[[Images, Images], Float[Array, "b"]]
+Perceptual = Callable[[Images, Images], Float[Array, " b"]]
 
 RECONSTRUCTIONS: Mapping[str, Callable[[Array], Array]] = {
     "l1": jnp.abs,
@@ -79,7 +79,7 @@ def _apply(module: nn.Module, params: Any, *args: Any, method: str | None = None
     return module.apply({"params": params}, *args, method=method)
 
 
-def kl_divergence(mean: Float[Array, "b h w z"], logvar: Float[Array, "b h w z"]) -> Float[Array, "b"]:
+def kl_divergence(mean: Float[Array, "b h w z"], logvar: Float[Array, "b h w z"]) -> Float[Array, " b"]:
     """Return KL(N(mean, exp(logvar)) || N(0, 1)) of each latent, in nats (Kingma & Welling 2014, appendix B).
 
     KL = sum (mean^2 + exp(logvar) - 1 - logvar) / 2 over h, w and z.

@@ -48,7 +48,7 @@ class LPIPS(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]) -> Float[Array, "b"]:
+    def __call__(self, x: Float[Array, "b h w 3"], y: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
         if x.shape != y.shape or x.shape[-1] != 3 or min(x.shape[1:3]) < 16:
             raise ValueError(
                 f"LPIPS: {x.shape} and {y.shape}: needs two RGB batches of one shape, of at least 16x16 pixels"

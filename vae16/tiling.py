@@ -16,7 +16,7 @@ from vae16.autoencoder import AutoencoderKL
 Images = Float[Array, "b h w c"]
 
 
-def sliced(fn: Callable[[Images], Images], x: Images) -> Images:
+def sliced(fn: Callable[[Images], Images], x: Images) -> Float[Array, "b h2 w2 c2"]:
     """Apply `fn` to the batch one image at a time, with the memory of one.
 
     >>> import jax.numpy as jnp
@@ -41,7 +41,9 @@ def _window(length: int, overlap: int) -> np.ndarray:
     return np.minimum(distance / max(overlap, 1), 1.0).astype(np.float32)
 
 
-def tiled(fn: Callable[[Images], Images], x: Images, *, tile: int, overlap: int, multiple: int = 1) -> Images:
+def tiled(
+    fn: Callable[[Images], Images], x: Images, *, tile: int, overlap: int, multiple: int = 1
+) -> Float[Array, "b h2 w2 c2"]:
     """Apply `fn` to overlapping squares of `tile` x `tile` positions of x and blend the results.
 
     `fn` resizes images by a fixed ratio. `tile` and `overlap` are in positions of x, and tiles begin at multiples of

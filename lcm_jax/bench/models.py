@@ -145,7 +145,7 @@ def component(kind: str, config: Any, dtype: str, **options: Any) -> Component:
     return Component(module, partial(random_params, abstract_params(kind, config), jax_dtype))
 
 
-def random_params(shapes: Params, dtype: Any, *, each: Callable[[str, Array], Any] | None = None) -> Params:
+def random_params(shapes: Params, dtype: Any, *, transform: Callable[[str, Array], Any] | None = None) -> Params:
     """Return random parameters: kernels that keep the variance, scales of one, biases of zero.
 
     A leaf depends only on its path and shape. each: replaces a parameter, (path, parameter) -> new leaf, as soon as it
@@ -154,7 +154,7 @@ def random_params(shapes: Params, dtype: Any, *, each: Callable[[str, Array], An
 
     def make(path: str, shape: tuple[int, ...]) -> Any:
         param = draw(path, shape)
-        return param if each is None else jax.block_until_ready(each(path, param))
+        return param if transform is None else jax.block_until_ready(transform(path, param))
 
     def draw(path: str, shape: tuple[int, ...]) -> Array:
         name = path.rsplit("/", 1)[-1]

@@ -119,7 +119,7 @@ class Distilled:
         net = FAMILIES[_KIND].build(self.student, dtype=jnp.dtype(dtype), remat=remat)
         return Learner(net=net, objective=self.objective, lora=self.lora, critic=None)
 
-    def begin(self, dtype: str, learner: Learner) -> tuple[Params, Params]:
+    def init_params(self, dtype: str, learner: Learner) -> tuple[Params, Params]:
         """Return the trained tree and the frozen ones.
 
         The teacher is in the precision of the computation, since it is not trained. A LoRA's base is this same tree.
@@ -130,18 +130,18 @@ class Distilled:
         return learner.init_params(jax.random.key(0), first, frozen), frozen
 
 
-def step(name: str, options: Options, own: Distilled, *, remat: bool = False) -> Row:
+def step(name: str, options: Options, setup: Distilled, *, remat: bool = False) -> Row:
     """Return the row of one step: student, guided teacher, target, gradient, AdamW and the moving average.
 
     The step's state is donated. Its `prepare` raises ValueError if a CPU's memory does not suffice.
     """
-    learner = own.learner(options.dtype, remat=remat)
-    data = {key: jnp.asarray(leaf, options.dtype) for key, leaf in own.batch.items()}
+    learner = setup.learner(options.dtype, remat=remat)
+    data = {key: jnp.asarray(leaf, options.dtype) for key, leaf in setup.batch.items()}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5))
     running: dict[str, Any] = {}  # the compiled step, its state and the frozen trees
 
-    def begin() -> tuple[TrainState, Params]:
-        params, frozen = own.begin(options.dtype, learner)
+    def init_params() -> tuple[TrainState, Params]:
+        params, frozen = setup.init_params(options.dtype, learner)
         return TrainState.create(params, tx), frozen
 
     def prepare() -> Cost:
@@ -161,24 +161,24 @@ def step(name: str, options: Options, own: Distilled, *, remat: bool = False) ->
     return Row(name=name, run=run, prepare=prepare, frames=len(data["mean"]))
 
 
-def peers_step(name: str, options: Options, own: Distilled) -> Row:
+def peers_step(name: str, options: Options, setup: Distilled) -> Row:
     """Return the row of the same step in PyTorch, from the same weights."""
-    distillation = cache(partial(torch_distillation, own, options.dtype, str(options.peer)))
-    mean, std = (peers.channels_first(own.batch[leaf], "float32") for leaf in ("mean", "std"))
-    return peers.row(name, lambda: distillation()(mean, std), frames=len(own.batch["mean"]))
+    distillation = cache(partial(torch_distillation, setup, options.dtype, str(options.peer)))
+    mean, std = (peers.channels_first(setup.batch[leaf], "float32") for leaf in ("mean", "std"))
+    return peers.row(name, lambda: distillation()(mean, std), frames=len(setup.batch["mean"]))
 
 
-def torch_distillation(own: Distilled, dtype: str, peer: str) -> Distillation:
+def torch_distillation(setup: Distilled, dtype: str, peer: str) -> Distillation:
     """Return the peer's training, with the weights of ours."""
-    learner = own.learner("float32")
-    params, frozen = own.begin("float32", learner)
-    teacher = Component(FAMILIES[_KIND].build(own.teacher), frozen["teacher"])
+    learner = setup.learner("float32")
+    params, frozen = setup.init_params("float32", learner)
+    teacher = Component(FAMILIES[_KIND].build(setup.teacher), frozen["teacher"])
     return Distillation(
         teacher,
-        Component(learner.net, params) if own.lora is None else params,
-        own.objective,
-        {"context": jnp.asarray(own.batch["context"])},
-        own.null,
+        Component(learner.net, params) if setup.lora is None else params,
+        setup.objective,
+        {"context": jnp.asarray(setup.batch["context"])},
+        setup.null,
         dtype=dtype,
         peer=peer,
     )

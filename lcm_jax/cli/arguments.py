@@ -39,8 +39,8 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter, **options)
         sub.set_defaults(run=runs[name])
-        own = "Python files of your own to run first, which register samplers, objectives, data sources or configs"
-        sub.add_argument("--import", nargs="+", default=[], type=Path, metavar="FILE.py", dest="imports", help=own)
+        text = "Python files of your own to run first, which register samplers, objectives, data sources or configs"
+        sub.add_argument("--import", nargs="+", default=[], type=Path, metavar="FILE.py", dest="imports", help=text)
         return sub
 
     sub = command("demo", "Teacher, LCM and LCM-LoRA side by side: a grid, a table, a JSON file.")
@@ -52,33 +52,35 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub = command("sample", "Draw pictures of prompts.")
     _add_model(sub)
     sub.add_argument("--prompt", nargs="+", required=True, help="one or more texts")
-    sub.add_argument("--negative-prompt", default="", help="what not to draw")
+    sub.add_argument("--negative-prompt", default="", help="text to guide away from")
     sub.add_argument("--steps", type=int, default=4, help="solver steps")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sub.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
     _add_size(sub)
     sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
-    sub.add_argument("--strength", type=float, help="how far it is noised, in (0, 1]; 0.6, or 1 with a mask")
+    sub.add_argument("--strength", type=float, help="share of the way to noise, in (0, 1]; 0.6, or 1 with --mask")
     sub.add_argument("--mask", type=Path, help="redraw only where this picture is white (inpainting)")
     sub.add_argument("--t5-tokens", type=int, help="SD3: length of a prompt for T5; 256 by default")
     sub.add_argument("--shift", type=float, help="SD3: shift of the noise levels; the model's own by default")
     sub.add_argument("--single-shift", action="store_true", help="SD3: shift once, not twice as the references do")
     sub.add_argument("--skip-layers", type=int, nargs="+", default=[], help="SD3: skip-layer guidance, such as 7 8 9")
-    sub.add_argument("--skip-scale", type=float, default=2.8, help="its scale")
-    sub.add_argument("--skip-interval", type=float, nargs=2, default=(0.01, 0.2), help="its part of the steps")
-    sub.add_argument("--compiled", type=Path, metavar="FILE", help="draw by a program of lcm-jax compile")
+    sub.add_argument("--skip-scale", type=float, default=2.8, help="scale of skip-layer guidance")
+    sub.add_argument(
+        "--skip-interval", type=float, nargs=2, default=(0.01, 0.2), help="first and last fraction of the steps with it"
+    )
+    sub.add_argument("--compiled", type=Path, metavar="FILE", help="draw with a program that lcm-jax compile wrote")
     sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
     _add_devices(sub, None)
 
-    sub = command("compile", "Write the program that draws, from prompt to picture, for sample --compiled.")
+    sub = command("compile", "Write a program that draws, from prompt to picture, for sample --compiled.")
     _add_model(sub)
     _add_size(sub)
-    sub.add_argument("--batch", type=int, default=1, help="pictures of a call")
-    sub.add_argument("--platform", choices=PLATFORMS, help="of another machine; this one's by default")
+    sub.add_argument("--batch", type=int, default=1, help="pictures in a call")
+    sub.add_argument("--platform", choices=PLATFORMS, help="platform to compile for; this machine's by default")
     sub.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write")
 
     for name, text in (("train", "Train a registered config."), ("distill", "Distil a registered config.")):
-        text += " What follows are overrides; --config NAME --help lists them."
+        text += " Other options override keys of the config; --config NAME --help lists them."
         sub = command(name, text, add_help=False)
         sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
         sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
@@ -88,36 +90,53 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
             sub.add_argument("--objective", metavar="METHOD", help=known)
         _add_job(sub)
 
-    sub = command("encode", "Latents and text embeddings of a data set, once, in shards; goes on if stopped.")
-    sub.add_argument("--model", default="openmoji", help="whose autoencoder and text encoders: as in the config")
+    sub = command(
+        "encode", "Compute latents and text embeddings of a data set once, in shards; resumes where it stopped."
+    )
+    sub.add_argument(
+        "--model",
+        default="openmoji",
+        help="model whose autoencoder and text encoders are used, as in the training config",
+    )
     sub.add_argument("--data", required=True, help='"folder:PATH", "tar:FILES", "tfds:NAME or PATH", "openmoji"')
     sub.add_argument("--split", default="train", help="split of the data")
-    sub.add_argument("--out", type=Path, required=True, help="folder that all processes see; then --task.data.name")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder that all processes share; training then takes it as --task.data.name",
+    )
     sub.add_argument("--size", type=int, help="pixels of the squares; the model's own by default")
-    sub.add_argument("--shards", type=int, help="at least as many as processes; one for 4096 pictures by default")
-    sub.add_argument("--batch", type=int, help="pictures at a time in each process; a megapixel a device by default")
-    sub.add_argument("--part", metavar="P/N", help="of N processes that know nothing of one another this is the P-th")
-    sub.add_argument("--mesh", default="", help="of a process's devices: fsdp=4 cuts a large T5 over four")
+    sub.add_argument(
+        "--shards", type=int, help="number of shards, at least one for each process; one for 4096 pictures by default"
+    )
+    sub.add_argument(
+        "--batch", type=int, help="pictures at a time in each process; a megapixel for each device by default"
+    )
+    sub.add_argument(
+        "--part", metavar="P/N", help="this is process P of N processes that are not connected, such as 0/4"
+    )
+    sub.add_argument("--mesh", default="", help="mesh of a process's devices: fsdp=4 cuts a large T5 over four")
     _add_job(sub)
 
     text = (
         "Compile a config's training step for a topology: memory, FLOPs, collectives, time. No accelerator is needed."
     )
-    text += " What follows are overrides, --mesh among them; --config NAME --help lists them."
+    text += " Other options override keys of the config, such as --mesh; --config NAME --help lists them."
     sub = command("plan", text, add_help=False)
     sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
     sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
     sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, h100:8")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
-    sub.add_argument("--whole", action="store_true", help="run the compiler to its end, machine code too")
+    sub.add_argument("--whole", action="store_true", help="run the compiler to its end, with machine code")
     sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
 
     sub = command("evaluate", "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
     _add_model(sub)
-    sub.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of solver steps")
+    sub.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of solver steps to evaluate")
     sub.add_argument("--data", default="openmoji", help='"openmoji", "openmoji-outline", "folder:PATH" or "tfds:NAME"')
     sub.add_argument("--split", default="validation", help="split of the data")
-    sub.add_argument("--limit", type=int, help="most pictures taken")
+    sub.add_argument("--limit", type=int, help="number of pictures at most")
     sub.add_argument("--clip", default="openmoji", help="model with text_encoder and image_encoder")
     sub.add_argument("--inception", type=Path, help="Inception-v3 weights: Frechet distance on its features instead")
     sub.add_argument("--batch-size", type=int, default=32)
@@ -130,23 +149,25 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_model(sub)
     sub.add_argument("--out", type=Path, required=True, help="a video file such as out.mp4, or a folder for pictures")
     sub.add_argument("--prompt", nargs="+", required=True, help="what to draw; from noise, several to travel through")
-    sub.add_argument("--negative-prompt", default="", help="what not to draw")
-    sub.add_argument("--steps", type=int, default=2, help="evaluations of a frame")
-    sub.add_argument("--strength", type=float, default=0.6, help="how far frames are noised, in (0, 1]")
+    sub.add_argument("--negative-prompt", default="", help="text to guide away from")
+    sub.add_argument("--steps", type=int, default=2, help="network evaluations for each frame")
+    sub.add_argument("--strength", type=float, default=0.6, help="share of the way to noise, in (0, 1]")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     _add_size(sub, default="area")
-    sub.add_argument("--similarity", type=float, help="leave out frames that are this alike, such as 0.98")
+    sub.add_argument(
+        "--similarity", type=float, help="skip frames that are more similar than this to the last, such as 0.98"
+    )
     sub.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="other controls: guidance=self delta=0.5"
     )
-    sub.add_argument("--count", type=int, default=60, help="noise: how many pictures")
-    sub.add_argument("--seconds", type=float, help="camera, screen: how long; until Ctrl-C by default")
-    sub.add_argument("--rate", type=float, default=12.0, help="frames a second of a video that is not made of a video")
+    sub.add_argument("--count", type=int, default=60, help="source noise: number of pictures")
+    sub.add_argument("--seconds", type=float, help="source camera or screen: seconds to run; until Ctrl-C by default")
+    sub.add_argument("--rate", type=float, default=12.0, help="frames a second of a video whose source is not a video")
 
     sub = command("bench", "Measure this machine: medians, quartiles and ratios.")
     sub.add_argument("cases", nargs="+", metavar="CASE", help=", ".join(bench.CASES))
     sub.add_argument("--against", choices=bench.PEERS, help="measure a peer in turns, on the same weights")
-    model = "of stream, training, loading and start; random-sd15 for random weights"
+    model = "model for the cases stream, training, loading and start; random-sd15 has random weights"
     sub.add_argument("--model", default="openmoji", help=model)
     sub.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the networks")
     sub.add_argument("--scale", default="full", choices=bench.SCALES, help="tiny: networks for a smoke test")
@@ -155,49 +176,57 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_quantize(sub, "rows of the denoiser in 8 bits too")
     sub.add_argument("--side", type=int, help="pixels of a stream's sides; the model's own by default")
     sub.add_argument("--repeats", type=int, default=5, help="runs of each row")
-    sub.add_argument("--profile", action="store_true", help="print the dearest operations of each row too")
-    sub.add_argument("--json", type=Path, help="file to write every time to")
+    sub.add_argument("--profile", action="store_true", help="also print the most expensive operations of each row")
+    sub.add_argument("--json", type=Path, help="JSON file to write every measured time to")
 
     sub = command("serve", "Redraw a browser's camera, screen or drawing in real time; pictures by HTTP.")
     _add_model(sub)
-    sub.add_argument("--prompt", default="cat face", help="that a session begins with")
-    sub.add_argument("--steps", type=int, default=2, help="that a session begins with")
-    sub.add_argument("--strength", type=float, default=0.6, help="that a session begins with")
+    sub.add_argument("--prompt", default="cat face", help="prompt at the start of a session")
+    sub.add_argument("--steps", type=int, default=2, help="steps at the start of a session")
+    sub.add_argument("--strength", type=float, default=0.6, help="strength at the start of a session")
     _add_size(sub)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
-    sub.add_argument("--port", type=int, default=7860, help="0 for any that is free")
-    sub.add_argument("--max-sessions", type=int, default=4, help="that stream at once")
-    sub.add_argument("--max-waiting", type=int, default=16, help="that wait in line for it")
+    sub.add_argument("--port", type=int, default=7860, help="port; 0 for any that is free")
+    sub.add_argument("--max-sessions", type=int, default=4, help="sessions that stream at the same time")
+    sub.add_argument("--max-waiting", type=int, default=16, help="sessions that wait for a place")
     sub.add_argument("--idle-timeout", type=float, default=60.0, help="seconds without a frame that end a session")
-    sub.add_argument("--together", type=int, help="sessions in one call; --max-sessions by default")
-    sub.add_argument("--token", help="that page, socket and HTTP ask for")
+    sub.add_argument("--together", type=int, help="sessions in one call of the network; --max-sessions by default")
+    sub.add_argument("--token", help="token that page, socket and HTTP ask for")
     sub.add_argument("--origin", nargs="+", default=[], help="other pages that may connect: https://example.org")
 
     sub = command("convert", "Write a model or a LoRA in another format.")
     sub.add_argument("source", metavar="SRC", help="bundled name, diffusers or orbax folder, single file, LoRA, hub id")
     sub.add_argument("target", metavar="DST", type=Path, help="a folder, or a .safetensors file for single and lora-*")
     sub.add_argument("--to", required=True, choices=FORMATS)
-    sub.add_argument("--dtype", choices=sorted(DTYPES), help="of floating tensors; their own by default")
+    sub.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of floating tensors; unchanged by default")
     sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
     sub.add_argument("--base", help="for LoRA: the model it is for; to extract one: the model SRC was made from")
-    sub.add_argument("--rank", type=int, default=64, help="of an extracted LoRA")
+    sub.add_argument("--rank", type=int, default=64, help="rank of an extracted LoRA")
     return commands_parser
 
 
 def _add_job(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="of process 0 of a job of several; auto: as JAX finds it"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0 in a job of several processes; auto: as JAX finds it",
     )
     sub.add_argument(
-        "--processes", type=int, metavar="N", help="in the job; Slurm, Open MPI and GKE tell by themselves"
+        "--processes", type=int, metavar="N", help="number of processes in the job; found on Slurm, Open MPI and GKE"
     )
-    sub.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
-    sub.add_argument("--peer-timeout", type=int, default=100, metavar="S", help="seconds of silence that mean death")
+    sub.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    sub.add_argument(
+        "--peer-timeout",
+        type=int,
+        default=100,
+        metavar="S",
+        help="seconds without a sign after which a process counts as dead",
+    )
 
 
 def _add_devices(sub: argparse.ArgumentParser, mesh: str | None) -> None:
-    text = "devices along each axis, such as data=4,fsdp=2; the pictures are cut over data and fsdp"
+    text = "devices along each axis, such as data=4,fsdp=2; the batch is cut over data and fsdp"
     sub.add_argument("--mesh", default=mesh, help=f"{text} (all along data by default)" if mesh == "" else text)
     _add_job(sub)
 
@@ -208,7 +237,7 @@ def _add_size(sub: argparse.ArgumentParser, default: str = "own") -> None:
 
 
 def _add_quantize(sub: argparse.ArgumentParser, what: str) -> None:
-    known = f"{what}: {', '.join(quantization.KINDS)}, where int8w rounds kernels alone; text=KIND and vae=KIND too"
+    known = f"{what}: {', '.join(quantization.KINDS)} (int8w: kernels only); also text=KIND and vae=KIND"
     sub.add_argument("--quantize", nargs="+", default=[], metavar="[PART=]KIND", help=known)
 
 
@@ -216,7 +245,7 @@ def _add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default="openmoji", help="bundled name, diffusers or orbax folder, single file, hub id")
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
     sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
-    sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in the autoencoder's place")
+    sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in place of the autoencoder")
     sub.add_argument("--no-t5", dest="t5", action="store_false", help="SD3: leave out the third text encoder")
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
     known = ", ".join(sorted(SAMPLERS))

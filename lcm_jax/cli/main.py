@@ -157,12 +157,14 @@ def _sample_compiled(
     for name in ("image", "mask", "strength", "t5_tokens", "shift", "single_shift", "skip_layers", "mesh"):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is no option of --compiled: leave one of them out")
-    for name, mine, its in (
+    for name, asked, compiled_for in (
         ("--size", size, exported.header.size),
         ("--sampler", arguments.sampler, exported.header.sampler),
     ):
-        if mine not in (None, its):
-            raise ValueError(f"{name} is {mine}, and {arguments.compiled} was compiled for {its}: leave it out")
+        if asked not in (None, compiled_for):
+            raise ValueError(
+                f"{name} is {asked}, and {arguments.compiled} was compiled for {compiled_for}: leave it out"
+            )
     names = ("prompt", "negative_prompt", "steps", "seed", "num_images")
     return exported(guidance=options["guidance"], **{name: getattr(arguments, name) for name in names})
 
@@ -186,15 +188,15 @@ def _write_pictures(arguments: argparse.Namespace, pictures: np.ndarray) -> None
         print(path)
 
 
-def _names(out: Path, prompts: Sequence[str], each: int) -> list[Path]:
+def _names(out: Path, prompts: Sequence[str], num_images: int) -> list[Path]:
     if out.suffix.lower() == ".png":
-        if len(prompts) * each > 1:
-            raise ValueError(f"--out {out}: {len(prompts) * each} pictures do not fit in one file; name a folder")
+        if len(prompts) * num_images > 1:
+            raise ValueError(f"--out {out}: {len(prompts) * num_images} pictures do not fit in one file; name a folder")
         return [out]
     slugs = [
         "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture" for prompt in prompts
     ]
-    return [out / f"{slug}-{i}.png" for slug in slugs for i in range(each)]
+    return [out / f"{slug}-{i}.png" for slug in slugs for i in range(num_images)]
 
 
 def read_image(path: Path, option: str = "--image") -> np.ndarray:
@@ -270,9 +272,9 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(arguments.device, arguments.device))
-    own = {name: getattr(arguments, name) for name in ("model", "dtype", "scale", "side")}
-    own |= {"quantize": quantization.parse(arguments.quantize), "batches": tuple(arguments.batch)}
-    options = bench.Options(peer=arguments.against, **own)
+    settings = {name: getattr(arguments, name) for name in ("model", "dtype", "scale", "side")}
+    settings |= {"quantize": quantization.parse(arguments.quantize), "batches": tuple(arguments.batch)}
+    options = bench.Options(peer=arguments.against, **settings)
     bench.run(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)
 
 
@@ -283,12 +285,17 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
     pipe, options = _load(arguments)
     names = ("host", "port", "max_sessions", "max_waiting", "idle_timeout", "token")
-    own: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     start = {name: getattr(arguments, name) for name in ("prompt", "steps", "strength")}
     controls = beginning(pipe, options["sampler"], options["guidance"]).changed(**start)
     size = pipe.check_size(arguments.size)
-    own |= {"model": Path(arguments.model).name, "size": size, "controls": controls, "origins": tuple(arguments.origin)}
-    serve(pipe, Config(**own, **options, together=arguments.together or arguments.max_sessions))
+    settings |= {
+        "model": Path(arguments.model).name,
+        "size": size,
+        "controls": controls,
+        "origins": tuple(arguments.origin),
+    }
+    serve(pipe, Config(**settings, **options, together=arguments.together or arguments.max_sessions))
 
 
 def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:

@@ -197,10 +197,10 @@ def truncate(
     """
     check_strength(strength)
     steps = len(grid) - 1
-    kept = steps - int(steps - steps * strength) if up else int(steps * strength)
-    if kept < 1:
+    count = steps - int(steps - steps * strength) if up else int(steps * strength)
+    if count < 1:
         raise ValueError(f"strength {strength} of {steps} steps leaves none: raise the strength or the steps")
-    return grid[steps - kept :]
+    return grid[steps - count :]
 
 
 def check_steps(steps: int, most: int) -> None:

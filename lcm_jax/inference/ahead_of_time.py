@@ -49,8 +49,8 @@ class Header:
     of program.bin.
 
     >>> from lcm_jax.inference.ahead_of_time import Header
-    >>> header = Header(jax="0.10.2", platform="cpu", device="", model="", size=(64, 64), batch=1, sampler="lcm", guided=False)
-    >>> header.version
+    >>> target = {"jax": "0.10.2", "platform": "cpu", "device": "", "model": "0123"}
+    >>> Header(**target, size=(64, 64), batch=1, sampler="lcm", guided=False).version
     1
     """
 
@@ -136,9 +136,9 @@ def write_program(
     with lowering_for(platform), portable():
         exported = export.export(jax.jit(_program(pipe, header)), platforms=[PLATFORMS[platform]])(*shapes)
     body = bytes(exported.serialize())
-    told = asdict(header) | {"program": hashlib.sha256(body).hexdigest()}
+    written = asdict(header) | {"program": hashlib.sha256(body).hexdigest()}
     with written_aside(path) as (aside,), zipfile.ZipFile(aside, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("header.json", json.dumps(told, indent=2))
+        archive.writestr("header.json", json.dumps(written, indent=2))
         archive.writestr("program.bin", body)
     if platform == here:
         _compilable(exported).lower(*shapes).compile()
@@ -155,17 +155,17 @@ class Exported:
         self.pipe, self.path = pipe, path
         self.header, body = _read(path)
         device = jax.devices()[0]
-        mine = {
+        here = {
             "jax": jax.__version__,
             "platform": device.platform,
             "device": device.device_kind,
             "model": digest(pipe),
         }
-        for name, own in mine.items():
-            its = getattr(self.header, name)
-            if its not in (own, "" if name == "device" else own):
+        for name, value in here.items():
+            recorded = getattr(self.header, name)
+            if recorded not in (value, "" if name == "device" else value):
                 raise ValueError(
-                    f"{path} was compiled for {name} {its:.20}, and this is {own:.20}: run lcm-jax compile again"
+                    f"{path} was compiled for {name} {recorded:.20}, and this is {value:.20}: run lcm-jax compile again"
                 )
         self._body = body
 
@@ -253,7 +253,7 @@ def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tup
         if header.guided:
             null = encode(params, call.negative, sizes[1])
             if pipe.folder.zeros_for_empty_prompt:
-                null = jax.tree.map(lambda zero, own: jnp.where(call.empty, zero, own), zero_prompt(null), null)
+                null = jax.tree.map(lambda zero, leaf: jnp.where(call.empty, zero, leaf), zero_prompt(null), null)
         parts = (params[net], cond, null, x, Grid(*call.grid), call.guidance, key)
         return model.decode(params["vae"], model.latents(*parts, sampler=sampler, guided=header.guided))
 
@@ -270,10 +270,10 @@ def _read(path: Path) -> tuple[Header, bytes]:
         with zipfile.ZipFile(path) as archive:
             if archive.getinfo("header.json").file_size > _MOST_HEADER:
                 raise ValueError("its header is too long")
-            told, body = json.loads(archive.read("header.json")), archive.read("program.bin")
-        if told.get("version") != VERSION:
-            raise ValueError(f"it has the version {told.get('version')}, and this reads {VERSION}")
-        header = Header(**told | {"size": tuple(told["size"])})
+            fields, body = json.loads(archive.read("header.json")), archive.read("program.bin")
+        if fields.get("version") != VERSION:
+            raise ValueError(f"it has the version {fields.get('version')}, and this reads {VERSION}")
+        header = Header(**fields | {"size": tuple(fields["size"])})
         if hashlib.sha256(body).hexdigest() != header.program:
             raise ValueError("its program is damaged")
     except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, AttributeError, ValueError) as error:

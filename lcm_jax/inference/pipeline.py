@@ -74,7 +74,7 @@ class Parameters(MutableMapping[str, Params]):
 
 jax.tree_util.register_pytree_node(
     Parameters,
-    lambda own: (tuple(own.values()), tuple((name, part.module) for name, part in own.components.items())),
+    lambda tree: (tuple(tree.values()), tuple((name, part.module) for name, part in tree.components.items())),
     lambda parts, trees: Parameters({name: Component(m, tree) for (name, m), tree in zip(parts, trees, strict=True)}),
 )
 
@@ -287,11 +287,11 @@ class Pipeline:
         check_part(part)
         if part in self.rounded:
             raise ValueError(f"the {part} is in {self.rounded[part]} already")
-        each, other = rounder(kind), copy.copy(self)
+        transform, other = rounder(kind), copy.copy(self)
         other.params, other.rounded = Parameters(self.params.components), {**self.rounded, part: kind}
         names = {"denoiser": [self.folder.denoiser], "text": list(self.folder.prompts.modules), "vae": ["vae"]}
         for name in names[part]:
-            other.params[name] = partial(_quantized, self.component(name), each, kind)
+            other.params[name] = partial(_quantized, self.component(name), transform, kind)
         for program in ("_draw", "_encode_image"):  # are compiled otherwise
             other.__dict__.pop(program, None)
         return other
@@ -323,8 +323,8 @@ class Pipeline:
     def add_lora(self, adapters: Mapping[str, Adapters], weight: float = 1.0) -> None:
         """Merge the adapters of some components, {"unet": ..., "text_encoder": ...}, times `weight`."""
         self.plain("add_lora")
-        for name, own in adapters.items():
-            self.params[name] = merge(self.params[name], own, weight)
+        for name, tree in adapters.items():
+            self.params[name] = merge(self.params[name], tree, weight)
 
     def _on_shift(self, shift: float | None, double: bool | None) -> tuple[LatentDiffusion, Spacing]:
         """Return the model and spacing with another shift of the noise levels than the folder's."""
@@ -348,7 +348,7 @@ class Pipeline:
     def times(
         self, model: LatentDiffusion, spec: Sampler, steps: int, spacing: Spacing, strength: float
     ) -> Float[np.ndarray, " n_plus_1"]:
-        """Return the time grid: LCM's own pipeline spends all steps below the strength, the others drop the first ones."""
+        """Return the time grid: LCM's pipeline spends all steps below the strength, the others drop the first ones."""
         schedule = model.schedule
         below_strength = schedule.timesteps is None or self.folder.pipeline in LCM
         times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if below_strength else 1.0)
@@ -469,8 +469,8 @@ def load(
     return pipe
 
 
-def _quantized(part: Component, each: Callable[[str, Array], Any], kind: str) -> Quantized:
-    return Quantized(params=part.made_of(each), kind=kind)
+def _quantized(part: Component, transform: Callable[[str, Array], Any], kind: str) -> Quantized:
+    return Quantized(params=part.map_params(transform), kind=kind)
 
 
 def _dtype(name: str) -> Any:

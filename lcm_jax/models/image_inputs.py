@@ -51,7 +51,7 @@ def check_pictures(
 
 def latent_mask(
     mask: UInt8[np.ndarray, "*n h w"] | Bool[np.ndarray, "*n h w"], size: Sequence[int], number: int, factor: int
-) -> Float[Array, "number h w 1"]:
+) -> Float[Array, "number h2 w2 1"]:
     """Return the mask of the latents, 1 where they are redrawn: where the image's mask is true, or at least 128.
 
     Of the factor x factor pixels of a latent the first decides, as in diffusers.

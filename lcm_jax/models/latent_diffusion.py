@@ -58,8 +58,8 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
             if isinstance(params, Adapted):
                 stack.enter_context(branches(params.adapters, params.dropout))
                 params = params.params
-            own = stack.enter_context(precision_context(params))
-            return net.apply({"params": own}, x, t, cond, **options)
+            params = stack.enter_context(precision_context(params))
+            return net.apply({"params": params}, x, t, cond, **options)
 
     return apply
 
@@ -84,7 +84,7 @@ class SkipLayers:
     def in_steps(
         cls, times: Float[np.ndarray, " n_plus_1"], layers: tuple[int, ...], scale: float, part: tuple[float, float]
     ) -> SkipLayers:
-        """Return the settings for the steps i of a grid of n with part[0] < i / n < part[1]; a warning if there are none."""
+        """Return the settings for the steps i of n with part[0] < i / n < part[1]; a warning if there are none."""
         steps = len(times) - 1
         inside = [times[i] for i in range(steps) if part[0] * steps < i < part[1] * steps]
         if not inside:
@@ -183,14 +183,14 @@ class LatentDiffusion:
     def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
         """Encode images as clean latents (the posterior's mean), in the denoiser's units."""
         vae: Any = self.vae
-        with precision_context(vae_params) as own:
-            return scale(vae.apply({"params": own}, to_float(images), method="encode")[0], vae.config)
+        with precision_context(vae_params) as params:
+            return scale(vae.apply({"params": params}, to_float(images), method="encode")[0], vae.config)
 
     def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
         """Decode clean latents to images."""
         vae: Any = self.vae
-        with precision_context(vae_params) as own:
-            return to_uint8(vae.apply({"params": own}, unscale(latents, vae.config), method="decode"))
+        with precision_context(vae_params) as params:
+            return to_uint8(vae.apply({"params": params}, unscale(latents, vae.config), method="decode"))
 
 
 @partial(

@@ -18,7 +18,7 @@ from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
 
-Ids = tuple[Int[Array, "n l"], ...]
+Ids = tuple[Int[Array, "n _"], ...]
 T5_TOKENS = 256  # of a prompt, as diffusers has it, unless the tokenizer has fewer
 
 
@@ -88,8 +88,8 @@ class Prompts:
         self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[np.ndarray, "n s"] | None = None
     ) -> dict[str, Array]:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
-        own = [params[name] for name in self.modules]
-        return self._encode(is_low_precision(*own))(own, self.tokenize(texts), sizes)
+        trees = [params[name] for name in self.modules]
+        return self._encode(is_low_precision(*trees))(trees, self.tokenize(texts), sizes)
 
     def encode(
         self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
@@ -111,8 +111,8 @@ class Prompts:
     def _joined(self, params: Sequence[Params], ids: Ids, sizes: Array | None) -> dict[str, Array]:
         """Encode with the parameters in the encoders' order, either all `Quantized` or none."""
         with contextlib.ExitStack() as stack:
-            own = [stack.enter_context(precision_context(tree)) for tree in params]
-            encodings = [Encoding(*parts) for parts in zip(self.modules.values(), own, ids, strict=True)]
+            trees = [stack.enter_context(precision_context(tree)) for tree in params]
+            encodings = [Encoding(*parts) for parts in zip(self.modules.values(), trees, ids, strict=True)]
             if self.family == "sd":
                 return stable_diffusion(encodings[0])
             if self.family == "sdxl":

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from lcm_jax.nets.blocks import Attention
 from lcm_jax.nets.unet import UNet
 
-Tokens = dict[str, Float[Array, "b n c"]]  # "/"-joined path of a layer -> tokens
+Tokens = dict[str, Float[Array, "b _ _"]]  # "/"-joined path of a layer -> tokens
 
 
 def keys_values(net: Any, params: Any, context: Float[Array, "b l d"]) -> Tokens:
@@ -72,18 +72,18 @@ class Memory:
     This is the feature bank of StreamV2V's extended self-attention (arXiv:2405.15757, section 3.3); it stores tokens
     before their projection to keys and values. past: {path of the layer: tokens}; layers without an entry attend only
     to their own tokens. cold: true while `past` has no values yet; then a layer attends to its own tokens twice, which
-    does not change its result. seen: this frame's tokens, filled while `apply` is traced.
+    does not change its result. tokens: this frame's tokens, filled while `apply` is traced.
     """
 
     past: Mapping[str, Array] = field(default_factory=dict)
     cold: Array | bool = False
-    seen: Tokens = field(default_factory=dict)
+    tokens: Tokens = field(default_factory=dict)
 
 
 def extended_attention(memory: Memory) -> contextlib.AbstractContextManager[None]:
     """Return a context manager in which every self-attention of a UNet also attends to the past tokens in `memory`.
 
-    It stores this frame's tokens in `memory.seen`.
+    It stores this frame's tokens in `memory.tokens`.
     """
 
     def call(next_function: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -91,7 +91,7 @@ def extended_attention(memory: Memory) -> contextlib.AbstractContextManager[None
         if not isinstance(module, Attention) or context.method_name != "__call__" or args[0] is not args[1]:
             return next_function(*args, **kwargs)
         tokens, path = args[0], "/".join(module.path)
-        memory.seen[path] = tokens
+        memory.tokens[path] = tokens
         if path not in memory.past:
             return next_function(*args, **kwargs)
         past = jnp.where(memory.cold, tokens, memory.past[path].astype(tokens.dtype))

@@ -222,7 +222,7 @@ class UNetConfig:
             if values.get(key, False) is None:  # older files write null for false
                 values[key] = False
         try:
-            return cls(**values)
+            return cls(**{key: _tuples(value) for key, value in values.items()})
         except ValueError as error:
             raise ValueError(str(error).replace("UNet config", source, 1)) from None
 

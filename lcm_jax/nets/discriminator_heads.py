@@ -36,7 +36,7 @@ class Heads(nn.Module):
     width: int = 64
 
     @nn.compact
-    def __call__(self, features: Sequence[Float[Array, "b ... d"]]) -> Float[Array, "b k"]:
+    def __call__(self, features: Sequence[Float[Array, "b ... _"]]) -> Float[Array, "b k"]:
         logits = []
         for i, feature in enumerate(features):
             x = nn.LayerNorm(use_bias=False, use_scale=False)(feature.astype(jnp.float32))
@@ -45,7 +45,7 @@ class Heads(nn.Module):
         return jnp.concatenate(logits, axis=1)
 
 
-def features(net: nn.Module, params: Any, x: Array, t: Array, cond: Any) -> list[Float[Array, "b ... d"]]:
+def features(net: nn.Module, params: Any, x: Array, t: Array, cond: Any) -> list[Float[Array, "b ... _"]]:
     """Return the outputs of a denoiser's blocks for x: a UNet's down and middle blocks, or an MMDiT's image tokens.
 
     Raises ValueError for a network that has no such blocks.

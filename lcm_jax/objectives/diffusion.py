@@ -36,7 +36,8 @@ def min_snr_weight(
     Hang et al. 2023 (arXiv:2303.09556) Eq. 8, for any output y = a x0 + b eps: at a given x an error e of x0 is
     an error (a - b alpha / sigma) e of y, so the weight is min(SNR, gamma) / (a - b alpha / sigma)^2, where
     SNR = alpha^2 / sigma^2. epsilon: min(SNR, gamma) / SNR; v: min(SNR, gamma) / (SNR + 1); sample: min(SNR, gamma).
-    Multiplied out by sigma^2, so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit 1.
+    Multiplied out by sigma^2, so that sigma = 0 is no division; at alpha = 0 (zero terminal SNR) epsilon has the limit
+    1.
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax.objectives.diffusion import min_snr_weight

@@ -142,17 +142,17 @@ def drop_encoders(key: Key, cond: Cond, encoders: TextEncoders, rate: float) -> 
     encoders.check(cond)
     context, pooled = cond["context"], cond["pooled"]
     clips = len(encoders.clip_widths)
-    kept = jax.random.bernoulli(key, 1.0 - rate, (len(context), clips + 1))
+    keep = jax.random.bernoulli(key, 1.0 - rate, (len(context), clips + 1))
     # an encoder's number for each pooled channel, each channel of the CLIPs' tokens and each token; T5's is the last
     of_pooled = np.repeat(np.arange(clips), encoders.pooled_widths)
     of_channel = np.repeat(np.arange(clips), encoders.clip_widths)
     of_channel = np.pad(of_channel, (0, context.shape[2] - len(of_channel)), mode="edge")  # there are zeros to fill up
     is_clip = (np.arange(context.shape[1]) < encoders.clip_tokens)[None, :, None]
-    keep_context = jnp.where(is_clip, kept[:, None, of_channel], kept[:, None, -1:])
+    keep_context = jnp.where(is_clip, keep[:, None, of_channel], keep[:, None, -1:])
     return {
         **cond,
         "context": jnp.where(keep_context, context, 0.0),
-        "pooled": jnp.where(kept[:, of_pooled], pooled, 0.0),
+        "pooled": jnp.where(keep[:, of_pooled], pooled, 0.0),
     }
 
 

@@ -50,7 +50,7 @@ def _row_prng(parts: int) -> Hashable:
         return jax.lax.dynamic_slice_in_dim(batch_bits, data[2] * shape[0], shape[0])
 
     def seed(number: Array) -> Array:
-        raise TypeError("a device's key is derived from one that all devices share: use own_rows")
+        raise TypeError("a device's key is derived from one that all devices share: use device_key")
 
     return jax.extend.random.define_prng_impl(
         key_shape=(3,),
@@ -58,7 +58,7 @@ def _row_prng(parts: int) -> Hashable:
         split=lambda data, shape: with_device_index(jax.random.split(threefry_key(data), shape), data),
         random_bits=random_bits,
         fold_in=lambda data, number: with_device_index(jax.random.fold_in(threefry_key(data), number), data),
-        name=f"own_rows_of_{parts}",
+        name=f"device_key_of_{parts}",
         tag=f"rows{parts}",
     )
 

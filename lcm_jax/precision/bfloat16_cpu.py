@@ -41,7 +41,7 @@ def is_bfloat16(params: Params) -> bool:
     """Return whether any parameter of a network is bfloat16.
 
     >>> import jax.numpy as jnp
-    >>> is_half({"kernel": jnp.zeros((2, 2), jnp.bfloat16)}), is_half({"kernel": jnp.zeros((2, 2))})
+    >>> is_bfloat16({"kernel": jnp.zeros((2, 2), jnp.bfloat16)}), is_bfloat16({"kernel": jnp.zeros((2, 2))})
     (True, False)
     """
     return any(getattr(leaf, "dtype", None) == jnp.bfloat16 for leaf in jax.tree.leaves(params))

@@ -294,7 +294,7 @@ class StreamProgram:
         if self.sampler.consistency:
             denoise = consistency(denoise, model.schedule)
         prediction = denoise(x, t)
-        return prediction, {} if memory is None else jax.tree.map(by_step, dict(memory.seen))
+        return prediction, {} if memory is None else jax.tree.map(by_step, dict(memory.tokens))
 
     def _finish(
         self, weights: Weights, settings: Settings, state: State, done: Image, moved: Float[Array, ""]

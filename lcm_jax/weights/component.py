@@ -36,7 +36,7 @@ class Component:
     """
 
     def __init__(self, module: Any, params: Params | Callable[..., Params]) -> None:
-        """Bind a flax module with a `config` to its parameters; a callable must take `each`, as `from_torch` does."""
+        """Bind a flax module with a `config` to its parameters; a callable takes `transform`, as `from_torch` does."""
         self.module = module
         self._params = params
         self._make = params if callable(params) else None
@@ -52,11 +52,11 @@ class Component:
         """Drop the parameters from the device; the next access places them again. A given tree stays."""
         self._params = self._make or self._params
 
-    def made_of(self, each: Callable[[str, Any], Any]) -> Params:
+    def map_params(self, transform: Callable[[str, Any], Any]) -> Params:
         """Return the tree of each(path, parameter), one parameter at a time if they are not on the device yet."""
         if callable(self._params):
-            return self._params(each=each)
-        return traverse_util.path_aware_map(lambda path, leaf: each("/".join(map(str, path)), leaf), self._params)
+            return self._params(transform=transform)
+        return traverse_util.path_aware_map(lambda path, leaf: transform("/".join(map(str, path)), leaf), self._params)
 
     def __iter__(self) -> Iterator[Any]:
         yield self.module

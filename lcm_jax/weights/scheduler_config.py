@@ -156,8 +156,8 @@ def sampler_of(config: Mapping[str, Any], *, source: str = "scheduler_config.jso
 def scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
     """scheduler_config.json of a schedule, for a sampler; the key "sampler" names one that is not its class's."""
     config = _scheduler_config(schedule, kind, sampler)
-    own = SCHEDULERS[config["_class_name"]]
-    return config if sampler in (own, "ddim", "euler") else {**config, "sampler": sampler}
+    usual = SCHEDULERS[config["_class_name"]]
+    return config if sampler in (usual, "ddim", "euler") else {**config, "sampler": sampler}
 
 
 def _scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _scheduler_config(schedule: Schedule, kind: Kind, sampler: str) -> dict[str,
 
 
 def _continuous_config(schedule: Any, kind: Kind, _: str) -> dict[str, Any]:
-    name = next(name for name, kept in CONTINUOUS_SCHEDULES.items() if type(schedule) is kept)
+    name = next(name for name, known in CONTINUOUS_SCHEDULES.items() if type(schedule) is known)
     return {"_class_name": CONTINUOUS, "schedule": name, "prediction_type": kind, **asdict(schedule)}
 
 

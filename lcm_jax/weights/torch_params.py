@@ -183,7 +183,7 @@ def from_torch(
     optional: Sequence[str] = (),
     source: str = "",
     shardings: Shardings | None = None,
-    each: Callable[[str, Array], Any] | None = None,
+    transform: Callable[[str, Array], Any] | None = None,
 ) -> Any:
     """Return a parameter tree on the device, shaped as `like`, from named PyTorch tensors.
 
@@ -222,7 +222,7 @@ def from_torch(
         placed.block_until_ready()
         for view in views:
             release(view)
-        return placed if each is None or path in broken else jax.block_until_ready(each(path, placed))
+        return placed if transform is None or path in broken else jax.block_until_ready(transform(path, placed))
 
     # A few at a time: checking values and copying them each run at the speed of one core.
     leaves = _leaves(like, rules, dtype)
@@ -266,8 +266,8 @@ def depth_mismatches(want: Iterable[str], have: Iterable[str]) -> list[str]:
 
     want: the names that the network needs. have: the names in the file.
 
-    >>> from lcm_jax.weights.torch_params import other_depths
-    >>> other_depths(["layers.0.weight", "layers.1.weight"], ["layers.0.weight"])
+    >>> from lcm_jax.weights.torch_params import depth_mismatches
+    >>> depth_mismatches(["layers.0.weight", "layers.1.weight"], ["layers.0.weight"])
     ['depth: 1 layers in the file, 2 by its config (num_layers, num_hidden_layers)']
     """
 

@@ -48,7 +48,9 @@ def stable_diffusion(encoding: Encoding, *, clip_skip: int = 0) -> dict[str, Arr
     return {"context": _encode(encoding, -1 - clip_skip, True).hidden}
 
 
-def sdxl(encodings: Sequence[Encoding], time_ids: Float[Array, "b n"], *, clip_skip: int = 0) -> dict[str, Array]:
+def sdxl(
+    encodings: Sequence[Encoding], time_ids: Float[Array | np.ndarray, "b n"], *, clip_skip: int = 0
+) -> dict[str, Array]:
     """Return the conditioning of SDXL (Podell et al. 2023, arXiv:2307.01952, section 2.1).
 
     It is {"context": (b, l, 2048), "pooled": (b, 1280), "time_ids": (b, n)}. context: the penultimate hidden states of

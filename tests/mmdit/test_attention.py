@@ -34,7 +34,7 @@ def test_the_kernel_is_chosen_by_platform_and_precision(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_runs_everywhere(dtype: jnp.dtype) -> None:
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8)).astype(np.float32)
+    q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8)), jnp.float32)
     whole = module.attention(q, k, v)
     half = module.attention(*(jnp.asarray(x, dtype) for x in (q, k, v)))
     assert half.dtype == dtype

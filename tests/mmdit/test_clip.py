@@ -157,7 +157,7 @@ def test_configurations_survive_a_round_trip_and_a_nested_file():
         ({"hidden_act": "relu"}, "relu"),
         ({"model_type": "t5"}, "t5"),
         ({"num_attention_heads": 3}, "num_attention_heads=3"),
-        ({"eos_token_id": [1, 2]}, "eos_token_id"),
+        pytest.param({"eos_token_id": [1, 2]}, "eos_token_id", marks=pytest.mark.wrong_types),
     ],
 )
 def test_an_unsupported_configuration_is_one_clear_line(change, words):

@@ -174,7 +174,7 @@ def test_configuration_survives_a_round_trip():
         ({"dense_act_fn": "relu"}, "dense_act_fn='relu'"),
         ({"is_decoder": True}, "is_decoder"),
         ({"num_heads": 0}, "num_heads=0"),
-        ({"d_model": "16"}, "d_model='16'"),
+        pytest.param({"d_model": "16"}, "d_model='16'", marks=pytest.mark.wrong_types),
         ({"relative_attention_max_distance": 2}, "relative_attention_max_distance=2"),
         ({"relative_attention_num_buckets": 3}, "relative_attention_num_buckets=3"),
     ],
@@ -186,6 +186,7 @@ def test_an_unsupported_configuration_is_one_clear_line(change, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.wrong_types
 def test_a_mask_must_fit_the_ids(params):
     with pytest.raises(ValueError, match=r"\(2, 7\)"):
         T5Encoder(SMALL).apply({"params": params}, IDS, jnp.ones((2, 7), bool))

@@ -16,7 +16,7 @@ from vae16 import RULES, AutoencoderConfig, AutoencoderKL
 
 GEOMETRIES = {
     "4 channels, quantised (SD1, SDXL)": {
-        "block_out_channels": (8, 16, 16), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 4,
+        "block_out_channels": (8, 16), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 4,
     },
     "16 channels, plain (SD3, FLUX)": {
         "block_out_channels": (8, 16), "layers_per_block": 1, "latent_channels": 16, "norm_num_groups": 8,

@@ -175,7 +175,7 @@ def test_a_folded_shift_changes_no_function(random_params, quant):
 
 
 def test_samples_have_the_posterior_moments_and_kl_is_zero_at_the_prior():
-    zeros = np.zeros((1, 64, 64, 16), np.float32)
+    zeros = jnp.zeros((1, 64, 64, 16))
     z = np.asarray(sample_latent(zeros + 3.0, zeros + 2 * np.log(np.float32(0.5)), jax.random.key(0)))
     assert abs(float(z.mean()) - 3.0) < 0.01
     assert abs(float(z.std()) - 0.5) < 0.01

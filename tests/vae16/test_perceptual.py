@@ -86,9 +86,9 @@ def test_is_a_distance(pair):
 
 def test_gradient_is_finite_where_features_vanish(pair):
     _, run, params = pair
-    dead = jax.tree.map(lambda leaf: -jnp.abs(leaf), params)
-    gradient = jax.grad(lambda y: run(dead, images(0), y).sum())(images(1))
-    assert jnp.isfinite(gradient).all()
+    dead = jax.tree.map(lambda leaf: -np.abs(leaf), params)
+    gradient = jax.jit(jax.grad(lambda y: run(dead, images(0), y).sum()))(images(1))
+    assert np.isfinite(gradient).all()
 
 
 def test_names_of_both_published_layouts_round_trip(pair):

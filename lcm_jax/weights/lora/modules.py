@@ -76,13 +76,13 @@ def equal_factors(a: Factors, b: Factors) -> bool:
     return a.alpha == b.alpha and np.array_equal(a.down, b.down) and np.array_equal(a.up, b.up)
 
 
-def layer_factors(whole: Factors, slot: Slot) -> Factors:
+def layer_factors(module: Factors, slot: Slot) -> Factors:
     """Return one layer's LoRA from that of the module which holds the layer in original files, possibly fused.
 
     Fused layers share down, and each has its own rows of up. Components of the rank that are zero in a layer's rows are
     dropped: in a file whose layers were trained separately, up is block diagonal.
     """
-    down, up, alpha = whole
+    down, up, alpha = module
     if slot.parts > 1:
         up = np.split(up, slot.parts)[slot.part]
         used = np.asarray(up.reshape(*up.shape[:2], -1).any(axis=(0, 2)))

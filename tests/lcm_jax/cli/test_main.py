@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax import configs
+from lcm_jax import Pipeline, configs
 from lcm_jax.cli import main as cli
 from lcm_jax.train.overrides import flatten, override
 
@@ -31,7 +32,20 @@ def test_sample_image_to_image(tiny_model: Path, tmp_path: Path) -> None:
     assert Image.open(out).size == (16, 16)
 
 
-def test_sample_takes_the_options_of_sd3(tiny_sd3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sample_takes_the_options_of_sd3(
+    drawn: bool, tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline is called with them; what they do, it says itself."""
+    asked: dict[str, Any] = {}
+
+    def call(pipe: Pipeline, prompt: list[str], **options: Any) -> np.ndarray:
+        assert "text_encoder_3" not in pipe.params
+        asked.update(options, prompt=prompt)
+        return np.zeros((1, 16, 16, 3), np.uint8)
+
+    if not drawn:
+        monkeypatch.setattr(Pipeline, "__call__", call)
     Image.fromarray(np.full((16, 16, 3), 128, np.uint8)).save(tmp_path / "in.png")
     Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
     arguments = [
@@ -50,6 +64,12 @@ def test_sample_takes_the_options_of_sd3(tiny_sd3: Path, tmp_path: Path) -> None
     pictures = ["--image", str(tmp_path / "in.png"), "--mask", str(tmp_path / "mask.png"), "--strength", "0.9"]
     assert cli.main([*arguments, *options, *pictures]) == 0
     assert Image.open(tmp_path / "a.png").size == (16, 16)
+    if not drawn:
+        np.testing.assert_array_equal(asked["image"], np.full((16, 16, 3), 128))
+        np.testing.assert_array_equal(asked["mask"], np.eye(16) * 255)
+        told = {"prompt": ["dog"], "steps": 4, "t5_tokens": 5, "shift": 2.0, "double_shift": False, "strength": 0.9}
+        told |= {"skip_layers": [0, 1], "skip_scale": 1.0, "skip_interval": (0.0, 0.8)}
+        assert {name: asked[name] for name in told} == told
 
 
 def test_evaluate_writes_scores(

@@ -139,7 +139,7 @@ def test_every_sampler_descends_on_every_schedule(name: str, spacing: str | None
             assert grid[0] <= schedule.t_max
 
 
-def test_init_scale() -> None:
+def test_init_noise_sigma() -> None:
     linspace, leading = Spacing(), Spacing(timestep_spacing="leading")
     for name in ("euler", "heun"):
         grid = time_grid(SAMPLERS[name], SCHEDULE, 10)

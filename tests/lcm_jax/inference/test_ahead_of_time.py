@@ -128,23 +128,23 @@ def test_the_command_line(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path / "cache"))
-    file, picture, model = tmp_path / "program", tmp_path / "heart.png", ["--model", str(tiny_model)]
-    assert main(["compile", *model, "--guidance", "3", "-o", str(file)]) == 0
-    assert "1 x 16x16 pixels, ddim, for cpu" in capsys.readouterr().out
+    file, picture, model = tmp_path / "program", tmp_path / "hearts", ["--model", str(tiny_model)]
+    assert main(["compile", *model, "--guidance", "3", "--batch", "2", "-o", str(file)]) == 0  # that of `file` above
+    assert "2 x 16x16 pixels, ddim, for cpu" in capsys.readouterr().out
     draw = [
         "sample",
         *model,
         "--guidance",
         "3",
         "--prompt",
-        "red heart",
+        *PROMPTS,
         "--compiled",
         str(file),
         "--out",
         str(picture),
     ]
     assert main(draw) == 0
-    assert picture.is_file()
+    assert len(list(picture.iterdir())) == 2
     assert main([*draw, "--size", "32", "32"]) == 2
     assert "--size is (32, 32), and" in capsys.readouterr().err
     assert main([*draw, "--shift", "3"]) == 2

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from lcm_jax.metrics.reconstruction import psnr, ssim
+from lcm_jax.metrics import reconstruction
+from lcm_jax.metrics.reconstruction import psnr
+
+ssim = jax.jit(reconstruction.ssim, static_argnames="data_range")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], toleran
             np.testing.assert_allclose(one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def cases(**options: Any) -> list[dict[str, Any]]:
-    """One device, then every layout."""
+def cases(layouts: Iterable[str] = LAYOUTS, **options: Any) -> list[dict[str, Any]]:
+    """One device, then the layouts."""
     loop = LOOP | options.pop("loop", {})
-    rest = [{"loop": loop | layout, **options} for layout in LAYOUTS.values()]
+    rest = [{"loop": loop | LAYOUTS[name], **options} for name in layouts]
     return [{"loop": loop, "one": True, **options}, *rest]
 
 
@@ -86,6 +86,15 @@ def check(results: list[Mapping[str, np.ndarray]], share: float) -> None:
     assert held["fsdp=4 x tensor=2"] < held["data=2 x fsdp=4"]
 
 
+def test_ten_steps_are_the_same_on_a_mesh_of_two_axes_and_by_pmap(run: Run) -> None:
+    first, *rest = run(cases(("fsdp=4 x tensor=2", "pmap")))
+    assert len(set(first["losses"])) == 10
+    for other in rest:
+        same(first, other)
+    assert [other["bytes"][1] / other["bytes"][0] for other in rest] == [pytest.approx(1 / 8, abs=0.05), 1.0]
+
+
+@pytest.mark.slow
 def test_ten_steps_are_the_same_on_every_mesh(run: Run) -> None:
     check(run(cases()), share=0.2)
 

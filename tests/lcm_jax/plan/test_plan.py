@@ -473,6 +473,7 @@ def test_a_step_planned_for_eight_devices(tmp_path: Path) -> None:
     assert 0 <= whole["arguments"] - (5 * square // 8 + ROWS // 8 * WIDTH * 4) <= 32
 
 
+@pytest.mark.slow
 def test_a_step_planned_for_gpus_that_are_not_there(tmp_path: Path) -> None:
     """By JAX's CUDA plugin; without it a process says what to install."""
     script = SCRIPT.replace("cpu:8", "h100:8").replace('search(config, "h100:8", "linear")', "()")

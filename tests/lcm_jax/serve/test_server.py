@@ -448,7 +448,7 @@ def test_a_line_of_those_who_wait(open_house: Callable[..., House], moving: list
 def test_a_client_that_never_reads_costs_nothing_and_is_let_go(
     pipe: Any, open_house: Callable[..., House], moving: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcm_jax.serve.connection.SEND_SECONDS", 2.0)
+    monkeypatch.setattr("lcm_jax.serve.connection.SEND_SECONDS", 1.0)
     # With what follows its end a picture is large enough to fill what lies between server and client.
     monkeypatch.setattr("lcm_jax.serve.connection.encode", lambda *args: encode(*args) + bytes(50_000))
     house = open_house()
@@ -826,6 +826,7 @@ def test_a_port_that_is_taken_is_named() -> None:
             listen("127.0.0.1", port)
 
 
+@pytest.mark.slow
 def test_a_real_pipeline_is_served(tiny_model: Path, moving: list[np.ndarray]) -> None:
     """Frames by the socket and pictures by HTTP are those of a stream and of the pipeline."""
     pipe = lcm_jax.load(tiny_model)

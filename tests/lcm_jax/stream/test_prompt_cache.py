@@ -52,7 +52,7 @@ def test_keys_and_values_given_are_those_computed(tiny_model: Path) -> None:
     net, x = pipe.model, jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
     from lcm_jax.models.latent_diffusion import as_apply
 
-    apply = as_apply(net.net)
+    apply = jax.jit(as_apply(net.net))
     rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (2, *leaf.shape[1:])), cond)
     given = apply(pipe.net_params, x, jnp.full(2, 300.0), rows)
     computed = apply(pipe.net_params, x, jnp.full(2, 300.0), {"context": rows["context"]})

@@ -135,7 +135,7 @@ def test_agrees_with_the_equations(
         assert close(alone.latents, wanted[k], 1e-4), (k, "sequential")
 
 
-@pytest.mark.parametrize("sampler", ["lcm", "tcd", "ddim", "dpm++2m"])
+@pytest.mark.parametrize("sampler", ["tcd", "dpm++2m", *(pytest.param(name, marks=SLOW) for name in ("lcm", "ddim"))])
 def test_any_solver_of_one_evaluation_streams(light: Model, frames: np.ndarray, sampler: str) -> None:
     """Frames that pass through the batch are those that are drawn one by one, two at a time, and in one call."""
     program, weights, settings, state = made(light, "self", TIMES[3], frames=2, sampler=sampler)

@@ -71,8 +71,15 @@ LOOP = LoopConfig(steps=30, batch_size=8, log_every=5, save_every=10, preview_ev
 OPTIMIZER = OptimizerConfig(learning_rate=0.05, warmup=5, decay="cosine")
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path]:
+    """The last state of a run that nothing interrupted, and its folder."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return fit(line_task(), LOOP, OPTIMIZER, workdir), workdir
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(finished: tuple[TrainState, Path], tmp_path: Path) -> None:
+    whole, _ = finished
     with pytest.raises(KeyboardInterrupt):
         fit(line_task(stop_at=17), LOOP, OPTIMIZER, tmp_path / "killed")
     resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "killed")
@@ -83,10 +90,10 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: tuple[TrainState, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    whole = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "whole")
+    whole, _ = finished
     with pytest.raises(SystemExit) as ending:
         fit(line_task(told_at=17), LOOP, OPTIMIZER, tmp_path / "told")
     assert ending.value.code == 0
@@ -136,7 +143,8 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    state = fit(line_task(), LoopConfig(steps=300, batch_size=8, save_every=300), OPTIMIZER, tmp_path)
+    loop, fast = LoopConfig(steps=100, batch_size=8, save_every=100), replace(OPTIMIZER, learning_rate=0.2)
+    state = fit(line_task(), replace(loop, ema=0.9), fast, tmp_path)
     np.testing.assert_allclose([state.ema["a"], state.ema["b"]], [2.0, 1.0], atol=0.1)
 
 
@@ -224,10 +232,9 @@ def test_no_checkpoint_is_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert checkpoint_manager(tmp_path, keep=loop.keep).latest_step() == 6
 
 
-def test_fewer_steps_than_done_is_refused(tmp_path: Path) -> None:
-    fit(line_task(), LOOP, OPTIMIZER, tmp_path)
+def test_fewer_steps_than_done_is_refused(finished: tuple[TrainState, Path]) -> None:
     with pytest.raises(ValueError, match="beyond --steps 20"):
-        fit(line_task(), LoopConfig(steps=20, batch_size=8), OPTIMIZER, tmp_path)
+        fit(line_task(), LoopConfig(steps=20, batch_size=8), OPTIMIZER, finished[1])
 
 
 def test_weight_decay_is_for_weights_alone() -> None:

@@ -243,7 +243,8 @@ def test_a_killed_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_eight_devices_encode_what_one_does(tiny_model: Path, pictures: Path, encoded: Path, tmp_path: Path) -> None:
     """Batches cut over all, networks over some; to the rounding of float16."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = {"JAX_PLATFORMS": "cpu"}
+    flags["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [
         sys.executable,
         "-m",
