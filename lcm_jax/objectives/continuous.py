@@ -31,7 +31,7 @@ def _velocity(denoise: Denoiser, x: Image, t: Time, s: Time | None = None) -> Im
 
 @dataclass(frozen=True, kw_only=True)
 class Continuous(FewStep):
-    """The base of the continuous-time objectives.
+    """The base of the continuous-time objectives, which follow a trajectory's velocity v = dx/dt.
 
     velocity: "teacher" follows the guided teacher's trajectory, "data" the line from x0 to eps of the example, which
     trains without a teacher.

@@ -23,7 +23,10 @@ from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialStudent(FewStep):
-    """A student that draws in `steps` steps of equal length, as the solver LCM does. ValueError for fewer than one."""
+    """A student that draws in N = `steps` equal steps, from the times 1 - i / N of the way, as the solver LCM does.
+
+    ValueError for fewer than one step.
+    """
 
     steps: int = 4
 

@@ -51,7 +51,10 @@ class RandomKeys(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A batch and the random draw for it. student_cond: `cond`, with w where the student has a w-embedding."""
+    """A batch and the random draw for it, so that z_t = alpha x0 + sigma eps.
+
+    student_cond: `cond`, with w where the student has a w-embedding.
+    """
 
     x0: Image
     eps: Image

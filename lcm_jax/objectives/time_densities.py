@@ -29,7 +29,7 @@ TINY = 2.0**-24
 
 @dataclass(frozen=True, kw_only=True)
 class TimeDensity(ABC):
-    """A density on [0, 1], the time of a rectified flow or of the cosine schedule."""
+    """A density pi(t) on [0, 1], the time of a rectified flow or of the cosine schedule, by t = quantile(u)."""
 
     @abstractmethod
     def quantile(self, u: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -12,14 +12,14 @@ from lcm_jax.typing import Array, Cond, Image, Nets, Params, Time
 
 
 def toy_network(params: Params, x: Image, t: Time, cond: Cond) -> Image:
-    """Return params * x plus the mean of the context, and of w and the span where they are given; it has no weights."""
+    """Return params * x + mean(context) + 0.1 (sin w + sin span) + 1e-4 t, of which w and the span may be absent."""
     extra = sum(jnp.sin(cond[name]) for name in ("guidance", "span") if name in cond)
     shift = cond["context"].mean((1, 2)) + 0.1 * extra
     return params * x + shift[:, None, None, None] + 1e-4 * jnp.asarray(t).reshape(-1, 1, 1, 1)
 
 
 def toy_discriminator(heads: Params, base: Params, x: Image, t: Time, cond: Cond) -> Float[Array, "b k"]:
-    """Return one logit for each image, from its mean and the heads' scale."""
+    """Return the logits heads * (mean(x) + base), one for each channel."""
     return heads * (x.mean((1, 2)) + base)
 
 
