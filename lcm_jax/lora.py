@@ -209,6 +209,13 @@ class Dropout:
 
     With one key an adapter draws the same mask in every call, so that a student and its target use the same masks (iCT,
     arXiv:2310.14189, section 3.2).
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax import lora
+    >>> dropped = lora.Dropout(key=jax.random.key(0), rate=0.5)(jnp.ones((1, 64)), "to_q/kernel")
+    >>> sorted(set(dropped.ravel().tolist()))
+    [0.0, 2.0]
     """
 
     key: Key
@@ -222,7 +229,7 @@ class Dropout:
 
 
 class Adapted(NamedTuple):
-    """Parameters and adapters that are not merged: the tree of a network that runs inside `branches`.
+    """Parameters and adapters that are not merged, y = W x + alpha / r up(down(x)): a tree for `branches`.
 
     Training adapters this way computes no gradient of the kernels and makes no second copy of them; merging in every
     step would do both.

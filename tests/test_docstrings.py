@@ -29,7 +29,7 @@ def public(tree: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[
                 yield from public(node, f"{prefix}{node.name}.")
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", list(files()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_public_docstrings_are_sentences(path: Path) -> None:
     tree = ast.parse(path.read_text())
     mathematical = str(path.relative_to(ROOT)).startswith(MATHEMATICS)

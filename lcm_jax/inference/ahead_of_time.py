@@ -67,7 +67,7 @@ class Header:
 
 
 class Call(NamedTuple):
-    """The arguments of a program beside the parameters: token ids, grid, guidance, noise key."""
+    """The arguments of a program beside the parameters: (parameters, call) -> uint8 (b, h, w, 3)."""
 
     ids: Ids  # prompts, for each encoder
     negative: Ids
@@ -110,8 +110,13 @@ def write_program(
     or "tpu", which need not be at hand; this machine's by default. ValueError for an unknown sampler or platform, or
     for a model with a part in 8 bits.
 
-        write_program(lcm_jax.load("openmoji"), Path("heart.program"))
-        Exported(lcm_jax.load("openmoji"), Path("heart.program"))("red heart")   # uint8 (1, 64, 64, 3)
+    >>> import lcm_jax
+    >>> from pathlib import Path
+    >>> from lcm_jax.inference.ahead_of_time import Exported, write_program
+    >>> pipe = lcm_jax.load("openmoji")
+    >>> header = write_program(pipe, Path("heart.program"))  # doctest: +SKIP
+    >>> Exported(pipe, Path("heart.program"))("red heart").shape  # doctest: +SKIP
+    (1, 64, 64, 3)
     """
     pipe.plain("a compiled program")
     sampler = sampler_name(sampler)
@@ -146,7 +151,14 @@ def write_program(
 
 
 class Exported:
-    """A pipeline that draws with a program of `write_program`, without tracing a network: see the example there.
+    """A pipeline that draws with a program of `write_program`, without tracing a network.
+
+    >>> import lcm_jax
+    >>> from pathlib import Path
+    >>> from lcm_jax.inference.ahead_of_time import Exported
+    >>> Exported(lcm_jax.load("openmoji"), Path("absent.program"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    FileNotFoundError: ...
 
     ValueError where the program is for another model, platform, device or version of JAX.
     """

@@ -12,14 +12,26 @@ from lcm_jax.typing import Array, Cond, Image, Nets, Params, Time
 
 
 def toy_network(params: Params, x: Image, t: Time, cond: Cond) -> Image:
-    """Return params * x + mean(context) + 0.1 (sin w + sin span) + 1e-4 t, of which w and the span may be absent."""
+    """Return params * x + mean(context) + 0.1 (sin w + sin span) + 1e-4 t; w and the span may be absent.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.toy import toy_network
+    >>> toy_network(2.0, jnp.ones((1, 1, 1, 1)), 0.0, {"context": jnp.zeros((1, 1, 4))}).item()
+    2.0
+    """
     extra = sum(jnp.sin(cond[name]) for name in ("guidance", "span") if name in cond)
     shift = cond["context"].mean((1, 2)) + 0.1 * extra
     return params * x + shift[:, None, None, None] + 1e-4 * jnp.asarray(t).reshape(-1, 1, 1, 1)
 
 
 def toy_discriminator(heads: Params, base: Params, x: Image, t: Time, cond: Cond) -> Float[Array, "b k"]:
-    """Return the logits heads * (mean(x) + base), one for each channel."""
+    """Return the logits heads * (mean(x) + base), one for each channel.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.toy import toy_discriminator
+    >>> toy_discriminator(0.5, 1.0, jnp.ones((2, 4, 4, 3)), 0.0, {}).shape
+    (2, 3)
+    """
     return heads * (x.mean((1, 2)) + base)
 
 

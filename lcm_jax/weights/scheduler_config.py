@@ -122,7 +122,14 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
 
 
 def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> tuple[Schedule, Kind]:
-    """What a scheduler_config.json declares. A flow-matching scheduler has no prediction_type: its kind is flow."""
+    """Return the schedule and the prediction type of a scheduler_config.json; ValueError for what is not supported.
+
+    A flow-matching scheduler has no prediction_type: its kind is "flow".
+
+    >>> from lcm_jax.weights.scheduler_config import read_scheduler
+    >>> read_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+    (RectifiedFlow(shift=3.0), 'flow')
+    """
     check_config(config, source=source)
     schedule = from_config(config, source=source)
     kind = config.get("prediction_type", schedule.usual_kind)
