@@ -34,7 +34,7 @@ __all__ += ["Schedule", "Solver", "Time"]
 
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " b"]  # one for each example
-Params = PyTree[jax.Array]
+Params = PyTree[jax.Array | np.ndarray]
 Cond = Mapping[str, Array]
 Carry = PyTree[jax.Array]
 Image = Float[Array, "b h w c"]

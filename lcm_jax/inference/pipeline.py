@@ -162,10 +162,10 @@ class Pipeline:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         num_images: int = 1,
-        latents: Float[Array, "n h w c"] | None = None,
+        latents: Float[Array | np.ndarray, "n h2 w2 c"] | None = None,
         image: UInt8[np.ndarray, "*n h w 3"] | None = None,
         strength: float | None = None,
-        mask: UInt8[np.ndarray, "*n h w"] | Bool[np.ndarray, "*n h w"] | None = None,
+        mask: UInt8[np.ndarray, "*m h w"] | Bool[np.ndarray, "*m h w"] | None = None,
         t5_tokens: int | None = None,
         shift: float | None = None,
         double_shift: bool | None = None,
@@ -254,7 +254,7 @@ class Pipeline:
             return texts(self.params, prompts, rows)
         return texts(self.params, prompts)
 
-    def encode_image(self, image: UInt8[np.ndarray, "n h w 3"]) -> Image:
+    def encode_image(self, image: UInt8[np.ndarray, "n h2 w2 3"]) -> Image:
         """Encode images as latents in the denoiser's units (the posterior's mean)."""
         return self._encode_image(self.params["vae"], jnp.asarray(image))
 

@@ -180,13 +180,13 @@ class LatentDiffusion:
         kernels = params.params if isinstance(params, Quantized) else params
         return {**cond, "cross": keys_values(self.net, kernels, cond["context"])}
 
-    def encode(self, vae_params: Params, images: UInt8[Array, "b h w 3"]) -> Image:
+    def encode(self, vae_params: Params, images: UInt8[Array, "b h2 w2 3"]) -> Image:
         """Encode images as clean latents (the posterior's mean), in the denoiser's units."""
         vae: Any = self.vae
         with precision_context(vae_params) as params:
             return scale(vae.apply({"params": params}, to_float(images), method="encode")[0], vae.config)
 
-    def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h w 3"]:
+    def decode(self, vae_params: Params, latents: Image) -> UInt8[Array, "b h2 w2 3"]:
         """Decode clean latents to images."""
         vae: Any = self.vae
         with precision_context(vae_params) as params:

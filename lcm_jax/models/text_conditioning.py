@@ -19,6 +19,13 @@ from lcm_jax.typing import Params
 from mmdit.text import Encoding, T5Encoder, Tokenizer, sd3, sdxl, stable_diffusion
 
 Ids = tuple[Int[Array, "n _"], ...]
+
+
+@runtime_checkable
+class Trees(Protocol):
+    """Parameter trees by name, each of which may be put on the device only when it is asked for."""
+
+    def __getitem__(self, name: str, /) -> Params: ...
 T5_TOKENS = 256  # of a prompt, as diffusers has it, unless the tokenizer has fewer
 
 
@@ -85,19 +92,19 @@ class Prompts:
         return lines
 
     def __call__(
-        self, params: Mapping[str, Params], texts: Sequence[str], sizes: Float[np.ndarray, "n s"] | None = None
+        self, params: Trees, texts: Sequence[str], sizes: Float[np.ndarray, "n s"] | None = None
     ) -> dict[str, Array]:
         """{"context": (n, l, d)}; for SDXL and SD3 "pooled" (n, p) too, for SDXL "time_ids": `sizes`."""
         trees = [params[name] for name in self.modules]
         return self._encode(is_low_precision(*trees))(trees, self.tokenize(texts), sizes)
 
     def encode(
-        self, params: Mapping[str, Params], ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
+        self, params: Trees, ids: Ids | Sequence[Array], sizes: Float[Array, "n s"] | None = None
     ) -> dict[str, Array]:
         """Return the result of `__call__` from token ids, inside a larger program; differentiable in the parameters."""
         return self._joined([params[name] for name in self.modules], tuple(ids), sizes)
 
-    def shapes(self, params: Mapping[str, Params]) -> dict[str, tuple[int, ...]]:
+    def shapes(self, params: Trees) -> dict[str, tuple[int, ...]]:
         """Return the shapes of each conditioning array for one prompt."""
         sizes = jax.ShapeDtypeStruct((1, 6), jnp.float32) if self.family == "sdxl" else None
         out = jax.eval_shape(self._joined, [params[name] for name in self.modules], self.tokenize([""]), sizes)

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Float, PyTree
 
 from lcm_jax.precision.layer_overrides import LayerOverrides
-from lcm_jax.typing import Array, Params
+from lcm_jax.typing import Array
 from vae16.convolution import convolve_bfloat16
 
 
@@ -37,7 +37,7 @@ def _half(kernel: Array) -> BFloat16[Array, "*k"]:
 OVERRIDES = LayerOverrides(takes=_takes, multiply=_multiply, convolve=_convolve)
 
 
-def is_bfloat16(params: Params) -> bool:
+def is_bfloat16(params: PyTree) -> bool:
     """Return whether any parameter of a network is bfloat16.
 
     >>> import jax.numpy as jnp

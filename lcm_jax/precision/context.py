@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+from jaxtyping import PyTree
+
 from lcm_jax.precision import bfloat16_cpu, quantization
 from lcm_jax.typing import Params
 from mmdit.attention import bfloat16_attention, platform
@@ -25,6 +27,6 @@ def precision_context(params: Params) -> Iterator[Params]:
         yield quantization.dequantize(params)
 
 
-def is_low_precision(*params: Params) -> bool:
+def is_low_precision(*params: PyTree) -> bool:
     """Return whether any of some networks multiplies in bfloat16 or 8 bits: `compiler_options` differ for them."""
     return any(quantization.in_8_bits(tree) or bfloat16_cpu.is_bfloat16(tree) for tree in params)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Float
+from jaxtyping import Float, Num, PyTree
 
 from lcm_jax.precision.layer_overrides import LayerOverrides
 from lcm_jax.runtime.optional_deps import require
@@ -41,11 +41,11 @@ _STAY_WITH_INPUTS = _STAY + r"|/wo/"
 class Quantized:
     """Parameters of which some kernels are `qwix.QArray`, for a module applied in `context.precision_context`."""
 
-    params: Params
+    params: PyTree  # inside jax also of what stands for an array, such as its shape
     kind: str
 
 
-def in_8_bits(params: Params) -> bool:
+def in_8_bits(params: PyTree) -> bool:
     """Return whether a network multiplies in 8 bits, inputs too, by `OVERRIDES`: kind "int8" or "fp8"."""
     return isinstance(params, Quantized) and params.kind != "int8w"
 
@@ -194,7 +194,7 @@ def _fold(kernel: Any) -> Any:
 OVERRIDES = LayerOverrides(takes=_is_rounded, multiply=_multiply, convolve=_convolve, fold=_fold)
 
 
-def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Float[Array, "n m"], Float[Array, "n 1"]]:
+def _rounded(x: Float[Array, "n m"], dtype: Any) -> tuple[Num[Array, "n m"], Float[Array, "n 1"]]:
     """Return rows in 8 bits, and the size of one step of each row."""
     largest_magnitude = jax.lax.platform_dependent(
         jnp.abs(x.astype(jnp.float32)), cpu=row_max, default=partial(jnp.max, axis=-1, keepdims=True)

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 TILE = 8  # pixels; a line of one pixel through a tile changes an eighth of it
 
 
-def similarity(a: UInt8[np.ndarray, "*f h w 3"], b: UInt8[np.ndarray, "*f h w 3"]) -> float:
+def similarity(a: UInt8[np.ndarray, "*f h w 3"], b: UInt8[np.ndarray, "*g i j 3"]) -> float:
     """Return 1 - max over tiles of 8 x 8 pixels of the mean |a - b| / 255.
 
     It is 1 for equal frames, and 0 if a tile goes from black to white or the frames have different shapes.

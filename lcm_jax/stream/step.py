@@ -31,7 +31,7 @@ from lcm_jax.models.latent_diffusion import LatentDiffusion, Memory, as_apply
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Carry, Cond, Denoiser, Image, Key, Params, Prediction, Time
 
-Frames = UInt8[Array, "f h w 3"]
+Frames = UInt8[Array, "f h2 w2 3"]
 Rows = Float[Array, " rows"]
 MIN_FIRST_STEP_SHARE = 0.2  # share of the step from t_0 to t_1 that motion never takes off a frame's first time
 

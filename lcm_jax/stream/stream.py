@@ -24,7 +24,8 @@ from lcm_jax.stream.similarity import SimilarityFilter
 from lcm_jax.stream.step import Settings, State, StreamProgram, Weights, compiled, compiled_probe
 from lcm_jax.typing import Array, Cond, Params
 
-Picture = UInt8[np.ndarray, "*f h w 3"]
+Frame = UInt8[np.ndarray, "*f h2 w2 3"]  # of any size
+Picture = UInt8[np.ndarray, "*f h w 3"]  # of the stream's size
 
 
 class Job(NamedTuple):
@@ -151,7 +152,7 @@ class Stream:
         self._probed = False
         self._forget()
 
-    def __call__(self, frame: Picture | None = None) -> Picture:
+    def __call__(self, frame: Frame | None = None) -> Picture:
         """Return the picture of the frame from `in_flight` calls ago, or the last one again if the filter skips this.
 
         frame: uint8 (h, w, 3), or (f, h, w, 3) with a buffer of f frames; None in a stream from noise. The picture is
@@ -163,7 +164,7 @@ class Stream:
         assert self.picture is not None
         return self.picture
 
-    def prepare(self, frame: Picture | None = None) -> Job | None:
+    def prepare(self, frame: Frame | None = None) -> Job | None:
         """Return the job of a frame, None if the filter skips it.
 
         Its result by `run` has to be given to `finish` before the next frame. Raise RuntimeError if it was not.
@@ -214,16 +215,16 @@ class Stream:
             for method, state in zip(methods, states, strict=True)
         ]
 
-    def map(self, frames: Iterable[Picture], *, ahead: int = 0) -> Iterator[Picture]:
+    def map(self, frames: Iterable[Frame], *, ahead: int = 0) -> Iterator[Picture]:
         """Yield exactly one picture for each frame, in order, those in flight at the end included.
 
         ahead: calls that are sent to the device before the picture of the first of them is waited for.
         """
         flight: deque[bool] = deque()  # of each frame in flight, oldest first: whether it still needs a picture
         drawn: deque[tuple[Array, int]] = deque()  # pictures not waited for yet, and the number of their frames
-        last: Picture | None = None
+        last: Frame | None = None
 
-        def call(frame: Picture, owed: bool) -> None:
+        def call(frame: Frame, owed: bool) -> None:
             nonlocal flight
             job = self.prepare(frame)
             if job is None:  # the frames in flight look like this one: all of them get the last picture
@@ -376,7 +377,7 @@ class Stream:
             net = _merge(net, [(adapters, jnp.float32(scales.get(name, 0.0))) for name, adapters in self.loras.items()])
         return Weights(net, self.pipe.params["vae"])
 
-    def _fit(self, frame: Picture | None) -> Picture:
+    def _fit(self, frame: Frame | None) -> Picture:
         """Return the frame in the stream's size; for a stream from noise, zeros that are not used."""
         shape = (self.frames, *self.size, 3) if self.frames > 1 else (*self.size, 3)
         if frame is None:

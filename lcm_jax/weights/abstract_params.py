@@ -13,21 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jaxtyping import PyTree
 
 import mmdit
 import vae16
 from lcm_jax import nets
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import cache_dir
-from lcm_jax.typing import Params
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_json
 
+Shapes = PyTree[jax.ShapeDtypeStruct]
 _MIN_SECONDS = 0.1  # a faster trace is not cached
 
 
 @lru_cache(maxsize=64)
-def abstract_params(kind: str, config: Any, scan: bool = False) -> Params:
+def abstract_params(kind: str, config: Any, scan: bool = False) -> Shapes:
     """Return a network's parameters as a tree of ShapeDtypeStruct, which callers share: do not change it.
 
     kind: a class name in `FAMILIES`. scan: whether equal layers are stacked, for networks that can.
@@ -54,7 +55,7 @@ def stacking(scan: bool) -> dict[str, bool]:
     return {"scan": True} if scan else {}
 
 
-def _trace(kind: str, config: Any, scan: bool) -> Params:
+def _trace(kind: str, config: Any, scan: bool) -> Shapes:
     family = FAMILIES[kind]
     module = family.build(config, **stacking(scan))
     return jax.eval_shape(lambda: module.init(jax.random.key(0), *family.example(config))["params"])

@@ -168,7 +168,7 @@ def _to_flax(array: np.ndarray, kernel: bool) -> np.ndarray:
     return array.transpose(*range(2, array.ndim), 1, 0) if kernel and array.ndim >= 2 else array
 
 
-def _to_torch(array: np.ndarray, kernel: bool) -> np.ndarray:
+def _to_torch(array: np.ndarray | np.generic, kernel: bool) -> np.ndarray | np.generic:
     """Transpose kernels, (*window, in, out) -> (out, in, *window); return other arrays unchanged."""
     n = array.ndim
     return array.transpose(n - 1, n - 2, *range(n - 2)) if kernel and n >= 2 else array

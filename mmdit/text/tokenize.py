@@ -13,8 +13,18 @@ import numpy as np
 from jaxtyping import Int
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import models, pre_tokenizers, trainers
-from transformers import CLIPTokenizer, T5Tokenizer
-from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+# Without PyTorch transformers warns, while it is imported, that its models are missing. Tokenizers do not need them.
+_QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+_before = os.environ.get(_QUIET)
+os.environ[_QUIET] = "1"
+from transformers import CLIPTokenizer, T5Tokenizer  # noqa: E402
+from transformers.utils import is_protobuf_available, is_sentencepiece_available  # noqa: E402
+
+if _before is None:
+    del os.environ[_QUIET]
+else:
+    os.environ[_QUIET] = _before
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"  # ends a word: "cat</w>" is the word, "cat" the beginning of "cats"

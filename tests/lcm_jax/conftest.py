@@ -115,6 +115,11 @@ def light() -> Model:
     return light_model()
 
 
+@pytest.fixture(scope="session")
+def make_light_pipe(light: Model) -> Callable[[], LightPipe]:
+    return lambda: LightPipe(light)
+
+
 @pytest.fixture
 def light_pipe(light: Model) -> LightPipe:
     return LightPipe(light)

@@ -194,9 +194,8 @@ class Client:
         return self.socket.close_code, words
 
 
-@pytest.fixture
-def pipe(light_pipe: Any) -> Any:
-    """Of the light network; asked for a picture it gives one of the seed's colour, once it is allowed to."""
+def drawing(light_pipe: Any) -> Any:
+    """A pipeline that gives, asked for a picture, one of the seed's colour, once it is allowed to."""
 
     class Drawing(type(light_pipe)):  # type: ignore[misc]
         allowed = threading.Event()
@@ -210,6 +209,19 @@ def pipe(light_pipe: Any) -> Any:
 
     light_pipe.__class__ = Drawing
     return light_pipe
+
+
+@pytest.fixture
+def pipe(light_pipe: Any) -> Any:
+    return drawing(light_pipe)
+
+
+@pytest.fixture(scope="module")
+def standing(make_light_pipe: Callable[[], Any]) -> Iterator[House]:
+    """One for all requests that leave nothing behind."""
+    house = House(drawing(make_light_pipe()))
+    yield house
+    house.stop()
 
 
 @pytest.fixture
@@ -387,8 +399,8 @@ def test_what_ends_a_connection_ends_no_other(
         (json.dumps({"v": 1, "type": "hello", "controls": {"x": 1}}), "no control"),
     ],
 )
-def test_a_connection_begins_with_a_good_hello(house: House, hello: str | bytes, why: str) -> None:
-    with connect(f"ws://127.0.0.1:{house.port}/ws") as socket:
+def test_a_connection_begins_with_a_good_hello(standing: House, hello: str | bytes, why: str) -> None:
+    with connect(f"ws://127.0.0.1:{standing.port}/ws") as socket:
         socket.send(hello)
         own = json.loads(socket.recv(SECONDS))
         assert own["type"] == "bye"
@@ -676,8 +688,8 @@ def test_a_token_is_asked_for(open_house: Callable[..., House]) -> None:
     assert house.post({"prompt": "x"}).status == 401
 
 
-def test_the_page_is_all_here_and_asks_nobody_else(house: House) -> None:
-    page = house.get("/")
+def test_the_page_is_all_here_and_asks_nobody_else(standing: House) -> None:
+    page = standing.get("/")
     assert page.status == 200
     rules = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
     assert rules["default-src"] == "'none'"
@@ -686,7 +698,7 @@ def test_the_page_is_all_here_and_asks_nobody_else(house: House) -> None:
     assert page.headers["referrer-policy"] == "no-referrer"
     kinds = {"js": "text/javascript", "css": "text/css", "html": "text/html"}
     for name in FILES:
-        file = house.get(f"/{name}")
+        file = standing.get(f"/{name}")
         assert file.status == 200 or name == "index.html"
         assert name == "index.html" or file.headers["content-type"].startswith(kinds[name.split(".")[-1]])
         text = (PAGE / name).read_text().replace("http://www.w3.org/2000/svg", "")
@@ -732,25 +744,25 @@ def test_a_picture_by_http(house: House) -> None:
         ({"prompt": "bad"}, "the pipeline does not like this"),
     ],
 )
-def test_bad_requests_are_told_why(house: House, own: Any, why: str) -> None:
-    answer = house.post(own)
+def test_bad_requests_are_told_why(standing: House, own: Any, why: str) -> None:
+    answer = standing.post(own)
     assert answer.status == 400
     assert why in answer.json()["error"]
     assert len(answer.json()["error"]) < 300
 
 
-def test_a_large_request_is_not_read(house: House) -> None:
-    answer = house.post(b"x" * 17_000_000)
+def test_a_large_request_is_not_read(standing: House) -> None:
+    answer = standing.post(b"x" * 17_000_000)
     assert answer.status == 413
     assert "16000000" in answer.json()["error"]
 
 
-def test_other_errors_are_json_too(house: House) -> None:
-    assert house.get("/nothing").status == 404
-    assert house.get("/v1/images").status == 405
+def test_other_errors_are_json_too(standing: House) -> None:
+    assert standing.get("/nothing").status == 404
+    assert standing.get("/v1/images").status == 405
     for path in ("/nothing", "/v1/images", "/../server.py", "/%2e%2e/server.py"):
-        assert "error" in house.get(path).json()
-    assert status("/nothing", house) in (403, 404)
+        assert "error" in standing.get(path).json()
+    assert status("/nothing", standing) in (403, 404)
 
 
 def test_only_so_many_sizes_are_compiled(house: House) -> None:

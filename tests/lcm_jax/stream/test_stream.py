@@ -232,16 +232,16 @@ def test_sd3_streams(tiny_sd3: Path, frames: np.ndarray, sampler: str) -> None:
     ("change", "words"),
     [
         ({"sampler": "heun"}, "heun"),
-        ({"prompt": 3}, "prompt"),
+        pytest.param({"prompt": 3}, "prompt", marks=pytest.mark.wrong_types),
         ({"prompt": []}, "prompt"),
         ({"prompt": "x" * 1_000_000}, "1000000 characters"),
         ({"prompt": [("a", float("nan"))]}, "prompt"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": True}, "steps"),
-        ({"steps": 1.5}, "steps"),
+        pytest.param({"steps": 1.5}, "steps", marks=pytest.mark.wrong_types),
         ({"strength": 0.0}, "strength"),
         ({"strength": float("nan")}, "strength"),
-        ({"guidance": "cfg"}, "guidance 'cfg' is unknown"),
+        pytest.param({"guidance": "cfg"}, "guidance 'cfg' is unknown", marks=pytest.mark.wrong_types),
         ({"t_index": (5, 5)}, "t_index"),
         ({"t_index": (3, 50)}, "t_index"),
         ({"seed": -1}, "seed"),
@@ -268,6 +268,7 @@ def test_a_wrong_change_changes_nothing(light_pipe: Pipe, frames: np.ndarray) ->
     assert near(stream(frames[0, 0]), before)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("shape", [(16, 16), (16, 16, 4), (1, 16, 16, 3)])
 def test_bad_frames(light_pipe: Pipe, shape: tuple[int, ...]) -> None:
     stream = Stream(light_pipe, "red heart")

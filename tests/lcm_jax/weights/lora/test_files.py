@@ -211,6 +211,7 @@ def test_only_the_component_asked_for_is_taken(tmp_path, params):
 # Bad input
 
 
+@pytest.mark.wrong_types
 def test_what_does_not_fit_is_named(tmp_path, params, adapters):
     path = tmp_path / "x.safetensors"
 
