@@ -89,7 +89,7 @@ def tiled(
 
 def decode_tiled(
     vae: AutoencoderKL, params: Mapping[str, Any], z: Float[Array, "b h w z"], *, tile: int = 64, overlap: int = 16
-) -> Images:
+) -> Float[Array, "b h2 w2 c"]:
     """Decode unscaled latents of any size by tiles; `tile` and `overlap` are in latent positions.
 
     >>> import jax, jax.numpy as jnp

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ class Trees(Protocol):
     """Parameter trees by name, each of which may be put on the device only when it is asked for."""
 
     def __getitem__(self, name: str, /) -> Params: ...
+
+
 T5_TOKENS = 256  # of a prompt, as diffusers has it, unless the tokenizer has fewer
 
 

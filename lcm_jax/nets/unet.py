@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from lcm_jax.nets.blocks import DownBlock, MidBlock, UpBlock
+from lcm_jax.nets.blocks import BlockSettings, DownBlock, MidBlock, UpBlock
 from lcm_jax.nets.config import UNetConfig
 from lcm_jax.nets.embed import TimestepEmbedding, guidance_embedding, sinusoidal
 from lcm_jax.nets.layers import conv
@@ -74,40 +75,42 @@ class UNet(nn.Module):
         skips = [y]
         levels = len(config.block_out_channels)
         for i, kind in enumerate(config.down_block_types):
-            stage = self._stage(i, kind.startswith("CrossAttn")) | {"downsample": i < levels - 1}
-            y, new_skips = DownBlock(depths=config.down_depths(i), name=f"down_blocks_{i}", **stage)(y, time, context)
+            stage = self._stage(i, kind.startswith("CrossAttn"), config.down_depths(i))
+            down = DownBlock(**stage, downsample=i < levels - 1, name=f"down_blocks_{i}")
+            y, new_skips = down(y, time, context)
             skips += new_skips
         if config.mid_block_type is not None:
+            stage = self._stage(-1, config.mid_block_type.endswith("CrossAttn"), (config.mid_depth(),))
             # diffusers' middle block does not use only_cross_attention
-            stage = self._stage(-1, config.mid_block_type.endswith("CrossAttn")) | {"only_cross_attention": False}
-            y = MidBlock(depths=(config.mid_depth(),), name="mid_block", **stage)(y, time, context)
+            stage["settings"] = replace(stage["settings"], only_cross_attention=False)
+            y = MidBlock(**stage, name="mid_block")(y, time, context)
         for i, kind in enumerate(config.up_block_types):
             depths = config.up_depths(i)
             block_skips, skips = skips[-len(depths) :], skips[: -len(depths)]
-            stage = self._stage(levels - 1 - i, kind.startswith("CrossAttn"))
+            stage = self._stage(levels - 1 - i, kind.startswith("CrossAttn"), depths)
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
-            y = UpBlock(depths=depths, name=f"up_blocks_{i}", **stage)(y, block_skips, time, context, size)
+            y = UpBlock(**stage, name=f"up_blocks_{i}")(y, block_skips, time, context, size)
 
         y = GroupNorm(config.norm_num_groups, config.norm_eps, silu=True, name="conv_norm_out", **types)(y)
         return conv(config.out_channels, "conv_out", kernel=config.conv_out_kernel, **types)(y).astype(x.dtype)
 
-    def _stage(self, level: int, attends: bool) -> dict[str, Any]:
-        """Return the fields that all blocks of a level have."""
+    def _stage(self, level: int, attends: bool, depths: tuple[int, ...]) -> dict[str, Any]:
+        """Return the fields of a block of a level: its width, heads, depths and settings."""
         config = self.config
-        return {
-            "features": config.block_out_channels[level],
-            "heads": config.heads[level] if attends else None,
-            "groups": config.norm_num_groups,
-            "epsilon": config.norm_eps,
-            "scale_shift": config.resnet_time_scale_shift == "scale_shift",
-            "linear": config.use_linear_projection,
-            "only_cross_attention": config.level("only_cross_attention", level),
-            "implementation": self.attention,
-            "scan": self.scan,
-            "remat": self.remat,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
+        settings = BlockSettings(
+            groups=config.norm_num_groups,
+            epsilon=config.norm_eps,
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
+            linear=config.use_linear_projection,
+            only_cross_attention=config.level("only_cross_attention", level),
+            implementation=self.attention,
+            scan=self.scan,
+            remat=self.remat,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        heads = config.heads[level] if attends else None
+        return {"features": config.block_out_channels[level], "depths": depths, "heads": heads, "settings": settings}
 
     def _time(self, batch: int, t: Array, cond: Mapping[str, Array]) -> Float[Array, "b d"]:
         """Return the embedding of time, guidance, pooled text and image sizes, in float32."""

@@ -170,7 +170,9 @@ def _live(kind: str, device: str, seconds: float | None, rate: float) -> Iterato
 
 def _redraw(stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> str:
     """Redraw frames that do not come from a video file."""
-    number = _write(stream.map(iter(tqdm(prefetch(frames), unit="frame", total=len(names) or None))), names, target, rate)
+    number = _write(
+        stream.map(iter(tqdm(prefetch(frames), unit="frame", total=len(names) or None))), names, target, rate
+    )
     return f"{target}: {number} pictures"
 
 

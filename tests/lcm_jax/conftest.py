@@ -19,10 +19,11 @@ import pytest
 import lcm_jax
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.diffusion.time_grids import Spacing
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.models.image_inputs import check_size
 from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.stream import Weights
-from vae16 import AutoencoderConfig
+from vae16 import AutoencoderConfig, AutoencoderKL
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Light(nn.Module):
         return nn.Dense(4)(y)
 
 
-class Pixels:
+class Pixels(AutoencoderKL):
     """An autoencoder whose latents are quarter pictures; nothing to compile."""
 
-    config = AutoencoderConfig(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4)
+    config: AutoencoderConfig = AutoencoderConfig(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4)
 
     def apply(self, variables: Any, x: Any, *, method: str) -> Any:
         if method == "decode":
@@ -73,11 +74,11 @@ def light_model() -> Model:
     text = jax.random.normal(jax.random.key(5), (2, 1, 6, 8))
     params = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), {"context": text[0]})["params"]
     schedule = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    model = LatentDiffusion(net=net, vae=Pixels(), schedule=schedule, kind="epsilon")  # type: ignore[arg-type]
+    model = LatentDiffusion(net=net, vae=Pixels(), schedule=schedule, kind="epsilon")
     return Model(model=model, weights=Weights(params, {}), cond={"context": text[0]}, null={"context": text[1]})
 
 
-class LightPipe:
+class LightPipe(Pipeline):
     """As much of a pipeline as a stream asks for, over `light_model`; a text's embedding comes from its letters."""
 
     spacing = Spacing()

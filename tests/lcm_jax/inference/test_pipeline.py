@@ -108,7 +108,9 @@ def test_denoiser_is_what_the_sampler_sees(pipe: Pipeline) -> None:
         ({"sampler": "magic"}, "sampler 'magic' is unknown"),
         ({"strength": 0.5}, "without an image"),
         ({"latents": np.zeros((1, 2, 2, 4))}, "latents have shape"),
-        pytest.param({"image": np.zeros((16, 16, 4), np.uint8)}, "image: expected uint8", marks=pytest.mark.wrong_types),
+        pytest.param(
+            {"image": np.zeros((16, 16, 4), np.uint8)}, "image: expected uint8", marks=pytest.mark.wrong_types
+        ),
         ({"num_images": 0}, "nothing to draw"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt: 2 texts"),
         ({"original_size": (16, 16)}, "original_size is an option of SDXL, and this is a StableDiffusionPipeline"),

@@ -34,7 +34,11 @@ def test_each_mask_is_for_its_own_prompts() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        pytest.param(np.zeros((4, 4), np.float32), r"mask: expected uint8 or bool \(h, w\) or \(n, h, w\), got float32 \(4, 4\)", marks=pytest.mark.wrong_types),
+        pytest.param(
+            np.zeros((4, 4), np.float32),
+            r"mask: expected uint8 or bool \(h, w\) or \(n, h, w\), got float32 \(4, 4\)",
+            marks=pytest.mark.wrong_types,
+        ),
         (np.zeros((1, 4, 4, 1), np.uint8), "mask: expected"),
         (np.zeros((4, 5), np.uint8), "mask is 4x5, the picture is to be 4x4"),
         (np.zeros((3, 4, 4), bool), "mask: 3 given for 2 prompts"),
