@@ -29,6 +29,7 @@ if os.environ.get("LCM_JAX_CHECK_TYPES", "0") != "0":
 import mmdit
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.nets import UNet, UNetConfig, example_inputs
+from lcm_jax.runtime.user_code import load_object
 from lcm_jax.weights.diffusers_folder import Component, Folder, save_component, save_folder
 from lcm_jax.weights.scheduler_config import scheduler_config
 from mmdit import MMDiT, MMDiTConfig
@@ -43,6 +44,9 @@ from mmdit.text import (
     train_unigram,
 )
 from vae16 import AutoencoderConfig, AutoencoderKL
+
+# The method of docs/examples, a file outside the library, is tested as the library's own are.
+load_object(f"{Path(__file__).parents[1]}/docs/examples/own_method.py:Reflow", option="tests")
 
 # Tiny networks take longer to compile than to run, and twice as long with XLA's newer emitters, whose results differ in
 # rounding alone. XLA reads the flags when a first device is used; it ends a process whose flags it does not know.

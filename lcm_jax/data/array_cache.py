@@ -210,7 +210,8 @@ def write_cache(folder: Path, records: Iterable[Example], produced_by: ProducedB
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
-        cache = write_shard(temporary / _DATA, tqdm(records, "caching", total, disable=None, leave=False), produced_by)
+        shown = iter(tqdm(records, "caching", total, disable=None, leave=False))
+        cache = write_shard(temporary / _DATA, shown, produced_by)
         if len(cache) == 0:
             raise ValueError(f"{folder}: empty dataset; there is no record to cache")
         cache.save()

@@ -216,7 +216,7 @@ class LoaderIterator(Iterator[Batch]):
 class _Part:
     """A source of the samples of some rows of every batch, one batch after another."""
 
-    def __init__(self, ordered: Sequence[Any], batch_size: int, rows: Sequence[int]) -> None:
+    def __init__(self, ordered: grain.MapDataset, batch_size: int, rows: Sequence[int]) -> None:
         self._ordered, self._batch_size, self._rows = ordered, batch_size, rows
 
     def __len__(self) -> int:

@@ -417,6 +417,6 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
     return {size: bucket(size, indices) for size, indices in buckets.items()}
 
 
-def _first(features: Mapping[str, Any], kind: type) -> str | None:
+def _first(features: tfds.features.FeaturesDict, kind: type) -> str | None:
     """Return the name of the first feature of exactly this type; subclasses mean other things."""
     return next((key for key, feature in features.items() if type(feature) is kind), None)

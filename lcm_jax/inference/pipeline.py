@@ -59,7 +59,7 @@ class Parameters(MutableMapping[str, Params]):
     def __getitem__(self, name: str) -> Params:
         return self.components[name].params
 
-    def __setitem__(self, name: str, params: Params) -> None:
+    def __setitem__(self, name: str, params: Params | Callable[..., Params]) -> None:
         self.components[name] = Component(self.components[name].module, params)
 
     def __delitem__(self, name: str) -> None:

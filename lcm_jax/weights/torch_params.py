@@ -86,7 +86,7 @@ class _Leaf:
         n = self.names.ndim
         stacked: Any = (*index[:n], ...)
         names, within = self.names[stacked], index[n:]
-        parts = [_to_flax(tensors[name], self.kernel)[within] for name in names.flat]
+        parts = [_to_flax(tensors[name], self.kernel)[(*within, ...)] for name in names.flat]
         with np.errstate(over="ignore"):  # a value too large for the dtype becomes infinite; `from_torch` reports it
             if not n and parts[0].dtype == self.dtype:
                 return parts[0]
@@ -168,7 +168,7 @@ def _to_flax(array: np.ndarray, kernel: bool) -> np.ndarray:
     return array.transpose(*range(2, array.ndim), 1, 0) if kernel and array.ndim >= 2 else array
 
 
-def _to_torch(array: np.ndarray | np.generic, kernel: bool) -> np.ndarray | np.generic:
+def _to_torch(array: np.ndarray, kernel: bool) -> np.ndarray:
     """Transpose kernels, (*window, in, out) -> (out, in, *window); return other arrays unchanged."""
     n = array.ndim
     return array.transpose(n - 1, n - 2, *range(n - 2)) if kernel and n >= 2 else array
@@ -256,7 +256,7 @@ def to_torch(params: Any, rules: Rules, *, dtype: Any = None) -> dict[str, np.nd
         for key, part in zip(group, array.reshape(len(group), *array.shape[stars:]), strict=True):
             if key in tensors:
                 raise ValueError(f"{path}: the rules name it {key}, which another parameter already has")
-            part = _to_torch(part, _is_kernel(path))
+            part = _to_torch(np.asarray(part), _is_kernel(path))
             tensors[key] = np.ascontiguousarray(part) if part.ndim else part
     return tensors
 

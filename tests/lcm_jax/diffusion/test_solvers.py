@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.diffusion.solvers import DDIM, LCM, DPMpp2M, DPMpp2S, DPMSolver2, Euler, Heun, Inpaint, InpaintTarget
 from lcm_jax.diffusion.time_grids import pad
+from lcm_jax.runtime.user_code import load_object
 from lcm_jax.typing import Denoiser, Prediction, Schedule, Solver
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 TABLE, ZERO_SNR, FLOW = DDPM(**LATENT), DDPM(**LATENT, rescale_betas_zero_snr=True), RectifiedFlow(shift=3.0)
-# A solver of your own passes the laws of this file by one entry here.
-SOLVERS = [DDIM(), DDIM(eta=1.0), Euler(), Heun(), DPMSolver2(), DPMpp2S(), DPMpp2M(), LCM()]
+# A solver of your own passes the laws of this file by one entry here, as the one of docs/examples does.
+OWN = load_object(f"{Path(__file__).parents[3]}/docs/examples/own_solver.py:AdamsBashforth2", option="tests")
+SOLVERS = [DDIM(), DDIM(eta=1.0), Euler(), Heun(), DPMSolver2(), DPMpp2S(), DPMpp2M(), LCM(), OWN()]
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (3, 2, 2, 3))
 MEAN, STD = 0.7, 0.4

@@ -128,7 +128,7 @@ def some(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", cases)
 
 
-@some("lcm", "scm", "dmd2", "add")
+@some("lcm", "scm", "dmd2", "add", "reflow")
 def test_gradients_are_finite_and_reach_the_student_alone(name: str) -> None:
     batch, nets = setting(16)
     objective = method(name, **PLAIN)
@@ -162,10 +162,11 @@ LIVE: dict[str, list[str]] = {
     "dmd2": [*["student"] * 3, "student*", "teacher", "fake", "student", "fake*"],
     "add": ["student*", "teacher"],
     "ladd": ["student*"],
+    "reflow": [*["teacher"] * 4, "student*"],  # the method of docs/examples/own_method.py
 }
 
 
-@some("lcm", "pcm", "ict", "ctm", "scm", "shortcut", "progressive", "dmd2", "add")
+@some("lcm", "pcm", "ict", "ctm", "scm", "shortcut", "progressive", "dmd2", "add", "reflow")
 def test_gradient_is_the_difference_quotient_with_what_is_stopped_held(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

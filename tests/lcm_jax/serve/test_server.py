@@ -464,10 +464,12 @@ def test_a_client_that_never_reads_costs_nothing_and_is_let_go(
     # With what follows its end a picture is large enough to fill what lies between server and client.
     monkeypatch.setattr("lcm_jax.serve.connection.encode", lambda *args: encode(*args) + bytes(50_000))
     house = open_house()
-    house.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     alone = solo(pipe)
-    with Client(house) as good, Client(house, max_queue=1) as deaf:
+    with contextlib.ExitStack() as stack:
+        good = stack.enter_context(Client(house))
         good.hear("welcome")
+        house.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of connections from now on
+        deaf = stack.enter_context(Client(house, max_queue=1))
         deaf.hear("welcome")
         deaf.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         i, deadline = 0, time.monotonic() + 20  # before a ping that is not answered would end it
