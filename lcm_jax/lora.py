@@ -136,14 +136,14 @@ def delta(adapter: dict[str, Array]) -> Array:
     return product * factor.reshape(factor.shape + (1,) * (product.ndim - factor.ndim))
 
 
-def check(adapters: Adapters, params: Params) -> None:
+def check_adapters(adapters: Adapters, params: Params) -> None:
     """Raise ValueError unless every adapter has a kernel of its shape in `params`; the message names the others.
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax import lora
     >>> adapter = {"down": jnp.ones((4, 2)), "up": jnp.ones((2, 6)), "alpha": jnp.asarray(2.0)}
-    >>> lora.check({"to_q/kernel": adapter}, {"to_q": {"kernel": jnp.ones((4, 6))}})
-    >>> lora.check({"to_q/kernel": adapter}, {"to_k": {"kernel": jnp.ones((4, 6))}})
+    >>> lora.check_adapters({"to_q/kernel": adapter}, {"to_q": {"kernel": jnp.ones((4, 6))}})
+    >>> lora.check_adapters({"to_q/kernel": adapter}, {"to_k": {"kernel": jnp.ones((4, 6))}})
     Traceback (most recent call last):
         ...
     ValueError: the network has no kernel for 1 adapters (to_q/kernel)
@@ -167,7 +167,7 @@ def merge_all(params: Params, parts: Sequence[tuple[Adapters, float | Array]]) -
 
     The sum is computed in float32; each parameter keeps its dtype. LCM-LoRA with a style is
     theta + 1.0 tau_LCM + 0.8 tau_style (arXiv:2311.05556, section 3.2). Scales may be traced. Raises ValueError if an
-    adapter fits no kernel (`check`).
+    adapter fits no kernel (`check_adapters`).
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax import lora
@@ -180,7 +180,7 @@ def merge_all(params: Params, parts: Sequence[tuple[Adapters, float | Array]]) -
     flat = traverse_util.flatten_dict(params, sep="/")
     changes: dict[str, Array] = {}
     for adapters, scale in parts:
-        check(adapters, params)
+        check_adapters(adapters, params)
         for path, adapter in adapters.items():
             term = scale * delta(adapter)
             changes[path] = changes[path] + term if path in changes else term

@@ -94,7 +94,7 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
     assert {module for module, _ in hidden} <= {"lcm_jax.cli.main"}
     assert {name for _, name in hidden if not name.startswith(("lcm_jax.stream.", "lcm_jax.serve."))} <= {
         "lcm_jax.data.load_source",
-        "lcm_jax.plan.command.run",
+        "lcm_jax.plan.command.run_plan",
         "lcm_jax.configs",
         "lcm_jax.train.precompute_latents.encode",
     }

@@ -57,7 +57,7 @@ NEVER_RANDOM = ("loading", "start")  # these read their model from files
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
 
 
-def run(
+def run_cases(
     cases: Sequence[str], options: Options, *, repeats: int, out: Path | None = None, profiled: bool = False
 ) -> None:
     """Measure some cases, print their tables and write every time, with device, versions and date, to a JSON file.
@@ -75,7 +75,7 @@ def run(
 def report(
     titled: Iterable[Titled], options: Options, *, repeats: int, out: Path | None = None, profiled: bool = False
 ) -> None:
-    """Measure and print pairs of a title and its rows, one after another, and write the times as `run` does."""
+    """Measure and print pairs of a title and its rows, one after another, and write the times as `run_cases` does."""
     machine = provenance()
     print(f"{machine['device']}, {options.dtype}, jax {jax.__version__}, {machine['date']}")
     ceiling = ceilings(options.dtype)

@@ -58,7 +58,7 @@ def columns(guidance: float, sampler: str = "ddim") -> list[Column]:
     return [*teacher, *student, Column(title="LCM-LoRA\n4", model="lora", sampler="lcm", steps=4, guidance=1.0)]
 
 
-def run(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed: int = 0) -> list[dict[str, Any]]:
+def draw_demo(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE, seed: int = 0) -> list[dict[str, Any]]:
     """Draw everything, write grid.png and scores.json under `out`, and return the rows of the table.
 
     Frechet distance and CLIP score are on the validation captions (pictures never trained on), against the real ones'

@@ -121,7 +121,7 @@ def _lora_part(text: str) -> tuple[str, float]:
 
 def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     start = time.perf_counter()
-    rows = demo.run(arguments.out, model=arguments.model, guidance=arguments.guidance, seed=arguments.seed)
+    rows = demo.draw_demo(arguments.out, model=arguments.model, guidance=arguments.guidance, seed=arguments.seed)
     print(demo.table(rows))
     print(f"{arguments.out / 'grid.png'} and scores.json in {time.perf_counter() - start:.0f} s on {_device()}")
 
@@ -255,12 +255,12 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     require("serve")
-    from lcm_jax.stream.command import parse_controls, run
+    from lcm_jax.stream.command import parse_controls, run_stream
 
     pipe, options = _load(arguments)
     plain = ("negative_prompt", "steps", "strength", "seed", "similarity")
     controls = {name: getattr(arguments, name) for name in plain} | {"scale": options["guidance"]}
-    said = run(
+    said = run_stream(
         pipe, arguments.source, arguments.out, arguments.prompt,
         size=None if arguments.size is None else tuple(arguments.size), count=arguments.count,
         seconds=arguments.seconds, rate=arguments.rate, sampler=options["sampler"],
@@ -275,7 +275,7 @@ def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     settings = {name: getattr(arguments, name) for name in ("model", "dtype", "scale", "side")}
     settings |= {"quantize": quantization.parse(arguments.quantize), "batches": tuple(arguments.batch)}
     options = bench.Options(peer=arguments.against, **settings)
-    bench.run(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)
+    bench.run_cases(arguments.cases, options, repeats=arguments.repeats, out=arguments.json, profiled=arguments.profile)
 
 
 def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -328,12 +328,12 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     require("train")
     import lcm_jax.configs as configs
-    from lcm_jax.plan.command import run
+    from lcm_jax.plan.command import run_plan
 
     asked = ["--help"] if arguments.help else []
     config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
     options = {"searching": arguments.search, "whole": arguments.whole, "out": arguments.json}
-    print(run(config, arguments.config, arguments.topology, **options))
+    print(run_plan(config, arguments.config, arguments.topology, **options))
 
 
 def _device() -> str:

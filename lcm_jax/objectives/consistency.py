@@ -19,7 +19,7 @@ from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
 from lcm_jax.objectives.few_step import FewStep, RandomKeys
-from lcm_jax.objectives.terms import Distance, by_quarter, check, distance, without_caption
+from lcm_jax.objectives.terms import Distance, by_quarter, check_choice, distance, without_caption
 from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs, level
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
 
@@ -73,9 +73,9 @@ class LatentConsistency(FewStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("loss", self.loss, Distance)
-        check("target", self.target, Target)
-        check("weight", self.weight, Weight)
+        check_choice("loss", self.loss, Distance)
+        check_choice("target", self.target, Target)
+        check_choice("weight", self.weight, Weight)
         if self.grid_points < 1 or (self.skip is not None and self.skip <= 0):
             raise ValueError(f"grid_points={self.grid_points} and skip={self.skip} must be positive")
         length = self.schedule.t_max - self.schedule.t_min

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from lcm_jax.diffusion.parameterization import add_noise, expand, on_schedule
 from lcm_jax.diffusion.schedules import RectifiedFlow, TrigFlow
 from lcm_jax.objectives.few_step import Draw, FewStep, RandomKeys
-from lcm_jax.objectives.terms import check, frozen
+from lcm_jax.objectives.terms import check_choice, frozen
 from lcm_jax.objectives.time_densities import LogitNormal
 from lcm_jax.typing import Array, Denoiser, Image, Key, Nets, Params, Schedule, Time
 
@@ -41,7 +41,7 @@ class Continuous(FewStep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check("velocity", self.velocity, Velocity)
+        check_choice("velocity", self.velocity, Velocity)
 
     def student_on(self, nets: Nets, params: Params, draw: Draw, schedule: Schedule) -> Denoiser:
         """Return the student's denoiser on the paper's schedule."""

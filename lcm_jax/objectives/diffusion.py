@@ -11,7 +11,15 @@ from jaxtyping import Float
 
 from lcm_jax.diffusion.parameterization import add_noise, output, prediction_coefficients, target
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
-from lcm_jax.objectives.terms import Distance, TextEncoders, by_quarter, check, distance, drop_captions, drop_encoders
+from lcm_jax.objectives.terms import (
+    Distance,
+    TextEncoders,
+    by_quarter,
+    check_choice,
+    distance,
+    drop_captions,
+    drop_encoders,
+)
 from lcm_jax.objectives.time_densities import (
     CosMap,
     LogitNormal,
@@ -86,8 +94,8 @@ class Diffusion:
     encoder_dropout: float = 0.464
 
     def __post_init__(self) -> None:
-        check("kind", self.kind, Kind)
-        check("loss", self.loss, Distance)
+        check_choice("kind", self.kind, Kind)
+        check_choice("loss", self.loss, Distance)
         for name, density in (("times", self.times), ("weight", self.weight)):
             if isinstance(density, TimeDensity) and (self.schedule.t_min, self.schedule.t_max) != (0.0, 1.0):
                 raise ValueError(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from lcm_jax.diffusion.guidance import cfg
 from lcm_jax.diffusion.parameterization import bind, noise_further
-from lcm_jax.objectives.terms import check, drop_captions, frozen, hinge, without_caption
+from lcm_jax.objectives.terms import check_choice, drop_captions, frozen, hinge, without_caption
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Kind, Nets, Params, Schedule
 
 
@@ -117,7 +117,7 @@ class FewStep(ABC):
     adversarial: float = 0.0
 
     def __post_init__(self) -> None:
-        check("kind", self.kind, Kind)
+        check_choice("kind", self.kind, Kind)
         if self.w_min > self.w_max:
             raise ValueError(f"w_min={self.w_min} is above w_max={self.w_max}")
 

@@ -16,11 +16,11 @@ from lcm_jax.typing import Array, Cond, Key
 Distance = Literal["l2", "huber", "huber_whole"]
 
 
-def check(name: str, value: object, allowed: object) -> None:
+def check_choice(name: str, value: object, allowed: object) -> None:
     """Raise ValueError unless `value` is one of the strings of the Literal `allowed`.
 
-    >>> from lcm_jax.objectives.terms import Distance, check
-    >>> check("loss", "l1", Distance)
+    >>> from lcm_jax.objectives.terms import Distance, check_choice
+    >>> check_choice("loss", "l1", Distance)
     Traceback (most recent call last):
     ValueError: loss='l1' is unknown; use one of l2, huber, huber_whole
     """
@@ -128,7 +128,7 @@ def drop_encoders(key: Key, cond: Cond, encoders: TextEncoders, rate: float) -> 
     """Zero each text encoder's part of each example's conditioning with probability `rate`, independently.
 
     SD3 has a rate of 46.4 %, so that all three are gone for 0.464^3 = 10 % of the examples. ValueError as
-    `TextEncoders.check` says.
+    `TextEncoders.check_choice` says.
 
     >>> import jax
     >>> import jax.numpy as jnp

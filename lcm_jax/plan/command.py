@@ -14,7 +14,7 @@ from lcm_jax.plan.topologies import parse
 from lcm_jax.train.config import TrainConfig
 
 
-def run(config: TrainConfig, name: str, topology: str, *, searching: bool, whole: bool, out: Path | None) -> str:
+def run_plan(config: TrainConfig, name: str, topology: str, *, searching: bool, whole: bool, out: Path | None) -> str:
     """Plan a config's training step and return the text to print.
 
     searching: plan all meshes of the topology and add a table of them, the best first. whole: run the compiler to its

@@ -50,7 +50,7 @@ def in_8_bits(params: PyTree) -> bool:
     return isinstance(params, Quantized) and params.kind != "int8w"
 
 
-def check(kind: str) -> None:
+def check_kind(kind: str) -> None:
     """Raise ValueError if a kind is unknown or the device cannot compute in it, ModuleNotFoundError without qwix."""
     if kind not in KINDS:
         raise ValueError(f"quantize {kind!r} is unknown; known are {', '.join(KINDS)}")
@@ -81,7 +81,7 @@ def parse(texts: Sequence[str]) -> dict[str, str]:
         check_part(part)
         if part in kinds:
             raise ValueError(f"quantize: {text!r} sets the {part} a second time; give it once")
-        check(kind)
+        check_kind(kind)
         kinds[part] = kind
     return kinds
 
@@ -90,7 +90,7 @@ def quantize(params: Params, kind: str) -> Quantized:
     """Return parameters with the wide kernels in 8 bits.
 
     kind: "int8" and "fp8" round the inputs too, at every call, by row (of a convolution by picture); "int8w" rounds the
-    kernels alone, which saves memory and no arithmetic. Raise as `check` does.
+    kernels alone, which saves memory and no arithmetic. Raise as `check_kind` does.
 
     >>> import jax.numpy as jnp
     >>> params = {"fc": {"kernel": jnp.ones((64, 32)), "bias": jnp.zeros(32)}}
@@ -106,7 +106,7 @@ def quantize(params: Params, kind: str) -> Quantized:
 def rounder(kind: str) -> Callable[[str, Array], Any]:
     """Return the function (path, parameter) -> the leaf of `Quantized.params`: the parameter, or its `qwix.QArray`.
 
-    It takes one parameter at a time, so that a network can be rounded while it is loaded. Raise as `check` does.
+    It takes one parameter at a time, so that a network can be rounded while it is loaded. Raise as `check_kind` does.
 
     >>> import jax.numpy as jnp
     >>> round_parameter = rounder("int8")
@@ -116,7 +116,7 @@ def rounder(kind: str) -> Callable[[str, Array], Any]:
     >>> round_parameter("conv_in/kernel", jnp.ones((64, 32))).dtype  # the first layer is not quantized
     dtype('float32')
     """
-    check(kind)
+    check_kind(kind)
     dtype = jnp.float8_e4m3fn if kind == "fp8" else jnp.int8
     stay = _STAY if kind == "int8w" else _STAY_WITH_INPUTS
 

@@ -32,7 +32,7 @@ LIVE = {  # for each platform: the default device, and the FFmpeg format that re
 }
 
 
-def run(
+def run_stream(
     pipe: Pipeline,
     source: str,
     target: Path,

@@ -215,7 +215,7 @@ class _Run:
         self.loop, self.rate, self.manager, self.batches, self.log = loop, rate, manager, batches, log
         self.watchdog, self.meter = watchdog, meter
         self.workdir = manager.directory.parent
-        self.losses: dict[int, jax.Array] = {}  # step -> loss, for the steps that `check` has not read yet
+        self.losses: dict[int, jax.Array] = {}  # step -> loss, for the steps that `check_losses` has not read yet
 
     def run(
         self,
@@ -252,13 +252,13 @@ class _Run:
                     self.meter.restart(step)
                 # After the preview: a run killed between the two repeats the preview and loses none.
                 if last or ending or step % loop.save_every == 0:
-                    self.check(step)  # so that every checkpoint is of a run whose losses were finite until then
+                    self.check_losses(step)  # so that every checkpoint is of a run whose losses were finite until then
                     save_checkpoint(self.manager, state, self.batches)
                 if ending and not last:
                     self.stop(step)
         return state
 
-    def check(self, until: int) -> None:
+    def check_losses(self, until: int) -> None:
         """Raise FloatingPointError if a loss up to step `until` is not finite."""
         size = self.loop.batch_size
         for step in [step for step in self.losses if step <= until]:
@@ -280,7 +280,7 @@ class _Run:
         for key, value in scalars.items():
             self.log.add_scalar(key, value, step)
         bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {speed:.0f} samples/s", refresh=False)
-        self.check(step)
+        self.check_losses(step)
         with reporting_write_errors(self.manager):
             self.manager.check_for_errors()  # of the checkpoint that is written in the background
 

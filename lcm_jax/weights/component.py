@@ -17,7 +17,7 @@ from lcm_jax.typing import Params
 from lcm_jax.weights.abstract_params import abstract_params, stacking
 from lcm_jax.weights.registry import FAMILIES, TOWER, class_name
 from lcm_jax.weights.safetensors_files import load_tensors, read_json, save_tensors
-from lcm_jax.weights.torch_params import Shardings, check, from_torch, to_torch, torch_shapes
+from lcm_jax.weights.torch_params import Shardings, check_tensors, from_torch, to_torch, torch_shapes
 
 
 class Part(NamedTuple):
@@ -143,7 +143,7 @@ def write_part(folder: Path, part: Part, *, dtype: Any = None, variant: str | No
 def check_part(part: Part) -> None:
     """Raise ValueError unless the tensors fit the config; it lists those missing, unexpected or mis-shaped."""
     family = FAMILIES[part.kind]
-    check(
+    check_tensors(
         part.tensors,
         abstract_params(part.kind, part.config),
         family.rules,

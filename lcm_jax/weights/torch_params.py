@@ -121,7 +121,7 @@ def torch_shapes(like: Any, rules: Rules) -> dict[str, tuple[int, ...]]:
     return {name: leaf.tensor_shape for leaf in leaves for name in leaf.names.flat}
 
 
-def check(
+def check_tensors(
     tensors: Mapping[str, Any], like: Any, rules: Rules, *, optional: Sequence[str] = (), source: str = ""
 ) -> None:
     """Raise one ValueError if the tensors do not fit the network whose parameters are shaped as `like`.
@@ -192,7 +192,7 @@ def from_torch(
     shardings: (path, shape) -> sharding. Only the slices of this host's devices are read from memory-mapped tensors, so
     a network may be larger than the host's memory. each: runs on each (path, parameter) as it is loaded and returns its
     replacement; if that is smaller (quantized), the device never holds the full network.
-    Raises one ValueError that lists every misfit (`check`), or the tensors that hold infinity or NaN.
+    Raises one ValueError that lists every misfit (`check_tensors`), or the tensors that hold infinity or NaN.
 
     >>> import numpy as np, jax, jax.numpy as jnp
     >>> from lcm_jax.weights.torch_params import from_torch
@@ -200,7 +200,7 @@ def from_torch(
     >>> from_torch({"proj.weight": np.ones((6, 4), np.float32)}, like, rules=[])["proj"]["kernel"].shape
     (4, 6)
     """
-    check(tensors, like, rules, optional=optional, source=source)
+    check_tensors(tensors, like, rules, optional=optional, source=source)
     broken: list[str] = []
 
     def put(path: str, leaf: _Leaf) -> Any:

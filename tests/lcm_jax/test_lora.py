@@ -206,7 +206,7 @@ def test_extract_finds_a_low_rank_change_again(params, adapters):
     assert found.adapters.keys() == adapters.keys()
     assert found.untouched == []
     assert max(found.residual.values()) < 1e-5
-    lora.check(found.adapters, params)
+    lora.check_adapters(found.adapters, params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), lora.merge(params, found.adapters), tuned)
     larger = lora.extract(params, tuned, rank=3)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), lora.merge(params, larger.adapters), tuned)

@@ -78,7 +78,7 @@ def test_a_case_is_run_and_written(
     rows = [Row(name="one", run=lambda: None, prepare=lambda: Cost(flops=1e9))]
     monkeypatch.setattr(bench, "rows_of", lambda case, options: iter([(f"A title of {case}", rows)]))
     monkeypatch.setattr(bench, "ceilings", lambda dtype: Ceilings(1e12, 1e9))
-    bench.run(["unet"], Options(), repeats=4, out=tmp_path / "b" / "x.json")
+    bench.run_cases(["unet"], Options(), repeats=4, out=tmp_path / "b" / "x.json")
     assert "## A title of unet" in capsys.readouterr().out
     kept = read_json(tmp_path / "b" / "x.json")
     assert len(kept["cases"]["A title of unet"]["one"]["seconds"]) == 4
@@ -109,7 +109,7 @@ def test_what_does_not_go_together_is_said_first(
 ) -> None:
     monkeypatch.setattr(bench, "ceilings", lambda dtype: pytest.fail("measured before it was said"))
     with pytest.raises(ValueError, match=said):
-        bench.run(cases, Options(**options), repeats=repeats)
+        bench.run_cases(cases, Options(**options), repeats=repeats)
 
 
 def test_a_training_step_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_training_step_is_of_the_models_own_network() -> None:
 
 
 def test_a_case_runs_on_tiny_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    bench.run(["text"], Options(scale="tiny"), repeats=1)
+    bench.run_cases(["text"], Options(scale="tiny"), repeats=1)
     assert "| CLIP-L |" in capsys.readouterr().out
 
 
@@ -137,7 +137,7 @@ def test_a_case_runs_on_tiny_networks(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_dear_cases_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = "openmoji" if case in ("stream", "loading", "start") else "random-sd15"
-    bench.run([case], Options(scale="tiny", model=model, batches=(1,)), repeats=1)
+    bench.run_cases([case], Options(scale="tiny", model=model, batches=(1,)), repeats=1)
     assert "ms/frame" in capsys.readouterr().out
 
 
@@ -148,7 +148,7 @@ def test_dear_cases_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixtur
 )
 def test_networks_in_8_bits_stand_beside_themselves(case: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = dict.fromkeys(bench.IN_8_BITS[case], "int8")
-    bench.run([case], Options(scale="tiny", model="random-sd15", batches=(1,), quantize=kinds), repeats=1)
+    bench.run_cases([case], Options(scale="tiny", model="random-sd15", batches=(1,), quantize=kinds), repeats=1)
     line = next(line for line in capsys.readouterr().out.splitlines() if "int8 |" in line)
     assert near in line
 
@@ -157,7 +157,7 @@ def test_networks_in_8_bits_stand_beside_themselves(case: str, near: str, capsys
 @pytest.mark.parametrize("case", ["unet", "vae", "text", "text-to-image", "stream", "training"])
 def test_peers_run_on_tiny_networks(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = Options(scale="tiny", model="random-sd15", peer="diffusers", batches=(1,))
-    bench.run([case], options, repeats=1)
+    bench.run_cases([case], options, repeats=1)
     assert "x (" in capsys.readouterr().out
 
 

@@ -264,7 +264,7 @@ def test_what_cannot_be_is_refused(
         own.save(tiny_model.with_name("other"))
     monkeypatch.setattr("lcm_jax.runtime.optional_deps.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"qwix not installed; pip install 'lcm-jax\[quant\]'"):
-        quantization.check("int8")
+        quantization.check_kind("int8")
 
 
 @pytest.mark.slow

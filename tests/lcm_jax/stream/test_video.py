@@ -13,7 +13,7 @@ import pytest
 av = pytest.importorskip("av")
 
 from lcm_jax.stream import Stream  # noqa: E402
-from lcm_jax.stream.command import parse_controls, run  # noqa: E402
+from lcm_jax.stream.command import parse_controls, run_stream  # noqa: E402
 from lcm_jax.stream.video import Video, Writer, restyle, working_size  # noqa: E402
 
 Pipe = Any
@@ -154,7 +154,7 @@ def test_working_size_has_the_models_area_and_the_videos_shape() -> None:
 def call(pipe: Pipe, source: str, target: Path, *prompts: str, **changes: Any) -> str:
     options: dict[str, Any] = {"size": None, "count": 5, "seconds": None, "rate": 10.0, "sampler": "lcm"}
     options |= {"controls": {"steps": 2}} | changes
-    return run(pipe, source, target, prompts or ("red heart",), **options)
+    return run_stream(pipe, source, target, prompts or ("red heart",), **options)
 
 
 def test_folders_and_noise(light_pipe: Pipe, pictures: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_dense_adapter_fits_a_1x1_convolution_and_the_reverse(tmp_path, params
     found = load_lora(tmp_path / "x.safetensors", params, RULES_UNET)
     assert found["down_blocks_0/attentions_0/proj_in/kernel"]["down"].shape == (1, 1, 4, 2)
     assert found[TO_Q]["down"].shape == (2, 6, 2)
-    lora.check(found, params)
+    lora.check_adapters(found, params)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -155,7 +155,7 @@ def test_fused_attention_is_split(tmp_path, sd3):
     save_file(tensors, tmp_path / "x.safetensors")
     assert lora_components(tmp_path / "x.safetensors") == ("transformer",)
     adapters = load_sd3(tmp_path / "x.safetensors", sd3)
-    lora.check(adapters, sd3.like)
+    lora.check_adapters(adapters, sd3.like)
     for (block, names), change in whole.items():
         found = np.concatenate([layer_change(adapters, block, f"attn/{name}") for name in names])
         np.testing.assert_allclose(found, change, rtol=1e-5, atol=1e-5)
