@@ -115,8 +115,23 @@ class DDPM:
         return entries, (weight == 0.0) | (low == self.t_max), (1.0 - weight) * entries.ratio + weight * above
 
 
+class _Continuous:
+    """The facts that schedules in continuous time share, where they do not say otherwise."""
+
+    timesteps: ClassVar[None] = None
+    keeps_partial_step: ClassVar[bool] = False
+    usual_kind: ClassVar[Kind] = "flow"
+    usual_sampler: ClassVar[str] = "euler"
+    t_min: ClassVar[float] = 0.0
+    gauge: ClassVar[float] = 1.0  # x / alpha is infinite at the end
+
+    def grid(self: Schedule, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
+        """Return the times of N equal steps."""
+        return even_grid(steps, self)
+
+
 @dataclass(frozen=True, kw_only=True)
-class RectifiedFlow:
+class RectifiedFlow(_Continuous):
     """Straight paths (2209.03003; SD3, 2403.03206): alpha = 1 - t', sigma = t', t' = shift t / (1 + (shift - 1) t).
 
     Time t in [0, 1], no unit; the shift (2403.03206 eq. 23) belongs to the schedule, so a uniform grid in t is the
@@ -128,10 +143,7 @@ class RectifiedFlow:
     (0.25, 0.75, 750.0)
     """
 
-    timesteps: ClassVar[None] = None
     keeps_partial_step: ClassVar[bool] = True
-    usual_kind: ClassVar[Kind] = "flow"
-    usual_sampler: ClassVar[str] = "euler"
 
     shift: float = 1.0
 
@@ -140,15 +152,7 @@ class RectifiedFlow:
             raise ValueError(f"shift is {self.shift}: it must be positive (1 for none, 3 for SD3)")
 
     @property
-    def t_min(self) -> float:
-        return 0.0
-
-    @property
     def t_max(self) -> float:
-        return 1.0
-
-    @property
-    def gauge(self) -> float:
         return 1.0
 
     def alpha(self, t: Time) -> Float[Array, "*b"]:
@@ -204,7 +208,7 @@ def at_resolution(schedule: RectifiedFlow, pixels: float, base: float) -> Rectif
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosine:
+class Cosine(_Continuous):
     """Variance-preserving in continuous time (Nichol & Dhariwal, 2102.09672; as in 2403.03206 sec. 2):
 
     alpha = cos(pi t / 2), sigma = sin(pi t / 2), time t in [0, 1]. The network receives 1000 t.
@@ -215,22 +219,9 @@ class Cosine:
     (0.0, 0.5)
     """
 
-    timesteps: ClassVar[None] = None
-    keeps_partial_step: ClassVar[bool] = False
-    usual_kind: ClassVar[Kind] = "flow"
-    usual_sampler: ClassVar[str] = "euler"
-
-    @property
-    def t_min(self) -> float:
-        return 0.0
-
     @property
     def t_max(self) -> float:
         return 1.0
-
-    @property
-    def gauge(self) -> float:
-        return 1.0  # x / alpha is infinite at t = 1
 
     def alpha(self, t: Time) -> Float[Array, "*b"]:
         return jnp.sin(0.5 * jnp.pi * (1.0 - jnp.asarray(t, jnp.float32)))  # exactly 0 at 1
@@ -244,12 +235,9 @@ class Cosine:
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32))) / (0.5 * jnp.pi)
 
-    def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
-        return even_grid(steps, self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrigFlow:
+class TrigFlow(_Continuous):
     """An arc (Lu & Song 2024, 2410.11081 sec. 3.1): alpha = cos t, sigma = sigma_data sin t, t in [0, pi / 2].
 
     x has the standard deviation sigma_data at every time if the data have. The network receives 1000 t.
@@ -260,24 +248,11 @@ class TrigFlow:
     (0.0, 0.5)
     """
 
-    timesteps: ClassVar[None] = None
-    keeps_partial_step: ClassVar[bool] = False
-    usual_kind: ClassVar[Kind] = "flow"
-    usual_sampler: ClassVar[str] = "euler"
-
     sigma_data: float = 1.0
-
-    @property
-    def t_min(self) -> float:
-        return 0.0
 
     @property
     def t_max(self) -> float:
         return 0.5 * math.pi
-
-    @property
-    def gauge(self) -> float:
-        return 1.0  # x / alpha is infinite at the end
 
     def alpha(self, t: Time) -> Float[Array, "*b"]:
         return jnp.sin(0.5 * jnp.pi - jnp.asarray(t, jnp.float32))
@@ -290,9 +265,6 @@ class TrigFlow:
 
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32)) / self.sigma_data)
-
-    def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
-        return even_grid(steps, self)
 
 
 def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:

@@ -19,7 +19,7 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 
 class Grid(NamedTuple):
-    """A grid padded to a fixed length, so that its number of steps is data and not a shape: times (T + 1,) -> see `pad`."""
+    """A grid padded to a fixed length, so that its number of steps is data, not a shape: `pad` -> Grid."""
 
     times: Float[Array, " capacity_plus_1"]
     steps: Int[Array, ""]

@@ -469,7 +469,7 @@ def test_a_client_that_never_reads_costs_nothing_and_is_let_go(
         good = stack.enter_context(Client(house))
         good.hear("welcome")
         house.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of connections from now on
-        deaf = stack.enter_context(Client(house, max_queue=1))
+        deaf = stack.enter_context(Client(house, max_queue=1, close_timeout=0.1))
         deaf.hear("welcome")
         deaf.socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         i, deadline = 0, time.monotonic() + 20  # before a ping that is not answered would end it
