@@ -30,10 +30,10 @@ import numpy as np
 from flax import traverse_util
 
 from lcm_jax.runtime.messages import few
-from lcm_jax.typing import Array, Key, Params
+from lcm_jax.typing import Array, Key, Params, Shapes
 from mmdit.blocks import flat_dot
 
-Adapters = dict[str, dict[str, Array]]
+Adapters = dict[str, dict[str, Array | np.ndarray]]
 
 DEFAULT_TARGETS = (
     r"(^|/)(to_q|to_k|to_v|to_out_0|proj_in|proj_out|ff/net_0/proj|ff/net_2|conv1|conv2|conv_shortcut"
@@ -119,7 +119,7 @@ def _targeted(flat: Mapping[str, Any], targets: str) -> list[str]:
     return paths
 
 
-def delta(adapter: dict[str, Array]) -> Array:
+def delta(adapter: dict[str, Array | np.ndarray]) -> Array:
     """Return the change of a kernel, alpha / r * down @ up, in float32 and in the shape of the kernel.
 
     >>> import jax.numpy as jnp
@@ -136,7 +136,7 @@ def delta(adapter: dict[str, Array]) -> Array:
     return product * factor.reshape(factor.shape + (1,) * (product.ndim - factor.ndim))
 
 
-def check_adapters(adapters: Adapters, params: Params) -> None:
+def check_adapters(adapters: Adapters, params: Params | Shapes) -> None:
     """Raise ValueError unless every adapter has a kernel of its shape in `params`; the message names the others.
 
     >>> import jax.numpy as jnp
@@ -282,7 +282,7 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
         finally:
             inside = False
         up = jax.lax.stop_gradient(adapter["alpha"]) / rank * adapter["up"].reshape(rank, outputs)
-        return y + flat_dot(z, up.astype(z.dtype)).astype(y.dtype)
+        return y + flat_dot(z, jnp.asarray(up, z.dtype)).astype(y.dtype)
 
     return nn.intercept_methods(call)
 
@@ -355,7 +355,7 @@ def extract(
     return extraction
 
 
-def _factorise(change: np.ndarray, rank: int, energy: float | None) -> tuple[dict[str, Array], float]:
+def _factorise(change: np.ndarray, rank: int, energy: float | None) -> tuple[dict[str, Array | np.ndarray], float]:
     """Return an adapter for a kernel's change, and the share of the change's norm that is lost."""
     stack, outputs = change.shape[: stacked_axes(change)], change.shape[-1]
     matrix = change.reshape(*stack, -1, outputs)
@@ -367,6 +367,7 @@ def _factorise(change: np.ndarray, rank: int, energy: float | None) -> tuple[dic
     root = np.sqrt(s[..., :r])
     down, up = u[..., :r] * root[..., None, :], root[..., :, None] * v[..., :r, :]
     shape = shapes(change, r)
+    adapter: dict[str, Array | np.ndarray]
     adapter = {"down": jnp.asarray(down.reshape(shape["down"])), "up": jnp.asarray(up.reshape(shape["up"]))}
     adapter["alpha"] = jnp.full(shape["alpha"], r, jnp.float32)
     return adapter, float(np.linalg.norm(matrix - down @ up) / np.linalg.norm(matrix))

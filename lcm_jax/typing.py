@@ -30,11 +30,12 @@ __all__ = [
     "Params",
     "Prediction",
 ]
-__all__ += ["Schedule", "Solver", "Time"]
+__all__ += ["Schedule", "Shapes", "Solver", "Time"]
 
 Key = PRNGKeyArray
 Keys = jaxtyping.Key[Array, " b"]  # one for each example
 Params = PyTree[jax.Array | np.ndarray]
+Shapes = PyTree[jax.ShapeDtypeStruct]  # of parameters
 Cond = Mapping[str, Array]
 Carry = PyTree[jax.Array]
 Image = Float[Array, "b h w c"]

@@ -110,7 +110,9 @@ class MMDiTConfig:
         for key, value in d.items():
             if key not in fields and not key.startswith("_"):
                 raise ValueError(f"{source}: unknown key {key!r} (value {value!r}); remove it if it changes nothing")
-        values = {key: tuple(d[key]) if isinstance(d[key], list) else d[key] for key in d if key in fields}
+        values: dict[str, Any] = {
+            key: tuple(d[key]) if isinstance(d[key], list) else d[key] for key in d if key in fields
+        }
         if "out_channels" in values and values["out_channels"] is None:  # in diffusers' files that means in_channels
             values["out_channels"] = values.get("in_channels", cls.in_channels)
         try:

@@ -39,7 +39,7 @@ def _row_prng(parts: int) -> Hashable:
     def threefry_key(data: Array) -> Key:
         return jax.random.wrap_key_data(data[:2], impl="threefry2x32")
 
-    def with_device_index(keys: Key, data: Array) -> Array:
+    def with_device_index(keys: Array, data: Array) -> Array:
         words = jax.random.key_data(keys)
         return jnp.concatenate([words, jnp.broadcast_to(data[2:], (*words.shape[:-1], 1))], axis=-1)
 

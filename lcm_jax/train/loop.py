@@ -214,7 +214,7 @@ class _Run:
     ) -> None:
         self.loop, self.rate, self.manager, self.batches, self.log = loop, rate, manager, batches, log
         self.watchdog, self.meter = watchdog, meter
-        self.workdir = manager.directory.parent
+        self.workdir = Path(manager.directory).parent
         self.losses: dict[int, jax.Array] = {}  # step -> loss, for the steps that `check_losses` has not read yet
 
     def run(

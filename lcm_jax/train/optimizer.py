@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from lcm_jax.typing import Params
 
@@ -55,7 +56,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [config.warmup])
 
 
-def _decays(params: Params) -> Params:
+def _decays(params: Params) -> PyTree[bool]:
     """Return a tree of bools: which leaves decay, by name, since a scan stacks norms and biases into matrices too."""
     names = ("kernel", "embedding", "down", "up")
     return jax.tree.map_with_path(lambda path, _: bool(path) and getattr(path[-1], "key", None) in names, params)

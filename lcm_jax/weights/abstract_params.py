@@ -13,17 +13,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import PyTree
 
 import mmdit
 import vae16
 from lcm_jax import nets
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import cache_dir
+from lcm_jax.typing import Shapes
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_json
 
-Shapes = PyTree[jax.ShapeDtypeStruct]
 _MIN_SECONDS = 0.1  # a faster trace is not cached
 
 

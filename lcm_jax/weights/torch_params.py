@@ -85,8 +85,9 @@ class _Leaf:
         index = index or (slice(None),) * len(self.shape)
         n = self.names.ndim
         stacked: Any = (*index[:n], ...)
-        names, within = self.names[stacked], index[n:]
-        parts = [_to_flax(tensors[name], self.kernel)[(*within, ...)] for name in names.flat]
+        within: Any = (*index[n:], ...)  # a number stays an array
+        names = self.names[stacked]
+        parts = [_to_flax(tensors[name], self.kernel)[within] for name in names.flat]
         with np.errstate(over="ignore"):  # a value too large for the dtype becomes infinite; `from_torch` reports it
             if not n and parts[0].dtype == self.dtype:
                 return parts[0]

@@ -70,7 +70,7 @@ def sdxl(
     return {
         "context": jnp.concatenate([out.hidden for out in outputs], axis=-1),
         "pooled": pooled,
-        "time_ids": time_ids,
+        "time_ids": jnp.asarray(time_ids),
     }
 
 

@@ -94,7 +94,9 @@ class Conditioner:
         }
         return {name: shape[-1] for name, shape in self.prompts.shapes(shapes).items()}
 
-    def encode_text(self, captions: list[str], size: Size | None = None, learned: Learned | None = None) -> Cond:
+    def encode_text(
+        self, captions: list[str], size: Size | None = None, learned: Learned | None = None
+    ) -> Mapping[str, np.ndarray]:
         """Return the conditioning of n captions: {"context": (n, l, d)}, with several encoders also "pooled" (n, p).
 
         SDXL has "time_ids" (n, 6) too, which say that the picture has `size` and was not cropped.
@@ -104,7 +106,9 @@ class Conditioner:
         side = self.vae.module.config.sample_size
         sizes = size_ids(size or (side, side), batch=len(captions)) if self.prompts.family == "sdxl" else None
         params, batched_map = (self.params, self.batched_map) if learned is None else learned
-        cond: Cond = batched_map(partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes))
+        cond: Mapping[str, np.ndarray] = batched_map(
+            partial(self._encode_text, params), (self.prompts.tokenize(captions), sizes)
+        )
         return cond
 
     @cached_property
@@ -113,7 +117,7 @@ class Conditioner:
 
     def empty(self, n: int = 1, learned: Learned | None = None) -> Cond:
         """Return the conditioning of n empty prompts; for SDXL it is zero."""
-        cond = self.encode_text([""], learned=learned)
+        cond: Cond = {name: jnp.asarray(leaf) for name, leaf in self.encode_text([""], learned=learned).items()}
         cond = zero_prompt(cond) if self.prompts.family == "sdxl" else cond
         return {name: jnp.repeat(leaf, n, axis=0) for name, leaf in cond.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
@@ -301,7 +302,7 @@ def partitioned_optimizer(
         period = every.get(name, 1)
         return optimizer if period == 1 else optax.conditionally_mask(optimizer, partial(_is_due, period))
 
-    def label(params: Params) -> Params:
+    def label(params: Params) -> PyTree[str]:
         return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
 
     both = optax.partition({name: optimizer_of(name) for name in ("student", "others")}, label)

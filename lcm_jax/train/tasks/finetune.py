@@ -289,7 +289,7 @@ class Pictures:
 class Beside:
     """A source whose record i is record i of each kind, stacked; a shorter kind starts again at its end."""
 
-    kinds: Sequence[Pictures]
+    kinds: Sequence[Source]
 
     def __len__(self) -> int:
         return max(map(len, self.kinds))

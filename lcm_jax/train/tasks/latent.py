@@ -72,7 +72,7 @@ def preview(
     """
     n, spec = len(captions), get_sampler(sampler)
 
-    def encode(learned: Learned | None = None) -> tuple[Cond, Cond]:
+    def encode(learned: Learned | None = None) -> tuple[Mapping[str, np.ndarray], Cond]:
         return conditioner.encode_text(captions, learned=learned), conditioner.empty(n, learned)
 
     frozen_cond = encode()

@@ -246,9 +246,9 @@ def main() -> None:
     except distributed.Preempted:
         print("preempted", flush=True)
     except Exception as error:
-        print(f"job: {distributed.explain(error) or f'{type(error).__name__}: {error}'}", flush=True)
+        print(f"job: {distributed.peer_failure_message(error) or f'{type(error).__name__}: {error}'}", flush=True)
         raise
-    distributed.end(0)
+    distributed.leave_job(0)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def gradient(task: Task, batch: dict[str, np.ndarray], part: str) -> Any:
 
     def loss(tree: Any) -> Any:
         trees = {**params, part: tree}
-        return task.loss(trees, trees, task.frozen, batch, KEY, jnp.int32(0))[0]
+        return task.loss(trees, trees, task.frozen, jax.tree.map(jnp.asarray, batch), KEY, jnp.int32(0))[0]
 
     return jax.jit(jax.grad(loss))(params[part])
 
@@ -167,7 +167,7 @@ def test_class_pictures_are_drawn_once_and_are_the_models(
     noise = jax.random.normal(noise, (16, 8, 8, 4))
     want = pipe(["dog face"] * 16, steps=2, sampler=pipe.default_sampler, latents=noise)[:3]
     latents = np.stack(list(drawn.values())).astype(np.float32)
-    made = np.asarray(pipe.model.decode(pipe.params["vae"], latents))
+    made = np.asarray(pipe.model.decode(pipe.params["vae"], jnp.asarray(latents)))
     assert all(np.min(np.abs(want - picture.astype(np.int16)).max(axis=(1, 2, 3))) <= 2 for picture in made)
 
 

@@ -342,8 +342,8 @@ def test_finite_for_every_bit_pattern(dtype: type) -> None:
     values = bits.view(dtype)
     finite = np.isfinite(values.astype(np.float32))
     assert is_finite(values[finite])
-    assert [is_finite(values[i]) for i in range(0, len(values), 7)] == finite[::7].tolist()
-    assert not any(is_finite(values[i]) for i in np.flatnonzero(~finite)[::5])
+    assert [is_finite(values[i : i + 1]) for i in range(0, len(values), 7)] == finite[::7].tolist()
+    assert not any(is_finite(values[i : i + 1]) for i in np.flatnonzero(~finite)[::5])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

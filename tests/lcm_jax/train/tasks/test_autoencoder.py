@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 import lcm_jax
@@ -30,7 +30,7 @@ def test_autoencoder_with_a_discriminator(
         discriminator=DiscriminatorConfig(ndf=8, n_layers=1, group_size=4),
     )
     vae = load_component(train(task, tmp_path), "vae")
-    mean, _ = vae.module.apply({"params": vae.params}, np.zeros((1, 16, 16, 3), np.float32), method="encode")
+    mean, _ = vae.module.apply({"params": vae.params}, jnp.zeros((1, 16, 16, 3)), method="encode")
     assert mean.shape == (1, 16, 16, 4)
     assert vae.module.config.scaling_factor != task.model.scaling_factor
 
@@ -53,7 +53,7 @@ def test_a_tiny_autoencoder_for_the_latents_of_another(
         discriminator=DiscriminatorConfig(ndf=8, n_layers=1, group_size=4),
     )
     pipe = lcm_jax.load(str(tiny_model), tiny_vae=train(task, tmp_path))
-    drawn = pipe.model.decode(pipe.params["vae"], np.zeros((1, 8, 8, 4), np.float32))
+    drawn = pipe.model.decode(pipe.params["vae"], jnp.zeros((1, 8, 8, 4)))
     assert drawn.shape == (1, 16, 16, 3)
     deep = replace(task, model=TinyConfig(latent_channels=4))
     with pytest.raises(ValueError, match=r"task.model has downsample_factor 8, that of .* 2: make them equal"):

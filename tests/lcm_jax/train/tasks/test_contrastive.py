@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.train.tasks.common import DataConfig
@@ -33,7 +34,7 @@ def test_clip(
 
 
 def test_moved_pictures_bring_white_in() -> None:
-    images = np.zeros((8, 16, 16, 3), np.float32)
+    images = jnp.zeros((8, 16, 16, 3))
     moved = np.asarray(move(jax.random.key(0), images, 2))
     assert set(np.unique(moved)) == {0.0, 1.0}
     np.testing.assert_array_equal(np.asarray(move(jax.random.key(0), images, 0)), images)
