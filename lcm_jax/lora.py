@@ -287,7 +287,7 @@ def branches(adapters: Adapters, dropout: Dropout | None = None) -> contextlib.A
     return nn.intercept_methods(call)
 
 
-def count(adapters: Adapters) -> int:
+def count(adapters: Adapters | Shapes) -> int:
     """Return the number of trained parameters (down and up, without alpha).
 
     >>> import jax.numpy as jnp

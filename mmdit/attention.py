@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mmdit import cpu_attention, tpu_attention
@@ -19,7 +19,7 @@ from mmdit import cpu_attention, tpu_attention
 Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _halved: ContextVar[bool] = ContextVar("halved", default=False)
-_mesh_axes: ContextVar[tuple[Mesh, tuple[str, ...], str] | None] = ContextVar("mesh_axes", default=None)
+_mesh_axes: ContextVar[tuple[Mesh | AbstractMesh, tuple[str, ...], str] | None] = ContextVar("mesh_axes", default=None)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def bfloat16_attention() -> Iterator[None]:
 
 
 @contextmanager
-def attention_mesh(mesh: Mesh, rows: tuple[str, ...], heads: str) -> Iterator[None]:
+def attention_mesh(mesh: Mesh | AbstractMesh, rows: tuple[str, ...], heads: str) -> Iterator[None]:
     """Shard the TPU kernel of every attention that is traced inside the `with` block over a mesh.
 
     rows: the mesh axes that divide the batch. heads: the mesh axis that divides the heads, if their number is a

@@ -20,7 +20,7 @@ from jaxtyping import install_import_hook
 
 # Every annotated function of the library checks the types, shapes and dtypes of its arguments and its result.
 # LCM_JAX_CHECK_TYPES=0 switches that off, to debug a test faster.
-if os.environ.get("LCM_JAX_CHECK_TYPES", "0") != "0":
+if os.environ.get("LCM_JAX_CHECK_TYPES", "1") != "0":
     checker = types.ModuleType("lcm_jax_type_checker")
     checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
     sys.modules["lcm_jax_type_checker"] = checker

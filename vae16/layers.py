@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax.custom_batching import custom_vmap
@@ -118,8 +119,8 @@ def normalise(
     how: Normalisation,
     x: Float[Array, "b h w c"],
     offset: Float[Array, "b c"],
-    scale: Float[Array, " c"],
-    bias: Float[Array, " c"],
+    scale: Float[Array | np.ndarray, " c"],
+    bias: Float[Array | np.ndarray, " c"],
 ) -> Float[Array, "b h w c"]:
     """Return the group norm of x + offset, computed and returned in float32.
 
@@ -137,7 +138,7 @@ def normalise(
     [0.0, 2.0]
     """
     b, h, w, c = x.shape
-    offset, scale, bias = (leaf.astype(jnp.float32) for leaf in (offset, scale, bias))
+    offset, scale, bias = (jnp.asarray(leaf, jnp.float32) for leaf in (offset, scale, bias))
     x32 = x.astype(jnp.float32)
     origin, centred = offset, x32
     if x.dtype != jnp.bfloat16:

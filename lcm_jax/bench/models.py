@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from lcm_jax.inference.pipeline import DTYPES, Pipeline
 from lcm_jax.nets.presets import SD15, SD_TURBO, SDXL
-from lcm_jax.typing import Array, Params
+from lcm_jax.typing import Array, Params, Shapes
 from lcm_jax.weights.abstract_params import abstract_params
 from lcm_jax.weights.device import put_on_device
 from lcm_jax.weights.diffusers_folder import Component, Folder
@@ -145,7 +145,7 @@ def component(kind: str, config: Any, dtype: str, **options: Any) -> Component:
     return Component(module, partial(random_params, abstract_params(kind, config), jax_dtype))
 
 
-def random_params(shapes: Params, dtype: Any, *, transform: Callable[[str, Array], Any] | None = None) -> Params:
+def random_params(shapes: Shapes, dtype: Any, *, transform: Callable[[str, Array], Any] | None = None) -> Params:
     """Return random parameters: kernels that keep the variance, scales of one, biases of zero.
 
     A leaf depends only on its path and shape. each: replaces a parameter, (path, parameter) -> new leaf, as soon as it

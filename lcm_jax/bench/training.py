@@ -145,13 +145,13 @@ def step(name: str, options: Options, setup: Distilled, *, remat: bool = False) 
         return TrainState.create(params, tx), frozen
 
     def prepare() -> Cost:
-        like = jax.eval_shape(begin)
+        like = jax.eval_shape(init_params)
         traced: Any = make_train_step(learner.loss, tx, decay=DECAY, seed=0).trace(*like, data)
         running["step"] = traced.lower().compile()
         memory = memory_of(running["step"])
         both = " with the peer's" if options.peer else ""
         check_room(f"{options.model}, {name}, batch {len(data['mean'])}{both}", memory * (2 if both else 1))
-        running["state"], running["frozen"] = begin()
+        running["state"], running["frozen"] = init_params()
         return Cost(flops(traced.jaxpr), memory)
 
     def run() -> Any:

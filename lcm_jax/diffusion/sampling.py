@@ -59,7 +59,7 @@ def trajectory(
     denoise: Denoiser,
     schedule: Schedule,
     solver: Solver,
-    grid: Float[np.ndarray, " n_plus_1"],
+    grid: Float[Array | np.ndarray, " n_plus_1"],
     x: Image,
     key: Key,
     *,

@@ -238,7 +238,11 @@ class Pipeline:
         return gather_to_host(made)[: len(prompts)]
 
     def encode_prompt(
-        self, prompts: Sequence[str], *, sizes: Float[Array, " n"] | None = None, t5_tokens: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        sizes: Float[Array | np.ndarray, " n"] | None = None,
+        t5_tokens: int | None = None,
     ) -> dict[str, Array]:
         """Encode texts as conditioning: {"context": (n, l, d)}, for SDXL and SD3 "pooled" (n, p), for SDXL "time_ids".
 

@@ -44,7 +44,7 @@ class NetworkFeatures:
     >>> from lcm_jax.metrics import NetworkFeatures
     >>> def double_mean_colour(params, images):
     ...     return params * images.mean(axis=(1, 2))
-    >>> extract = NetworkFeatures(apply=double_mean_colour, params=2.0, batch_size=4)
+    >>> extract = NetworkFeatures(apply=double_mean_colour, params=np.array(2.0), batch_size=4)
     >>> features = extract(np.full((5, 8, 8, 3), 255, np.uint8))
     >>> features.shape, features[0].round(3).tolist()
     ((5, 3), [2.0, 2.0, 2.0])

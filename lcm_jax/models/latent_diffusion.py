@@ -43,7 +43,7 @@ def as_apply(net: Any, *, memory: Memory | None = None, **options: Any) -> Apply
     >>> class Double(nn.Module):
     ...     def __call__(self, x, t, cond):
     ...         return 2.0 * x
-    >>> float(as_apply(Double())({}, jnp.ones(()), 0.0, {}))
+    >>> float(as_apply(Double())({}, jnp.ones((1, 1, 1, 1)), 0.0, {}).squeeze())
     2.0
     """
 

@@ -16,7 +16,7 @@ def toy_network(params: Params, x: Image, t: Time, cond: Cond) -> Image:
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax.objectives.toy import toy_network
-    >>> toy_network(2.0, jnp.ones((1, 1, 1, 1)), 0.0, {"context": jnp.zeros((1, 1, 4))}).item()
+    >>> toy_network(jnp.float32(2.0), jnp.ones((1, 1, 1, 1)), 0.0, {"context": jnp.zeros((1, 1, 4))}).item()
     2.0
     """
     extra = sum(jnp.sin(cond[name]) for name in ("guidance", "span") if name in cond)
@@ -29,7 +29,7 @@ def toy_discriminator(heads: Params, base: Params, x: Image, t: Time, cond: Cond
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax.objectives.toy import toy_discriminator
-    >>> toy_discriminator(0.5, 1.0, jnp.ones((2, 4, 4, 3)), 0.0, {}).shape
+    >>> toy_discriminator(jnp.float32(0.5), jnp.float32(1.0), jnp.ones((2, 4, 4, 3)), 0.0, {}).shape
     (2, 3)
     """
     return heads * (x.mean((1, 2)) + base)

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmdit.attention import attention_mesh
 
@@ -140,7 +140,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """Return the shardings of a tree of arrays or of shapes.
 
     An optimizer's moments have the names and shapes of the parameters, and so the same shardings.
@@ -152,12 +152,12 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     )
 
 
-def param_sharding(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+def param_sharding(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Return a function (path, shape) -> sharding of a parameter."""
     return lambda path, shape: NamedSharding(mesh, _spec(path, shape, mesh, rules))
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> PartitionSpec:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
     axes: list[str | None] = [None] * len(shape)
     if len(shape) < 2 or math.prod(shape) < SMALLEST:
         return PartitionSpec()

@@ -57,17 +57,17 @@ class Controls:
     ValueError: strength is 2.0: it must be from 0.02 to 1
     """
 
-    prompt: str | Weighted = ""
+    prompt: str | Sequence[tuple[str, float] | list[str | float]] = ""  # pairs are lists in JSON
     negative_prompt: str = ""
     blend: Blend = "lerp"
     travel: int = 0
     steps: int = 2
     strength: float = 0.6
-    t_index: tuple[int, ...] | None = None
+    t_index: Sequence[int] | None = None
     guidance: Guidance = "none"
     scale: float = 1.0
     delta: float = 1.0
-    seed: int | Sequence[tuple[int, float]] = 0
+    seed: int | Sequence[tuple[int, float] | list[float]] = 0
     add_noise: bool = True
     fresh: bool = False
     feedback: float = 0.0
@@ -76,7 +76,7 @@ class Controls:
     max_skips: int = 10
     batch: bool = True
     remember: bool = False
-    lora: Sequence[tuple[str, float]] = ()
+    lora: Sequence[tuple[str, float] | list[str | float]] = ()
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -118,6 +118,12 @@ class Controls:
     def seeds(self) -> Sequence[tuple[int, float]]:
         """The (seed, weight) pairs of `seed`, with weights above 0."""
         pairs: Any = self.seed
+        return pairs
+
+    @property
+    def loras(self) -> Sequence[tuple[str, float]]:
+        """The (name, weight) pairs of `lora`."""
+        pairs: Any = self.lora
         return pairs
 
     def changed(self, **changes: Any) -> Controls:

@@ -258,7 +258,7 @@ class Stream:
         """Raise ValueError if this pipeline and its adapters cannot follow some controls."""
         times = controls.times(self._sampler, self.pipe.model.schedule, self.pipe.spacing)
         self.pipe.model.check_start(float(times[0]))
-        for name, _ in controls.lora:
+        for name, _ in controls.loras:
             if name not in self.loras:
                 known = ", ".join(self.loras) or "none"
                 raise ValueError(f"lora {name!r:.80} is unknown: this stream was made with {known}")
@@ -372,7 +372,7 @@ class Stream:
 
     def _merged(self, controls: Controls) -> Weights:
         """Return the parameters with the adapters merged in."""
-        net, scales = self.pipe.net_params, dict(controls.lora)
+        net, scales = self.pipe.net_params, dict(controls.loras)
         if self.loras:
             net = _merge(net, [(adapters, jnp.float32(scales.get(name, 0.0))) for name, adapters in self.loras.items()])
         return Weights(net, self.pipe.params["vae"])

@@ -45,7 +45,7 @@ class Step(Protocol):
     def trace(self, *arguments: Any) -> jax.stages.Traced: ...
 
 
-def ema_decay(update: Array, decay: float) -> Array:
+def ema_decay(update: Array | int, decay: float) -> Array:
     """Return the decay of the moving average's n-th update: min(decay, (1 + n) / (10 + n)), which forgets the start.
 
     update: n, from 0.

@@ -119,7 +119,9 @@ def test_both_towers_and_the_loss_there_and_back():
 
     @jax.jit
     def forward(p):
-        return contrastive_loss(clip.image_features(p, IMAGES), clip.text_features(p, IDS[:2]), p["logit_scale"])
+        return contrastive_loss(
+            clip.image_features(p, jnp.asarray(IMAGES)), clip.text_features(p, jnp.asarray(IDS[:2])), p["logit_scale"]
+        )
 
     loss, metrics = forward(params)
     close(loss, theirs.loss)

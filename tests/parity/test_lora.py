@@ -72,7 +72,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def run(net, inputs):
-    apply = jax.jit(lambda params, x, context: net.apply({"params": params}, x, jnp.array(400), {"context": context}))
+    apply = jax.jit(lambda params, x, context: net.apply({"params": params}, x, jnp.array(400.0), {"context": context}))
     return lambda params: np.asarray(apply(params, *inputs))
 
 

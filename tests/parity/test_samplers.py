@@ -198,7 +198,7 @@ def test_flow_heun(steps: int) -> None:
     # this scheduler's sigmas run to 1 / T before the shift, on the grid shifted once more
     sigmas = np.append(scheduler.sigmas.numpy()[:-1:2], 0.0)
     grid = sigmas / (3.0 - 2.0 * sigmas)
-    close(walk(compiled(Heun(), schedule, "flow", False), Heun(), grid, X), want)
+    close(walk(compiled(Heun(), schedule, "flow", False), Heun(), grid, jnp.asarray(X)), want)
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpm++2m"])
@@ -245,7 +245,7 @@ def test_flow_sigmas() -> None:
 def test_tables(betas: str, zero: bool) -> None:
     scheduler = diffusers.DDIMScheduler(beta_schedule=betas, rescale_betas_zero_snr=zero)
     schedule = from_config(dict(scheduler.config))
-    t = jnp.arange(1000)
+    t = jnp.arange(1000.0)
     alpha_bar = scheduler.alphas_cumprod.numpy()
     # torch's float32 square root, which the rescaling takes, is off by a bit in places
     tolerance = 1e-5 if zero else 2e-7
@@ -257,7 +257,12 @@ def test_add_noise() -> None:
     scheduler = diffusers.DDPMScheduler(**LATENT)
     t = np.array([3, 777])
     want = scheduler.add_noise(torch.from_numpy(X), torch.from_numpy(NOISE[0]), torch.from_numpy(t)).numpy()
-    np.testing.assert_allclose(add_noise(DDPM(**LATENT), X, NOISE[0], jnp.asarray(t)), want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        add_noise(DDPM(**LATENT), jnp.asarray(X), jnp.asarray(NOISE[0]), jnp.asarray(t, jnp.float32)),
+        want,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -266,11 +271,12 @@ def test_guidance_rescale(kind: Kind) -> None:
     uncond, cond = torch.from_numpy(NOISE[0]), torch.from_numpy(NOISE[1])
     want = pipelines.rescale_noise_cfg(uncond + scale * (cond - uncond), cond, guidance_rescale=phi).numpy()
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    expected = to_prediction(kind, want, X, alpha, sigma)
+    x_t = jnp.asarray(X)
+    expected = to_prediction(kind, jnp.asarray(want), x_t, alpha, sigma)
 
     def paired(x: jax.Array, t: jax.Array) -> Prediction:
         return to_prediction(kind, jnp.concatenate([NOISE[0], NOISE[1]]), x, alpha, sigma)
 
-    got = cfg(paired, scale, rescale=phi, schedule=schedule, kind=kind)(X, t)
+    got = cfg(paired, scale, rescale=phi, schedule=schedule, kind=kind)(x_t, t)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_it_takes_the_autoencoders_place_in_a_pipeline(pair):
     generator = LatentDiffusion(
         net=None, vae=module, schedule=DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="linear"), kind="epsilon"
     )
-    pictures = np.asarray(generator.decode(params, z))
+    pictures = np.asarray(generator.decode(params, jnp.asarray(z)))
     with torch.no_grad():
         want = ((oracle.decode(nchw(z)).sample + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert pictures.dtype == np.uint8

@@ -142,6 +142,19 @@ def test_before_its_start_the_gan_is_off(setup, trained):
     close(gradient["vae"], want_gradient)
 
 
+@pytest.mark.slow
+def test_without_a_critic_the_gradient_is_that_of_before_its_start(setup, trained):
+    params, x = setup
+
+    def alone(p):
+        return autoencoder_loss(VAE, None, distance, p, x, KEY, 9, CONFIG)[0]
+
+    want, want_gradient = jax.jit(jax.value_and_grad(alone))({"vae": params["vae"]})
+    (loss, _), gradient = trained(params, 9)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    close(gradient["vae"], want_gradient["vae"])
+
+
 def test_without_a_gan_the_critic_is_not_part_of_the_program(setup):
     params, x = setup
     off = LossConfig(gan_weight=0.0)

@@ -59,7 +59,7 @@ def test_ssim_agrees_with_the_definition(pictures):
 def test_ssim_of_flat_pictures_is_the_luminance_term():
     x, y = np.full((1, 11, 11, 1), 0.2), np.full((1, 11, 11, 1), 0.9)
     expected = (2 * 0.18 + 1e-4) / (0.04 + 0.81 + 1e-4)
-    np.testing.assert_allclose(ssim(x, y, data_range=1), expected, rtol=1e-5)
+    np.testing.assert_allclose(reconstruction.ssim(x, y, data_range=1), expected, rtol=1e-5)
 
 
 def test_both_can_be_compiled_and_differentiated(pictures):

@@ -188,7 +188,7 @@ def test_config_there_and_back(config: UNetConfig) -> None:
         ("transformer_layers_per_block", [1, [1, 1], 1, 1], "needs reverse_transformer_layers_per_block"),
         ("transformer_layers_per_block", [1, [1], 1, 1], "needs reverse_transformer_layers_per_block"),
         ("conv_in_kernel", 4, "conv_in_kernel=4"),
-        ("norm_num_groups", None, "norm_num_groups=None"),
+        pytest.param("norm_num_groups", None, "norm_num_groups=None", marks=pytest.mark.wrong_types),
     ],
 )
 def test_unsupported_configs_are_named(key: str, value: object, words: str) -> None:

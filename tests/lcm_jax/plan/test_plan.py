@@ -24,7 +24,7 @@ from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
 from lcm_jax.plan import topologies
 from lcm_jax.plan.compiled_program import CompiledProgram
-from lcm_jax.plan.planning import _digest, bytes_needed, candidates
+from lcm_jax.plan.planning import Traced, _digest, bytes_needed, candidates
 from lcm_jax.plan.topologies import HOP, Topology, open_topology, parse
 from lcm_jax.runtime.flops import flops
 from lcm_jax.runtime.hardware import CHIPS, chip_of
@@ -400,9 +400,13 @@ def test_a_plan_is_known_again_by_its_program() -> None:
     """In which a call to cuDNN names where this process keeps the rules of its partitioning."""
 
     def digest(text: str) -> str:
-        lowered, mesh = SimpleNamespace(as_text=lambda: text), SimpleNamespace(shape={"data": 2})
-        traced: Any = SimpleNamespace(mesh=mesh, arguments=1, lowered=lowered)
-        return _digest(traced, torus("v5e", 2, 2))
+        class Known(Traced):
+            mesh: Any = SimpleNamespace(shape={"data": 2})
+            arguments, lowered = 1, SimpleNamespace(as_text=lambda: text)
+
+            def __init__(self) -> None: ...
+
+        return _digest(Known(), torus("v5e", 2, 2))
 
     call = '%1 = stablehlo.custom_call @CustomSPMDPartitioning(%0) {{backend_config = "{}"}} : tensor<{}xf32>'
     assert digest(call.format(140122359132880, 4)) == digest(call.format(140339688824336, 4))

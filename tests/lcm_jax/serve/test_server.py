@@ -316,6 +316,7 @@ BAD_TEXTS = [
 ]
 
 
+@pytest.mark.wrong_types
 def test_bad_text_is_told_and_changes_nothing(house: House, pipe: Any, moving: list[np.ndarray]) -> None:
     alone = solo(pipe)
     with Client(house) as client:
@@ -725,14 +726,14 @@ def test_a_picture_by_http(house: House) -> None:
         (b"[" * 100_000, "JSON"),
         ([1], 'a "prompt"'),
         ({"steps": 1}, 'a "prompt"'),
-        ({"prompt": 5}, "prompt is 5"),
+        pytest.param({"prompt": 5}, "prompt is 5", marks=pytest.mark.wrong_types),
         ({"prompt": "x" * 3000}, "at most 2000"),
         ({"prompt": "\ud83d"}, "printable"),
         ({"prompt": "x", "step": 3}, "'step' is no key"),
         ({"prompt": "x", "steps": 0}, "from 1 to 50"),
         ({"prompt": "x", "steps": True}, "whole number"),
         ({"prompt": "x", "seed": -1}, "seed is -1"),
-        ({"prompt": "x", "seed": None}, "seed is None"),
+        pytest.param({"prompt": "x", "seed": None}, "seed is None", marks=pytest.mark.wrong_types),
         ({"prompt": "x", "guidance": float("nan")}, "guidance is nan"),
         ({"prompt": "x", "guidance": 10**400}, "guidance is 1000"),
         ({"prompt": "x", "size": [16]}, "give [height, width]"),

@@ -275,8 +275,16 @@ def test_an_optimizer_descends_and_remembers_as_little_as_it_says(options: Any, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"algorithm": "sgd"}, "optimizer.algorithm is 'sgd'; use one of adamw, lion, adafactor", marks=pytest.mark.wrong_types),
-        pytest.param({"moment_dtype": "int8"}, "optimizer.moment_dtype is 'int8'; use one of float32, bfloat16", marks=pytest.mark.wrong_types),
+        pytest.param(
+            {"algorithm": "sgd"},
+            "optimizer.algorithm is 'sgd'; use one of adamw, lion, adafactor",
+            marks=pytest.mark.wrong_types,
+        ),
+        pytest.param(
+            {"moment_dtype": "int8"},
+            "optimizer.moment_dtype is 'int8'; use one of float32, bfloat16",
+            marks=pytest.mark.wrong_types,
+        ),
         ({"algorithm": "adafactor", "moment_dtype": "bfloat16"}, "adafactor has no first moment"),
     ],
 )

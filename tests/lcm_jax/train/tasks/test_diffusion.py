@@ -26,6 +26,7 @@ from lcm_jax.train.tasks.contrastive import ContrastiveTask
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import DistillationTask
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.weights.diffusers_folder import Component
 from mmdit import MMDiTConfig
 
 SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
