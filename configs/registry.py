@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lcm_jax.objectives import METHODS, method
-from lcm_jax.runtime.user_code import is_reference, load_object
+from lcm_jax.objectives import register as register_method
+from lcm_jax.runtime.user_code import call_without_arguments, is_reference, load_object
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.tasks.distillation import DistillationTask
 
@@ -16,7 +17,8 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {}
 
 def register(make: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
     """Register a config under its function's name, and return it; raise ValueError if the name is taken."""
-    if CONFIGS.get(make.__name__, make) is not make:
+    known = CONFIGS.get(make.__name__, make)
+    if (known.__module__, known.__qualname__) != (make.__module__, make.__qualname__):
         raise ValueError(f"config {make.__name__!r} is registered twice")
     CONFIGS[make.__name__] = make
     return make
@@ -47,7 +49,7 @@ def get(name: str) -> TrainConfig:
 def _of_a_file(reference: str) -> TrainConfig:
     config = load_object(reference, option="--config")
     if not isinstance(config, TrainConfig) and callable(config):
-        config = config()
+        config = call_without_arguments(config, source=f"--config {reference}")
     if not isinstance(config, TrainConfig):
         raise ValueError(
             f"--config {reference}: it is a {type(config).__name__}, not a TrainConfig or a function of one"
@@ -69,8 +71,8 @@ def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig
     if not isinstance(task, DistillationTask):
         raise ValueError(f"--objective: config {name} is no distillation")
     old = task.objective
-    if is_reference(method_name):
-        METHODS.setdefault(method_name, load_object(method_name, option="--objective"))
+    if is_reference(method_name) and method_name not in METHODS:
+        register_method(method_name)(load_object(method_name, option="--objective"))
     objective = method(method_name, schedule=old.schedule, kind=old.kind)
     if objective.needs_teacher and (objective.embed_w or old.w_min == old.w_max):
         objective = replace(objective, w_min=old.w_min, w_max=old.w_max)

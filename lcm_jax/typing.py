@@ -39,8 +39,8 @@ Shapes = PyTree[jax.ShapeDtypeStruct]  # of parameters
 Cond = Mapping[str, Array]
 Carry = PyTree[jax.Array]
 Image = Float[Array, "b h w c"]
-Time = Float[Array | np.ndarray, "*b"] | float  # all times of one call have the same shape
-AnyTime = Float[Array | np.ndarray, "..."] | float  # each may have its own
+Time = Float[Array | np.ndarray, "*b"] | np.floating | float  # all times of one call have the same shape
+AnyTime = Float[Array | np.ndarray, "..."] | np.floating | float  # each may have its own
 
 Kind = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 

@@ -91,6 +91,7 @@ def test_only_optional_dependencies_are_imported_inside_functions() -> None:
         for name in imports(path, top=False) - imports(path, top=True)
         if name.split(".")[0] in PACKAGES
     }
+    hidden = {(module, name) for module, name in hidden if module != "lcm_jax.__init__"}  # lazy, for type checkers only
     assert {module for module, _ in hidden} <= {"lcm_jax.cli.main"}
     assert {name for _, name in hidden if not name.startswith(("lcm_jax.stream.", "lcm_jax.serve."))} <= {
         "lcm_jax.data.load_source",

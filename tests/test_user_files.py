@@ -15,7 +15,11 @@ from safetensors.numpy import load_file
 import lcm_jax
 from lcm_jax import configs, data
 from lcm_jax.cli import main as cli
-from lcm_jax.objectives import METHODS
+from lcm_jax.data.sources import OPENERS
+from lcm_jax.diffusion.samplers import Sampler
+from lcm_jax.diffusion.samplers import register as register_sampler
+from lcm_jax.objectives import METHODS, FewStep
+from lcm_jax.objectives import register as register_method
 from lcm_jax.runtime.user_code import load_object
 from lcm_jax.train.config import TrainConfig
 
@@ -60,7 +64,8 @@ def test_a_solver_draws_from_the_command_line_and_from_python(tiny_model: Path, 
     assert cli.main([*command, "--sampler", reference]) == 0
     assert out.is_file()
     pipe = lcm_jax.load(tiny_model)
-    one, other = (pipe("red heart", steps=3, sampler=sampler) for sampler in (reference, "ddim"))
+    solver = load_object(reference, option="sampler")
+    one, other = (pipe("red heart", steps=3, sampler=sampler) for sampler in (solver, "ddim"))
     assert one.shape == other.shape
     assert np.any(one != other)
 
@@ -106,15 +111,86 @@ def test_what_cannot_be_found_is_one_line(text: str, message: str, capsys: pytes
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def make(width): ...", r"it needs arguments \(width\); give a function without any"),
+        ("make = 3", "it is a int, not a TrainConfig"),
+        ("import no_such_neighbour\nmake = 3", r"mistake_2.py: No module named 'no_such_neighbour'"),
+    ],
+)
+def test_mistakes_in_a_file_are_one_line(
+    text: str, message: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    number = request.node.callspec.indices["text"]
+    path = tmp_path / f"mistake_{number}.py"
+    path.write_text(text)
+    with pytest.raises((ValueError, ModuleNotFoundError), match=message):
+        configs.get(f"{path}:make")
+
+
+def test_a_file_may_import_its_neighbours_and_have_dots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_neighbour.py").write_text("value = 7")
+    (tmp_path / "my.own.v2.py").write_text("from my_neighbour import value")
+    assert load_object(f"{tmp_path}/my.own.v2.py:value", option="--config") == 7
+    monkeypatch.syspath_prepend(tmp_path)  # as where Python runs in the file's own folder
+    (tmp_path / "my_third.py").write_text("value = 8")
+    assert load_object(f"{tmp_path}/my_third.py:value", option="--config") == 8
+
+
+@pytest.mark.wrong_types
+def test_what_is_no_method_sampler_or_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"give a class that extends lcm_jax\.objectives\.FewStep"):
+        register_method("mine")(lambda nets, batch, key: 0.0)
+    with pytest.raises(ValueError, match="OnlyHalf has no __call__"):
+        register_method("mine")(type("OnlyHalf", (FewStep,), {}))
+    with pytest.raises(ValueError, match="solver Euler2 has no order, evaluations, stochastic, init, step"):
+        Sampler(solver=type("Euler2", (), {})())
+    with pytest.raises(ValueError, match="'mine' is a int: give a Sampler"):
+        register_sampler("mine", 3)
+    with pytest.raises(ValueError, match="'mine' is a int: give a function"):
+        data.register("mine", 3)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "it has no records"),
+        (
+            [{"image": np.zeros((8, 8, 3)), "caption": "a"}],
+            r"image must be a uint8 array .*, and is float64 \(8, 8, 3\)",
+        ),
+        ([{"image": np.zeros((8, 8, 3), np.uint8)}], "record 0: caption must be a text, and is NoneType"),
+        (None, "its function returned a NoneType, without __len__"),
+    ],
+)
+def test_a_wrong_record_names_the_source_and_the_field(records: object, message: str) -> None:
+    data.register("wrong", lambda text, split, size: records)
+    try:
+        with pytest.raises(ValueError, match=f"data wrong:x.*{message}"):
+            data.load_source("wrong:x", "train", 8)
+    finally:
+        del OPENERS["wrong"]
+
+
 def test_a_file_of_a_modules_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "json.py").write_text("x = 1")
-    with pytest.raises(ValueError, match=r"json.py has the name of another Python module; rename the file"):
+    with pytest.raises(ValueError, match=r"json.py has the name of another Python module, .*; rename your file"):
         load_object(f"{tmp_path / 'json.py'}:x", option="--config")
 
 
 def test_the_page_shows_every_example() -> None:
     page = (EXAMPLES.parent / "extending.md").read_text()
     assert set(re.findall(r"examples/(\w+\.py)", page)) == {path.name for path in EXAMPLES.glob("*.py")}
+
+
+@pytest.mark.slow
+def test_the_code_of_the_page_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "extending.md").read_text(), re.S)
+    names: dict[str, object] = {}
+    exec(compile(code, "extending.md", "exec"), names)
+    assert names["latents"].shape == (1, 8, 8, 16)
 
 
 def test_jit_takes_closed_over_arrays_as_arguments(tiny_model: Path) -> None:
@@ -135,6 +211,27 @@ def test_jit_takes_closed_over_arrays_as_arguments(tiny_model: Path) -> None:
     compiled(x + 1.0, t)
     assert len(traced) == count  # the second call runs what the first compiled
     assert len(jax.tree.leaves(denoise)) > len(jax.tree.leaves(denoise.params))  # parameters, conditioning, guidance
+
+
+def test_jit_under_other_transformations_is_part_of_them() -> None:
+    weights = jnp.arange(4.0)
+    square = lcm_jax.jit(lambda x: (x * weights) ** 2)
+    x = jnp.full(4, 3.0)
+    np.testing.assert_allclose(jax.jit(square)(x), square(x))
+    np.testing.assert_allclose(lcm_jax.jit(lambda x: square(x) + 1.0)(x), square(x) + 1.0)
+    np.testing.assert_allclose(jax.grad(lambda x: square(x).sum())(x), 2.0 * x * weights**2)
+    np.testing.assert_allclose(jax.vmap(square)(x[None]), square(x)[None])
+    np.testing.assert_allclose(jax.lax.scan(lambda c, _: (square(c) / 9.0, None), x, None, length=1)[0], weights**2)
+    with jax.disable_jit():
+        np.testing.assert_allclose(square(x), 9.0 * weights**2)
+
+
+def test_jit_keeps_equal_values_of_other_types_apart() -> None:
+    named = lcm_jax.jit(lambda x, kind: x * {bool: 2, float: 3, int: 5}[type(kind)], static_argnames="kind")
+    assert [int(named(jnp.int32(1), kind)) for kind in (1, True, 1.0)] == [5, 2, 3]
+    assert int(named(jnp.int32(1), kind=True)) == 2
+    last = lcm_jax.jit(lambda x, n: x * n, static_argnums=-1)
+    assert int(last(jnp.int32(2), 3)) == 6
 
 
 def test_jit_takes_static_donated_and_keyword_arguments() -> None:

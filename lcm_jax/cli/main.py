@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
         warnings.showwarning = _show_warning
+        warnings.filterwarnings("default", category=DeprecationWarning, module="lcm_jax")  # of names the user typed
     use_compilation_cache()
     arguments, rest = parser(RUNS).parse_known_args(argv)
     try:

@@ -106,12 +106,30 @@ def load_buckets(name: str, split: str, sizes: Sequence[Size], *, check: bool = 
     if kind in OPENERS:
         if len(sizes) > 1:
             raise ValueError(f"{name}: the registered sources have one size; leave buckets out")
-        return {size: OPENERS[kind](rest, split, size[0]) for size in sizes}
+        return {size: _checked(OPENERS[kind](rest, split, size[0]), name) for size in sizes}
     known = ", ".join([*OPENMOJI, *(f"{kind}:TEXT" for kind in OPENERS)])
     raise ValueError(
         f"no data source {name!r}: give {known}, folder:PATH (an existing folder), tar:FILES, tfds:NAME or the folder "
         "of an encoded data set"
     )
+
+
+def _checked(source: Any, name: str) -> Source:
+    """Return a registered source; ValueError, which names the source and the field, if its first record is wrong."""
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise ValueError(
+            f"data {name}: its function returned a {type(source).__name__}, without __len__ or __getitem__"
+        )
+    if len(source) == 0:
+        raise ValueError(f"data {name}: it has no records")
+    record = source[0]
+    image, caption = (record.get(field) if isinstance(record, Mapping) else None for field in ("image", "caption"))
+    if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+        found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"data {name}, record 0: image must be a uint8 array (height, width, 3), and is {found}")
+    if not isinstance(caption, str):
+        raise ValueError(f"data {name}, record 0: caption must be a text, and is {type(caption).__name__}")
+    return source
 
 
 Opener = Callable[[str, str, int], Source]
@@ -137,7 +155,14 @@ def register(kind: str, opener: Opener) -> Opener:
     (4, (8, 8, 3), 'a grey square')
     >>> del OPENERS["grey"]
     """
-    if kind in ("folder", "tar", "tfds", *OPENMOJI) or OPENERS.get(kind, opener) is not opener:
+    if not callable(opener):
+        raise ValueError(
+            f"data source {kind!r} is a {type(opener).__name__}: give a function (text, split, size) -> source"
+        )
+    known = OPENERS.get(kind, opener)
+    again = (getattr(known, "__module__", 0), getattr(known, "__qualname__", 0))
+    same = again == (getattr(opener, "__module__", 1), getattr(opener, "__qualname__", 1)) or known is opener
+    if kind in ("folder", "tar", "tfds", *OPENMOJI) or not same:
         raise ValueError(f"data source {kind!r} is registered already: give yours another name")
     OPENERS[kind] = opener
     return opener

@@ -24,7 +24,7 @@ class Sampler:
 
     grid: the times on a discrete table; None: the schedule's own (`Schedule.grid`). `time_grid` serves all schedules.
     spread_start: the noise starts at sigma(t_0), not at 1, unless the spacing is leading (diffusers' Euler and Heun).
-    consistency: the denoiser must be a consistency function.
+    consistency: the denoiser must be a consistency function. ValueError for a solver that lacks one of its facts.
     even: in continuous time its steps are equally long, and all lie below the strength.
     diffusers: the scheduler classes of diffusers that are this sampler, step by step.
     replaces: scheduler classes of diffusers that this library lacks: this sampler draws for them, with a warning.
@@ -44,6 +44,13 @@ class Sampler:
     even: bool = False
     diffusers: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        facts = ("order", "evaluations", "stochastic", "init", "step")
+        if missing := [name for name in facts if not hasattr(self.solver, name)]:
+            raise ValueError(
+                f"solver {type(self.solver).__name__} has no {', '.join(missing)}: see lcm_jax.typing.Solver"
+            )
 
     @property
     def streams(self) -> bool:
@@ -179,6 +186,8 @@ def register(name: str, sampler: Sampler) -> Sampler:
     0.9
     >>> del SAMPLERS["tcd-noisy"]
     """
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler {name!r} is a {type(sampler).__name__}: give a Sampler, such as Sampler(solver=...)")
     if SAMPLERS.get(name, sampler) != sampler:
         raise ValueError(f"sampler {name!r} is registered already: give yours another name")
     SAMPLERS[name] = sampler
@@ -199,17 +208,17 @@ def sampler_name(name: str) -> str:
         warnings.warn(f"sampler {name!r} is now called {_RENAMED[name]!r}", DeprecationWarning, stacklevel=3)
         name = _RENAMED[name]
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, n=1)
+        near = difflib.get_close_matches(name.lower().replace("pp", "++").replace("_", ""), SAMPLERS, n=1)
         hint = f", did you mean {near[0]}?" if near else ";"
         raise ValueError(f"sampler {name!r} is unknown{hint} known are {', '.join(SAMPLERS)}")
     return name
 
 
-def get_sampler(name: str) -> Sampler:
-    """Return the sampler of a name; ValueError lists the known names.
+def get_sampler(name: str | Sampler) -> Sampler:
+    """Return the sampler of a name, or a sampler itself; ValueError lists the known names.
 
     >>> from lcm_jax.diffusion.samplers import get_sampler
     >>> get_sampler("euler_a").solver
     DDIM(eta=1.0)
     """
-    return SAMPLERS[sampler_name(name)]
+    return name if isinstance(name, Sampler) else SAMPLERS[sampler_name(name)]

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
 
 from lcm_jax.diffusion.parameterization import add_noise
-from lcm_jax.diffusion.samplers import Sampler, get_sampler, sampler_name, time_grid
+from lcm_jax.diffusion.samplers import Sampler, get_sampler, time_grid
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
@@ -157,7 +157,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] = "",
         steps: int = 4,
         guidance: float = 1.0,
-        sampler: str = "lcm",
+        sampler: str | Sampler = "lcm",
         gamma: float | None = None,
         seed: int = 0,
         size: tuple[int, int] | None = None,
@@ -180,9 +180,9 @@ class Pipeline:
 
         prompt, negative_prompt: one text or a list. steps: solver steps, each of as many network evaluations as the
         sampler's solver declares. guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding
-        receives w = guidance - 1. sampler: a name in `diffusion.samplers.SAMPLERS`. gamma: for tcd, the share of a step
-        that is noise, 0.3 by default. seed: the seed of the noise. size: (height, width) in pixels, the model's own by
-        default. latents: the initial unit noise, for parity with other systems.
+        receives w = guidance - 1. sampler: a name in `diffusion.samplers.SAMPLERS`, or a `Sampler`. gamma: for tcd, the
+        share of a step that is noise, 0.3 by default. seed: the seed of the noise. size: (height, width) in pixels, the
+        model's own by default. latents: the initial unit noise, for parity with other systems.
         image, strength: image-to-image; the image is noised up to `strength` (0.6 by default) of the way and redrawn.
         mask: inpainting; only white (128 and above) or true pixels are redrawn, from pure noise without a strength.
 
@@ -197,7 +197,7 @@ class Pipeline:
         ValueError, before anything is drawn, for options that do not fit the model or one another.
         """
         prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
-        sampler = sampler_name(sampler)
+        spec = get_sampler(sampler)
         for name, value in (("strength", strength), ("mask", mask)):
             if value is not None and image is None:
                 raise ValueError(f"{name} is given without an image; image-to-image and inpainting need one")
@@ -208,7 +208,7 @@ class Pipeline:
         model, spacing = self._on_shift(shift, double_shift)
         size = self.check_size(image.shape[-3:-1] if image is not None and size is None else size)
         sizes = self.size_conditioning(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
-        spec = get_sampler(sampler).at(steps, spacing)
+        spec = spec.at(steps, spacing)
         if gamma is not None:
             if sampler != "tcd":
                 raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")

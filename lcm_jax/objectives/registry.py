@@ -53,7 +53,8 @@ METHODS: dict[str, Callable[..., FewStep]] = {
 def register(name: str) -> Callable[[type[FewStep]], type[FewStep]]:
     """Register a few-step objective under a new name, which `lcm-jax distill --objective` then knows.
 
-    Use it as a decorator of the class. ValueError where the name is taken.
+    Use it as a decorator of the class; the same class, imported again, replaces itself. ValueError where the name is
+    taken, or for anything but a class that extends `FewStep` and has `__call__`.
 
     >>> from dataclasses import dataclass
     >>> from lcm_jax.diffusion.schedules import DDPM
@@ -68,8 +69,13 @@ def register(name: str) -> Callable[[type[FewStep]], type[FewStep]]:
     """
 
     def add(objective: type[FewStep]) -> type[FewStep]:
-        known = METHODS.get(name, objective)
-        if known is not objective:
+        if not (isinstance(objective, type) and issubclass(objective, FewStep)):
+            kind = type(objective).__name__ if not isinstance(objective, type) else f"class {objective.__name__}"
+            raise ValueError(f"objective {name!r} is a {kind}: give a class that extends lcm_jax.objectives.FewStep")
+        if missing := ", ".join(sorted(objective.__abstractmethods__)):
+            raise ValueError(f"objective {name!r}: {objective.__name__} has no {missing}")
+        known: Any = METHODS.get(name, objective)
+        if getattr(known, "__qualname__", None) != objective.__qualname__ or known.__module__ != objective.__module__:
             raise ValueError(f"objective {name!r} is registered already: give yours another name")
         METHODS[name] = objective
         return objective

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -24,19 +25,22 @@ class _Program(NamedTuple):
 def jit(
     function: Callable[P, R],
     *,
-    static_argnums: int | tuple[int, ...] = (),
-    donate_argnums: int | tuple[int, ...] = (),
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    donate_argnums: int | Sequence[int] = (),
     low_precision: bool = False,
 ) -> Callable[P, R]:
     """Compile a function as the library compiles its own programs, for loops of your own over `pipe.denoiser`.
 
     `jax.jit` copies every array that the function closes over, such as a model's weights, into the program as a
-    constant: compilation and memory grow by all of them, and on a CPU the compiler then lays them out anew. Here they
-    are arguments. The values are those at the first call, as with `jax.jit`. Compiler options are those of
-    `runtime.compiler_options`.
+    constant: compilation and memory grow with them, and on a CPU the compiler lays them out again. Here they are
+    arguments of the program. Their values are those at the first call, as with `jax.jit`. The compiler options are
+    those of `runtime.compiler_options`. Inside another transformation (jit, grad, scan, ...) the function is traced as
+    part of that one, and under `jax.disable_jit()` it runs as it stands.
 
-    static_argnums: positional arguments that are Python values, one program for each. donate_argnums: arguments whose
-    buffers the result may reuse. low_precision: most of the function's products are of bfloat16 or int8.
+    static_argnums, static_argnames: arguments that are hashable Python values, one program for each. donate_argnums:
+    arguments whose buffers the result may reuse. low_precision: most of the function's products are of bfloat16 or
+    int8.
 
     >>> import jax.numpy as jnp
     >>> import lcm_jax
@@ -45,31 +49,60 @@ def jit(
     >>> float(double_sum(jnp.ones((1, 512))))
     524288.0
     """
-    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+    positions, names = _static(function, static_argnums, static_argnames)
     donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
     programs: dict[Any, _Program] = {}
 
-    def trace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Program:
-        closed, shapes = jax.make_jaxpr(function, static_argnums=static, return_shape=True)(*args, **kwargs)
+    def trace(args: tuple[Any, ...], kwargs: dict[str, Any], fixed: set[int]) -> _Program:
+        dynamic = [i for i in range(len(args)) if i not in fixed]
+
+        def of_arrays(arrays: Sequence[Any], keywords: dict[str, Any]) -> Any:
+            filled = list(args)
+            for i, array in zip(dynamic, arrays, strict=True):
+                filled[i] = array
+            return function(*filled, **{**kwargs, **keywords})
+
+        keywords = {name: value for name, value in kwargs.items() if name not in names}
+        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)([args[i] for i in dynamic], keywords)
         structure = jax.tree.structure(shapes)
 
-        def run(constants: list[Any], kwargs: dict[str, Any], *args: Any) -> Any:
-            leaves = jax.tree.leaves((args, kwargs))
+        def run(constants: list[Any], keywords: dict[str, Any], *arrays: Any) -> Any:
+            leaves = jax.tree.leaves((arrays, keywords))
             return jax.tree.unflatten(structure, jax.core.eval_jaxpr(closed.jaxpr, constants, *leaves))
 
-        # (constants, kwargs, *arguments without the static ones)
-        moved = tuple(2 + i - sum(j < i for j in static) for i in donated)
+        given = tuple(2 + dynamic.index(i % len(args)) for i in donated)
         options = compiler_options(low_precision=low_precision)
-        return _Program(jax.jit(run, donate_argnums=moved, compiler_options=options), list(closed.consts))
+        return _Program(jax.jit(run, donate_argnums=given, compiler_options=options), list(closed.consts))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        arrays = tuple(value for i, value in enumerate(args) if i not in static)
-        leaves, structure = jax.tree.flatten((arrays, kwargs))
-        key = (tuple(args[i] for i in static), structure, tuple(map(jax.typeof, leaves)))
+        fixed = {i % len(args) for i in positions if -len(args) <= i < len(args)}
+        arrays = tuple(value for i, value in enumerate(args) if i not in fixed)
+        keywords = {name: value for name, value in kwargs.items() if name not in names}
+        leaves, structure = jax.tree.flatten((arrays, keywords))
+        if jax.config.values["jax_disable_jit"] or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return function(*args, **kwargs)
+        constants = [*(args[i] for i in sorted(fixed)), *(kwargs[name] for name in sorted(kwargs.keys() & names))]
+        static = tuple((type(value), value) for value in constants)  # 1, 1.0 and True are equal, and not the same
+        key = (static, tuple(sorted(kwargs)), structure, tuple(map(jax.typeof, leaves)))
         program = programs.get(key)
         if program is None:
-            program = programs[key] = trace(args, kwargs)
-        return program.run(program.constants, kwargs, *arrays)
+            program = programs[key] = trace(args, kwargs, fixed)
+        return program.run(program.constants, keywords, *arrays)
 
     return call
+
+
+def _static(
+    function: Callable[..., Any], argnums: int | Sequence[int], argnames: str | Sequence[str]
+) -> tuple[tuple[int, ...], frozenset[str]]:
+    """Return the positions and the names of the static arguments, which may be passed by either."""
+    positions = [argnums] if isinstance(argnums, int) else list(argnums)
+    names = [argnames] if isinstance(argnames, str) else list(argnames)
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a built-in function has no signature
+        parameters = []
+    named = [parameters[i] for i in positions if -len(parameters) <= i < len(parameters)]
+    numbered = [parameters.index(name) for name in names if name in parameters]
+    return tuple(positions + numbered), frozenset(names + named)

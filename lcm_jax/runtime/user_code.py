@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,23 +16,23 @@ _REFERENCE = re.compile(r"(?P<module>.+\.py|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*):(?P<n
 
 
 def is_reference(text: str) -> bool:
-    """Return whether a text is "FILE.py:NAME" or "MODULE:NAME".
+    """Return whether a text is meant as "FILE.py:NAME" or "MODULE:NAME", the name perhaps forgotten.
 
     >>> from lcm_jax.runtime.user_code import is_reference
     >>> is_reference("my_file.py:my_config"), is_reference("openmoji_lcm"), is_reference("folder:my/pictures")
     (True, False, False)
     """
-    return _REFERENCE.fullmatch(text) is not None
+    return _REFERENCE.fullmatch(text) is not None or text.removesuffix(":").endswith(".py")
 
 
 def load_object(reference: str, *, option: str) -> Any:
     """Import the file or module of a reference, "FILE.py:NAME" or "MODULE:NAME", and return the object of that name.
 
     This runs the file's code: give it only what the user typed, never a name that was read from a file. A file is
-    imported once, under its own name. option: named in errors, such as "--config".
+    imported once, and may import others of its folder. option: named in errors, such as "--config".
 
     ValueError for a text of another form or a name that the file does not have, FileNotFoundError for an absent file,
-    ModuleNotFoundError for an absent module; errors of the file itself come through as they are.
+    ModuleNotFoundError for an absent module; other errors of the file come through as they are.
 
     >>> from pathlib import Path
     >>> from lcm_jax.runtime.user_code import load_object
@@ -54,19 +56,52 @@ def import_file(path: Path, *, option: str) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"{option}: no file {path}")
     path = path.resolve()
-    module = sys.modules.get(path.stem)
-    if module is not None and getattr(module, "__file__", None) == str(path):
+    name = re.sub(r"\W", "_", path.stem)
+    module = sys.modules.get(name)
+    known = getattr(module, "__file__", None) if module is not None else _origin(name)
+    if module is not None and known is not None and Path(known).resolve() == path:
         return module
-    if module is not None or importlib.util.find_spec(path.stem) is not None:
-        raise ValueError(f"{option}: {path.name} has the name of another Python module; rename the file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module is not None or (known is not None and Path(known).resolve() != path):
+        raise ValueError(f"{option}: {path.name} has the name of another Python module, {known}; rename your file")
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{option}: {path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
+    sys.path.append(str(path.parent))  # at the end, so that none of its neighbours hides a module
     try:
         spec.loader.exec_module(module)
+    except ModuleNotFoundError as error:
+        del sys.modules[name]
+        raise ModuleNotFoundError(f"{option}: {path}: {error}", name=error.name) from error
     except BaseException:
-        del sys.modules[path.stem]
+        del sys.modules[name]
         raise
+    finally:
+        sys.path.remove(str(path.parent))
     return module
+
+
+def call_without_arguments(function: Callable[..., Any], *, source: str) -> Any:
+    """Call a function or class of a user's file; ValueError, which names `source`, where it needs arguments.
+
+    >>> from lcm_jax.runtime.user_code import call_without_arguments
+    >>> call_without_arguments(lambda width: width, source="--config my.py:make")
+    Traceback (most recent call last):
+    ValueError: --config my.py:make: it needs arguments (width); give a function without any
+    """
+    needed = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise ValueError(f"{source}: it needs arguments ({', '.join(needed)}); give a function without any")
+    return function()
+
+
+def _origin(name: str) -> str | None:
+    """Return the file of the module that `import name` would load, or what kind of module it is; None for none."""
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.origin

@@ -153,9 +153,9 @@ def sampler_of(config: Mapping[str, Any], *, source: str = "scheduler_config.jso
     sampler = SCHEDULERS.get(scheduler, "ddim")
     if scheduler in SAMPLERS[sampler].replaces:
         warnings.warn(
-            f"{source} asks for {scheduler}, which this library does not have: {sampler!r} "
+            f"{source} asks for {scheduler}, for which this library has no sampler: {sampler!r} "
             f"({SAMPLERS[sampler].diffusers[0]}) draws in its place; name a sampler to choose another",
-            stacklevel=2,
+            stacklevel=3,
         )
     return sampler
 
