@@ -33,7 +33,7 @@ def tiny_keys(tiny_model: Path, pictures: Path) -> list[str]:
     keys = {f"task.{name}": str(tiny_model) for name in ("teacher", "vae", "text")}
     keys |= {f"task.{name}.name": f"folder:{pictures}" for name in ("data", "prompts")}
     keys |= {"task.data.size": "16", "task.prompts.size": "16", "task.prompts.split": "train"}
-    keys |= {"steps": "2", "batch-size": "2", "task.guidance-dim": "8", "ema-every": "1"}
+    keys |= {"steps": "2", "batch-size": "2", "task.guidance-dim": "8", "task.preview-steps": "1"}
     return [text for key, value in keys.items() for text in (f"--{key}", value)]
 
 
@@ -42,8 +42,10 @@ def test_a_method_of_80_lines_trains_from_the_command_line(
 ) -> None:
     assert len(METHOD.read_text().splitlines()) <= 80
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "run"
-    assert cli.main(["distill", "--config", f"{METHOD}:reflow_openmoji", "--workdir", str(run), *tiny_keys]) == 0
+    run, short = tmp_path / "run", ["--task.objective.solver-steps", "1"]
+    assert (
+        cli.main(["distill", "--config", f"{METHOD}:reflow_openmoji", "--workdir", str(run), *tiny_keys, *short]) == 0
+    )
     student = lcm_jax.load(run / "export")
     assert student.default_sampler == "ddim"  # as the method says
     trained, start = (lcm_jax.load(path).net_params["conv_in"]["kernel"] for path in (run / "export", tiny_model))

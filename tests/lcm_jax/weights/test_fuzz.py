@@ -137,6 +137,7 @@ def into_network(values: dict[str, np.ndarray]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: expected[tuple(k.key for k in path)], LIKE)
 
 
+@pytest.mark.wrong_types  # the checks of types would count as its memory
 def test_whole_files(tmp_path: Path) -> None:
     rng, path = np.random.default_rng(1), tmp_path / "x.safetensors"
     wholes = []
