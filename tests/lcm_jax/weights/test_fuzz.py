@@ -80,13 +80,20 @@ def damage(rng: np.random.Generator, data: bytes, end: int) -> bytes:
 
 def attempt(load: Callable[[], Any], folder: Path, size: int) -> Any:
     """What a load gives; None where it is refused as it should be. Its memory is bounded by the size of the files."""
-    tracemalloc.reset_peak()
-    before, message = tracemalloc.get_traced_memory()[0], None
-    try:
-        found = load()
-    except (ValueError, FileNotFoundError) as error:
-        found, message = None, str(error)
-    assert tracemalloc.get_traced_memory()[1] - before < 16 * size + (1 << 18)
+
+    def measured() -> tuple[Any, str | None, int]:
+        tracemalloc.reset_peak()
+        before, found, message = tracemalloc.get_traced_memory()[0], None, None
+        try:
+            found = load()
+        except (ValueError, FileNotFoundError) as error:
+            message = str(error)
+        return found, message, tracemalloc.get_traced_memory()[1] - before
+
+    found, message, memory = measured()
+    if memory >= 16 * size + (1 << 18):  # a first call makes what stays, such as the checks of its types
+        found, message, memory = measured()
+    assert memory < 16 * size + (1 << 18)
     if message is not None:
         assert str(folder) in message
         assert len(message.splitlines()) == 1
@@ -137,7 +144,6 @@ def into_network(values: dict[str, np.ndarray]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: expected[tuple(k.key for k in path)], LIKE)
 
 
-@pytest.mark.wrong_types  # the checks of types would count as its memory
 def test_whole_files(tmp_path: Path) -> None:
     rng, path = np.random.default_rng(1), tmp_path / "x.safetensors"
     wholes = []
@@ -171,7 +177,6 @@ def test_whole_files(tmp_path: Path) -> None:
     assert 0.4 < refused / CASES["whole"] < 0.9  # the damage is neither always fatal nor always harmless
 
 
-@pytest.mark.wrong_types  # it measures memory, which the checks take too
 def test_shards(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     save_tensors(tmp_path / "model.safetensors", tensors(np.float16), max_shard_size=500)
