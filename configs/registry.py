@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lcm_jax.objectives import METHODS, method
 from lcm_jax.objectives import register as register_method
-from lcm_jax.runtime.user_code import call_without_arguments, is_reference, load_object
+from lcm_jax.runtime.user_code import call_without_arguments, is_reference, is_same_definition, load_object
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.tasks.distillation import DistillationTask
 
@@ -17,8 +17,7 @@ CONFIGS: dict[str, Callable[[], TrainConfig]] = {}
 
 def register(make: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
     """Register a config under its function's name, and return it; raise ValueError if the name is taken."""
-    known = CONFIGS.get(make.__name__, make)
-    if (known.__module__, known.__qualname__) != (make.__module__, make.__qualname__):
+    if not is_same_definition(CONFIGS.get(make.__name__, make), make):
         raise ValueError(f"config {make.__name__!r} is registered twice")
     CONFIGS[make.__name__] = make
     return make

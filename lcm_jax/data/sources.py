@@ -35,6 +35,7 @@ from lcm_jax.data.buckets import nearest_bucket
 from lcm_jax.data.tars import find_tars, read_samples
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.image_io import SUFFIXES, Size, check_picture, read_picture
+from lcm_jax.runtime.user_code import is_same_definition
 
 OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji is decoded once up to this size (128 pixels), else on each reading
@@ -159,10 +160,7 @@ def register(kind: str, opener: Opener) -> Opener:
         raise ValueError(
             f"data source {kind!r} is a {type(opener).__name__}: give a function (text, split, size) -> source"
         )
-    known = OPENERS.get(kind, opener)
-    again = (getattr(known, "__module__", 0), getattr(known, "__qualname__", 0))
-    same = again == (getattr(opener, "__module__", 1), getattr(opener, "__qualname__", 1)) or known is opener
-    if kind in ("folder", "tar", "tfds", *OPENMOJI) or not same:
+    if kind in ("folder", "tar", "tfds", *OPENMOJI) or not is_same_definition(OPENERS.get(kind, opener), opener):
         raise ValueError(f"data source {kind!r} is registered already: give yours another name")
     OPENERS[kind] = opener
     return opener

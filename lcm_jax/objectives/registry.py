@@ -18,6 +18,7 @@ from lcm_jax.objectives.trajectory import (
     PhasedConsistency,
     TrajectoryConsistencyDistillation,
 )
+from lcm_jax.runtime.user_code import is_same_definition
 
 _FROM_DATA: dict[str, Any] = {"w_min": 0.0, "w_max": 0.0, "embed_w": False}
 _IMPROVED: dict[str, Any] = {
@@ -74,8 +75,7 @@ def register(name: str) -> Callable[[type[FewStep]], type[FewStep]]:
             raise ValueError(f"objective {name!r} is a {kind}: give a class that extends lcm_jax.objectives.FewStep")
         if missing := ", ".join(sorted(objective.__abstractmethods__)):
             raise ValueError(f"objective {name!r}: {objective.__name__} has no {missing}")
-        known: Any = METHODS.get(name, objective)
-        if getattr(known, "__qualname__", None) != objective.__qualname__ or known.__module__ != objective.__module__:
+        if not is_same_definition(METHODS.get(name, objective), objective):
             raise ValueError(f"objective {name!r} is registered already: give yours another name")
         METHODS[name] = objective
         return objective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -53,31 +53,27 @@ def jit(
     donated = (donate_argnums,) if isinstance(donate_argnums, int) else tuple(donate_argnums)
     programs: dict[Any, _Program] = {}
 
-    def trace(args: tuple[Any, ...], kwargs: dict[str, Any], fixed: set[int]) -> _Program:
-        dynamic = [i for i in range(len(args)) if i not in fixed]
-
-        def of_arrays(arrays: Sequence[Any], keywords: dict[str, Any]) -> Any:
-            filled = list(args)
-            for i, array in zip(dynamic, arrays, strict=True):
-                filled[i] = array
+    def trace(args: Sequence[Any], kwargs: Mapping[str, Any], arrays: Mapping[int, Any], keywords: Any) -> _Program:
+        def of_arrays(arrays: Mapping[int, Any], keywords: Mapping[str, Any]) -> Any:
+            filled = [arrays.get(i, value) for i, value in enumerate(args)]
             return function(*filled, **{**kwargs, **keywords})
 
-        keywords = {name: value for name, value in kwargs.items() if name not in names}
-        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)([args[i] for i in dynamic], keywords)
+        closed, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(arrays, keywords)
         structure = jax.tree.structure(shapes)
 
         def run(constants: list[Any], keywords: dict[str, Any], *arrays: Any) -> Any:
-            leaves = jax.tree.leaves((arrays, keywords))
+            leaves = jax.tree.leaves((arrays, keywords))  # in the order of their positions, as they were traced
             return jax.tree.unflatten(structure, jax.core.eval_jaxpr(closed.jaxpr, constants, *leaves))
 
-        given = tuple(2 + dynamic.index(i % len(args)) for i in donated)
+        order = list(arrays)
+        given = tuple(2 + order.index(i % len(args)) for i in donated)
         options = compiler_options(low_precision=low_precision)
         return _Program(jax.jit(run, donate_argnums=given, compiler_options=options), list(closed.consts))
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         fixed = {i % len(args) for i in positions if -len(args) <= i < len(args)}
-        arrays = tuple(value for i, value in enumerate(args) if i not in fixed)
+        arrays = {i: value for i, value in enumerate(args) if i not in fixed}
         keywords = {name: value for name, value in kwargs.items() if name not in names}
         leaves, structure = jax.tree.flatten((arrays, keywords))
         if jax.config.values["jax_disable_jit"] or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
@@ -87,8 +83,8 @@ def jit(
         key = (static, tuple(sorted(kwargs)), structure, tuple(map(jax.typeof, leaves)))
         program = programs.get(key)
         if program is None:
-            program = programs[key] = trace(args, kwargs, fixed)
-        return program.run(program.constants, keywords, *arrays)
+            program = programs[key] = trace(args, kwargs, arrays, keywords)
+        return program.run(program.constants, keywords, *arrays.values())
 
     return call
 

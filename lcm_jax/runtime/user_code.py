@@ -59,9 +59,10 @@ def import_file(path: Path, *, option: str) -> ModuleType:
     name = re.sub(r"\W", "_", path.stem)
     module = sys.modules.get(name)
     known = getattr(module, "__file__", None) if module is not None else _origin(name)
-    if module is not None and known is not None and Path(known).resolve() == path:
+    ours = known is not None and Path(known).resolve() == path
+    if module is not None and ours:
         return module
-    if module is not None or (known is not None and Path(known).resolve() != path):
+    if module is not None or (known is not None and not ours):
         raise ValueError(f"{option}: {path.name} has the name of another Python module, {known}; rename your file")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -80,6 +81,19 @@ def import_file(path: Path, *, option: str) -> ModuleType:
     finally:
         sys.path.remove(str(path.parent))
     return module
+
+
+def is_same_definition(first: Any, second: Any) -> bool:
+    """Return whether two objects are one, or one class or function of a module that was imported again.
+
+    >>> from lcm_jax.runtime.user_code import is_same_definition
+    >>> is_same_definition(int, int), is_same_definition(int, float)
+    (True, False)
+    """
+    if first is second:
+        return True
+    names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (first, second)]
+    return None not in names[0] and names[0] == names[1]
 
 
 def call_without_arguments(function: Callable[..., Any], *, source: str) -> Any:

@@ -153,7 +153,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def environment() -> Callable[[int], dict[str, str]]:
-    """Of a process with so many devices, that compiles as the tests do."""
+    """Return the environment of a process with a number of devices, which compiles as the tests do."""
 
     def of(devices: int) -> dict[str, str]:
         return os.environ | {

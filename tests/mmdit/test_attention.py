@@ -113,7 +113,7 @@ def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
         return module.flash((("is_causal", causal), ("implementation", "xla")), q, k, v)
 
     def everything(*qkv: jax.Array) -> list:
-        """Of each: values and gradients."""
+        """Return the values and gradients of each."""
         each = (even, without, plain)
         return [(f(*qkv), jax.grad(lambda *qkv, f=f: jnp.sin(f(*qkv)).sum(), (0, 1, 2))(*qkv)) for f in each]
 

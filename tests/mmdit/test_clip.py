@@ -91,7 +91,7 @@ def test_scanned_equals_unrolled_recomputed_or_not(params):
 
 
 def test_recomputation_changes_no_gradient(params):
-    """Of one layer."""
+    """A network of one layer has the same gradient with recomputation as without."""
     encoder = {"layers_0": params["text_model"]["encoder"]["layers_0"]}
     own = {"text_model": params["text_model"] | {"encoder": encoder}, "text_projection": params["text_projection"]}
 
