@@ -26,7 +26,7 @@ test-newest:
 	test -n "$$python" || { echo "test-newest: no Python 3.12 or later found; install one, or put it on PATH" >&2; exit 1; }; \
 	echo "test-newest: $$python"; \
 	"$$python" -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager jax flax pytest pytest-xdist scipy --editable ".[train,serve]"
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager jax flax pytest pytest-xdist scipy beartype --editable ".[train,serve]"
 	$(NEWEST)/bin/python -c "import sys, jax, flax; print(sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
 	$(NEWEST)/bin/python -m pytest -m "not slow" $(PARALLEL) --ignore tests/parity
 
