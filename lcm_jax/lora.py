@@ -301,12 +301,12 @@ def count(adapters: Adapters | Shapes) -> int:
 class Extraction(NamedTuple):
     """The result of `extract`.
 
-    residual: kernel -> |change - LoRA| / |change| in the Frobenius norm, 0 if nothing is lost. untouched: the paths of
-    the parameters that changed but get no adapter, so that the LoRA leaves them as they are in the base.
+    relative_error: kernel -> |change - LoRA| / |change| in the Frobenius norm, 0 if nothing is lost. untouched: the
+    paths of the parameters that changed but get no adapter, so that the LoRA leaves them as they are in the base.
     """
 
     adapters: Adapters
-    residual: dict[str, float]
+    relative_error: dict[str, float]
     untouched: list[str]
 
 
@@ -328,7 +328,7 @@ def extract(
     >>> base = {"to_q": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
     >>> tuned = {"to_q": {"kernel": jnp.diag(jnp.asarray([4.0, 3.0])), "bias": jnp.ones(2)}}
     >>> found = lora.extract(base, tuned, rank=1)
-    >>> {path: round(residual, 3) for path, residual in found.residual.items()}, found.untouched
+    >>> {path: round(error, 3) for path, error in found.relative_error.items()}, found.untouched
     ({'to_q/kernel': 0.6}, ['to_q/bias'])
     """
     if rank < 1:
@@ -349,7 +349,7 @@ def extract(
         if not change.any():
             continue
         if path in paths:
-            extraction.adapters[path], extraction.residual[path] = _factorise(change, rank, energy)
+            extraction.adapters[path], extraction.relative_error[path] = _factorise(change, rank, energy)
         else:
             extraction.untouched.append(path)
     return extraction

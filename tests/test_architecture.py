@@ -70,9 +70,9 @@ def test_imports_run_one_way(path: Path, module: str) -> None:
         if package != "lcm_jax":
             assert other == package, f"{module} imports {name}: {package} is a leaf"
             continue
-        mine, its = rank(module), rank(name)
-        if other == "lcm_jax" and mine is not None and its is not None and part_of(module) != part_of(name):
-            assert its < mine, f"{module} imports {name}, which is not below it"
+        upper, lower = rank(module), rank(name)
+        if other == "lcm_jax" and upper is not None and lower is not None and part_of(module) != part_of(name):
+            assert lower < upper, f"{module} imports {name}, which is not below it"
 
 
 @pytest.mark.parametrize(("path", "module"), list(sources()), ids=lambda value: value if isinstance(value, str) else "")

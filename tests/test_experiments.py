@@ -54,9 +54,9 @@ def test_a_study_from_its_command_line(
     script: ModuleType, variant: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path / "cache"))
-    seen = "validation" if script.STUDY.name == "vae_channels" else "prompts"
-    data = [f"--task.{name}.name=folder:{pictures}" for name in ("data", seen)]
-    sizes = ["--steps=2", "--batch-size=2", "--save-every=1", "--preview-every=2", f"--task.{seen}.split=train"]
+    watched = "validation" if script.STUDY.name == "vae_channels" else "prompts"
+    data = [f"--task.{name}.name=folder:{pictures}" for name in ("data", watched)]
+    sizes = ["--steps=2", "--batch-size=2", "--save-every=1", "--preview-every=2", f"--task.{watched}.split=train"]
     arguments = ["--variants", variant, "--out", str(tmp_path / "out"), *data, *sizes]
     assert script.main(script.STUDY, arguments) == 0
     row = read_json(tmp_path / "out" / "table.json")["rows"][variant]

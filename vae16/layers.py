@@ -148,8 +148,8 @@ def normalise(
     variance = _mean(jnp.square(centred)) - jnp.square(first)
     mean = (first + origin).reshape(b, how.groups, -1)
     group_mean = mean.mean(-1, keepdims=True)
-    spread = jnp.square(mean - group_mean).mean(-1, keepdims=True)
-    group_variance = jnp.maximum(variance.reshape(mean.shape).mean(-1, keepdims=True) + spread, 0.0)
+    between_groups = jnp.square(mean - group_mean).mean(-1, keepdims=True)
+    group_variance = jnp.maximum(variance.reshape(mean.shape).mean(-1, keepdims=True) + between_groups, 0.0)
     shape = mean.shape
     a = jnp.broadcast_to(jax.lax.rsqrt(group_variance + how.epsilon), shape).reshape(b, c) * scale
     shift = bias + (offset - jnp.broadcast_to(group_mean, shape).reshape(b, c)) * a

@@ -118,7 +118,7 @@ class Result:
         return float(np.median(self.seconds))
 
     @property
-    def spread(self) -> tuple[float, float]:
+    def quartiles(self) -> tuple[float, float]:
         """The quartiles of the seconds of a run."""
         low, high = np.quantile(self.seconds, [0.25, 0.75])
         return float(low), float(high)
@@ -173,7 +173,7 @@ def table(results: Mapping[str, Result], ceiling: Ceilings | None = None) -> str
     lines = [_line(heads), _line(["---"] * len(heads))]
     for name, result in results.items():
         per_frame = 1e3 / result.row.frames  # milliseconds a frame from the seconds of a run
-        low, high = result.spread
+        low, high = result.quartiles
         ratio = ""
         base = results.get(result.row.against or "")
         if base is not None:

@@ -128,7 +128,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
     sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, h100:8")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
-    sub.add_argument("--whole", action="store_true", help="run the compiler to its end, with machine code")
+    sub.add_argument("--machine-code", action="store_true", help="run the compiler to its end, with machine code")
     sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
 
     sub = command("evaluate", "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")

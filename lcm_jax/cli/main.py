@@ -333,7 +333,7 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     asked = ["--help"] if arguments.help else []
     config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
-    options = {"searching": arguments.search, "whole": arguments.whole, "out": arguments.json}
+    options = {"searching": arguments.search, "machine_code": arguments.machine_code, "out": arguments.json}
     print(run_plan(config, arguments.config, arguments.topology, **options))
 
 

@@ -53,8 +53,8 @@ class Plan:
     traffic: bytes to and from the main memory. collectives: kind -> {"count", "bytes" (sent), "seconds"}. compute:
     seconds by a roofline: for every operation the longer time, that of its FLOPs or that of its traffic. communication:
     seconds of all collectives. endless: the number of loops whose length the program does not give; they count once.
-    compiling: seconds on this machine. whole: whether the compiler ran to its end, machine code included. The plan of a
-    step that the compiler refuses for its size has only memory.
+    compiling: seconds on this machine. machine_code: whether the compiler ran to its end, machine code included. The
+    plan of a step that the compiler refuses for its size has only memory.
     """
 
     config: str
@@ -77,7 +77,7 @@ class Plan:
     compute: float = 0.0
     communication: float = 0.0
     endless: int = 0
-    whole: bool = True
+    machine_code: bool = True
 
     @property
     def step(self) -> float:
@@ -155,12 +155,12 @@ class Traced:
         return self._traced.lower()
 
 
-def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) -> Plan:
+def plan(config: TrainConfig, topology: str, name: str, *, machine_code: bool = False) -> Plan:
     """Return the plan of a config's training step on its mesh, from the cache if an earlier call made the same one.
 
     The compiler is stopped when it has scheduled the program and laid out its memory: next it would make machine code,
-    which takes nine tenths of the time and which a plan does not need. whole: run the compiler to its end; for GPUs and
-    CPUs it always is. name: of the config, for the plan and the messages.
+    which takes nine tenths of the time and which a plan does not need. machine_code: run the compiler to its end; for
+    GPUs and CPUs it always is. name: of the config, for the plan and the messages.
 
     Raises ValueError for a mesh or a batch that does not fit the topology, ModuleNotFoundError if the compiler is not
     installed, RuntimeError if the compiler's process ends without a plan.
@@ -168,7 +168,7 @@ def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) 
     kind, sides = parse(topology)
     mesh_shape(config.loop.mesh, math.prod(sides), config.loop.batch_size)  # raises ValueError
     check_compiler(topology)
-    if whole or kind in ("cpu", *GPUS):  # their compilers write nothing before the end
+    if machine_code or kind in ("cpu", *GPUS):  # their compilers write nothing before the end
         return _plan(config, topology, name, dump=None)
     with tempfile.TemporaryDirectory() as folder:  # only the end of its process stops a compiler
         arguments = (config, topology, name, folder)
@@ -182,7 +182,7 @@ def plan(config: TrainConfig, topology: str, name: str, *, whole: bool = False) 
         return Plan(**read_json(file))
 
 
-def search(config: TrainConfig, topology: str, name: str, *, whole: bool = False) -> list[Plan]:
+def search(config: TrainConfig, topology: str, name: str, *, machine_code: bool = False) -> list[Plan]:
     """Return the plans of all meshes of powers of two that divide the batch, the best first.
 
     Plans that fit come first, each group sorted by `step`. Raises ValueError if no mesh divides the batch, and as
@@ -190,7 +190,7 @@ def search(config: TrainConfig, topology: str, name: str, *, whole: bool = False
     """
     meshes = candidates(math.prod(parse(topology)[1]), config.loop.batch_size)
     configs = [replace(config, loop=replace(config.loop, mesh=mesh)) for mesh in meshes]
-    plans = [plan(candidate, topology, name, whole=whole) for candidate in configs]
+    plans = [plan(candidate, topology, name, machine_code=machine_code) for candidate in configs]
     if not plans:
         raise ValueError(
             f"{name}: no mesh of {topology} divides a batch of {config.loop.batch_size}; change --batch-size"
@@ -231,7 +231,7 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
         cache_file = cache_dir() / "plans" / f"{_digest(traced, opened)}.json"
     if cache_file.is_file():
         cached = Plan(**read_json(cache_file) | {"config": name})
-        if cached.whole or dump is not None:
+        if cached.machine_code or dump is not None:
             return cached
     start = time.perf_counter()
     with elapsed(f"compiling {name} for {topology}, {format_mesh(mesh.shape)}"):
@@ -247,7 +247,7 @@ def _plan(config: TrainConfig, topology: str, name: str, *, dump: Path | None) -
         capacity=opened.chip.memory,
         peak_flops=opened.chip.flops,
         compiling=time.perf_counter() - start,
-        whole=dump is None,
+        machine_code=dump is None,
         **_summarize(program, traced, opened),
     )
     write_json(cache_file, asdict(result))

@@ -160,9 +160,9 @@ def _live(kind: str, device: str, seconds: float | None, rate: float) -> Iterato
                     return
                 yield
 
-    reading = prefetch(read(), 1)
+    frames_ahead = prefetch(read(), 1)
     try:
-        for _ in reading:
+        for _ in frames_ahead:
             yield newest.get(10.0)
     except KeyboardInterrupt:
         return

@@ -79,14 +79,14 @@ class EncoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, carry: tuple[Array, Array], keep: Array) -> tuple[tuple[Array, Array], None]:
-        x, kept = carry
+        x, selected = carry
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = dict(epsilon=self.config.layer_norm_eps, use_fast_variance=False, **types)
         h = nn.LayerNorm(name="layer_norm1", **norm)(x)
         x = x + SelfAttention(self.config, self.causal, name="self_attn", **types)(h)
         h = nn.LayerNorm(name="layer_norm2", **norm)(x)
         x = x + MLP(self.config, name="mlp", **types)(h)
-        return (x, jnp.where(keep, x, kept)), None
+        return (x, jnp.where(keep, x, selected)), None
 
 
 class Encoder(nn.Module):

@@ -51,8 +51,8 @@ def test_every_config_in_a_chain(pictures: Path, tmp_path: Path, monkeypatch: py
         assert out.is_file()
         done.add(name)
     done |= mini_sd3(vae, clip, pictures, tmp_path, shown, prompts)
-    mine = {name for name in configs.CONFIGS if name.startswith("openmoji")}
-    assert done == mine, "a registered config is missing from this chain"
+    registered = {name for name in configs.CONFIGS if name.startswith("openmoji")}
+    assert done == registered, "a registered config is missing from this chain"
 
     scores = tmp_path / "scores.json"
     arguments = ["evaluate", "--model", str(teacher), "--clip", str(clip), "--data", f"folder:{pictures}"]

@@ -40,8 +40,8 @@ class Light(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any) -> Any:
-        told = jnp.sin(t[:, None, None, None] / 200.0) + cond["context"].mean(1)[:, None, None, :4]
-        y = jnp.tanh(nn.Dense(16)(jnp.concatenate([x, jnp.roll(x, 1, 1), told * jnp.ones_like(x)], axis=-1)))
+        embedded = jnp.sin(t[:, None, None, None] / 200.0) + cond["context"].mean(1)[:, None, None, :4]
+        y = jnp.tanh(nn.Dense(16)(jnp.concatenate([x, jnp.roll(x, 1, 1), embedded * jnp.ones_like(x)], axis=-1)))
         return nn.Dense(4)(y)
 
 

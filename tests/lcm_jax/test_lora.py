@@ -205,7 +205,7 @@ def test_extract_finds_a_low_rank_change_again(params, adapters):
     found = lora.extract(params, tuned, rank=2)
     assert found.adapters.keys() == adapters.keys()
     assert found.untouched == []
-    assert max(found.residual.values()) < 1e-5
+    assert max(found.relative_error.values()) < 1e-5
     lora.check_adapters(found.adapters, params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), lora.merge(params, found.adapters), tuned)
     larger = lora.extract(params, tuned, rank=3)
@@ -222,7 +222,7 @@ def test_extract_is_the_best_approximation_of_its_rank(params, rank):
         tail = np.linalg.svd(matrix, compute_uv=False)[..., rank:]
         error = np.linalg.norm(matrix - approximation)
         np.testing.assert_allclose(error, np.linalg.norm(tail), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found.residual[path], error / np.linalg.norm(matrix), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.relative_error[path], error / np.linalg.norm(matrix), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.7, 0.95])
@@ -256,7 +256,7 @@ def test_extract_from_half_precision(params, adapters):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     found = lora.extract(half, lora.merge(params, adapters), rank=4)
     assert {x.dtype for x in jax.tree.leaves(found.adapters)} == {jnp.dtype(jnp.float32)}
-    assert max(found.residual.values()) < 0.05
+    assert max(found.relative_error.values()) < 0.05
 
 
 def test_checkpoints_that_do_not_belong_together_are_named(params):
@@ -313,17 +313,19 @@ def test_branches_are_what_merging_gives(kind: str) -> None:
 
     branched = jax.jit(jax.value_and_grad(lambda a: loss(lora.Adapted(params, a))))
     split, splits = branched(adapters)
-    whole, wholes = jax.jit(jax.value_and_grad(lambda a: loss(lora.merge(params, a))))(adapters)
+    merged_value, merged_gradients = jax.jit(jax.value_and_grad(lambda a: loss(lora.merge(params, a))))(adapters)
     plain, _ = branched({path: {**a, "up": jnp.zeros_like(a["up"])} for path, a in adapters.items()})
-    np.testing.assert_allclose(split, whole, rtol=1e-4)
+    np.testing.assert_allclose(split, merged_value, rtol=1e-4)
     assert abs(split - plain) > 1e-3 * plain
-    splits, wholes = jax.tree.map(np.asarray, (splits, wholes))
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wholes))
+    splits, merged_gradients = jax.tree.map(np.asarray, (splits, merged_gradients))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(merged_gradients))
     for path, adapter in splits.items():
         assert not adapter["alpha"].any()
         for name in ("down", "up"):
-            scale = np.abs(wholes[path][name]).max()
-            np.testing.assert_allclose(adapter[name], wholes[path][name], rtol=2e-3, atol=2e-3 * scale + 1e-6 * largest)
+            scale = np.abs(merged_gradients[path][name]).max()
+            np.testing.assert_allclose(
+                adapter[name], merged_gradients[path][name], rtol=2e-3, atol=2e-3 * scale + 1e-6 * largest
+            )
 
 
 def test_branches_of_stacked_layers_are_refused() -> None:
@@ -346,16 +348,16 @@ def test_dropout_is_of_the_adapters_input_and_unbiased() -> None:
     def dropped(key: jax.Array, rate: float = 0.5) -> jax.Array:
         return apply(lora.Dropout(key=key, rate=rate))
 
-    whole, base = apply(None), net.apply({"params": params}, x)
+    merged_value, base = apply(None), net.apply({"params": params}, x)
     many = np.asarray(jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(1), 4096)))
     deviation = np.std(many, axis=0)
-    assert np.all(deviation > 0.1 * np.abs(whole - base))
-    assert np.all(np.abs(np.mean(many, axis=0) - whole) < 5 * deviation / 64)
-    np.testing.assert_array_equal(dropped(jax.random.key(2), 0.0), whole)
+    assert np.all(deviation > 0.1 * np.abs(merged_value - base))
+    assert np.all(np.abs(np.mean(many, axis=0) - merged_value) < 5 * deviation / 64)
+    np.testing.assert_array_equal(dropped(jax.random.key(2), 0.0), merged_value)
     np.testing.assert_array_equal(dropped(jax.random.key(2)), dropped(jax.random.key(2)))
-    kept = jnp.stack([lora.Dropout(key=jax.random.key(2), rate=0.25)(jnp.ones(4096), path) for path in ("a", "b")])
-    np.testing.assert_allclose(jnp.mean(kept > 0, axis=1), 0.75, atol=0.03)
-    assert bool(jnp.any(kept[0] != kept[1]))
+    scaled = jnp.stack([lora.Dropout(key=jax.random.key(2), rate=0.25)(jnp.ones(4096), path) for path in ("a", "b")])
+    np.testing.assert_allclose(jnp.mean(scaled > 0, axis=1), 0.75, atol=0.03)
+    assert bool(jnp.any(scaled[0] != scaled[1]))
 
 
 def test_training_adapters_holds_the_network_once() -> None:
@@ -379,9 +381,9 @@ def test_training_adapters_holds_the_network_once() -> None:
     optimizer = optax.adam(1e-3)
 
     def bytes_of_step(adapt: Any) -> int:
-        def loss(own: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        def loss(adapter: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
             teacher, null = frozen
-            return objective(Nets(as_apply(net), adapt(teacher, own), teacher=teacher, null=null), batch, key)
+            return objective(Nets(as_apply(net), adapt(teacher, adapter), teacher=teacher, null=null), batch, key)
 
         step = make_train_step(loss, optimizer, decay=0.9, seed=0)
         state = jax.eval_shape(partial(TrainState.create, optimizer=optimizer), adapters)

@@ -35,10 +35,10 @@ def test_the_kernel_is_chosen_by_platform_and_precision(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_runs_everywhere(dtype: jnp.dtype) -> None:
     q, k, v = jnp.asarray(np.random.default_rng(0).standard_normal((3, 2, 5, 3, 8)), jnp.float32)
-    whole = module.attention(q, k, v)
+    full = module.attention(q, k, v)
     half = module.attention(*(jnp.asarray(x, dtype) for x in (q, k, v)))
     assert half.dtype == dtype
-    np.testing.assert_allclose(half.astype(jnp.float32), whole, atol=0.03)
+    np.testing.assert_allclose(half.astype(jnp.float32), full, atol=0.03)
 
 
 @pytest.mark.parametrize("keys", [7, 4096])
@@ -57,15 +57,15 @@ def test_half_precision_on_a_cpu_errs_as_its_inputs_do(keys: int) -> None:
 
     @jax.jit
     def everything(*qkv: jax.Array) -> tuple:
-        whole = [x.astype(jnp.float32) for x in qkv]
-        values = module.attention(*whole), module.attention(*qkv, implementation="cpu")
-        return *values, slopes("cpu", *qkv), slopes("xla", *whole)
+        full = [x.astype(jnp.float32) for x in qkv]
+        values = module.attention(*full), module.attention(*qkv, implementation="cpu")
+        return *values, slopes("cpu", *qkv), slopes("xla", *full)
 
-    true, half, mine, plain = everything(q, k, v)
+    true, half, ours, plain = everything(q, k, v)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), true, rtol=2**-7)
     assert abs(float((half.astype(jnp.float32) / true).mean()) - 1.0) < 2**-10
-    for one, other in zip(mine, plain, strict=True):
+    for one, other in zip(ours, plain, strict=True):
         one, other = np.asarray(one, np.float32), np.asarray(other)
         assert np.linalg.norm(one - other) / np.linalg.norm(other) < 0.02
 
@@ -114,21 +114,21 @@ def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
 
     def everything(*qkv: jax.Array) -> list:
         """Return the values and gradients of each."""
-        each = (even, without, plain)
-        return [(f(*qkv), jax.grad(lambda *qkv, f=f: jnp.sin(f(*qkv)).sum(), (0, 1, 2))(*qkv)) for f in each]
+        functions = (even, without, plain)
+        return [(f(*qkv), jax.grad(lambda *qkv, f=f: jnp.sin(f(*qkv)).sum(), (0, 1, 2))(*qkv)) for f in functions]
 
-    *mine, wanted = jax.jit(everything)(q, k, v)
-    for own in mine:
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), own, wanted)
+    *ours, wanted = jax.jit(everything)(q, k, v)
+    for one in ours:
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), one, wanted)
 
 
 @pytest.mark.parametrize(("whole", "keys"), [(False, 7), (True, 77)])
 def test_heads_and_queries_by_parts_are_the_same_attention(
-    whole: bool, keys: int, monkeypatch: pytest.MonkeyPatch
+    full: bool, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values, gradients and derivatives along a direction, of 23 queries in parts of 4 or in one."""
     monkeypatch.setattr(cpu_attention, "PART", 4)
-    monkeypatch.setattr(cpu_attention, "LOGITS", 10**6 if whole else 1)
+    monkeypatch.setattr(cpu_attention, "LOGITS", 10**6 if full else 1)
     rng = np.random.default_rng(0)
     q, k, v, dq, dk, dv = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (23, keys, keys) * 2)
 
@@ -154,5 +154,5 @@ def test_the_largest_logit_of_a_row_is_found_wherever_it_is(keys: int) -> None:
     np.testing.assert_array_equal(jax.jit(cpu_attention.row_max)(rows), np.asarray(rows).max(-1, keepdims=True))
     q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 8)), jnp.float32) for n in (5, keys, keys))
     attend = partial(module.attention, scale=1e3)
-    mine, plain = jax.jit(lambda *qkv: [attend(*qkv, implementation=name) for name in ("cpu", "xla")])(q, k, v)
-    np.testing.assert_allclose(mine, plain, rtol=1e-3, atol=1e-3)
+    ours, plain = jax.jit(lambda *qkv: [attend(*qkv, implementation=name) for name in ("cpu", "xla")])(q, k, v)
+    np.testing.assert_allclose(ours, plain, rtol=1e-3, atol=1e-3)

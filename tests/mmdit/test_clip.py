@@ -93,13 +93,13 @@ def test_scanned_equals_unrolled_recomputed_or_not(params):
 def test_recomputation_changes_no_gradient(params):
     """A network of one layer has the same gradient with recomputation as without."""
     encoder = {"layers_0": params["text_model"]["encoder"]["layers_0"]}
-    own = {"text_model": params["text_model"] | {"encoder": encoder}, "text_projection": params["text_projection"]}
+    tower = {"text_model": params["text_model"] | {"encoder": encoder}, "text_projection": params["text_projection"]}
 
     def gradient(remat):
         module = CLIPTextModel(dataclasses.replace(TEXT, num_hidden_layers=1), projection=True, remat=remat)
         loss = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, IDS).text_embeds ** 2))
-        assert ("remat" in str(jax.make_jaxpr(loss)(own))) == remat
-        return jax.jit(loss)(own)
+        assert ("remat" in str(jax.make_jaxpr(loss)(tower))) == remat
+        return jax.jit(loss)(tower)
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradient(True), gradient(False))
 

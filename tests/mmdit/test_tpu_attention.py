@@ -28,15 +28,15 @@ def arrays(b: int, length: int, others: int, heads: int, width: int) -> list[jax
 def everything(implementation: str, *qkv: jax.Array) -> object:
     """Values and gradients."""
     attend: Callable[..., jax.Array] = partial(attention, scale=0.3, implementation=implementation)  # type: ignore[arg-type]
-    return attend(*qkv), jax.grad(lambda *own: jnp.sin(attend(*own)).sum(), (0, 1, 2))(*qkv)
+    return attend(*qkv), jax.grad(lambda *qkv: jnp.sin(attend(*qkv)).sum(), (0, 1, 2))(*qkv)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 77, 2, 8), (1, 128, 128, 1, 64), (1, 3, 130, 1, 160)])
 def test_it_is_attention(shape: tuple[int, ...]) -> None:
     qkv = arrays(*shape)
     with pltpu.force_tpu_interpret_mode():
-        mine = jax.jit(partial(everything, "tpu"))(*qkv)
-    jax.tree.map(near, mine, jax.jit(partial(everything, "xla"))(*qkv))
+        ours = jax.jit(partial(everything, "tpu"))(*qkv)
+    jax.tree.map(near, ours, jax.jit(partial(everything, "xla"))(*qkv))
 
 
 def test_it_is_attention_under_vmap() -> None:
@@ -47,8 +47,8 @@ def test_it_is_attention_under_vmap() -> None:
         return everything(implementation, q, k, v[:3])
 
     with pltpu.force_tpu_interpret_mode():
-        mine = jax.jit(jax.vmap(partial(of, "tpu")))(queries, keys)
-    jax.tree.map(near, mine, jax.jit(jax.vmap(partial(of, "xla")))(queries, keys))
+        ours = jax.jit(jax.vmap(partial(of, "tpu")))(queries, keys)
+    jax.tree.map(near, ours, jax.jit(jax.vmap(partial(of, "xla")))(queries, keys))
 
 
 def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyP
 
     def taken(platform: str, *qkv: jax.Array, **options: object) -> bool:
         with module.lowering_for(platform):
-            return "pallas_call" in str(jax.make_jaxpr(lambda *own: attention(*own, **options))(*qkv))  # type: ignore[arg-type]
+            return "pallas_call" in str(jax.make_jaxpr(lambda *qkv: attention(*qkv, **options))(*qkv))  # type: ignore[arg-type]
 
     assert taken("tpu", *long)
     assert not taken("tpu", *short)
@@ -66,11 +66,11 @@ def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyP
     assert not taken("tpu", *long, causal=True)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert not taken("tpu", *long)
-    for devices, own in ((1, True), (2, False)):  # of which a batch of one gives each its row, or cannot
+    for devices, qkv in ((1, True), (2, False)):  # of which a batch of one gives each its row, or cannot
         with module.attention_mesh(
             AbstractMesh((devices, 1), ("rows", "heads"), (AxisType.Auto,) * 2), ("rows",), "heads"
         ):
-            assert taken("tpu", *long) is own
+            assert taken("tpu", *long) is qkv
     with pytest.raises(ValueError, match="implementation 'tpu' has no causal"):
         attention(*long, causal=True, implementation="tpu")
 
@@ -108,5 +108,5 @@ def test_its_products_are_counted() -> None:
     qkv = arrays(2, 5, 7, 3, 8)
     forward = 2 * 2 * 2 * 3 * 5 * 7 * 8
     assert flops(jax.make_jaxpr(partial(attention, implementation="tpu"))(*qkv)) == forward
-    slopes = jax.grad(lambda *own: attention(*own, implementation="tpu").sum(), (0, 1, 2))
+    slopes = jax.grad(lambda *qkv: attention(*qkv, implementation="tpu").sum(), (0, 1, 2))
     assert flops(jax.make_jaxpr(slopes)(*qkv)) == forward * (1 + 2.5)

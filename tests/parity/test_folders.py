@@ -165,9 +165,9 @@ def our_sample(config: dict[str, Any], name: str, steps: int) -> np.ndarray:
 
 def their_sample(config: dict[str, Any], name: str, steps: int, folder: Path) -> np.ndarray:
     """By the scheduler that diffusers makes of the folder's, in our scale where it keeps x / alpha."""
-    own = getattr(diffusers, config.get("_class_name", "DPMSolverMultistepScheduler"))
+    scheduler_class = getattr(diffusers, config.get("_class_name", "DPMSolverMultistepScheduler"))
     (folder / "scheduler_config.json").write_text(json.dumps(config))
-    scheduler = SCHEDULERS[name].from_config(own.from_pretrained(folder).config)
+    scheduler = SCHEDULERS[name].from_config(scheduler_class.from_pretrained(folder).config)
     scheduler.set_timesteps(steps)
     x = torch.from_numpy(X) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:

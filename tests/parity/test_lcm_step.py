@@ -85,10 +85,10 @@ def test_loss_and_gradient_of_a_training_step(kind: Any, huber: float | None) ->
     nets = Nets(apply, student, target, teacher, {"context": jnp.asarray(null, jnp.float32)})
     key = jax.random.key(3)
     draw, (t, s) = objective.draw(nets, batch, key), objective.times(jax.random.split(key, 4)[0], N)
-    seen = {name: torch.tensor(np.asarray(value, np.float64)) for name, value in (("eps", draw.eps), ("w", draw.w))}
+    drawn = {name: torch.tensor(np.asarray(value, np.float64)) for name, value in (("eps", draw.eps), ("w", draw.w))}
     times = [torch.tensor(np.asarray(u, np.float64)) for u in (t, s)]
     want, wanted = oracle(
-        kind, torch.tensor(x0), seen["eps"], *times, seen["w"], torch.tensor(context), torch.tensor(null), huber
+        kind, torch.tensor(x0), drawn["eps"], *times, drawn["w"], torch.tensor(context), torch.tensor(null), huber
     )
     loss, grads = jax.jit(jax.value_and_grad(lambda p: objective(nets._replace(student=p), batch, key)[0]))(student)
     np.testing.assert_allclose(loss, want, rtol=1e-4)

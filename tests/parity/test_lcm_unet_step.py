@@ -30,21 +30,21 @@ pytestmark = pytest.mark.slow  # test_lcm_step.py has the equations on a small n
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["all weights", "adapters"])
 def test_the_peers_loss_and_gradient_are_ours(lora: LoraConfig | None, tmp_path: Path) -> None:
     options = Options(model="random-sd15", scale="tiny", peer="diffusers")
-    own = training.Distilled.of(options, batch=3, lora=lora)
-    theirs = training.torch_distillation(own, "float32", "diffusers")
-    learner = own.learner("float32")
-    params, frozen = own.begin("float32", learner)
-    batch = {"x0": jnp.asarray(own.batch["mean"]), "cond": {"context": jnp.asarray(own.batch["context"])}}
+    distilled = training.Distilled.of(options, batch=3, lora=lora)
+    theirs = training.torch_distillation(distilled, "float32", "diffusers")
+    learner = distilled.learner("float32")
+    params, frozen = distilled.begin("float32", learner)
+    batch = {"x0": jnp.asarray(distilled.batch["mean"]), "cond": {"context": jnp.asarray(distilled.batch["context"])}}
     key = jax.random.key(3)
 
     def loss(params: Any) -> Any:
         student, target = learner.student(params, frozen), learner.student(params, frozen)
-        nets = Nets(as_apply(learner.net), student, jax.lax.stop_gradient(target), frozen["teacher"], own.null)
-        return own.objective(nets, batch, key)[0]
+        nets = Nets(as_apply(learner.net), student, jax.lax.stop_gradient(target), frozen["teacher"], distilled.null)
+        return distilled.objective(nets, batch, key)[0]
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    drawn = own.objective.draw(Nets(None, None, None, None, own.null), batch, key)
-    t, s = own.objective.times(jax.random.split(key, 4)[0], 3)
+    drawn = distilled.objective.draw(Nets(None, None, None, None, distilled.null), batch, key)
+    t, s = distilled.objective.times(jax.random.split(key, 4)[0], 3)
     draw = Draw(
         *(peers.channels_first(leaf, "float32") for leaf in (drawn.x0, drawn.eps)),
         *(peers.tensor(leaf) for leaf in (t, s)),
@@ -53,7 +53,7 @@ def test_the_peers_loss_and_gradient_are_ours(lora: LoraConfig | None, tmp_path:
     found = theirs.loss(draw)
     np.testing.assert_allclose(value, float(found.detach()), rtol=1e-4)
     found.backward()
-    slopes = {name: own.grad.numpy() for name, own in theirs.trained.items()}
+    slopes = {name: distilled.grad.numpy() for name, distilled in theirs.trained.items()}
     if lora is None:
         wanted = from_torch(slopes, params, FAMILIES["UNet2DConditionModel"].rules)
     else:

@@ -102,8 +102,8 @@ def random_adapters(like, targets=lora.DEFAULT_TARGETS, rank=3, alpha=4.0, seed=
     for path, kernel in sorted(traverse_util.flatten_dict(like, sep="/").items()):
         if path.endswith("kernel") and re.search(targets, path):
             shape = lora.shapes(kernel, rank)
-            halves = {half: jnp.asarray(0.3 * rng.normal(size=shape[half]), jnp.float32) for half in ("down", "up")}
-            adapters[path] = halves | {"alpha": jnp.full(shape["alpha"], alpha)}
+            matrices = {half: jnp.asarray(0.3 * rng.normal(size=shape[half]), jnp.float32) for half in ("down", "up")}
+            adapters[path] = matrices | {"alpha": jnp.full(shape["alpha"], alpha)}
     assert adapters
     return adapters
 
@@ -156,7 +156,7 @@ def test_two_loras_with_weights(tmp_path, params, adapters, run, inputs):
     for name, tensor in merged.items():
         np.testing.assert_allclose(tensor, fused[name], atol=1e-5, err_msg=name)
     back = lora.extract(params, from_torch(fused, params, RULES_UNET), rank=5, targets="kernel$")
-    assert max(back.residual.values()) < 1e-4
+    assert max(back.relative_error.values()) < 1e-4
     assert back.untouched == []
     assert_close(run(lora.merge(params, back.adapters)), expected, run(params))
 
@@ -293,9 +293,9 @@ def base(name):
 def run_merged(name, adapters):
     """The output of a component whose weights we merged."""
     model = new_model(name)
-    own = model.state_dict()
+    state = model.state_dict()
     for key, tensor in to_torch(lora.merge(base(name)[1], adapters), build(name)[1].rules).items():
-        own[key if key in own else key.removeprefix("text_model.")].copy_(torch.tensor(tensor))
+        state[key if key in state else key.removeprefix("text_model.")].copy_(torch.tensor(tensor))
     return run_model(model)
 
 
@@ -337,12 +337,12 @@ def differ(adapters, component):
 def test_the_pipeline_of_sdxl_takes_our_file(tmp_path, xl, format):
     networks, adapters = xl
     if format != "kohya":  # of which diffusers loses alphas that differ
-        adapters = {name: differ(own, name) for name, own in adapters.items()}
+        adapters = {name: differ(adapter, name) for name, adapter in adapters.items()}
     save_loras(tmp_path / "pytorch_lora_weights.safetensors", adapters, networks, format=format)
     pipe = new_xl()
     pipe.load_lora_weights(tmp_path)
-    for name, own in adapters.items():
-        assert_close(run_merged(name, own), run_model(getattr(pipe, name)), base(name)[0])
+    for name, adapter in adapters.items():
+        assert_close(run_merged(name, adapter), run_model(getattr(pipe, name)), base(name)[0])
 
 
 @pytest.mark.parametrize("kind", ["unet", "ssd1b"])
@@ -391,8 +391,8 @@ def test_we_run_what_the_pipeline_of_sdxl_saves(tmp_path, xl, style):
         PipelineXL.save_lora_weights(tmp_path, **layers)
     found = load_loras(tmp_path, xl[0])
     assert found.keys() == states.keys()
-    for name, own in found.items():
-        assert_close(run_merged(name, own), run_model(getattr(pipe, name)), base(name)[0])
+    for name, adapter in found.items():
+        assert_close(run_merged(name, adapter), run_model(getattr(pipe, name)), base(name)[0])
 
 
 @pytest.mark.parametrize("format", ["peft", "diffusers"])

@@ -218,9 +218,9 @@ def oracle_picture(
     pipe.scheduler = SCHEDULERS[sampler].from_config(family.config)
     key = jax.random.split(jax.random.key(0))[1]
     drawn = (to_torch(jax.random.normal(jax.random.fold_in(key, i), SHAPE)) for i in itertools.count())
-    own = sys.modules[type(pipe.scheduler).__module__]
-    if hasattr(own, "randn_tensor"):
-        monkeypatch.setattr(own, "randn_tensor", lambda *_, **__: next(drawn))
+    module = sys.modules[type(pipe.scheduler).__module__]
+    if hasattr(module, "randn_tensor"):
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(drawn))
     start: dict[str, Any] = {"latents": to_torch(NOISE)}
     if image:
         module = sys.modules[type(pipe).__module__]
@@ -237,9 +237,9 @@ def compare(
     family: Family, monkeypatch: pytest.MonkeyPatch, *, sampler: str, guidance: float, negative: str, image: bool,
     steps: int = 4, **sizes: Any,
 ) -> None:  # fmt: skip
-    told = sizes | ({"image": IMAGES, "strength": 0.6} if image else {})
+    options = sizes | ({"image": IMAGES, "strength": 0.6} if image else {})
     ours = family.ours(
-        PROMPTS, negative_prompt=negative, steps=steps, guidance=guidance, sampler=sampler, latents=NOISE, **told
+        PROMPTS, negative_prompt=negative, steps=steps, guidance=guidance, sampler=sampler, latents=NOISE, **options
     )
     options = {"num_inference_steps": steps, "guidance_scale": guidance}
     options |= {SDXL_NAMES[name]: value for name, value in sizes.items()}
@@ -272,9 +272,9 @@ def test_inpainting(
     redraw.set_progress_bar_config(disable=True)
     options = {"guidance": 4.0, "sampler": sampler, "latents": NOISE, "steps": 4}
     ours = family.ours(PROMPTS, image=IMAGES, mask=MASK, strength=strength, **options)
-    told = {"num_inference_steps": 4, "guidance_scale": 4.0, "strength": strength, "height": 8, "width": 8}
-    told["mask_image"] = torch.from_numpy(MASK / np.float32(255))[None, None]
-    want = oracle_picture(replace(family, redraw=redraw), monkeypatch, sampler=sampler, image=True, options=told)
+    options = {"num_inference_steps": 4, "guidance_scale": 4.0, "strength": strength, "height": 8, "width": 8}
+    options["mask_image"] = torch.from_numpy(MASK / np.float32(255))[None, None]
+    want = oracle_picture(replace(family, redraw=redraw), monkeypatch, sampler=sampler, image=True, options=options)
     assert_same(ours, want)
 
 
@@ -379,8 +379,8 @@ def test_saved_here_it_is_the_same_pipeline_in_diffusers(
             assert all(torch.equal(value, want[key]) for key, value in again.components[part].state_dict().items())
         elif part.startswith("tokenizer") and module is not None:
             assert again.components[part](PROMPTS, padding="max_length") == module(PROMPTS, padding="max_length")
-    kept = {key: value for key, value in again.scheduler.config.items() if not key.startswith("_")}
-    assert kept == {key: value for key, value in family.config.items() if not key.startswith("_")}
+    known = {key: value for key, value in again.scheduler.config.items() if not key.startswith("_")}
+    assert known == {key: value for key, value in family.config.items() if not key.startswith("_")}
 
 
 def test_prompt_embeddings(families: Callable[[str], Family]) -> None:

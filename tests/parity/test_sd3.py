@@ -192,11 +192,11 @@ def compare(
     pipe: Any = None,
 ) -> None:  # fmt: skip
     """The same pictures by both, where `ours` and `theirs` are more options of the two calls."""
-    told = {"steps": steps, "guidance": guidance, "sampler": "euler", "t5_tokens": T5_TOKENS, "latents": noise}
-    told |= {"negative_prompt": NEGATIVE} if negative else {}
+    options = {"steps": steps, "guidance": guidance, "sampler": "euler", "t5_tokens": T5_TOKENS, "latents": noise}
+    options |= {"negative_prompt": NEGATIVE} if negative else {}
     factor = family.ours.model.vae.config.downsample_factor
     size = tuple(factor * side for side in noise.shape[1:3])
-    got = family.ours(PROMPTS, **told | {"size": size} | (ours or {}))
+    got = family.ours(PROMPTS, **options | {"size": size} | (ours or {}))
     pipe = pipe or family.theirs
     pipe.scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler.from_config(family.config)
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": T5_TOKENS}

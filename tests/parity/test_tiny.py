@@ -161,35 +161,35 @@ def original(latents: int) -> tuple[nn.Sequential, nn.Sequential]:
 def author(tmp_path_factory):
     """The original's halves of 16 channels, and the folder of their files."""
     folder = tmp_path_factory.mktemp("author")
-    halves = dict(zip(("encoder", "decoder"), original(16), strict=True))
-    for name, half in halves.items():
+    parts = dict(zip(("encoder", "decoder"), original(16), strict=True))
+    for name, half in parts.items():
         save_file(half.state_dict(), folder / f"taesd3_{name}.safetensors")
-    return halves, folder
+    return parts, folder
 
 
 def test_the_original_files_are_read(author):
-    halves, folder = author
+    parts, folder = author
     component = load_tiny(folder)
     assert component.module.config == TinyConfig(**SIZES, latent_channels=16)
     x, z = inputs(component.module.config)
     encode, decode = directions(component)
     with torch.no_grad():
-        assert error(encode(x), halves["encoder"]((nchw(x) + 1) / 2)) <= 1e-4
-        assert error((decode(z) + 1) / 2, halves["decoder"](nchw(z))) <= 1e-4
+        assert error(encode(x), parts["encoder"]((nchw(x) + 1) / 2)) <= 1e-4
+        assert error((decode(z) + 1) / 2, parts["decoder"](nchw(z))) <= 1e-4
 
 
 def test_the_original_files_are_written(author, tmp_path):
-    halves, folder = author
+    parts, folder = author
     component = load_tiny(folder)
     save_tiny_original(tmp_path, component, name="mine")
-    for name, half in halves.items():
+    for name, half in parts.items():
         written = load_file(tmp_path / f"mine_{name}.safetensors")
         fresh = dict(zip(("encoder", "decoder"), original(16), strict=True))[name]
         fresh.load_state_dict(written, strict=True)
         for key, value in half.state_dict().items():
             assert torch.equal(fresh.state_dict()[key], value)
     jax.tree.map(np.testing.assert_array_equal, load_tiny(tmp_path).params, component.params)
-    assert len(to_torch(component.params, TINY_ORIGINAL_RULES)) == sum(len(h.state_dict()) for h in halves.values())
+    assert len(to_torch(component.params, TINY_ORIGINAL_RULES)) == sum(len(h.state_dict()) for h in parts.values())
 
 
 def test_what_the_original_files_cannot_say_is_not_written(tmp_path):
@@ -200,7 +200,7 @@ def test_what_the_original_files_cannot_say_is_not_written(tmp_path):
 
 
 def test_unfitting_files_are_one_clear_line(author, tmp_path):
-    halves, _ = author
+    parts, _ = author
 
     def fails(case: str, kind: type[Exception], words: str, **files: dict[str, torch.Tensor]) -> None:
         folder = tmp_path / case
@@ -212,7 +212,7 @@ def test_unfitting_files_are_one_clear_line(author, tmp_path):
         assert str(caught.value).startswith(str(folder))
         assert "\n" not in str(caught.value)
 
-    encoder, decoder = (halves[name].state_dict() for name in ("encoder", "decoder"))
+    encoder, decoder = (parts[name].state_dict() for name in ("encoder", "decoder"))
     four = original(4)[1].state_dict()
     fails("empty", FileNotFoundError, r"no config\.json and no \*_encoder")
     fails("half", FileNotFoundError, r"no \*_decoder", t_encoder=encoder)
@@ -226,7 +226,7 @@ def test_unfitting_files_are_one_clear_line(author, tmp_path):
     short = {name: value for name, value in encoder.items() if name.startswith("0.")}
     fails("short", ValueError, "encoder_block_out_channels", t_encoder=short, t_decoder=decoder)
     (tmp_path / "pickle").mkdir()
-    for name in halves:
+    for name in parts:
         (tmp_path / "pickle" / f"taesd_{name}.pth").write_bytes(b"PK")
     with pytest.raises(ValueError, match="pickle"):
         load_tiny(tmp_path / "pickle")

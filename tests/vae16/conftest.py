@@ -15,8 +15,8 @@ def random_params():
         random = np.random.default_rng(seed)
 
         def leaf(path, like):
-            spread = math.prod(like.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.1
-            return jax.numpy.asarray(spread * random.standard_normal(like.shape) + (path[-1].key == "scale"))
+            deviation = math.prod(like.shape[:-1]) ** -0.5 if path[-1].key == "kernel" else 0.1
+            return jax.numpy.asarray(deviation * random.standard_normal(like.shape) + (path[-1].key == "scale"))
 
         return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(init, jax.random.key(0), *inputs))
 

@@ -29,8 +29,8 @@ def test_winograd_is_the_convolution() -> None:
 @pytest.mark.parametrize("shape", [(1, 2), (2, 2), (3, 1)])
 def test_blocks_of_pixels_are_the_convolution(shape: tuple[int, int]) -> None:
     x, kernel = arrays((2, 6, 10, 5), (3, 3, 5, 7))
-    mine = jax.jit(partial(blocks, shape=shape))(x, kernel)
-    np.testing.assert_allclose(mine, direct(x, kernel), atol=1e-5)
+    ours = jax.jit(partial(blocks, shape=shape))(x, kernel)
+    np.testing.assert_allclose(ours, direct(x, kernel), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (2, 5), (3, 1)])
@@ -49,8 +49,10 @@ def test_its_error_is_about_the_direct_ones() -> None:
     x, kernel = arrays((1, 32, 32, 256), (3, 3, 256, 64))
     with jax.enable_x64(True):
         exact = np.asarray(direct(*(jnp.asarray(np.asarray(a), jnp.float64) for a in (x, kernel))))
-    mine, plain = (np.square(np.asarray(own(x, kernel)) - exact).mean() for own in map(jax.jit, (winograd, direct)))
-    assert mine < 2.5 * plain
+    ours, plain = (
+        np.square(np.asarray(method(x, kernel)) - exact).mean() for method in map(jax.jit, (winograd, direct))
+    )
+    assert ours < 2.5 * plain
 
 
 def derivatives(way: Callable[..., Array], x: Array, kernel: Array, dx: Array, dk: Array) -> object:
@@ -75,13 +77,13 @@ direct_ones = jax.jit(partial(derivatives, direct))
     ],
 )
 def test_gradients_and_derivatives_along_a_direction(
-    own: Callable[..., Array], height: int, side: int, bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    method: Callable[..., Array], height: int, side: int, bounds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, bound in bounds.items():
         monkeypatch.setattr(convolution, name, bound)
     x, kernel, dx, dk = arrays(*((2, height, 4, 3), (side, side, 3, 5)) * 2)
-    mine = jax.jit(partial(derivatives, own))(x, kernel, dx, dk)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), mine, direct_ones(x, kernel, dx, dk))
+    ours = jax.jit(partial(derivatives, method))(x, kernel, dx, dk)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), ours, direct_ones(x, kernel, dx, dk))
 
 
 def test_no_window_of_a_gradient_is_larger_than_its_picture_on_a_cpu() -> None:
@@ -117,8 +119,8 @@ def test_no_zeros_are_convolved() -> None:
 
 def test_it_is_taken_where_it_pays() -> None:
     def convolutions(platform: str, side: int, width: int, dtype: object = jnp.float32) -> int:
-        own = arrays((1, side, side, width), (3, 3, width, width), dtype=dtype)
-        program = export.export(jax.jit(convolve), platforms=(platform,))(*own)
+        method = arrays((1, side, side, width), (3, 3, width, width), dtype=dtype)
+        program = export.export(jax.jit(convolve), platforms=(platform,))(*method)
         return program.mlir_module().count("stablehlo.convolution")
 
     assert [convolutions(platform, 64, 64) for platform in ("cpu", "tpu", "cuda")] == [0, 1, 1]
@@ -134,8 +136,8 @@ def test_it_is_taken_where_it_pays() -> None:
 def test_blocks_are_taken_where_they_pay() -> None:
     def steps(platform: str, side: int, inner: int, outer: int) -> tuple[int, ...]:
         """Strides of the only convolution of a program."""
-        own = arrays((1, side, side, inner), (3, 3, inner, outer))
-        text = export.export(jax.jit(convolve), platforms=(platform,))(*own).mlir_module()
+        method = arrays((1, side, side, inner), (3, 3, inner, outer))
+        text = export.export(jax.jit(convolve), platforms=(platform,))(*method).mlir_module()
         assert text.count("stablehlo.convolution") == 1
         found = re.search(r"stride = \[(\d), (\d)\]", text)
         return (1, 1) if found is None else tuple(map(int, found.groups()))

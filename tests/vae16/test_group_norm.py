@@ -30,7 +30,7 @@ def error(y: jax.Array, want: jax.Array) -> float:
     return float(np.linalg.norm(y - want) / np.linalg.norm(want))
 
 
-def whole(how: Normalisation, x: jax.Array, *others: jax.Array) -> jax.Array:
+def in_one(how: Normalisation, x: jax.Array, *others: jax.Array) -> jax.Array:
     """In float32, of the same numbers."""
     return normalise(how, x.astype(jnp.float32), *others)
 
@@ -47,7 +47,7 @@ def test_the_kernel_is_group_norm(shape: tuple[int, int, int, int], groups: int)
     @jax.jit
     def both(*arrays: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         run = partial(gpu_group_norm.group_norm, interpret=True)
-        return [(run(*arrays, **how._asdict()), whole(how, *arrays)) for how in options]
+        return [(run(*arrays, **how._asdict()), in_one(how, *arrays)) for how in options]
 
     for y, want in both(*arrays):
         assert y.dtype == jnp.bfloat16
@@ -63,7 +63,7 @@ def test_half_precision_is_near_float32_and_has_its_gradient() -> None:
         return module.apply({"params": params}, x, offset)
 
     def exact(x: jax.Array) -> jax.Array:
-        return whole(how, x, offset, scale, bias)
+        return in_one(how, x, offset, scale, bias)
 
     @jax.jit
     def value_slope_and_direction(x: jax.Array) -> list[tuple[jax.Array, ...]]:

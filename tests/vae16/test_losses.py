@@ -207,8 +207,8 @@ def test_a_tiny_encoder_learns_the_latents_and_its_decoder_the_pictures(setup, r
     mean, logvar = jax.jit(lambda p: VAE.apply({"params": p}, x, method="encode"))(params["vae"])
 
     def latent(encoder):
-        own, _ = TINY.apply({"params": {**learner["vae"], "encoder": encoder}}, x, method="encode")
-        return jnp.square(own - 0.18215 * mean).sum() / own.size * x[0].size
+        encoded, _ = TINY.apply({"params": {**learner["vae"], "encoder": encoder}}, x, method="encode")
+        return jnp.square(encoded - 0.18215 * mean).sum() / encoded.size * x[0].size
 
     def drawn(decoder):
         z = scale(sample_latent(mean, logvar, KEY), VAE.config)
@@ -218,8 +218,8 @@ def test_a_tiny_encoder_learns_the_latents_and_its_decoder_the_pictures(setup, r
         return nll + metrics["gan_weight"] * gan
 
     assert metrics["gan_weight"] > 0.0
-    halves = jax.jit(lambda p: (jax.value_and_grad(latent)(p["encoder"]), jax.value_and_grad(drawn)(p["decoder"])))
-    (first, encoder), (second, decoder) = halves(learner["vae"])
+    gradients = jax.jit(lambda p: (jax.value_and_grad(latent)(p["encoder"]), jax.value_and_grad(drawn)(p["decoder"])))
+    (first, encoder), (second, decoder) = gradients(learner["vae"])
     np.testing.assert_allclose(value, first + second + metrics["discriminator"], rtol=1e-5)
     np.testing.assert_allclose(metrics["latent"] * x[0].size, first, rtol=1e-5)
     close(gradient["vae"], {"encoder": encoder, "decoder": decoder})

@@ -41,12 +41,12 @@ def double(x: jax.Array) -> jax.Array:
 @pytest.mark.parametrize(("h", "w"), [(20, 33), (16, 40), (41, 16), (17, 17)])
 def test_pointwise_function_is_unchanged_by_tiling(h, w):
     @jax.jit
-    def each(x):
+    def decode_both(x):
         return double(x), [tiled(double, x, tile=16, overlap=overlap) for overlap in (5, 0)]
 
-    whole, tiles = each(smooth(h, w, 3))
+    full, tiles = decode_both(smooth(h, w, 3))
     for y in tiles:
-        np.testing.assert_allclose(y, whole, atol=1e-6)
+        np.testing.assert_allclose(y, full, atol=1e-6)
 
 
 def test_starts_cover_and_overlap():
@@ -64,8 +64,8 @@ def test_starts_cover_and_overlap():
 
 def test_a_tile_that_holds_the_image_is_exactly_whole(vae, decoded):
     module, params = vae
-    z, whole = decoded
-    np.testing.assert_array_equal(jax.jit(lambda z: decode_tiled(module, params, z, tile=50, overlap=2))(z), whole)
+    z, full = decoded
+    np.testing.assert_array_equal(jax.jit(lambda z: decode_tiled(module, params, z, tile=50, overlap=2))(z), full)
 
 
 def waves(size: int, period: int, c: int) -> np.ndarray:
@@ -78,17 +78,17 @@ def waves(size: int, period: int, c: int) -> np.ndarray:
 def test_tiled_decode_of_a_smooth_latent_has_no_seams(vae, decoded):
     """What remains is the random network's response to the zero padding at tile borders, faded out by the ramps."""
     module, params = vae
-    z, whole = decoded
+    z, full = decoded
     blended, butted = (
         np.asarray(jax.jit(lambda z, overlap=overlap: decode_tiled(module, params, z, tile=32, overlap=overlap))(z))
-        - whole
+        - full
         for overlap in (16, 0)
     )
-    assert blended.shape == whole.shape
-    assert np.abs(blended).mean() < 0.1 * np.std(whole)
+    assert blended.shape == full.shape
+    assert np.abs(blended).mean() < 0.1 * np.std(full)
     for axis in (1, 2):  # a seam is a jump of the error from one pixel to the next
-        jump, seam = (np.abs(np.diff(y[:, 4:-4, 4:-4], axis=axis)).max() for y in (blended, butted))
-        assert jump < 0.5 * seam
+        step, seam = (np.abs(np.diff(y[:, 4:-4, 4:-4], axis=axis)).max() for y in (blended, butted))
+        assert step < 0.5 * seam
 
 
 def test_tiled_encode_is_close_to_whole(vae):
@@ -107,9 +107,9 @@ def test_sliced_equals_batched():
     def of_each_image(z):
         return double(z - z.mean((1, 2, 3), keepdims=True))
 
-    one_by_one, whole = jax.jit(lambda z: (sliced(of_each_image, z), of_each_image(z)))(z)
-    assert whole.shape == (3, 8, 8, 4)
-    np.testing.assert_allclose(one_by_one, whole, atol=1e-5)
+    one_by_one, full = jax.jit(lambda z: (sliced(of_each_image, z), of_each_image(z)))(z)
+    assert full.shape == (3, 8, 8, 4)
+    np.testing.assert_allclose(one_by_one, full, atol=1e-5)
 
 
 def test_bad_tiles_are_named():

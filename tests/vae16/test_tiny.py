@@ -51,8 +51,8 @@ def test_decoding_an_encoding_keeps_the_shape(small):
     z, logvar = encode(params, x)
     assert z.shape == logvar.shape == (2, 4, 6, 5)
     assert decode(params, z).shape == x.shape
-    whole = jax.jit(AutoencoderTiny(SMALL).apply)({"params": params}, x)
-    np.testing.assert_allclose(whole, decode(params, z), rtol=1e-4, atol=1e-4)
+    full = jax.jit(AutoencoderTiny(SMALL).apply)({"params": params}, x)
+    np.testing.assert_allclose(full, decode(params, z), rtol=1e-4, atol=1e-4)
 
 
 def test_features_and_the_last_convolution_are_the_decoder(small):

@@ -80,9 +80,9 @@ def test_a_case_is_run_and_written(
     monkeypatch.setattr(bench, "ceilings", lambda dtype: Ceilings(1e12, 1e9))
     bench.run_cases(["unet"], Options(), repeats=4, out=tmp_path / "b" / "x.json")
     assert "## A title of unet" in capsys.readouterr().out
-    kept = read_json(tmp_path / "b" / "x.json")
-    assert len(kept["cases"]["A title of unet"]["one"]["seconds"]) == 4
-    assert {"device", "versions", "date", "options", "ceilings"} <= set(kept)
+    record = read_json(tmp_path / "b" / "x.json")
+    assert len(record["cases"]["A title of unet"]["one"]["seconds"]) == 4
+    assert {"device", "versions", "date", "options", "ceilings"} <= set(record)
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_what_does_not_go_together_is_said_first(
 
 
 def test_a_training_step_that_memory_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = tmp_path / "meminfo"
-    told.write_text("MemTotal:       24000000 kB\nMemAvailable:    4194304 kB\n")
-    monkeypatch.setattr(training, "MEMORY", told)
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       24000000 kB\nMemAvailable:    4194304 kB\n")
+    monkeypatch.setattr(training, "MEMORY", meminfo)
     training.check_room("LCM", 2**32)
     with pytest.raises(ValueError, match=r"LCM: a training step takes 5\.0 GiB, and 4\.0 are free: give "):
         training.check_room("LCM", 5 * 2**30)

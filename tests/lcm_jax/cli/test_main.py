@@ -67,9 +67,9 @@ def test_sample_takes_the_options_of_sd3(
     if not drawn:
         np.testing.assert_array_equal(asked["image"], np.full((16, 16, 3), 128))
         np.testing.assert_array_equal(asked["mask"], np.eye(16) * 255)
-        told = {"prompt": ["dog"], "steps": 4, "t5_tokens": 5, "shift": 2.0, "double_shift": False, "strength": 0.9}
-        told |= {"skip_layers": [0, 1], "skip_scale": 1.0, "skip_interval": (0.0, 0.8)}
-        assert {name: asked[name] for name in told} == told
+        expected = {"prompt": ["dog"], "steps": 4, "t5_tokens": 5, "shift": 2.0, "double_shift": False, "strength": 0.9}
+        expected |= {"skip_layers": [0, 1], "skip_scale": 1.0, "skip_interval": (0.0, 0.8)}
+        assert {name: asked[name] for name in expected} == expected
 
 
 def test_evaluate_writes_scores(
@@ -87,16 +87,16 @@ def test_evaluate_writes_scores(
 
 
 def test_train_passes_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = {}
+    ran = {}
     monkeypatch.setattr(
-        "lcm_jax.train.config.TrainConfig.run", lambda self, workdir: seen.update(config=self, workdir=workdir)
+        "lcm_jax.train.config.TrainConfig.run", lambda self, workdir: ran.update(config=self, workdir=workdir)
     )
     arguments = ["train", "--config", "openmoji_teacher", "--workdir", str(tmp_path), "--steps", "7"]
     assert cli.main([*arguments, "--task.objective.caption-dropout", "0.3", "--learning-rate", "0.5"]) == 0
-    assert seen["workdir"] == tmp_path
-    assert seen["config"].loop.steps == 7
-    assert seen["config"].optimizer.learning_rate == 0.5
-    assert seen["config"].task.objective.caption_dropout == 0.3
+    assert ran["workdir"] == tmp_path
+    assert ran["config"].loop.steps == 7
+    assert ran["config"].optimizer.learning_rate == 0.5
+    assert ran["config"].task.objective.caption_dropout == 0.3
 
 
 @pytest.mark.parametrize("name", sorted(configs.CONFIGS))
@@ -195,7 +195,7 @@ def test_help_is_of_the_command_or_of_the_config(
 def test_help_tells_the_defaults_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["sample", "--help"])
-    told = re.findall(r"\(default: ([^)]*)\)", capsys.readouterr().out)
-    assert "openmoji" in told
-    assert "0" in told, "zero is a default"
-    assert not {"None", "", "[]", "False"} & set(told)
+    expected = re.findall(r"\(default: ([^)]*)\)", capsys.readouterr().out)
+    assert "openmoji" in expected
+    assert "0" in expected, "zero is a default"
+    assert not {"None", "", "[]", "False"} & set(expected)

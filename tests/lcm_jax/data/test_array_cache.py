@@ -112,14 +112,14 @@ def test_bad_caches_are_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no cache here"):
         open_cache(tmp_path / "nowhere")
     manifest = folder / "manifest.json"
-    whole = manifest.read_text()
-    manifest.write_text(whole.replace('"format": 2', '"format": 9'))
+    content = manifest.read_text()
+    manifest.write_text(content.replace('"format": 2', '"format": 9'))
     with pytest.raises(ValueError, match="cache format 9, this version reads 2"):
         open_cache(folder)
-    manifest.write_text(whole[:40])
+    manifest.write_text(content[:40])
     with pytest.raises(ValueError, match="not a manifest of a cache"):
         open_cache(folder)
-    manifest.write_text(whole)
+    manifest.write_text(content)
     data = folder / "data.array_record"
     bits = bytearray(data.read_bytes())
     bits[len(bits) // 2] ^= 1
@@ -138,16 +138,16 @@ def test_bad_caches_are_refused(folder, tmp_path):
 def test_shards_are_one_source(tmp_path):
     """Also those without a record, in the order in which they are joined."""
     parts = [RECORDS[:3], [], RECORDS[3:4], RECORDS[4:]]
-    whole = join([write_shard(tmp_path / f"{i}.array_record", part, MADE) for i, part in enumerate(parts)])
-    whole.save()
+    content = join([write_shard(tmp_path / f"{i}.array_record", part, MADE) for i, part in enumerate(parts)])
+    content.save()
     cache = open_cache(tmp_path)
     assert [record["caption"] for record in cache] == [record["caption"] for record in RECORDS]
     assert cache[-3]["weight"] == 4
     other = write_shard(tmp_path / "4.array_record", [{"x": np.zeros(2)}], MADE)
     with pytest.raises(ValueError, match=r"4\.array_record: fields"):
-        join([whole, other])
+        join([content, other])
     with pytest.raises(ValueError, match="was made with size=65, not 64"):
-        join([whole, write_shard(tmp_path / "4.array_record", [], MADE | {"size": 65})])
+        join([content, write_shard(tmp_path / "4.array_record", [], MADE | {"size": 65})])
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):

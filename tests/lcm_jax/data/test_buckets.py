@@ -127,12 +127,12 @@ def same(some, others):
 
 
 def test_a_batch_is_of_one_bucket_and_every_example_comes_once_in_each_of_its_epochs():
-    seen = {b: [] for b in range(len(COUNTS))}
+    drawn_ids = {b: [] for b in range(len(COUNTS))}
     for batch in batches(80):
         assert (batch["x"] == bucket(batch)).all()
-        seen[bucket(batch)] += batch["id"].tolist()
+        drawn_ids[bucket(batch)] += batch["id"].tolist()
     for b, count in enumerate(COUNTS):
-        epochs = np.reshape(seen[b][: len(seen[b]) // count * count], (-1, count))
+        epochs = np.reshape(drawn_ids[b][: len(drawn_ids[b]) // count * count], (-1, count))
         assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) >= 2
 
@@ -191,10 +191,10 @@ def test_processes_agree_on_the_bucket_and_partition_the_batch(count):
     options = {"batch_size": 8, "augment": CaptionMix()}
     n = 8 // count
     parts = [batches(12, rows=range(p * n, (p + 1) * n), **options) for p in range(count)]
-    for whole, *pieces in zip(batches(12, **options), *parts, strict=True):
-        assert whole["id"].tolist() == [i for piece in pieces for i in piece["id"]]
-        assert whole["caption"] == [text for piece in pieces for text in piece["caption"]]
-        assert {piece["x"].shape for piece in pieces} == {(n, *whole["x"].shape[1:])}
+    for full, *pieces in zip(batches(12, **options), *parts, strict=True):
+        assert full["id"].tolist() == [i for piece in pieces for i in piece["id"]]
+        assert full["caption"] == [text for piece in pieces for text in piece["caption"]]
+        assert {piece["x"].shape for piece in pieces} == {(n, *full["x"].shape[1:])}
 
 
 def test_captions_are_mixed_in_every_bucket_for_itself():

@@ -49,10 +49,10 @@ def test_resuming_mid_epoch_gives_the_same_batches(threads):
     iterator = iter(loader)
     list(islice(iterator, 8))  # in the second epoch
     state = json.loads(json.dumps(iterator.get_state()))
-    ahead = list(islice(iterator, 7))
+    taken = list(islice(iterator, 7))
     again = iter(Loader(SOURCE, 4, 3, threads=threads))
     again.set_state(state)
-    for a, b in zip(ahead, islice(again, 7), strict=True):
+    for a, b in zip(taken, islice(again, 7), strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
         assert a["caption"] == b["caption"]
     assert again.get_state() == iterator.get_state()
@@ -60,9 +60,9 @@ def test_resuming_mid_epoch_gives_the_same_batches(threads):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_partition_the_global_batch(count):
-    whole = islice(Loader(SOURCE, 8, 5), 6)
+    full = islice(Loader(SOURCE, 8, 5), 6)
     parts = [islice(Loader(SOURCE, 8, 5, rows=range(p, 8, count)), 6) for p in range(count)]
-    for batch, *pieces in zip(whole, *parts, strict=True):
+    for batch, *pieces in zip(full, *parts, strict=True):
         assert batch["id"].reshape(-1, count).T.tolist() == [piece["id"].tolist() for piece in pieces]
 
 

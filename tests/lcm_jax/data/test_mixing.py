@@ -40,16 +40,16 @@ def test_the_choice_is_new_each_epoch_and_has_the_seed():
 
 
 def test_it_is_the_same_after_a_resume_and_for_any_batch_size_and_processes():
-    whole = texts(islice(batches(), 12))
-    assert whole == texts(islice(batches(batch_size=16), 6))
-    assert whole == texts(islice(batches(threads=2), 12))
+    full = texts(islice(batches(), 12))
+    assert full == texts(islice(batches(batch_size=16), 6))
+    assert full == texts(islice(batches(threads=2), 12))
     iterator = iter(batches())
     list(islice(iterator, 5))
     again = iter(batches())
     again.set_state(json.loads(json.dumps(iterator.get_state())))
-    assert texts(islice(again, 7)) == whole[40:]
+    assert texts(islice(again, 7)) == full[40:]
     parts = [batches(rows=rows)[3]["caption"] for rows in (range(4), range(4, 8))]
-    assert parts[0] + parts[1] == whole[24:32]
+    assert parts[0] + parts[1] == full[24:32]
 
 
 def test_encodings_are_mixed_as_their_texts_are(tmp_path):

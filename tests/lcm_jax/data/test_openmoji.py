@@ -60,12 +60,12 @@ def test_splits_partition_the_catalogue():
 def test_held_out_pairs_compose_from_what_training_has_seen():
     train = openmoji.split_items("train")
     held_out = openmoji.held_out_pairs()
-    seen = {(item.role, tone) for item in train for tone in item.skin_tones}  # both tones of a couple count
+    trained = {(item.role, tone) for item in train for tone in item.skin_tones}  # both tones of a couple count
     assert held_out == {item.pair for item in openmoji.split_items("compositional")}
-    assert not held_out & seen
+    assert not held_out & trained
     for role, tone in held_out:
-        assert {t for r, t in seen if r == role} - {tone}, role
-        assert {r for r, t in seen if t == tone} - {role}, tone
+        assert {t for r, t in trained if r == role} - {tone}, role
+        assert {r for r, t in trained if t == tone} - {role}, tone
         assert not any(
             role in item.caption and f", {tone} skin tone" in item.caption and item.role == role for item in train
         )
@@ -99,11 +99,11 @@ def test_an_outline_is_the_drawing_without_its_fills():
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """load_source over 24 + 4 + 4 drawings, in a cache of its own."""
-    whole = {split: openmoji.split_items(split) for split in openmoji.SPLITS}
+    items = {split: openmoji.split_items(split) for split in openmoji.SPLITS}
     few = {
-        "train": whole["train"][::150][:24],
-        "validation": whole["validation"][:4],
-        "compositional": whole["compositional"][:4],
+        "train": items["train"][::150][:24],
+        "validation": items["validation"][:4],
+        "compositional": items["compositional"][:4],
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -135,11 +135,11 @@ def test_source_renders_once_and_prints_nothing(small, capsys, monkeypatch):
 
 
 def test_large_sizes_are_decoded_on_reading(small, monkeypatch):
-    ahead = load_source("openmoji", "validation", 64)
+    cached = load_source("openmoji", "validation", 64)
     monkeypatch.setattr("lcm_jax.data.sources.IN_MEMORY_BYTES", 0)
     late = load_source("openmoji", "validation", 64)
-    assert type(late) is not type(ahead)
-    assert len(late) == len(ahead)
-    np.testing.assert_array_equal(late[2]["image"], ahead[2]["image"])
+    assert type(late) is not type(cached)
+    assert len(late) == len(cached)
+    np.testing.assert_array_equal(late[2]["image"], cached[2]["image"])
     with pytest.raises(IndexError):
         late[len(late)]

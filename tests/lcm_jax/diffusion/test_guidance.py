@@ -38,14 +38,14 @@ def test_scale_per_row_and_vector_time() -> None:
 
 
 def test_both_halves_see_the_same_input() -> None:
-    seen = []
+    calls = []
 
     def spy(x: jax.Array, t: jax.Array) -> Prediction:
-        seen.append((x, t))
+        calls.append((x, t))
         return paired(x, t)
 
     cfg(spy, 3.0)(X, jnp.asarray([T, 2 * T]))
-    x, t = seen[0]
+    x, t = calls[0]
     np.testing.assert_array_equal(x[:2], x[2:])
     np.testing.assert_array_equal(t, [T, 2 * T, T, 2 * T])
 

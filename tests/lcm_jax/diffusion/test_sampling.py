@@ -189,5 +189,5 @@ def test_flow_grid_of_the_dpm_solvers_is_even_down_to_the_clean_end() -> None:
 
 def test_strength_of_a_flow_counts_a_fraction_of_a_step_as_one() -> None:
     grid = time_grid(SAMPLERS["euler"], FLOW, 10)
-    for strength, kept in ((0.01, 1), (0.5, 5), (0.51, 6), (1.0, 10)):
-        np.testing.assert_array_equal(time_grid(SAMPLERS["euler"], FLOW, 10, strength=strength), grid[10 - kept :])
+    for strength, steps in ((0.01, 1), (0.5, 5), (0.51, 6), (1.0, 10)):
+        np.testing.assert_array_equal(time_grid(SAMPLERS["euler"], FLOW, 10, strength=strength), grid[10 - steps :])

@@ -26,7 +26,7 @@ POINTS = [{"x": np.float32(i)} for i in range(1, 9)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class LineTask:
     """y = slope x is to be found; every run counts itself."""
 
     slope: float = 1.0
@@ -59,17 +59,17 @@ class Line:
 def config(slope: float, log: Path, *, fail: bool = False) -> TrainConfig:
     loop = LoopConfig(steps=6, batch_size=4, save_every=2, preview_every=3, log_every=1)
     return TrainConfig(
-        task=Line(slope=slope, log=str(log), fail=fail), loop=loop, optimizer=OptimizerConfig(learning_rate=0.5)
+        task=LineTask(slope=slope, log=str(log), fail=fail), loop=loop, optimizer=OptimizerConfig(learning_rate=0.5)
     )
 
 
 def study(log: Path, **options: Any) -> Study:
     slopes = {"flat": 1.0, "steep/er": 2.0, "wall": 3.0}
 
-    def plot(own: Study, cells: Any) -> None:
+    def plot(small_study: Study, cells: Any) -> None:
         _, panels = mpl.pyplot.subplots(1, 2)
         curves(panels[0], cells, "validation")
-        points(panels[1], cells, own.columns[0])
+        points(panels[1], cells, small_study.columns[0])
 
     defaults: dict[str, Any] = {
         "name": "lines",
@@ -94,9 +94,9 @@ def test_cells_run_once_and_the_table_has_the_paper_beside_them(tmp_path: Path) 
         asked.append(name)
         return config
 
-    own = study(log, prepare=prepare)
-    assert main(own, ["--variants", "flat", "--out", str(out)]) == 0
-    assert main(own, ["--seeds", "0", "2", "--out", str(out)]) == 0
+    small_study = study(log, prepare=prepare)
+    assert main(small_study, ["--variants", "flat", "--out", str(out)]) == 0
+    assert main(small_study, ["--seeds", "0", "2", "--out", str(out)]) == 0
     assert sorted(log.read_text().split()) == ["1", "1", "2", "2", "3", "3"]
     assert len(asked) == 6  # those that were done were not prepared again
     found = read_json(out / "table.json")

@@ -66,11 +66,11 @@ def test_one_of_sd3(tiny_sd3: Path, tmp_path: Path) -> None:
 
 def rewritten(file: Path, path: Path, change: Callable[[dict[str, Any]], Any], body: bytes | None = None) -> Path:
     """The file with another header, or another program."""
-    with zipfile.ZipFile(file) as own, zipfile.ZipFile(path, "w") as other:
-        header = json.loads(own.read("header.json"))
+    with zipfile.ZipFile(file) as original, zipfile.ZipFile(path, "w") as other:
+        header = json.loads(original.read("header.json"))
         change(header)
         other.writestr("header.json", json.dumps(header))
-        other.writestr("program.bin", own.read("program.bin") if body is None else body)
+        other.writestr("program.bin", original.read("program.bin") if body is None else body)
     return path
 
 

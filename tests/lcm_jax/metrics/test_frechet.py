@@ -64,15 +64,15 @@ def test_orthogonal_supports_and_zero_covariance(rng):
 
 def test_moments_agree_with_numpy_in_any_order_and_any_sharding(rng):
     x = 1000.0 + rng.normal(size=(101, 6))
-    whole = Moments.of(x)
-    np.testing.assert_allclose(whole.covariance, np.cov(x.T), rtol=1e-9)
+    moments_of_all = Moments.of(x)
+    np.testing.assert_allclose(moments_of_all.covariance, np.cov(x.T), rtol=1e-9)
     shuffled = Moments.of(rng.permutation(x))
     shards = Moments.of_batches([x[:1], x[1:40], x[40:100], x[100:]])
     other_way = Moments.of(x[40:]).merge(Moments.of(x[:40]))
     for moments in (shuffled, shards, other_way):
         assert moments.count == 101
-        np.testing.assert_allclose(moments.mean, whole.mean, rtol=1e-13)
-        np.testing.assert_allclose(moments.covariance, whole.covariance, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(moments.mean, moments_of_all.mean, rtol=1e-13)
+        np.testing.assert_allclose(moments.covariance, moments_of_all.covariance, rtol=1e-8, atol=1e-10)
 
 
 def test_save_and_load(rng, tmp_path):

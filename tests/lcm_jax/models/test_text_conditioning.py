@@ -38,9 +38,9 @@ def test_the_context_is_the_clips_and_then_t5(prompts: Prompts, params: dict[str
 
 
 def test_t5_may_read_fewer_tokens(prompts: Prompts, params: dict[str, Params]) -> None:
-    whole, short = prompts(params, ["dog"]), replace(prompts, t5_tokens=5)(params, ["dog"])
+    full, short = prompts(params, ["dog"]), replace(prompts, t5_tokens=5)(params, ["dog"])
     assert short["context"].shape == (1, 12 + 5, 32)
-    np.testing.assert_allclose(short["context"][:, :12], whole["context"][:, :12], atol=1e-6)
+    np.testing.assert_allclose(short["context"][:, :12], full["context"][:, :12], atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 11, 0])

@@ -81,10 +81,10 @@ def test_gradient_finite_differences_and_frozen_trees(gaussian, make_batch) -> N
         assert all(g == 0 for g in jax.tree.leaves(frozen))
     for name, h in (("m", 0.02), ("v", 0.02)):
         assert grad[name] > 0  # both are above the truth: descent leads back
-        ahead, behind = (
+        later, earlier = (
             value(start.student | {name: start.student[name] + d}, start.target, start.teacher)[0] for d in (h, -h)
         )
-        np.testing.assert_allclose(grad[name], (ahead - behind) / (2 * h), rtol=5e-3)
+        np.testing.assert_allclose(grad[name], (later - earlier) / (2 * h), rtol=5e-3)
 
 
 def test_online_target_is_the_student_without_gradient(gaussian, make_batch) -> None:

@@ -67,15 +67,15 @@ def test_validation_loss_is_that_of_even_times(gaussian_on, make_batch) -> None:
     want = 0.49 / ((1 - t) ** 2 * 0.49 + t**2)
     plain = Diffusion(schedule=schedule, kind="flow", caption_dropout=1.0, times=LogitNormal(mean=1.0, std=0.3))
     run, keys = jit(partial(validation_losses, plain, nets)), jax.random.split(jax.random.key(0), 4000)
-    each = run(batch, keys)
-    np.testing.assert_allclose(each.mean(0), want, rtol=0.03)
-    np.testing.assert_array_equal(run(batch, keys), each)
-    assert (run(batch, jax.random.split(jax.random.key(1), 4000)) != each).all()
+    losses = run(batch, keys)
+    np.testing.assert_allclose(losses.mean(0), want, rtol=0.03)
+    np.testing.assert_array_equal(run(batch, keys), losses)
+    assert (run(batch, jax.random.split(jax.random.key(1), 4000)) != losses).all()
     some = run(jax.tree.map(lambda leaf: leaf[5:9], batch), keys[5:9])
-    np.testing.assert_allclose(some, each[5:9], rtol=1e-5)
+    np.testing.assert_allclose(some, losses[5:9], rtol=1e-5)
     weighted = dataclasses.replace(plain, weight=CosMap())
-    each = jit(partial(validation_losses, weighted, nets))(batch, keys)
-    np.testing.assert_allclose(each.mean(0), want * CosMap().pdf(jnp.asarray(t)), rtol=0.03)
+    losses = jit(partial(validation_losses, weighted, nets))(batch, keys)
+    np.testing.assert_allclose(losses.mean(0), want * CosMap().pdf(jnp.asarray(t)), rtol=0.03)
 
 
 def test_a_shifted_flow_trains_at_the_shifted_noise(recorder, make_batch) -> None:
@@ -124,8 +124,8 @@ def test_encoders_are_dropped_only_where_the_objective_says_so(recorder) -> None
         record = recorder(lambda net, x, t, cond: x)
         nets = Nets(apply=record, student={"student": None})
         objective(nets, batch, jax.random.key(0))
-        ((_, _, seen),) = record.calls["student"]
-        assert float(seen["context"].mean()) == pytest.approx(share, abs=0.1)
+        ((_, _, cond),) = record.calls["student"]
+        assert float(cond["context"].mean()) == pytest.approx(share, abs=0.1)
 
     def apply(net, x, t, cond):
         return x * cond["pooled"].mean()

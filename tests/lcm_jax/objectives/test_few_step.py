@@ -32,14 +32,14 @@ OFF = {**EXACT, "m": jnp.float32(0.6), "v": jnp.float32(0.9)}
 NULL = {"context": jnp.zeros((1, 1))}
 
 
-def spread(v: Array, t: Array) -> Array:
+def deviation(v: Array, t: Array) -> Array:
     return jnp.sqrt(((1 - t) * v) ** 2 + t**2)
 
 
 def along(params: Params, x: Image, t: Array, s: Array) -> Image:
     """The ODE's map from t to s."""
     t, s = (jnp.broadcast_to(u, x.shape[:1]).reshape(-1, 1, 1, 1) for u in (t, s))
-    return (1 - s) * params["m"] + spread(params["v"], s) / spread(params["v"], t) * (x - (1 - t) * params["m"])
+    return (1 - s) * params["m"] + deviation(params["v"], s) / deviation(params["v"], t) * (x - (1 - t) * params["m"])
 
 
 def network(params: Params, x: Image, t: Array, cond: Cond) -> Image:
@@ -47,7 +47,7 @@ def network(params: Params, x: Image, t: Array, cond: Cond) -> Image:
     t = jnp.broadcast_to(jnp.asarray(t) / 1000.0, x.shape[:1])
     span = jnp.broadcast_to(cond["span"] / 1000.0 if "span" in cond else jnp.where(params["map"] > 0, t, 0.0), t.shape)
     rows = t.reshape(-1, 1, 1, 1)
-    a, variance = 1 - rows, spread(params["v"], rows) ** 2
+    a, variance = 1 - rows, deviation(params["v"], rows) ** 2
     x0 = params["m"] + a * params["v"] ** 2 / variance * (x - a * params["m"])
     eps = rows / variance * (x - a * params["m"])
     far = jnp.maximum(span, 1e-6).reshape(-1, 1, 1, 1)
@@ -112,8 +112,8 @@ def test_the_student_of_distribution_matching_rests_between_its_steps() -> None:
     off = {**OFF, "map": jnp.float32(0.0)}
 
     def loss(trees: Any, step: Array) -> Array:
-        own = nets._replace(student=trees[0], others={"fake": trees[1]}, step=step)
-        return objective(own, batch, jax.random.key(1))[0]
+        changed_nets = nets._replace(student=trees[0], others={"fake": trees[1]}, step=step)
+        return objective(changed_nets, batch, jax.random.key(1))[0]
 
     grad = jit(jax.grad(loss))
     for step, learns in ((0, True), (1, False), (4, False), (5, True)):
@@ -135,8 +135,8 @@ def test_gradients_are_finite_and_reach_the_student_alone(name: str) -> None:
     others = {"heads": jnp.ones(3), **objective.others(jax.random.key(0), {**OFF, "map": jnp.float32(0.0)})}
 
     def loss(student: Params, target: Params, teacher: Params, others: Any) -> Array:
-        own = nets._replace(student=student, target=target, teacher=teacher, others=others, step=0)
-        return objective(own, batch, jax.random.key(1))[0]
+        changed_nets = nets._replace(student=student, target=target, teacher=teacher, others=others, step=0)
+        return objective(changed_nets, batch, jax.random.key(1))[0]
 
     student, target, teacher, extra = jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(OFF, EXACT, TEACHER, others)
     assert np.isfinite(student["m"])
@@ -205,9 +205,9 @@ def test_gradient_is_the_difference_quotient_with_what_is_stopped_held(
         student = named("student", {**OFF, "m": theta[0], "v": theta[1]})
         fakes = {k: named("fake", v) if k == "fake" else v for k, v in others.items()}
         trees = {"student": student, "target": named("target", EXACT), "teacher": named("teacher", TEACHER)}
-        own = nets._replace(apply=apply, others=fakes, step=0.0, **trees)
+        changed_nets = nets._replace(apply=apply, others=fakes, step=0.0, **trees)
         monkeypatch.setattr(jax.lax, "stop_gradient", hold)
-        loss = objective(own, batch, jax.random.key(1))[0]
+        loss = objective(changed_nets, batch, jax.random.key(1))[0]
         monkeypatch.setattr(jax.lax, "stop_gradient", stop)
         calls[:] = asked
         return loss, stopped
@@ -295,8 +295,8 @@ def test_forward_mode_is_the_difference_in_time(name: str) -> None:
     def both() -> tuple[Array, Array]:
         v, h = velocity(x, t), 1e-2
         _, forward = jax.jvp(value, (x, t), (v, jnp.ones_like(t)))
-        ahead, behind = jax.vmap(lambda h: value(x + h * v, t + h))(jnp.asarray([h, -h]))
-        return forward, (ahead - behind) / (2 * h)
+        later, earlier = jax.vmap(lambda h: value(x + h * v, t + h))(jnp.asarray([h, -h]))
+        return forward, (later - earlier) / (2 * h)
 
     np.testing.assert_allclose(*both(), atol=2e-2, rtol=2e-2)
 
@@ -305,18 +305,18 @@ def test_forward_mode_is_the_difference_in_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("seen", [Cosine(), TrigFlow(), TrigFlow(sigma_data=0.5), RectifiedFlow(shift=3.0), DDPM()])
-def test_beliefs_do_not_depend_on_the_schedule_that_looks(seen: Any) -> None:
+def test_beliefs_do_not_depend_on_the_schedule_that_looks(schedule: Any) -> None:
     denoise = bind(network, TEACHER, {}, FLOW, "flow")
-    moved = on_schedule(denoise, FLOW, seen)
-    t = jnp.linspace(0.2, 0.9, 5) * (seen.t_max - seen.t_min) + seen.t_min
+    converted = on_schedule(denoise, FLOW, schedule)
+    t = jnp.linspace(0.2, 0.9, 5) * (schedule.t_max - schedule.t_min) + schedule.t_min
     x0, eps = (jax.random.normal(jax.random.key(i), (5, 2, 2, 2)) for i in (0, 1))
     scale = partial(jnp.reshape, shape=(5, 1, 1, 1))
-    x = scale(seen.alpha(t)) * x0 + scale(seen.sigma(t)) * eps
-    u = FLOW.time_at(log_snr(seen, t))
-    mine, theirs = moved(x, t), denoise(scale(FLOW.alpha(u)) * x0 + scale(FLOW.sigma(u)) * eps, u)
-    for a, b in zip(mine, theirs, strict=True):
+    x = scale(schedule.alpha(t)) * x0 + scale(schedule.sigma(t)) * eps
+    u = FLOW.time_at(log_snr(schedule, t))
+    ours, theirs = converted(x, t), denoise(scale(FLOW.alpha(u)) * x0 + scale(FLOW.sigma(u)) * eps, u)
+    for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
-    back = scale(seen.alpha(t)) * mine.x0 + scale(seen.sigma(t)) * mine.eps
+    back = scale(schedule.alpha(t)) * ours.x0 + scale(schedule.sigma(t)) * ours.eps
     np.testing.assert_allclose(back, x, atol=2e-4)
 
 
@@ -346,11 +346,13 @@ def test_strategic_stochastic_sampling_reaches_from_ddim_to_lcm() -> None:
 def test_the_noise_of_a_step_keeps_the_spread() -> None:
     """x_s of exact data has the variance alpha^2 v^2 + sigma^2 for every gamma."""
     n, t, s = 20_000, 0.8, 0.4
-    x = EXACT["m"] * (1 - t) + spread(EXACT["v"], jnp.float32(t)) * jax.random.normal(jax.random.key(0), (n, 1, 1, 1))
+    x = EXACT["m"] * (1 - t) + deviation(EXACT["v"], jnp.float32(t)) * jax.random.normal(
+        jax.random.key(0), (n, 1, 1, 1)
+    )
     denoise = bind(network, EXACT, {}, FLOW, "flow", spans=True)
     for gamma in (0.0, 0.3, 1.0):
         y, _ = TCD(gamma=gamma).step(denoise, FLOW, x, jnp.float32(t), jnp.float32(s), (), jax.random.key(1))
-        np.testing.assert_allclose(jnp.std(y), spread(EXACT["v"], jnp.float32(s)), rtol=0.02)
+        np.testing.assert_allclose(jnp.std(y), deviation(EXACT["v"], jnp.float32(s)), rtol=0.02)
         np.testing.assert_allclose(jnp.mean(y), (1 - s) * EXACT["m"], atol=0.02)
 
 

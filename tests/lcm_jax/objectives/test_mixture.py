@@ -182,12 +182,12 @@ def test_method_draws_the_mixture(name: str, teacher: Params) -> None:
         grid = pad(time_grid(spec, FLOW, steps, spacing=Spacing(double_shift=False)))
         return jax.jit(lambda: sample(denoise, FLOW, spec.solver, grid, noise, jax.random.key(9)))()
 
-    mine = distance(draw(student, steps, objective.sampler, objective.spans), real)
+    drawn = distance(draw(student, steps, objective.sampler, objective.spans), real)
     before = distance(draw(teacher, steps, objective.sampler, objective.spans), real)
     floor = distance(data(jax.random.key(10), n), real)
     many = distance(draw(teacher, 64, "flow_map", False), real)
     print(
-        f"{name}: {steps} steps {mine:.3f}, teacher's {before:.3f}, 64 of the teacher's {many:.3f}, floor {floor:.3f}"
+        f"{name}: {steps} steps {drawn:.3f}, teacher's {before:.3f}, 64 of the teacher's {many:.3f}, floor {floor:.3f}"
     )
-    assert mine < 0.12
-    assert name == "guided" or mine < {"dmd2": 0.9}.get(name, 0.75) * before
+    assert drawn < 0.12
+    assert name == "guided" or drawn < {"dmd2": 0.9}.get(name, 0.75) * before

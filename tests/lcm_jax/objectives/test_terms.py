@@ -35,11 +35,11 @@ def test_captions_drop_whole_examples_at_the_rate() -> None:
     cond = {"context": jnp.ones((n, 2, 3)), "pooled": jnp.ones((n, 5)), "time_ids": jnp.full((n, 6), 7.0)}
     null = {"context": jnp.zeros((1, 2, 3)), "pooled": jnp.zeros((1, 5))}
     dropped = drop_captions(jax.random.key(0), cond, null, rate)
-    kept = np.asarray(dropped["pooled"][:, 0])
-    np.testing.assert_array_equal(dropped["context"], np.broadcast_to(kept[:, None, None], (n, 2, 3)))
-    np.testing.assert_array_equal(dropped["pooled"], np.broadcast_to(kept[:, None], (n, 5)))
+    shares = np.asarray(dropped["pooled"][:, 0])
+    np.testing.assert_array_equal(dropped["context"], np.broadcast_to(shares[:, None, None], (n, 2, 3)))
+    np.testing.assert_array_equal(dropped["pooled"], np.broadcast_to(shares[:, None], (n, 5)))
     np.testing.assert_array_equal(dropped["time_ids"], cond["time_ids"])  # not of the caption: null lacks it
-    assert abs(1 - kept.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / n)
+    assert abs(1 - shares.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / n)
 
 
 # two CLIPs of 3 and 4 channels on 2 tokens, a T5 on 5 more, 9 channels wide
@@ -59,13 +59,13 @@ def test_encoders_drop_on_their_own_at_the_rate() -> None:
         np.concatenate([context[:, :2, 3:7].reshape(n, -1), pooled[:, 2:]], axis=1),
         context[:, 2:].reshape(n, -1),
     ]
-    kept = np.stack([part[:, 0] for part in parts], axis=1)
+    shares = np.stack([part[:, 0] for part in parts], axis=1)
     for i, part in enumerate(parts):
-        np.testing.assert_array_equal(part, np.broadcast_to(kept[:, i : i + 1], part.shape))
+        np.testing.assert_array_equal(part, np.broadcast_to(shares[:, i : i + 1], part.shape))
     # every one of the eight subsets as often as three independent coins give it
     for subset in itertools.product((0, 1), repeat=3):
         want = np.prod([rate if gone else 1 - rate for gone in subset])
-        share = np.mean((kept == 1 - np.asarray(subset)).all(axis=1))
+        share = np.mean((shares == 1 - np.asarray(subset)).all(axis=1))
         assert abs(share - want) < 4 * np.sqrt(want * (1 - want) / n)
     assert rate**3 == pytest.approx(0.1, abs=1e-3)
     np.testing.assert_array_equal(cond["other"], 1.0)

@@ -203,7 +203,7 @@ def run(case: dict[str, Any]) -> None:
     devices = jax.devices()[:1] if case.get("one") else None
     loop.make_mesh = partial(make_mesh, devices=devices)
     losses: list[float] = []
-    seen: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     write, show = loop._Run.write, loop._Run.show
 
     def listening(self: Any, step: int, metrics: Any, bar: Any) -> None:
@@ -213,7 +213,7 @@ def run(case: dict[str, Any]) -> None:
         write(self, step, metrics, bar)
 
     def showing(self: Any, step: int, shown: dict[str, Any]) -> None:
-        seen.update(shown)
+        given.update(shown)
         show(self, step, shown)
 
     loop._Run.write = listening  # type: ignore[method-assign]
@@ -224,7 +224,7 @@ def run(case: dict[str, Any]) -> None:
     loop._Run.write, loop._Run.show = write, show  # type: ignore[method-assign]
     sizes = [(leaf.nbytes, leaf.addressable_shards[0].data.nbytes) for leaf in jax.tree.leaves(state)]
     result = flat({"params": state.params, "ema": state.ema}) | {"losses": np.asarray(losses)}
-    result |= {f"seen {name}": np.asarray(value) for name, value in seen.items()}
+    result |= {f"seen {name}": np.asarray(value) for name, value in given.items()}
     result |= {"held": np.asarray(sorted(held.values()))}
     result |= {"bytes": np.asarray([sum(size) for size in zip(*sizes, strict=True)])}  # of the state; on one device
     if distributed.is_main():

@@ -39,8 +39,8 @@ def _environment(environment: Callable[[int], dict[str, str]]) -> None:
 def started(case: dict[str, Any], processes: int, peer_timeout: int = 100) -> Iterator[list[Any]]:
     """A job whose processes share eight devices; all of them are gone at the end."""
     workdir = Path(case["workdir"])
-    told = workdir.with_name(f"{workdir.name}.json")
-    told.write_text(json.dumps({"cases": [case]}))
+    job_file = workdir.with_name(f"{workdir.name}.json")
+    job_file.write_text(json.dumps({"cases": [case]}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -48,7 +48,7 @@ def started(case: dict[str, Any], processes: int, peer_timeout: int = 100) -> It
     running = []
     try:
         for i in range(processes):
-            command = [sys.executable, str(JOB), str(told), *([*job, f"--process={i}"] if processes > 1 else [])]
+            command = [sys.executable, str(JOB), str(job_file), *([*job, f"--process={i}"] if processes > 1 else [])]
             log = workdir.with_name(f"{workdir.name}.{i}.log").open("w+")
             devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}"}
             process = subprocess.Popen(command, env=ENVIRONMENT | devices, stdout=log, stderr=subprocess.STDOUT)
@@ -136,9 +136,9 @@ def test_processes_look_at_the_same(tmp_path: Path, tiny_model: Path, pictures: 
         many = train({**case, "loop": loop | {"mesh": "data=2,fsdp=4"}, "workdir": str(workdir)}, processes)
         held = many["held"]  # by the networks around the one that learns, which are cut over the process's devices
         assert learn == "autoencoder" or held[-1] < 0.5 * held.sum()
-        seen = [name for name in one if name.startswith("seen ")]
-        assert seen
-        for name in seen:
+        conditions = [name for name in one if name.startswith("seen ")]
+        assert conditions
+        for name in conditions:
             close = {"atol": 2} if one[name].dtype == np.uint8 else {"rtol": 1e-4}
             np.testing.assert_allclose(many[name].astype(float), one[name], err_msg=name, **close)
 
@@ -148,8 +148,8 @@ def test_no_kill_changes_what_comes_out(tmp_path: Path) -> None:
     """Each process in turn by SIGKILL and SIGTERM: at the start, among the steps, while a checkpoint is written."""
     loop = LOOP | {"steps": 300, "save_every": 4, "log_every": 10}
     case = {"seconds": 0.004, "loop": loop}
-    whole = train({**case, "workdir": str(tmp_path / "whole")}, 2)
-    told = {**case, "workdir": str(tmp_path / "killed")}
+    uninterrupted = train({**case, "workdir": str(tmp_path / "whole")}, 2)
+    job_file = {**case, "workdir": str(tmp_path / "killed")}
     checkpoints = tmp_path / "killed" / "checkpoints"
     moment, kills, codes = random.Random(0), 0, []
 
@@ -160,7 +160,7 @@ def test_no_kill_changes_what_comes_out(tmp_path: Path) -> None:
         victim, number = kills % 2, (signal.SIGKILL, signal.SIGTERM)[kills // 2 % 2]
         before = steps()
         assert not before or before[-1] < loop["steps"], f"done after {kills} kills"
-        with started(told, 2, peer_timeout=10) as running:
+        with started(job_file, 2, peer_timeout=10) as running:
             if kills % 6 == 0:
                 time.sleep(moment.uniform(0.0, 6.0))  # imports, compilation, the first steps
             else:
@@ -180,10 +180,10 @@ def test_no_kill_changes_what_comes_out(tmp_path: Path) -> None:
         else:
             assert -signal.SIGKILL in (first, second), codes
             assert 0 not in (first, second), codes
-    resumed = train(told, 2)
-    for name in whole:
+    resumed = train(job_file, 2)
+    for name in uninterrupted:
         if name.startswith(("params", "ema")):
-            np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+            np.testing.assert_array_equal(uninterrupted[name], resumed[name], err_msg=name)
 
 
 @pytest.mark.slow
@@ -208,11 +208,11 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(tmp_path: Path) -> None:
         assert ended(running) == [1], said(running[0])
         assert "a checkpoint could not be written to" in said(running[0])
         assert "the last whole one is of step 20" in said(running[0])
-    whole = train({**case, "workdir": str(tmp_path / "whole")}, 1)
+    uninterrupted = train({**case, "workdir": str(tmp_path / "whole")}, 1)
     resumed = train(case, 1)
-    for name in whole:
+    for name in uninterrupted:
         if name.startswith(("params", "ema")):
-            np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+            np.testing.assert_array_equal(uninterrupted[name], resumed[name], err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def run(tmp_path: Path, environment: Callable[[int], dict[str, str]]) -> Run:
         folders = [tmp_path / str(i) for i in range(len(cases))]
         for folder in folders:
             folder.mkdir()
-        told = [{**case, "workdir": str(folder)} for case, folder in zip(cases, folders, strict=True)]
-        (tmp_path / "cases.json").write_text(json.dumps({"cases": told}))
+        configured = [{**case, "workdir": str(folder)} for case, folder in zip(cases, folders, strict=True)]
+        (tmp_path / "cases.json").write_text(json.dumps({"cases": configured}))
         command = [sys.executable, str(JOB), str(tmp_path / "cases.json")]
         done = subprocess.run(command, env=environment(8), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -470,11 +470,13 @@ def test_a_step_planned_for_eight_devices(tmp_path: Path) -> None:
         split["compute"] + reduce["bytes"] / CHIPS["cpu"].link + 7 * HOP * reduce["count"]
     )
 
-    steps = [each["step"] for each in found]
+    steps = [found_plan["step"] for found_plan in found]
     assert len(found) == 4
     assert steps == sorted(steps)
-    whole = next(each for each in found if each["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1})
-    assert 0 <= whole["arguments"] - (5 * square // 8 + ROWS // 8 * WIDTH * 4) <= 32
+    by_parameters = next(
+        found_plan for found_plan in found if found_plan["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    )
+    assert 0 <= by_parameters["arguments"] - (5 * square // 8 + ROWS // 8 * WIDTH * 4) <= 32
 
 
 @pytest.mark.slow
@@ -491,7 +493,7 @@ def test_a_step_planned_for_gpus_that_are_not_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (split,) = json.loads(done.stdout)
     assert split["model_flops"] == split["flops"] == 3 * 2 * (ROWS // 8) * WIDTH * WIDTH
-    assert sum(each["bytes"] for each in split["collectives"].values()) >= 2 * WIDTH * WIDTH * 4 * 7 / 8
+    assert sum(found_plan["bytes"] for found_plan in split["collectives"].values()) >= 2 * WIDTH * WIDTH * 4 * 7 / 8
 
 
 SCHEDULE = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -56,8 +56,8 @@ def _given(layer: Any, channels: int, side: int) -> tuple[Any, jax.Array]:
 
 
 def _read(layer: Any, params: Any, x: Any) -> Any:
-    with precision_context(params) as own:
-        return layer.apply({"params": own}, x)
+    with precision_context(params) as read_params:
+        return layer.apply({"params": read_params}, x)
 
 
 @pytest.mark.parametrize(("layer", "channels", "side"), LAYERS)
@@ -83,9 +83,9 @@ def test_its_gradient_is_the_layers(layer: Any, channels: int, side: int) -> Non
         return jax.jit(jax.grad(lambda params, x: jnp.sum(weights * apply(params, x)), argnums=(0, 1)))(params, x)
 
     with lowering_for("cpu"):
-        own = gradients(lambda params, x: _read(layer, params, x))
+        read_params = gradients(lambda params, x: _read(layer, params, x))
     plain = gradients(lambda params, x: layer.apply({"params": params}, x))
-    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(plain), strict=True):
+    for one, other in zip(jax.tree.leaves(read_params), jax.tree.leaves(plain), strict=True):
         assert one.dtype == other.dtype
         assert _error(one, other) < 0.02
 
@@ -108,11 +108,11 @@ def test_sums_that_are_asked_for_in_float32_stay_so() -> None:
     ids = jnp.arange(8)[None]
 
     def run(params: Any) -> Any:
-        with lowering_for("cpu"), precision_context(params) as own:
-            return module.apply({"params": own}, ids, capture_intermediates=True, mutable="intermediates")
+        with lowering_for("cpu"), precision_context(params) as read_params:
+            return module.apply({"params": read_params}, ids, capture_intermediates=True, mutable="intermediates")
 
-    _, kept = jax.eval_shape(run, jax.eval_shape(module.init, jax.random.key(0), ids)["params"])
-    feed_forward = kept["intermediates"]["encoder"]["block_0"]["layer_1"]["DenseReluDense"]
+    _, shapes = jax.eval_shape(run, jax.eval_shape(module.init, jax.random.key(0), ids)["params"])
+    feed_forward = shapes["intermediates"]["encoder"]["block_0"]["layer_1"]["DenseReluDense"]
     assert feed_forward["wo"]["__call__"][0].dtype == jnp.float32
     assert feed_forward["wi"]["__call__"][0].dtype == jnp.bfloat16
 

@@ -62,8 +62,8 @@ def _random(shapes: Any) -> Any:
 
     def fill(path: Any, leaf: Any) -> jax.Array:
         stacked = int(leaf.ndim in (3, 5))
-        spread = math.prod(leaf.shape[stacked:-1]) ** -0.5 if path[-1].key == "kernel" else 0.05
-        return jnp.asarray(spread * random.standard_normal(leaf.shape, np.float32) + (path[-1].key == "scale"))
+        deviation = math.prod(leaf.shape[stacked:-1]) ** -0.5 if path[-1].key == "kernel" else 0.05
+        return jnp.asarray(deviation * random.standard_normal(leaf.shape, np.float32) + (path[-1].key == "scale"))
 
     return jax.tree_util.tree_map_with_path(fill, shapes)
 
@@ -115,14 +115,14 @@ def test_convolutions_and_products_of_every_form(monkeypatch: pytest.MonkeyPatch
         params = _random(jax.eval_shape(layer.init, jax.random.key(1), x)["params"])
 
         def apply(params: Any, layer: nn.Module = layer) -> Any:
-            with precision_context(params) as own:
-                return layer.apply({"params": own}, x)
+            with precision_context(params) as read_params:
+                return layer.apply({"params": read_params}, x)
 
         @jax.jit
-        def each(params: Any, apply: Callable[[Any], Any] = apply) -> Any:
+        def run(params: Any, apply: Callable[[Any], Any] = apply) -> Any:
             return apply(params), [apply(quantize(params, kind)) for kind in ("int8", "int8w")]
 
-        plain, rounded = each(params)
+        plain, rounded = run(params)
         for y in rounded:
             assert 1e-4 < _error(y, plain) < 0.02
 
@@ -151,8 +151,8 @@ def test_a_cpu_takes_kernels_made_for_8_bits(layer: Any) -> None:
     params = quantize(layer.init(jax.random.key(0), x)["params"], "int8")
 
     def call(params: Any, x: Any) -> Any:
-        with precision_context(params) as own:
-            return layer.apply({"params": own}, x)
+        with precision_context(params) as read_params:
+            return layer.apply({"params": read_params}, x)
 
     taken = jax.jit(call, compiler_options=compiler_options(low_precision=True)).lower(params, x).compile().as_text()
     assert "__ynn_fusion" in taken
@@ -163,10 +163,10 @@ def test_kernels_alone_are_the_network_of_the_rounded_kernels(net: Callable[[str
     module, params, inputs = net(name)
     quantized = quantize(params, "int8w")
 
-    def whole(leaf: Any) -> Any:
+    def dequantized(leaf: Any) -> Any:
         return qwix.dequantize(leaf) if isinstance(leaf, qwix.QArray) else leaf
 
-    rounded = jax.tree.map(whole, quantized.params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    rounded = jax.tree.map(dequantized, quantized.params, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
     apply = jax.jit(as_apply(module))
     np.testing.assert_allclose(apply(quantized, *inputs), apply(rounded, *inputs), atol=1e-5)
     before, after = (traverse_util.flatten_dict(tree, sep="/") for tree in (params, rounded))
@@ -211,8 +211,8 @@ def test_any_part_of_a_model_goes_into_8_bits(tiny_sd3: Path, monkeypatch: pytes
     assert not plain.rounded
     kinds = [pipe.params["text_encoder_3"].params for pipe in (texts, plain.quantized("int8", "text"))]
     feed_forwards = [tree["encoder"]["block_0"]["layer_1"]["DenseReluDense"] for tree in kinds]
-    assert [isinstance(own["wo"]["kernel"], qwix.QArray) for own in feed_forwards] == [True, False]
-    assert all(isinstance(own["wi_0"]["kernel"], qwix.QArray) for own in feed_forwards)
+    assert [isinstance(read_params["wo"]["kernel"], qwix.QArray) for read_params in feed_forwards] == [True, False]
+    assert all(isinstance(read_params["wi_0"]["kernel"], qwix.QArray) for read_params in feed_forwards)
     both = texts.quantized("int8", "vae").quantized("int8")
     assert both.rounded == {"text": "int8w", "vae": "int8", "denoiser": "int8"}
 
@@ -228,9 +228,11 @@ def test_an_autoencoder_in_8_bits_draws_about_the_same(tiny_sd3: Path, monkeypat
 def test_what_becomes_smaller_is_never_whole(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "NARROW", 4)
     plain = lcm_jax.load(tiny_model)
-    own = plain.quantized("int8").net_params
+    read_params = plain.quantized("int8").net_params
     assert callable(plain.component("unet")._params)
-    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(quantize(plain.net_params, "int8")), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(read_params), jax.tree.leaves(quantize(plain.net_params, "int8")), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -255,13 +257,13 @@ def test_what_cannot_be_is_refused(
     if jax.default_backend() == "cpu":
         assert main(["sample", "--model", str(tiny_model), "--prompt", "x", "--quantize", "fp8"]) == 2
         assert "cpu has no 8-bit floats" in capsys.readouterr().err
-    own = pipe.quantized("int8")
+    read_params = pipe.quantized("int8")
     with pytest.raises(ValueError, match="the denoiser is in int8 already"):
-        own.quantized("int8w")
+        read_params.quantized("int8w")
     with pytest.raises(ValueError, match="part 'clip' is unknown; known are denoiser, text, vae"):
-        own.quantized("int8w", "clip")
+        read_params.quantized("int8w", "clip")
     with pytest.raises(ValueError, match="in int8, which save does not take"):
-        own.save(tiny_model.with_name("other"))
+        read_params.save(tiny_model.with_name("other"))
     monkeypatch.setattr("lcm_jax.runtime.optional_deps.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"qwix not installed; pip install 'lcm-jax\[quant\]'"):
         quantization.check_kind("int8")

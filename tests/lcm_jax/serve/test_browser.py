@@ -41,8 +41,8 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as own:
-        chromium = own.chromium.launch(executable_path=CHROMIUM, args=[*OPTIONS, *CAMERA])
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=[*OPTIONS, *CAMERA])
         yield chromium
         chromium.close()
 

@@ -93,8 +93,8 @@ def moving(frames: np.ndarray) -> list[np.ndarray]:
 def test_a_session_is_a_stream(engine: Engine, make: Callable[[Controls], Stream], moving: list[np.ndarray]) -> None:
     controls = Controls(prompt="a", seed=3)
     solo = make(controls)
-    for mine, alone in zip(Client(engine, controls).draw(moving), map(solo, moving), strict=True):
-        assert np.array_equal(mine, alone)
+    for ours, alone in zip(Client(engine, controls).draw(moving), map(solo, moving), strict=True):
+        assert np.array_equal(ours, alone)
 
 
 def test_an_answer_names_the_frame_that_its_picture_shows(engine: Engine, moving: list[np.ndarray]) -> None:

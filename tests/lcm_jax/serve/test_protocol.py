@@ -53,24 +53,24 @@ def test_a_binary_message_needs_its_header(data: bytes) -> None:
 
 
 def test_a_binary_message_of_another_version_ends_the_connection() -> None:
-    with pytest.raises(Bye) as told:
+    with pytest.raises(Bye) as raised:
         protocol.unpack(b"\x02" + protocol.pack(protocol.FRAME, 0)[1:])
-    assert told.value.code == protocol.BAD_VERSION
+    assert raised.value.code == protocol.BAD_VERSION
 
 
 def test_a_client_sends_frames_only_and_no_large_ones() -> None:
     with pytest.raises(ValueError, match="kind 1"):
         protocol.unpack_frame(protocol.pack(protocol.PICTURE, 0))
-    with pytest.raises(Bye) as told:
+    with pytest.raises(Bye) as raised:
         protocol.unpack_frame(protocol.pack(protocol.FRAME, 0, 0, bytes(protocol.MOST_BYTES)))
-    assert told.value.code == protocol.TOO_BIG
+    assert raised.value.code == protocol.TOO_BIG
 
 
 @pytest.mark.parametrize("version", [None, 0, 2, "1", 1.0, True, [1]])
 def test_a_text_message_of_another_version_ends_the_connection(version: object) -> None:
-    with pytest.raises(Bye, match="version 1") as told:
+    with pytest.raises(Bye, match="version 1") as raised:
         protocol.parse(json.dumps({"v": version, "type": "set", "controls": {}}))
-    assert told.value.code == protocol.BAD_VERSION
+    assert raised.value.code == protocol.BAD_VERSION
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_a_text_message_of_another_version_ends_the_connection(version: object) 
     ],
 )
 def test_bad_text_messages_are_refused_in_one_short_line(text: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why) as told:
+    with pytest.raises(ValueError, match=why) as raised:
         protocol.parse(text)
-    assert len(str(told.value)) < 300
-    assert "\n" not in str(told.value)
+    assert len(str(raised.value)) < 300
+    assert "\n" not in str(raised.value)
 
 
 def test_controls_come_back_from_their_json() -> None:
@@ -183,9 +183,9 @@ def test_more_than_8_bits_are_refused() -> None:
     ],
 )
 def test_what_is_no_picture_is_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match="picture") as told:
+    with pytest.raises(ValueError, match="picture") as raised:
         decode(data, (16, 16))
-    assert len(str(told.value)) < 200
+    assert len(str(raised.value)) < 200
 
 
 def test_other_formats_are_refused() -> None:

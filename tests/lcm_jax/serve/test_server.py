@@ -65,14 +65,14 @@ class Response:
 def test_a_picture_that_holds_is_sent_before_it_is_said_to_hold(drawn: str, sent: str, lost: int) -> None:
     """Letters are pictures, dots answers without one; two wait to be sent."""
     waiting: deque[Answer] = deque()
-    own = 0
+    discarded = 0
     for i, letter in enumerate(drawn):
         frame = Frame(i, np.zeros((1, 1, 3), np.uint8), 0.0, 0.0)
         picture = None if letter == "." else np.full((1, 1, 3), ord(letter), np.uint8)
-        own += push(waiting, Answer(frame, frame, True, picture, 0.0, 0.0, 0.0))
+        discarded += push(waiting, Answer(frame, frame, True, picture, 0.0, 0.0, 0.0))
     assert "".join("." if one.picture is None else chr(one.picture[0, 0, 0]) for one in waiting) == sent
     assert waiting[-1].frame.sequence == len(drawn) - 1
-    assert own == lost
+    assert discarded == lost
 
 
 @pytest.mark.parametrize("turns", range(4))
@@ -122,11 +122,11 @@ class House:
         with contextlib.closing(asking):
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a server need not read all of it
                 asking.request(method, path, body, headers)
-            own = asking.getresponse()
-            return Response(own.status, {name.lower(): value for name, value in own.getheaders()}, own.read())
+            reply = asking.getresponse()
+            return Response(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
 
-    def post(self, own: Any, **headers: str) -> Response:
-        content = own if isinstance(own, bytes) else json.dumps(own).encode()
+    def post(self, body: Any, **headers: str) -> Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.get("/v1/images", "POST", content, **headers)
 
     def metric(self, name: str) -> float:
@@ -163,8 +163,8 @@ class Client:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
             data = self.socket.recv(SECONDS)
-            if isinstance(data, str) and (own := json.loads(data))["type"] in kinds:
-                return own
+            if isinstance(data, str) and (message := json.loads(data))["type"] in kinds:
+                return message
         raise AssertionError(kinds)
 
     def send(self, sequence: int, pixels: np.ndarray | bytes) -> None:
@@ -175,8 +175,8 @@ class Client:
         self.send(sequence, pixels)
         while True:
             data = self.socket.recv(SECONDS)
-            if isinstance(data, bytes) and (own := unpack(data)).sequence == sequence:
-                return decode(own.body) if own.kind == PICTURE else None
+            if isinstance(data, bytes) and (frame := unpack(data)).sequence == sequence:
+                return decode(frame.body) if frame.kind == PICTURE else None
 
     def set(self, **controls: Any) -> dict[str, Any]:
         self.say("set", controls=controls)
@@ -255,12 +255,12 @@ def solo(pipe: Any, **controls: Any) -> Stream:
 
 def test_welcome_says_what_there_is(house: House) -> None:
     with Client(house, {"steps": 1}) as client:
-        own = client.hear("welcome")
-    assert (own["v"], own["model"], own["size"]) == (1, "light", [16, 16])
-    assert own["controls"]["prompt"] == [["a", 1.0]]
-    assert own["controls"]["steps"] == 1
-    assert own["limits"]["bytes"] == MOST_BYTES
-    assert Controls().changed(**own["controls"]) == START.changed(steps=1)
+        welcome = client.hear("welcome")
+    assert (welcome["v"], welcome["model"], welcome["size"]) == (1, "light", [16, 16])
+    assert welcome["controls"]["prompt"] == [["a", 1.0]]
+    assert welcome["controls"]["steps"] == 1
+    assert welcome["limits"]["bytes"] == MOST_BYTES
+    assert Controls().changed(**welcome["controls"]) == START.changed(steps=1)
 
 
 def test_frames_are_redrawn_as_a_stream_redraws_them(house: House, pipe: Any, moving: list[np.ndarray]) -> None:
@@ -276,17 +276,17 @@ def test_an_answer_names_the_frame_it_shows_and_a_still_one_has_no_bytes(
 ) -> None:
     with Client(house, {"similarity": 0.9, "max_skips": 1000}) as client:
         client.hear("welcome")
-        seen = []
+        frames = []
         for i, frame in enumerate([moving[0], moving[1], moving[1], moving[1], moving[1]]):
             client.send(10 + i, frame)
             while not isinstance(data := client.socket.recv(SECONDS), bytes):
                 pass
-            seen.append(unpack(data))
-    assert [own.sequence for own in seen] == [10, 11, 12, 13, 14]
+            frames.append(unpack(data))
+    assert [frame.sequence for frame in frames] == [10, 11, 12, 13, 14]
     # Two are in flight: the second frame comes out when it has been sent twice, and then nothing is new.
-    assert [own.shows for own in seen] == [10, 10, 11, 13, 14]
-    assert [own.kind for own in seen] == [PICTURE, PICTURE, PICTURE, SAME, SAME]
-    assert [len(own.body) > 0 for own in seen] == [True, True, True, False, False]
+    assert [frame.shows for frame in frames] == [10, 10, 11, 13, 14]
+    assert [frame.kind for frame in frames] == [PICTURE, PICTURE, PICTURE, SAME, SAME]
+    assert [len(frame.body) > 0 for frame in frames] == [True, True, True, False, False]
 
 
 def test_controls_change_while_it_streams(house: House, pipe: Any, moving: list[np.ndarray]) -> None:
@@ -296,9 +296,9 @@ def test_controls_change_while_it_streams(house: House, pipe: Any, moving: list[
         client.hear("welcome")
         for i, change in enumerate(changes):
             assert np.array_equal(client.draw(2 * i, moving[i]), alone(moving[i]))
-            own = client.set(**change)
+            reply = client.set(**change)
             alone.set(**change)
-            assert Controls().changed(**own["controls"]) == alone.controls
+            assert Controls().changed(**reply["controls"]) == alone.controls
             assert np.array_equal(client.draw(2 * i + 1, moving[i]), alone(moving[i]))
 
 
@@ -356,9 +356,9 @@ def test_bad_frames_are_told_and_disturb_nobody(house: House, pipe: Any, moving:
         good.hear("welcome")
         for i, (data, why) in enumerate(BAD_FRAMES):
             bad.socket.send(data)
-            own = bad.hear("error")
-            assert why in own["message"]
-            assert own.get("sequence") == (5 if "kind" not in why and "header" not in why else None)
+            message = bad.hear("error")
+            assert why in message["message"]
+            assert message.get("sequence") == (5 if "kind" not in why and "header" not in why else None)
             expected = alone(moving[i])
             assert np.array_equal(good.draw(i, moving[i]), expected)
             assert np.array_equal(bad.draw(100 + i, moving[i]), expected)
@@ -403,9 +403,9 @@ def test_what_ends_a_connection_ends_no_other(
 def test_a_connection_begins_with_a_good_hello(standing: House, hello: str | bytes, why: str) -> None:
     with connect(f"ws://127.0.0.1:{standing.port}/ws") as socket:
         socket.send(hello)
-        own = json.loads(socket.recv(SECONDS))
-        assert own["type"] == "bye"
-        assert why in own["reason"]
+        message = json.loads(socket.recv(SECONDS))
+        assert message["type"] == "bye"
+        assert why in message["reason"]
         with pytest.raises(ConnectionClosed):
             socket.recv(SECONDS)
         assert socket.close_code == 4001
@@ -479,7 +479,10 @@ def test_a_client_that_never_reads_costs_nothing_and_is_let_go(
             with contextlib.suppress(ConnectionClosed):
                 deaf.send(i, moving[i % 8])
             assert np.array_equal(good.draw(i, moving[i % 8]), alone(moving[i % 8]))
-            assert all(len(own._answers) <= 2 and len(own._texts) <= 64 for own in house.service.connections)
+            assert all(
+                len(connection._answers) <= 2 and len(connection._texts) <= 64
+                for connection in house.service.connections
+            )
             i += 1
         assert house.service.telemetry.unsent > 0
         assert good.draw(i, moving[0]) is not None
@@ -552,9 +555,9 @@ def test_who_sends_too_much_is_read_slowly(house: House, pipe: Any, moving: list
             assert np.array_equal(good.draw(i, moving[i]), alone(moving[i]))
         sending.join(SECONDS)
         flood.set(strength=0.5)
-        while (own := flood.hear("controls", "error"))["type"] == "error":
+        while (reply := flood.hear("controls", "error"))["type"] == "error":
             pass
-        assert own["controls"]["strength"] == 0.5
+        assert reply["controls"]["strength"] == 0.5
         assert time.monotonic() - start > 2.0
 
 
@@ -597,14 +600,14 @@ def test_stats_and_metrics_count(house: House, moving: list[np.ndarray]) -> None
             client.draw(i, frame)
         client.socket.send(pack(FRAME, 9, 0, b"no picture"))
         client.hear("error")
-        own = client.hear("stats")
-        while own["frames"] < 4:
-            own = client.hear("stats")
-        assert own["skipped"] == 0.5
-        assert own["sessions"] == 1
-        times = own["latency_ms"]
+        stats = client.hear("stats")
+        while stats["frames"] < 4:
+            stats = client.hear("stats")
+        assert stats["skipped"] == 0.5
+        assert stats["sessions"] == 1
+        times = stats["latency_ms"]
         assert 0 < times["p50"] <= times["p95"] <= times["p99"]
-        assert sum(own["times_ms"].values()) > 0
+        assert sum(stats["times_ms"].values()) > 0
         text = house.get("/metrics").content.decode()
         for line in text.splitlines():
             assert line.startswith("# TYPE lcm_jax_") or float(line.rsplit(" ", 1)[1]) >= 0
@@ -661,14 +664,14 @@ def status(path: str, house: House, **headers: str) -> int:
 
 def test_pages_of_others_may_not_connect(open_house: Callable[..., House]) -> None:
     house = open_house(origins=("https://friend.org",))
-    own = f"http://127.0.0.1:{house.port}"
+    origin = f"http://127.0.0.1:{house.port}"
     assert status("/ws", house) == 101
-    assert status("/ws", house, Origin=own) == 101
+    assert status("/ws", house, Origin=origin) == 101
     assert status("/ws", house, Origin="https://friend.org") == 101
-    for other in ("https://evil.org", "null", "http://127.0.0.1", f"{own}.evil.org", "https://friend.org.evil.org"):
+    for other in ("https://evil.org", "null", "http://127.0.0.1", f"{origin}.evil.org", "https://friend.org.evil.org"):
         assert status("/ws", house, Origin=other) == 403
         assert house.post({"prompt": "x"}, Origin=other).status == 403
-    assert house.post({"prompt": "x"}, Origin=own).status == 200
+    assert house.post({"prompt": "x"}, Origin=origin).status == 200
 
 
 def test_a_local_server_has_local_names(open_house: Callable[..., House]) -> None:
@@ -710,17 +713,17 @@ def test_the_page_is_all_here_and_asks_nobody_else(standing: House) -> None:
 
 
 def test_a_picture_by_http(house: House) -> None:
-    own = house.post({"prompt": "x", "seed": 77, "steps": 2})
-    assert own.status == 200
-    assert own.headers["content-type"] == "image/png"
-    assert np.array_equal(decode(own.content), np.full((16, 16, 3), 77, np.uint8))
+    reply = house.post({"prompt": "x", "seed": 77, "steps": 2})
+    assert reply.status == 200
+    assert reply.headers["content-type"] == "image/png"
+    assert np.array_equal(decode(reply.content), np.full((16, 16, 3), 77, np.uint8))
     image = base64.b64encode(encode(np.zeros((30, 40, 3), np.uint8), "jpeg")).decode()
-    own = house.post({"prompt": "x", "image": image, "strength": 1, "mask": image, "size": [16, 32], "guidance": 2})
-    assert decode(own.content).shape == (16, 32, 3)
+    reply = house.post({"prompt": "x", "image": image, "strength": 1, "mask": image, "size": [16, 32], "guidance": 2})
+    assert decode(reply.content).shape == (16, 32, 3)
 
 
 @pytest.mark.parametrize(
-    ("own", "why"),
+    ("body", "why"),
     [
         (b"{", "JSON"),
         (b"[" * 100_000, "JSON"),
@@ -747,8 +750,8 @@ def test_a_picture_by_http(house: House) -> None:
         ({"prompt": "bad"}, "the pipeline does not like this"),
     ],
 )
-def test_bad_requests_are_told_why(standing: House, own: Any, why: str) -> None:
-    answer = standing.post(own)
+def test_bad_requests_are_told_why(standing: House, body: Any, why: str) -> None:
+    answer = standing.post(body)
     assert answer.status == 400
     assert why in answer.json()["error"]
     assert len(answer.json()["error"]) < 300
@@ -797,10 +800,10 @@ def test_only_so_many_requests_are_read(house: House, monkeypatch: pytest.Monkey
     monkeypatch.setattr("lcm_jax.serve.http_images.MOST_READ", 2)
     monkeypatch.setattr("lcm_jax.serve.http_images.BODY_SECONDS", 1.0)
     slow = [socket.create_connection(("127.0.0.1", house.port)) for _ in range(2)]
-    for own in slow:  # the head of a request, whose body never comes
-        own.sendall(b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    for connection in slow:  # the head of a request, whose body never comes
+        connection.sendall(b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     house.until(lambda: house.post({"prompt": "x"}).status == 503)
-    assert all(own.recv(100).startswith(b"HTTP/1.1 408") for own in slow)
+    assert all(connection.recv(100).startswith(b"HTTP/1.1 408") for connection in slow)
     assert house.post({"prompt": "x"}).status == 200
 
 
@@ -835,8 +838,8 @@ def test_a_config_is_checked() -> None:
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    with listen("127.0.0.1", 0) as own:
-        port = own.getsockname()[1]
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1 port {port}"):
             listen("127.0.0.1", port)
 

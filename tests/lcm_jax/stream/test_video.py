@@ -87,14 +87,14 @@ def test_a_killed_job_goes_on_to_the_same_file(
 ) -> None:
     put, given = Writer.put, {}
 
-    def seen(writer: Writer, time: int, picture: np.ndarray) -> None:
+    def record(writer: Writer, time: int, picture: np.ndarray) -> None:
         given[time] = picture.copy()
         put(writer, time, picture)
 
-    monkeypatch.setattr(Writer, "put", seen)
+    monkeypatch.setattr(Writer, "put", record)
     video = Video.open(make(tmp_path / "in.mp4"))
     restyle(made(light_pipe, **controls), video, tmp_path / "whole.mp4", segment=8, progress=False)
-    whole = dict(given)
+    uninterrupted = dict(given)
     given.clear()
 
     stream, calls = made(light_pipe, **controls), 0
@@ -111,16 +111,16 @@ def test_a_killed_job_goes_on_to_the_same_file(
     with pytest.raises(KeyboardInterrupt):
         restyle(stream, video, tmp_path / "out.mp4", segment=8, progress=False)
     assert not (tmp_path / "out.mp4").exists()
-    kept = sorted((tmp_path / "out.mp4.parts").glob("*.nut"))
-    assert kept
-    stamp = kept[0].stat().st_mtime_ns
+    parts = sorted((tmp_path / "out.mp4.parts").glob("*.nut"))
+    assert parts
+    stamp = parts[0].stat().st_mtime_ns
     restyle(made(light_pipe, **controls), video, tmp_path / "out.mp4", segment=8, progress=False)
     assert not (tmp_path / "out.mp4.parts").exists()
     assert stamp
     a, b = (list(Video.open(tmp_path / name).read()) for name in ("whole.mp4", "out.mp4"))
     assert [time for time, _ in a] == [time for time, _ in b]
-    assert list(given) == list(whole)
-    assert all(np.array_equal(given[time], picture) for time, picture in whole.items())
+    assert list(given) == list(uninterrupted)
+    assert all(np.array_equal(given[time], picture) for time, picture in uninterrupted.items())
     # x264 does not give the same bytes for the same frames every time: a level or two apart on the average.
     assert all(np.abs(x.astype(float) - y).mean() < 4 for (_, x), (_, y) in zip(a, b, strict=True))
 

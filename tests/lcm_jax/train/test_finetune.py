@@ -66,11 +66,11 @@ def check(name: str, model: Path, data: DataConfig, tmp_path: Path, **options: A
 
     before, export = lcm_jax.load(model), tmp_path / "whole" / "export"
     after = lcm_jax.load(export) if config.lora is None else lcm_jax.load(model, lora=export)
-    for own, tree in state.ema.items():
-        place = part if own == "net" else own
-        want = tree if config.lora is None else lora.merge(before.params[place], tree)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params[place], want)
-        assert differ(after.params[place], before.params[place])
+    for name, tree in state.ema.items():
+        network = part if name == "net" else name
+        want = tree if config.lora is None else lora.merge(before.params[network], tree)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params[network], want)
+        assert differ(after.params[network], before.params[network])
     assert set(state.ema) == ({"net"} | {n for n in before.params if n in ("text_encoder", "text_encoder_2")}
                               if config.train_text else {"net"})  # fmt: skip
     draw = {"steps": 2, "sampler": before.default_sampler, "guidance": 2.0}
@@ -108,8 +108,8 @@ def test_the_exported_folder_keeps_the_models_scheduler(small_model: Path, data:
 def test_class_pictures_of_no_weight_change_nothing(small_model: Path, data: DataConfig) -> None:
     plain, prior = (finetune(small_model, data, prior_weight=0.0, **options).build() for options in ({}, PRIOR))
     batch = next(prior.batches(4, 0))
-    own = {name: leaf[:, :1] for name, leaf in batch.items()}
-    a, b = gradient(plain, own, "net"), gradient(prior, batch, "net")
+    name = {name: leaf[:, :1] for name, leaf in batch.items()}
+    a, b = gradient(plain, name, "net"), gradient(prior, batch, "net")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
 
 
@@ -147,8 +147,8 @@ def test_every_picture_stands_beside_a_class_picture(small_model: Path, data: Da
 
 
 def test_the_shorter_list_is_gone_through_again() -> None:
-    own, prior = ([{"mean": np.float32(i)} for i in range(n)] for n in (2, 5))
-    pairs = Beside(kinds=[own, prior])
+    name, prior = ([{"mean": np.float32(i)} for i in range(n)] for n in (2, 5))
+    pairs = Beside(kinds=[name, prior])
     assert [pairs[i]["mean"].tolist() for i in range(len(pairs))] == [[0, 0], [1, 1], [0, 2], [1, 3], [0, 4]]
 
 

@@ -79,11 +79,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path
 
 
 def test_a_killed_run_ends_as_an_uninterrupted_one(finished: tuple[TrainState, Path], tmp_path: Path) -> None:
-    whole, _ = finished
+    uninterrupted, _ = finished
     with pytest.raises(KeyboardInterrupt):
         fit(line_task(stop_at=17), LOOP, OPTIMIZER, tmp_path / "killed")
     resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "killed")
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+    for a, b in zip(jax.tree.leaves(uninterrupted), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (tmp_path / "killed" / "export" / "a.npy").is_file()
     assert list((tmp_path / "killed" / "tensorboard").glob("events*"))
@@ -93,7 +93,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
     finished: tuple[TrainState, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    whole, _ = finished
+    uninterrupted, _ = finished
     with pytest.raises(SystemExit) as ending:
         fit(line_task(told_at=17), LOOP, OPTIMIZER, tmp_path / "told")
     assert ending.value.code == 0
@@ -102,16 +102,16 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
     assert not (tmp_path / "told" / "export").exists()
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "told")
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+    for a, b in zip(jax.tree.leaves(uninterrupted), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_run_tells_what_it_costs_and_is_the_same_under_a_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: dict[str, list[float]] = {}
+    ended: dict[str, list[float]] = {}
     monkeypatch.setattr(
-        SummaryWriter, "add_scalar", lambda self, key, value, step: told.setdefault(key, []).append(value)
+        SummaryWriter, "add_scalar", lambda self, key, value, step: ended.setdefault(key, []).append(value)
     )
     traced: list[int] = []
     task = line_task()
@@ -123,12 +123,12 @@ def test_a_run_tells_what_it_costs_and_is_the_same_under_a_profile(
 
     plain = fit(replace(task, loss=loss), LOOP, OPTIMIZER, tmp_path / "plain")
     assert len(traced) == 1  # the count of FLOPs traces nothing again
-    assert {len(told[key]) for key in ("step_time", "data_wait", "memory", "tflops", "samples_per_second")} == {6}
-    assert all(0 <= share <= 1 for share in told["data_wait"])
-    assert min(told["step_time"]) > 0
-    per_device = [speed * seconds * 1e12 for speed, seconds in zip(told["tflops"], told["step_time"], strict=True)]
+    assert {len(ended[key]) for key in ("step_time", "data_wait", "memory", "tflops", "samples_per_second")} == {6}
+    assert all(0 <= share <= 1 for share in ended["data_wait"])
+    assert min(ended["step_time"]) > 0
+    per_device = [speed * seconds * 1e12 for speed, seconds in zip(ended["tflops"], ended["step_time"], strict=True)]
     np.testing.assert_allclose(per_device, 32 / jax.device_count(), rtol=1e-6)
-    assert 0.01 < told["memory"][-1] < 100
+    assert 0.01 < ended["memory"][-1] < 100
     profiled = fit(replace(task, loss=loss), replace(LOOP, profile=3), OPTIMIZER, tmp_path / "profiled")
     assert list((tmp_path / "profiled" / "profile").rglob("*.xplane.pb"))
     assert not (tmp_path / "plain" / "profile").exists()
@@ -188,12 +188,12 @@ def test_the_average_of_every_third_step() -> None:
 
 def test_a_run_killed_between_two_updates_of_the_average_resumes_exactly(tmp_path: Path) -> None:
     loop = replace(LOOP, ema_every=7)
-    whole = fit(line_task(), loop, OPTIMIZER, tmp_path / "whole")
+    uninterrupted = fit(line_task(), loop, OPTIMIZER, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         fit(line_task(stop_at=17), loop, OPTIMIZER, tmp_path / "killed")
     resumed = fit(line_task(), loop, OPTIMIZER, tmp_path / "killed")
-    np.testing.assert_array_equal(whole.ema["a"], resumed.ema["a"])
-    assert float(whole.ema["a"]) != float(whole.params["a"])
+    np.testing.assert_array_equal(uninterrupted.ema["a"], resumed.ema["a"])
+    assert float(uninterrupted.ema["a"]) != float(uninterrupted.params["a"])
 
 
 def test_learning_rate_warms_up_and_ends_at_zero() -> None:
@@ -311,11 +311,11 @@ def test_each_device_draws_its_rows_of_what_one_would(draw: Any) -> None:
 
     @jax.jit
     def both() -> Any:
-        own = jax.vmap(
+        drawn = jax.vmap(
             lambda: (draw(device_key(key, 4), (2, 3)), draw(device_key(key, 4), ())), axis_name=AXIS, axis_size=4
         )
-        return own(), (draw(key, (8, 3)), draw(key, ()))
+        return drawn(), (draw(key, (8, 3)), draw(key, ()))
 
-    (parts, scalars), (whole, scalar) = both()
-    np.testing.assert_array_equal(parts.reshape(whole.shape), whole)
+    (parts, scalars), (uninterrupted, scalar) = both()
+    np.testing.assert_array_equal(parts.reshape(uninterrupted.shape), uninterrupted)
     np.testing.assert_array_equal(scalars, jnp.broadcast_to(scalar, scalars.shape))

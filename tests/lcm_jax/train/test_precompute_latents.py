@@ -97,10 +97,10 @@ def test_a_training_reads_what_it_would_have_encoded(
         iterator = task.batches(conditioner, data.open_buckets())(4, 0)
         return [next(iterator) for _ in range(4)]
 
-    for inside, ahead in zip(batches(f"folder:{pictures}"), batches(str(encoded)), strict=True):
-        assert inside.keys() == ahead.keys() == {"mean", "std", "context"}
+    for inside, precomputed in zip(batches(f"folder:{pictures}"), batches(str(encoded)), strict=True):
+        assert inside.keys() == precomputed.keys() == {"mean", "std", "context"}
         for name in inside:
-            np.testing.assert_array_equal(inside[name], ahead[name])
+            np.testing.assert_array_equal(inside[name], precomputed[name])
     source, plain = load_source(str(encoded), size=16, encoded=True), load_source(str(pictures), size=16)
     assert [source[i]["caption"] for i in range(6)] == [plain[i]["caption"] for i in range(6)]
     held_out = conditioner.encode_source(source, {}, first=5)
@@ -117,9 +117,9 @@ def test_a_training_on_it_is_the_same(
         state = fit(task, loop, OptimizerConfig(warmup=1), workdir)
         return state.params, (workdir / "previews.json").read_text()
 
-    inside, ahead = train(f"folder:{pictures}", tmp_path / "inside"), train(str(encoded), tmp_path / "ahead")
-    jax.tree.map(np.testing.assert_array_equal, inside[0], ahead[0])
-    assert inside[1] == ahead[1]
+    inside, precomputed = train(f"folder:{pictures}", tmp_path / "inside"), train(str(encoded), tmp_path / "ahead")
+    jax.tree.map(np.testing.assert_array_equal, inside[0], precomputed[0])
+    assert inside[1] == precomputed[1]
 
 
 def test_the_manifest_says_what_is_there(tiny_model: Path, pictures: Path, encoded: Path) -> None:
@@ -259,9 +259,9 @@ def test_eight_devices_encode_what_one_does(tiny_model: Path, pictures: Path, en
         out = tmp_path / f"mesh {mesh}"
         options = ["--data", f"folder:{pictures}", "--out", str(out), "--batch", "8", "--shards", "2", "--mesh", mesh]
         subprocess.run([*command, *options], env={**os.environ, **flags}, check=True)
-        for mine, theirs in zip(open_cache(out), open_cache(encoded), strict=True):
+        for ours, theirs in zip(open_cache(out), open_cache(encoded), strict=True):
             for name in ("mean", "std", "context"):
-                np.testing.assert_allclose(mine[name], theirs[name], rtol=2e-3, atol=2e-3)
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-3, atol=2e-3)
 
 
 def bomb() -> bytes:
@@ -305,7 +305,7 @@ def test_a_damaged_shard_is_named_and_written_again(
     tiny_model: Path, pictures: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, shard = files(encoded), encoded / SHARDS[2]
-    kept = (encoded / SHARDS[0]).stat()
+    stat = (encoded / SHARDS[0]).stat()
     data, record = bytearray(before[shard.name]), open_cache(encoded)[2]
     said: list[str] = []
     for at in np.flatnonzero(data)[::300]:  # between the ends of the file are zeros
@@ -330,7 +330,7 @@ def test_a_damaged_shard_is_named_and_written_again(
         open_cache(encoded)
     run(tiny_model, f"folder:{pictures}", encoded)
     assert files(encoded) == before
-    assert (encoded / SHARDS[0]).stat() == kept
+    assert (encoded / SHARDS[0]).stat() == stat
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ KIND = "SD3Transformer2DModel"
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(abstract_params, "_MIN_SECONDS", 0.0)
     abstract_params.abstract_params.cache_clear()
@@ -37,35 +37,35 @@ def again(**changes: int) -> dict:
     return abstract_params.abstract_params(KIND, MMDiTConfig(**{**vars(TINY), **changes}))
 
 
-def test_kept_shapes_are_the_traced_ones(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_shapes_are_the_traced_ones(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traced = again()
-    (file,) = place.iterdir()
+    (file,) = cache.iterdir()
     monkeypatch.setattr(abstract_params, "_trace", lambda *_: pytest.fail("traced although it was kept"))
-    kept = again()
-    assert jax.tree.structure(kept) == jax.tree.structure(traced)
-    assert jax.tree.leaves(kept) == jax.tree.leaves(traced)
+    shapes = again()
+    assert jax.tree.structure(shapes) == jax.tree.structure(traced)
+    assert jax.tree.leaves(shapes) == jax.tree.leaves(traced)
     assert file.is_file()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"a": 1}', '{"a": ["float99", 2]}'])
-def test_a_damaged_file_is_made_anew(place: Path, damage: str) -> None:
+def test_a_damaged_file_is_made_anew(cache: Path, damage: str) -> None:
     traced = jax.tree.leaves(again())
-    (file,) = place.iterdir()
-    whole = file.read_text()
+    (file,) = cache.iterdir()
+    content = file.read_text()
     file.write_text(damage)
     assert jax.tree.leaves(again()) == traced
-    assert file.read_text() == whole
+    assert file.read_text() == content
 
 
-def test_another_config_or_code_has_its_own_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_config_or_code_has_its_own_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert jax.tree.leaves(again(num_layers=1)) != jax.tree.leaves(again())
-    assert len(list(place.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 2
     monkeypatch.setattr(abstract_params, "_code", lambda: "changed")
     again()
-    assert len(list(place.iterdir())) == 3
+    assert len(list(cache.iterdir())) == 3
 
 
-def test_a_home_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+def test_a_home_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     traced = jax.tree.leaves(again())
     blocked = tmp_path / "file"
     blocked.write_text("")

@@ -72,9 +72,9 @@ def damage(rng: np.random.Generator, data: bytes, end: int) -> bytes:
         return data + rng.bytes(rng.integers(1, 20))
     low, high = {"any": (0, len(data)), "header": (0, end), "data": (end, len(data))}[kind]
     changed = bytearray(data)
-    for place in rng.integers(low, high, size=rng.choice([1, 1, 2, 8])):
+    for index in rng.integers(low, high, size=rng.choice([1, 1, 2, 8])):
         bit = rng.random() < 0.5  # half of them single bits, half of them characters that JSON is made of
-        changed[place] = changed[place] ^ 1 << rng.integers(8) if bit else rng.choice(list(b'0123456789"{}[]:,\\ aF'))
+        changed[index] = changed[index] ^ 1 << rng.integers(8) if bit else rng.choice(list(b'0123456789"{}[]:,\\ aF'))
     return bytes(changed)
 
 
@@ -119,11 +119,11 @@ def _traced() -> Any:
     tracemalloc.stop()
 
 
-def undamaged_header(whole: bytes, damaged: bytes) -> dict[str, np.ndarray] | None:
+def undamaged_header(original: bytes, damaged: bytes) -> dict[str, np.ndarray] | None:
     """The library's reading of the damaged data under the whole header; None where it would not fit."""
-    if len(damaged) != len(whole):
+    if len(damaged) != len(original):
         return None
-    found = dict(deserialize(whole[: header_end(whole)] + damaged[header_end(whole) :]))
+    found = dict(deserialize(original[: header_end(original)] + damaged[header_end(original) :]))
     return {k: np.frombuffer(v["data"], DTYPES[v["dtype"]]).reshape(v["shape"]) for k, v in found.items()}
 
 
@@ -153,8 +153,8 @@ def test_whole_files(tmp_path: Path) -> None:
         same(from_torch(load_tensors(path), LIKE, RULES), into_network(tensors(dtype)))
     refused = 0
     for case in range(CASES["whole"]):
-        whole = wholes[case % len(wholes)]
-        damaged = damage(rng, whole, header_end(whole))
+        original = wholes[case % len(wholes)]
+        damaged = damage(rng, original, header_end(original))
         path.write_bytes(damaged)
         found = attempt(lambda: from_torch(load_tensors(path), LIKE, RULES, source=str(path)), tmp_path, len(damaged))
         read = attempt(lambda: load_tensors(path), tmp_path, len(damaged))
@@ -166,13 +166,13 @@ def test_whole_files(tmp_path: Path) -> None:
             if read is not None:
                 assert read.keys() == theirs.keys()
                 assert all(read[name].tobytes() == bytes(theirs[name]["data"]) for name in theirs)
-        truth = undamaged_header(whole, damaged)
+        truth = undamaged_header(original, damaged)
         refused += found is None
         if truth is None:
             assert found is None
         elif found is not None:
             same(found, into_network(truth))
-        elif damaged[: header_end(whole)] == whole[: header_end(whole)]:
+        elif damaged[: header_end(original)] == original[: header_end(original)]:
             assert not finite(into_network(truth))
     assert 0.4 < refused / CASES["whole"] < 0.9  # the damage is neither always fatal nor always harmless
 
@@ -187,24 +187,24 @@ def test_shards(tmp_path: Path) -> None:
     refused = 0
     for _ in range(CASES["shards"]):
         path = index if rng.random() < 0.6 else rng.choice(list(files))
-        whole = files[path]
-        end = len(whole) if path == index else header_end(whole)
-        damaged = damage(rng, whole + b" " * (path == index), end)
+        original = files[path]
+        end = len(original) if path == index else header_end(original)
+        damaged = damage(rng, original + b" " * (path == index), end)
         path.write_bytes(damaged)
         load_all = lambda: from_torch(load_tensors(tmp_path, stem="model"), LIKE, RULES, source=str(tmp_path))  # noqa: E731
         found = attempt(load_all, tmp_path, size)
-        path.write_bytes(whole)
+        path.write_bytes(original)
         refused += found is None
         if path == index:
             if found is not None:
                 same(found, PARAMS_HALF)
             continue
-        truth = undamaged_header(whole, damaged)
+        truth = undamaged_header(original, damaged)
         if truth is None:
             assert found is None
         elif found is not None:
             same(found, into_network(tensors(np.float16) | truth))
-        elif damaged[:end] == whole[:end]:
+        elif damaged[:end] == original[:end]:
             assert not finite(truth)
     assert 0.4 < refused / CASES["shards"] < 0.9
 
@@ -228,23 +228,23 @@ def test_loras(tmp_path: Path) -> None:
         wholes.append(path.read_bytes())
     refused = 0
     for case in range(CASES["lora"]):
-        whole = wholes[case % len(wholes)]
-        damaged = damage(rng, whole, header_end(whole))
+        original = wholes[case % len(wholes)]
+        damaged = damage(rng, original, header_end(original))
         path.write_bytes(damaged)
         found = attempt(lambda: load_lora(path, kernels, RULES_UNET), tmp_path, len(damaged))
         refused += found is None
-        truth = undamaged_header(whole, damaged)
-        text = whole[8 : header_end(whole)].decode()  # begins with the metadata, which may say what alpha is
+        truth = undamaged_header(original, damaged)
+        text = original[8 : header_end(original)].decode()  # begins with the metadata, which may say what alpha is
         metadata = slice(8, 8 + json.JSONDecoder().raw_decode(text, text.index(":") + 1)[1])
         if truth is None:
             assert found is None
         elif found is not None:
-            path.write_bytes(whole[: header_end(whole)] + damaged[header_end(whole) :])
+            path.write_bytes(original[: header_end(original)] + damaged[header_end(original) :])
             expected = load_lora(path, kernels, RULES_UNET)
-            if damaged[metadata] != whole[metadata]:
+            if damaged[metadata] != original[metadata]:
                 found, expected = ({n: {**a, "alpha": np.zeros(1)} for n, a in t.items()} for t in (found, expected))
             same(found, expected)
-        elif damaged[: header_end(whole)] == whole[: header_end(whole)]:
+        elif damaged[: header_end(original)] == original[: header_end(original)]:
             assert not finite(truth)
     assert 0.4 < refused / CASES["lora"] < 0.9
 

@@ -159,9 +159,17 @@ def one_line(error: pytest.ExceptionInfo[Exception], path: Path) -> None:
 def test_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_tensors(path, TENSORS)
-    whole = path.read_bytes()
-    header = int.from_bytes(whole[:8], "little")
-    for data in (b"", b"abc", whole[:20], whole[:-1], whole + b"0", whole[:8] + b"!" * header, b"\x80" + whole):
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    for data in (
+        b"",
+        b"abc",
+        content[:20],
+        content[:-1],
+        content + b"0",
+        content[:8] + b"!" * header,
+        b"\x80" + content,
+    ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="not a whole safetensors file") as error:
             load_tensors(path)
@@ -352,9 +360,9 @@ def test_finite_in_wide_floats(dtype: type) -> None:
     good = np.array([0.0, -0.0, info.max, info.min, info.tiny, info.smallest_subnormal, -1.0], dtype)
     assert is_finite(good)
     for bad in (np.inf, -np.inf, np.nan, -np.nan):
-        for place in (0, 500_000, 600_000):  # in the first chunk, and in later ones
+        for index in (0, 500_000, 600_000):  # in the first chunk, and in later ones
             array = np.tile(good, 100_000)
-            array[place] = bad
+            array[index] = bad
             assert not is_finite(array)
             assert not is_finite(array.reshape(7, -1).T[::-1])
     assert is_finite(np.zeros((3, 0), dtype))
@@ -469,20 +477,20 @@ def test_a_reader_sees_the_old_or_the_new_set(
     path, others = tmp_path / "model.safetensors", tmp_path / "model-00001-of-00002.fp16.safetensors"
     save_tensors(others, OLD)
     save_tensors(path, OLD, max_shard_size=before)
-    seen = []
+    loaded = []
 
-    def look() -> None:
+    def reload() -> None:
         try:
-            seen.append(load_tensors(tmp_path, stem="model")["0"][0])
+            loaded.append(load_tensors(tmp_path, stem="model")["0"][0])
         except FileNotFoundError:
             return
-        equal(load_tensors(tmp_path, stem="model"), NEW if seen[-1] == 10 else OLD)
+        equal(load_tensors(tmp_path, stem="model"), NEW if loaded[-1] == 10 else OLD)
 
     def watched(act: Callable) -> Callable:
         def run(*args: object, **options: object) -> None:
-            look()
+            reload()
             act(*args, **options)
-            look()
+            reload()
 
         return run
 
@@ -490,9 +498,9 @@ def test_a_reader_sees_the_old_or_the_new_set(
         patch.setattr(os, "replace", watched(os.replace))
         patch.setattr(Path, "unlink", watched(Path.unlink))
         save_tensors(path, NEW, max_shard_size=after)
-    assert seen[0] == 0
-    assert seen[-1] == 10
-    assert seen == sorted(seen)
+    assert loaded[0] == 0
+    assert loaded[-1] == 10
+    assert loaded == sorted(loaded)
     equal(load_tensors(tmp_path, stem="model"), NEW)
     sharded = after < 32
     assert path.exists() != sharded
@@ -604,10 +612,12 @@ def test_only_what_may_be_read_is_downloaded(cache: Path, monkeypatch: pytest.Mo
     assert asked["revision"] == "v1"
     assert asked["allow_patterns"] == wanted(variant)
     patterns = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
-    kept = set(filter_repo_objects(LISTING, **patterns))
-    assert not any(name.endswith((".bin", ".ckpt", ".onnx", ".msgpack", ".md")) for name in kept)
-    assert {name for name in LISTING if name.endswith((".json", ".txt", ".model")) and "safety" not in name} < kept
-    taken = {name for name in kept if name.endswith(".safetensors")}
+    downloaded = set(filter_repo_objects(LISTING, **patterns))
+    assert not any(name.endswith((".bin", ".ckpt", ".onnx", ".msgpack", ".md")) for name in downloaded)
+    assert {
+        name for name in LISTING if name.endswith((".json", ".txt", ".model")) and "safety" not in name
+    } < downloaded
+    taken = {name for name in downloaded if name.endswith(".safetensors")}
     plain = {name for name in taken if ".fp16" not in name}
     always = {"pytorch_lora_weights.safetensors"}
     if variant is None:

@@ -64,8 +64,8 @@ def test_dtype_policy(params: dict) -> None:
     tensors = to_torch(params, RULES, dtype=jnp.bfloat16)
     assert all(t.dtype == jnp.bfloat16 for t in tensors.values())
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(from_torch(tensors, like(params), RULES)))
-    kept = from_torch(tensors, like(params), RULES, dtype=jnp.bfloat16)
-    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(kept))
+    loaded = from_torch(tensors, like(params), RULES, dtype=jnp.bfloat16)
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(loaded))
 
 
 def test_every_misfit_is_named_in_one_error(params: dict) -> None:
@@ -102,11 +102,11 @@ def test_each_device_is_given_its_slice(params: dict) -> None:
     tensors = to_torch(params, RULES)
     asked: list[tuple[str, tuple[int, ...]]] = []
 
-    def place(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    def sharding_of(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
         asked.append((path, shape))
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    placed = from_torch(tensors, like(params), RULES, shardings=place)
+    placed = from_torch(tensors, like(params), RULES, shardings=sharding_of)
     jax.tree.map(np.testing.assert_array_equal, params, placed)
     assert ("layers/fc/kernel", (3, 5, 7)) in asked
     leaf = _leaves(like(params), RULES, None)["layers/fc/kernel"]
@@ -125,11 +125,13 @@ def test_parameters_are_no_views_of_the_file(params: dict, tmp_path: Path) -> No
         tensors[name][...] = tensor
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",))
     on = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = [from_torch(tensors, like(params), RULES, shardings=own) for own in (None, lambda path, shape: on)]
+    placed = [
+        from_torch(tensors, like(params), RULES, shardings=placement) for placement in (None, lambda path, shape: on)
+    ]
     for tensor in tensors.values():
         tensor += 1
-    for own in placed:
-        jax.tree.map(np.testing.assert_array_equal, params, own)
+    for placement in placed:
+        jax.tree.map(np.testing.assert_array_equal, params, placement)
 
 
 def test_values_that_are_not_finite_are_refused(params: dict) -> None:

@@ -97,13 +97,13 @@ def test_buckets_with_synthetic_captions_are_trained_and_resumed_exactly(
     start = task.batches(loop.batch_size, loop.seed)
     assert {next(start)["mean"].shape for _ in range(4)} == {(4, 8, 8, 4), (4, 6, 10, 4), (4, 10, 6, 4)}
 
-    whole = fit(task, loop, optimizer, tmp_path / "whole")
+    uninterrupted = fit(task, loop, optimizer, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "killed" / "checkpoints" / str(step))
     resumed = fit(task, loop, optimizer, tmp_path / "killed")
-    jax.tree.map(np.testing.assert_array_equal, whole.params, resumed.params)
-    assert np.any(whole.params["proj_out"]["kernel"])  # zero at first
+    jax.tree.map(np.testing.assert_array_equal, uninterrupted.params, resumed.params)
+    assert np.any(uninterrupted.params["proj_out"]["kernel"])  # zero at first
 
 
 def test_captions_are_mixed_at_the_rate(tiny_sd3: Path, shapes: DataConfig) -> None:
@@ -188,8 +188,8 @@ def test_a_net_for_other_latents_is_refused(
 def test_a_net_for_other_texts_is_refused(
     key: str, tiny_sd3: Path, tiny_model: Path, tiny_sd3_net: MMDiTConfig, data: DataConfig
 ) -> None:
-    mine, given = getattr(tiny_sd3_net, key) + 1, getattr(tiny_sd3_net, key)
-    with pytest.raises(ValueError, match=f"task.net.{key} is {mine}, but the text encoders' width is {given}"):
-        teacher_task(tiny_sd3, replace(tiny_sd3_net, **{key: mine}), data).build()
+    asked, given = getattr(tiny_sd3_net, key) + 1, getattr(tiny_sd3_net, key)
+    with pytest.raises(ValueError, match=f"task.net.{key} is {asked}, but the text encoders' width is {given}"):
+        teacher_task(tiny_sd3, replace(tiny_sd3_net, **{key: asked}), data).build()
     with pytest.raises(ValueError, match="joint_attention_dim is 32, but the text encoders' width is 16"):
         teacher_task(tiny_model, tiny_sd3_net, data).build()

@@ -30,8 +30,8 @@ def random_adapters(like, targets=r"kernel$", rank=2, alpha=3.0):
     for path, kernel in traverse_util.flatten_dict(like, sep="/").items():
         if path.endswith("kernel") and re.search(targets, path):
             shape = lora.shapes(kernel, rank)
-            halves = {half: jnp.asarray(array(*shape[half])) for half in ("down", "up")}
-            adapters[path] = halves | {"alpha": jnp.full(shape["alpha"], alpha, jnp.float32)}
+            matrices = {half: jnp.asarray(array(*shape[half])) for half in ("down", "up")}
+            adapters[path] = matrices | {"alpha": jnp.full(shape["alpha"], alpha, jnp.float32)}
     assert adapters
     return adapters
 

@@ -37,8 +37,8 @@ def random_adapters(like, targets=r"kernel$", rank=2, alpha=3.0):
     for path, kernel in traverse_util.flatten_dict(like, sep="/").items():
         if path.endswith("kernel") and re.search(targets, path):
             shape = lora.shapes(kernel, rank)
-            halves = {half: jnp.asarray(array(*shape[half])) for half in ("down", "up")}
-            adapters[path] = halves | {"alpha": jnp.full(shape["alpha"], alpha, jnp.float32)}
+            matrices = {half: jnp.asarray(array(*shape[half])) for half in ("down", "up")}
+            adapters[path] = matrices | {"alpha": jnp.full(shape["alpha"], alpha, jnp.float32)}
     assert adapters
     return adapters
 
@@ -145,18 +145,18 @@ def layer_change(adapters, block, name):
 
 
 def test_fused_attention_is_split(tmp_path, sd3):
-    tensors, whole = {}, {}
+    tensors, changes = {}, {}
     for block in range(3):
         for stream, names in (("x", ("to_q", "to_k", "to_v")), ("context", ("add_q_proj", "add_k_proj", "add_v_proj"))):
             a, b, alpha = array(4, 8), array(24, 4), np.float32(2 + block)
             stem = f"lora_unet_joint_blocks_{block}_{stream}_block_attn_qkv"
             tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b, f"{stem}.alpha": np.array(alpha)}
-            whole[block, names] = alpha / 4 * (b @ a)
+            changes[block, names] = alpha / 4 * (b @ a)
     save_file(tensors, tmp_path / "x.safetensors")
     assert lora_components(tmp_path / "x.safetensors") == ("transformer",)
     adapters = load_sd3(tmp_path / "x.safetensors", sd3)
     lora.check_adapters(adapters, sd3.like)
-    for (block, names), change in whole.items():
+    for (block, names), change in changes.items():
         found = np.concatenate([layer_change(adapters, block, f"attn/{name}") for name in names])
         np.testing.assert_allclose(found, change, rtol=1e-5, atol=1e-5)
     save_sd3(tmp_path / "y.safetensors", adapters, sd3)
