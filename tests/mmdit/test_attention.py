@@ -122,7 +122,7 @@ def test_odd_lengths_in_even_ones_are_the_same_attention(causal: bool) -> None:
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), one, wanted)
 
 
-@pytest.mark.parametrize(("whole", "keys"), [(False, 7), (True, 77)])
+@pytest.mark.parametrize(("full", "keys"), [(False, 7), (True, 77)])
 def test_heads_and_queries_by_parts_are_the_same_attention(
     full: bool, keys: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ direct_ones = jax.jit(partial(derivatives, direct))
 
 
 @pytest.mark.parametrize(
-    ("own", "height", "side", "bounds"),
+    ("method", "height", "side", "bounds"),
     [
         (convolve, 6, 3, {"WIDTH": 1, "SIZE": 1}),
         (convolve, 6, 3, {"WIDTH": 1, "SIZE": 1, "PRODUCTS": 1}),

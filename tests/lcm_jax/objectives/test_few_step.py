@@ -304,7 +304,7 @@ def test_forward_mode_is_the_difference_in_time(name: str) -> None:
 # -- One network, seen in any time.
 
 
-@pytest.mark.parametrize("seen", [Cosine(), TrigFlow(), TrigFlow(sigma_data=0.5), RectifiedFlow(shift=3.0), DDPM()])
+@pytest.mark.parametrize("schedule", [Cosine(), TrigFlow(), TrigFlow(sigma_data=0.5), RectifiedFlow(shift=3.0), DDPM()])
 def test_beliefs_do_not_depend_on_the_schedule_that_looks(schedule: Any) -> None:
     denoise = bind(network, TEACHER, {}, FLOW, "flow")
     converted = on_schedule(denoise, FLOW, schedule)
