@@ -4,7 +4,8 @@ from lcm_jax.data.array_cache import Cache, Columns, cached, open_cache, write_c
 from lcm_jax.data.buckets import bucket_sizes
 from lcm_jax.data.loader import Batch, BucketLoader, Loader, LoaderIterator
 from lcm_jax.data.mixing import CaptionMix
-from lcm_jax.data.sources import InMemory, Record, Source, load_buckets, load_source, register
+from lcm_jax.data.records import InMemory, Record, Source
+from lcm_jax.data.sources import has_split, load_buckets, load_source, register
 
 __all__ = [
     "Batch",
@@ -19,6 +20,7 @@ __all__ = [
     "Source",
     "bucket_sizes",
     "cached",
+    "has_split",
     "load_buckets",
     "load_source",
     "open_cache",

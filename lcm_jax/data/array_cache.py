@@ -5,8 +5,8 @@ bytes of its arrays, one after another in the manifest's order, then its texts a
 parses nothing but the texts. Files are written under another name and renamed when complete, the manifest last, so a
 cache that exists is complete; the sizes and SHA-256 of its shards are checked when it is opened.
 
-`cached` is for a cache that one process makes before its training; for one that many hosts write there is
-`lcm_jax.train.precompute_latents`.
+`cached` is for records that a description says all about; `lcm_jax.data.record_store` for those of pictures that change
+under one name; `lcm_jax.train.precompute_latents` for a data set that many hosts write.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
 
 from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.checksums import sha256
+from lcm_jax.runtime.progress import progress
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -65,11 +66,20 @@ class Shard:
     sha256: str
 
 
+class Origin(NamedTuple):
+    """The source of a cached record: its key and digest (see lcm_jax.data.records), and the name of its file."""
+
+    key: str
+    digest: str
+    name: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     """A source of cached records, shard after shard: read-only arrays, and texts as str.
 
-    texts: names of the text fields. produced_by: description of how the records were made.
+    texts: names of the text fields. produced_by: description of how the records were made. origins: for a single shard
+    what each record was made of, where that is known.
     """
 
     folder: Path
@@ -78,6 +88,7 @@ class Cache:
     texts: tuple[str, ...]
     produced_by: ProducedBy
     left_out: tuple[str, ...] = ()  # a line for each example that could not be read and has no record
+    origins: tuple[Origin, ...] = ()
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -109,7 +120,7 @@ class Cache:
             self._compare(shard, "bytes", path.stat().st_size, shard.bytes)
         shards = self.shards[part::parts]
         with ThreadPoolExecutor(_HASHING) as pool:
-            sums = pool.map(lambda shard: _sha256(self.folder / shard.file), shards)
+            sums = pool.map(lambda shard: sha256(self.folder / shard.file), shards)
             for shard, digest in zip(shards, sums, strict=True):
                 self._compare(shard, "(SHA-256)", digest, shard.sha256)
 
@@ -124,6 +135,7 @@ class Cache:
             "produced_by": json.loads(_canonical(self.produced_by)),
             "shards": [asdict(shard) for shard in self.shards],
             "left_out": self.left_out,
+            **({"origins": self.origins} if self.origins else {}),
         }
         write_json(self.folder / name, manifest)
 
@@ -146,6 +158,8 @@ class Cache:
     def _remedy(self) -> str:
         if "shards" in self.produced_by:  # made by lcm_jax.train.precompute_latents
             return "run its lcm-jax encode again, which writes this file alone"
+        if self.origins:
+            return "remove this file, and its records are made again"
         return f"remove {self.folder}, and it is made again"
 
     @cached_property
@@ -161,19 +175,19 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """A source of the first `count` records of a cache, with only the fields `names`."""
+    """A source of the records `indices` of a cache, in this order, with only the fields `names`."""
 
     source: Cache
     names: tuple[str, ...]
-    count: int
+    indices: Sequence[int]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def __getitem__(self, index: int, /) -> dict[str, Any]:
-        if not -self.count <= index < self.count:
-            raise IndexError(f"record {index} of {self.count}")
-        record = self.source[index % self.count]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        record = self.source[self.indices[index]]
         return {name: record[name] for name in self.names}
 
 
@@ -210,7 +224,7 @@ def write_cache(folder: Path, records: Iterable[Example], produced_by: ProducedB
     temporary = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     temporary.mkdir()
     try:
-        shown = iter(tqdm(records, "caching", total, disable=None, leave=False))
+        shown = iter(progress(records, "encoding", "picture", total=total))
         cache = write_shard(temporary / _DATA, shown, produced_by)
         if len(cache) == 0:
             raise ValueError(f"{folder}: empty dataset; there is no record to cache")
@@ -246,7 +260,7 @@ def write_shard(path: Path, records: Iterable[Example], produced_by: ProducedBy)
         finally:
             with _disk(path):
                 writer.close()
-        shard = Shard(file=path.name, records=count, bytes=temporary.stat().st_size, sha256=_sha256(temporary))
+        shard = Shard(file=path.name, records=count, bytes=temporary.stat().st_size, sha256=sha256(temporary))
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -311,6 +325,7 @@ def read_manifest(path: Path) -> Cache:
             texts=tuple(manifest["texts"]),
             produced_by=manifest["produced_by"],
             left_out=tuple(manifest["left_out"]),
+            origins=tuple(Origin(*origin) for origin in manifest.get("origins", ())),
         )
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest of a cache ({error}); remove {folder}") from error
@@ -354,11 +369,6 @@ def _disk(path: Path) -> Iterator[None]:
     except RuntimeError as error:
         reason = " ".join(str(error).split(";")[0].split())
         raise OSError(f"{path}: cannot be written ({reason}); free disk space, and start again") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _canonical(produced_by: ProducedBy) -> str:

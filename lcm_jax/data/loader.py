@@ -20,7 +20,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from lcm_jax.data.sources import Source
+from lcm_jax.data.records import Source
 
 Batch = dict[str, Any]  # arrays (b, ...); texts as a list of b strings
 Transform = Callable[[Any], Mapping[str, Any]]

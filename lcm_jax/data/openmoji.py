@@ -11,10 +11,9 @@ import contextlib
 import hashlib
 import io
 import re
-import sys
 import unicodedata
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -27,6 +26,9 @@ import resvg_py
 import tensorflow_datasets as tfds
 from filelock import FileLock
 from PIL import Image
+from tensorflow_datasets.core.utils import tqdm_utils
+
+from lcm_jax.runtime.progress import progress
 
 Style = Literal["colour", "outline"]  # outline: the black lines alone
 Split = Literal["train", "validation", "compositional"]
@@ -206,6 +208,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
         OpenmojiConfig(size, style) for style in get_args(Style) for size in (64, 128, 256)
     ]
     builder_config: OpenmojiConfig
+    drawn: Callable[[], object] = staticmethod(lambda: None)  # is called for each drawing
 
     def _info(self) -> tfds.core.DatasetInfo:
         size, text = self.builder_config.size, tfds.features.Text
@@ -232,6 +235,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for item in split_items(split):
+            self.drawn()
             yield (
                 item.codepoints,
                 {
@@ -257,8 +261,22 @@ def prepare(size: int, cache_dir: Path, style: Style = "colour") -> Openmoji:
     config = next((known for known in Openmoji.BUILDER_CONFIGS if known.name == wanted.name), wanted)
     data_dir = cache_dir / f"openmoji-{fingerprint()}"
     data_dir.mkdir(parents=True, exist_ok=True)
-    # tfds prints to stdout, which belongs to the caller
-    with FileLock(data_dir / ".lock"), contextlib.redirect_stdout(sys.stderr):
+    with FileLock(data_dir / ".lock"), silent():
         builder = Openmoji(data_dir=data_dir, config=config, file_format="array_record")
-        builder.download_and_prepare()
+        total = sum(len(split_items(split)) for split in SPLITS)
+        with progress(total, "drawing openmoji", "picture", disable=builder.data_path.exists()) as bar:
+            builder.drawn = bar.update
+            builder.download_and_prepare()
     return builder
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep tensorflow-datasets from printing: its lines on stdout, and its bars on stderr."""
+    shown = getattr(tqdm_utils, "_active", True)
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(shown)

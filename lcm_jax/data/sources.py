@@ -2,7 +2,7 @@
 
     load_source("openmoji", "train", 64)             OpenMoji drawings (splits: train, validation, compositional)
     load_source("openmoji-outline", "train", 64)     the same drawings with black lines alone
-    load_source("folder:pictures", "train", 512)     pictures with .txt captions beside them, or a metadata.jsonl
+    load_source("folder:pictures", "train", 512)     pictures, .txt captions or metadata.jsonl (lcm_jax.data.folders)
     load_source("tar:shards/train-*.tar")            samples in tar files, in webdataset's layout (lcm_jax.data.tars)
     load_source("tfds:mnist", "test", 32)            any data set of tensorflow-datasets with pictures
     load_source("tfds:prepared/mnist/3.0.1")         the same, by the folder of its array_record files
@@ -15,52 +15,27 @@ unreadable picture raises ValueError only when it is asked for.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import UInt8
-from tqdm import tqdm
 
 from lcm_jax.data import openmoji
 from lcm_jax.data.array_cache import MANIFEST, Cache, open_cache
-from lcm_jax.data.buckets import nearest_bucket
-from lcm_jax.data.tars import find_tars, read_samples
+from lcm_jax.data.folders import open_folder
+from lcm_jax.data.records import InMemory, OnDemand, Source, Texts, by_bucket
+from lcm_jax.data.tars import open_tars
 from lcm_jax.runtime.cache import cache_dir
-from lcm_jax.runtime.image_io import SUFFIXES, Size, check_picture, read_picture
+from lcm_jax.runtime.image_io import Size
 from lcm_jax.runtime.user_code import is_same_definition
 
 OPENMOJI: Mapping[str, openmoji.Style] = {"openmoji": "colour", "openmoji-outline": "outline"}
 IN_MEMORY_BYTES = 256 * 2**20  # OpenMoji is decoded once up to this size (128 pixels), else on each reading
-
-
-class Texts(TypedDict):
-    """The captions of a record."""
-
-    caption: str
-    synthetic_caption: NotRequired[str]  # a second text, see lcm_jax.data.mixing
-
-
-class Record(Texts):
-    """A captioned picture: uint8 (height, width, 3)."""
-
-    image: UInt8[np.ndarray, "h w 3"]
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to records, which a Loader shuffles; a Cache of encoded records is one too."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
 
 
 def load_source(
@@ -115,6 +90,16 @@ def load_buckets(name: str, split: str, sizes: Sequence[Size], *, check: bool = 
     )
 
 
+def has_split(name: str, split: str) -> bool:
+    """Return whether a data set says that it has a split of that name; the functions of registered sources do not."""
+    kind, colon, rest = name.partition(":")
+    if name in OPENMOJI:
+        return split in openmoji.SPLITS
+    if colon and kind == "tfds":
+        return split in _tfds_builder(rest).info.splits
+    return (Path(rest if colon and kind in ("folder", "tar") else name) / split).is_dir()
+
+
 def _checked(source: Any, name: str) -> Source:
     """Return a registered source; ValueError, which names the source and the field, if its first record is wrong."""
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
@@ -147,7 +132,8 @@ def register(kind: str, opener: Opener) -> Opener:
 
     >>> import numpy as np
     >>> from lcm_jax.data import load_source
-    >>> from lcm_jax.data.sources import InMemory, OPENERS, register
+    >>> from lcm_jax.data import InMemory
+    >>> from lcm_jax.data.sources import OPENERS, register
     >>> def open_grey(caption, split, size):
     ...     return InMemory(images=np.full((4, size, size, 3), 128, np.uint8), captions=(caption,) * 4)
     >>> _ = register("grey", open_grey)
@@ -166,64 +152,6 @@ def register(kind: str, opener: Opener) -> Opener:
     return opener
 
 
-@dataclass(frozen=True, kw_only=True)
-class InMemory:
-    """A source of pictures that are decoded already."""
-
-    images: UInt8[np.ndarray, "n h w 3"]
-    captions: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int, /) -> Record:
-        return {"image": self.images[index], "caption": self.captions[index]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnDemand:
-    """A source of pictures that are decoded on each reading; `read(index)` returns one record."""
-
-    read: Callable[[int], Record]
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int, /) -> Record:
-        if not -self.length <= index < self.length:
-            raise IndexError(f"record {index} of {self.length}")
-        return self.read(index % self.length)
-
-
-def _on_demand(pictures: Sequence[Path | bytes], texts: Sequence[Texts], size: Size) -> OnDemand:
-    return OnDemand(read=lambda i: {"image": read_picture(pictures[i], size), **texts[i]}, length=len(pictures))
-
-
-def _by_bucket(
-    sizes: Sequence[Size], count: int, measure: Callable[[int], Size], title: str, *, check: bool
-) -> dict[Size, Sequence[int]]:
-    """Return size -> indices of its pictures, of `count` in all.
-
-    All pictures are measured, which also checks them; with one size and check=False none is.
-    """
-    if len(sizes) == 1 and not check:
-        return {sizes[0]: range(count)}
-    buckets: dict[Size, list[int]] = {size: [] for size in sizes}
-    for index in tqdm(range(count), title, disable=None, leave=False):
-        buckets[nearest_bucket(sizes, measure(index))].append(index)
-    return {size: indices for size, indices in buckets.items() if indices}
-
-
-def _split_of(folder: Path, split: str) -> Path:
-    """Return PATH/SPLIT if that exists, else PATH itself for "train"; raise FileNotFoundError for other splits."""
-    if (folder / split).is_dir():
-        return folder / split
-    if split != "train":
-        raise FileNotFoundError(f"{folder / split}: no such folder; a split of a folder is a folder of that name in it")
-    return folder
-
-
 # --- OpenMoji
 
 
@@ -233,138 +161,36 @@ def open_openmoji(split: str, size: int, style: openmoji.Style = "colour") -> So
     builder = openmoji.prepare(size, cache_dir(), style)
     stored = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     pictures = {str(row["codepoints"], "ascii"): row["image"] for row in stored.__getitems__(range(len(stored)))}
-    files = [pictures[item.codepoints] for item in items]
-    captions = tuple(item.caption for item in items)
+    files = [StoredPicture(item.codepoints, pictures[item.codepoints], item.caption) for item in items]
+    source = OnDemand(items=files, size=(size, size), is_fixed=True)
     if len(items) * size * size * 3 > IN_MEMORY_BYTES:
-        return _on_demand(files, [{"caption": caption} for caption in captions], (size, size))
-    images = np.stack([read_picture(data, (size, size)) for data in files])
+        return source
+    images = np.stack([source[index]["image"] for index in range(len(source))])
     images.setflags(write=False)  # records are views, and a transform must not change the data set
-    return InMemory(images=images, captions=captions)
+    return InMemory(images=images, captions=tuple(item.caption for item in items), is_fixed=True)
 
 
-# --- a folder of pictures
+class StoredPicture(NamedTuple):
+    """A picture's file in memory, with its caption."""
 
+    name: str
+    data: bytes
+    caption: str
 
-def open_folder(folder: Path, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
-    """Open PATH/SPLIT if that exists, else PATH itself for "train"; captions are in metadata.jsonl, or else in .txt.
+    def read(self) -> bytes:
+        """Return the file's bytes."""
+        return self.data
 
-    A metadata.jsonl may give every picture a second text, "synthetic", which becomes the record's synthetic_caption.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give a folder of pictures with captions")
-    folder = _split_of(folder, split)
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    table = folder / "metadata.jsonl"
-    texts = _texts_from_table(table, pictures) if table.is_file() else _texts_beside(folder, pictures)
-    if not pictures:
-        raise ValueError(f"{folder}: empty dataset; put pictures ({', '.join(sorted(SUFFIXES))}) with captions in it")
-    buckets = _by_bucket(sizes, len(pictures), lambda i: check_picture(pictures[i]), f"checking {folder}", check=check)
-    return {
-        size: _on_demand([pictures[i] for i in indices], [texts[i] for i in indices], size)
-        for size, indices in buckets.items()
-    }
+    def texts(self) -> Texts:
+        """Return the caption."""
+        return {"caption": self.caption}
 
+    def stamp(self) -> Sequence[Any]:
+        """Return the caption and a digest of the bytes."""
+        return [hashlib.sha256(self.data).hexdigest(), self.caption]
 
-def _texts_beside(folder: Path, pictures: Sequence[Path]) -> list[Texts]:
-    texts = {path.with_suffix("") for path in folder.rglob("*.txt")}
-    stems: dict[Path, Path] = {}
-    for path in pictures:
-        first = stems.setdefault(path.with_suffix(""), path)
-        if first is not path:
-            raise ValueError(f"{path}: shares its caption file with {first.name}; rename one of the two")
-    for stem in sorted(texts - stems.keys()):
-        raise ValueError(f"{stem}.txt: caption file without a picture; remove it or add the picture")
-    for stem, path in stems.items():
-        if stem not in texts:
-            raise ValueError(f"{path}: picture without caption; write {path.stem}.txt or a metadata.jsonl")
-    return [{"caption": _read_text(stem.parent / f"{stem.name}.txt")} for stem in stems]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        caption = path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: caption is not UTF-8 text; save it as UTF-8") from error
-    if not caption:
-        raise ValueError(f"{path}: empty caption; write one or remove the file and its picture")
-    return caption
-
-
-def _texts_from_table(table: Path, pictures: Sequence[Path]) -> list[Texts]:
-    """Return the texts of metadata.jsonl: one {"file_name", "text", "synthetic"} a line, with paths relative to it.
-
-    "synthetic" may be missing in all lines, but not in some: a cache holds the same fields for every picture.
-    """
-    texts: dict[Path, Texts] = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{table}:{number}: not JSON ({error.msg}); write one object a line") from error
-        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
-        if not isinstance(name, str) or not isinstance(text, str) or not name or not text.strip():
-            raise ValueError(f'{table}:{number}: needs text values for "file_name" and "text"; add them')
-        path = table.parent / name
-        if path in texts:
-            raise ValueError(f"{table}:{number}: {name} is listed twice; remove one of its lines")
-        texts[path] = {"caption": text.strip()}
-        if "synthetic" in row:
-            texts[path]["synthetic_caption"] = _second_text(row["synthetic"], f"{table}:{number}")
-    for path in sorted(texts.keys() - set(pictures)):
-        raise ValueError(f"{table}: caption of {path.name} without a picture; remove the line or add the picture")
-    for path in pictures:
-        if path not in texts:
-            raise ValueError(f"{path}: picture without caption; add a line for it to metadata.jsonl")
-    with_synthetic = {path for path in pictures if "synthetic_caption" in texts[path]}
-    for path in pictures:
-        if with_synthetic and path not in with_synthetic:
-            raise ValueError(
-                f'{table}: {path.name} has no "synthetic" text, others have; write one for all or for none'
-            )
-    return [texts[path] for path in pictures]
-
-
-def _second_text(text: Any, line: str) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{line}: "synthetic" is not a text; write one, or leave the key out of every line')
-    return text.strip()
-
-
-# --- tar files
-
-
-def open_tars(pattern: str, split: str, sizes: Sequence[Size], *, check: bool = True) -> dict[Size, Source]:
-    """Open a tar file, a folder of tar files (or of one folder for each split), or a pattern of their names."""
-    folder = Path(pattern)
-    if not folder.is_dir() and split != "train":
-        raise ValueError(
-            f"tar:{pattern}: names the files of one split; give those of {split!r}, and train as the split"
-        )
-    paths = find_tars(str(_split_of(folder, split)) if folder.is_dir() else pattern)
-    samples = [
-        sample for path in tqdm(paths, "listing tars", disable=None, leave=False) for sample in read_samples(path)
-    ]
-    if not samples:
-        raise ValueError(f"tar:{pattern}: empty dataset; a sample is a picture and a .txt of the same name")
-
-    def measure(index: int) -> Size:
-        samples[index].caption()
-        return check_picture(samples[index].picture.read(), samples[index].name)
-
-    def bucket(size: Size, indices: Sequence[int]) -> Source:
-        def read(index: int) -> Record:
-            sample = samples[indices[index]]
-            return {
-                "image": read_picture(sample.picture.read(), size, sample.name),
-                "caption": sample.caption(),
-            }
-
-        return OnDemand(read=read, length=len(indices))
-
-    buckets = _by_bucket(sizes, len(samples), measure, f"checking {pattern}", check=check)
-    return {size: bucket(size, indices) for size, indices in buckets.items()}
+    def check(self) -> None:
+        """Do nothing: what is in memory does not change."""
 
 
 # --- latents
@@ -397,13 +223,7 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
     name: in the catalogue, or the folder of a prepared data set in array_record files. With several sizes the header of
     every picture is read first.
     """
-    try:
-        if (Path(name) / "dataset_info.json").is_file():
-            builder = tfds.builder_from_directory(name)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir or cache_dir() / "tfds", file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"tfds:{name}: tensorflow-datasets knows no such data set; see its catalogue") from error
+    builder = _tfds_builder(name, data_dir)
     features = builder.info.features
     image = _first(features, tfds.features.Image)
     caption = _first(features, tfds.features.Text) or _first(features, tfds.features.ClassLabel)
@@ -416,28 +236,77 @@ def open_tfds(name: str, split: str, sizes: Sequence[Size], data_dir: Path | Non
         raise ValueError(
             f"tfds:{name}: its files are {file_format}, which have no random access; prepare it as array_record"
         )
-    with contextlib.redirect_stdout(sys.stderr):  # tfds prints to stdout, which belongs to the caller
+    with openmoji.silent():
         builder.download_and_prepare()
     if split not in builder.info.splits:
         raise ValueError(f"tfds:{name}: no split {split!r}; choose one of {', '.join(builder.info.splits)}")
     stored = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
     if len(stored) == 0:
         raise ValueError(f"tfds:{name}: empty dataset; split {split!r} holds no picture")
-    words = getattr(features[caption], "int2str", lambda text: text.decode())
+    data_set = Stored(
+        name=name,
+        rows=stored,
+        image=image,
+        caption=caption,
+        words=getattr(features[caption], "int2str", lambda text: text.decode()),
+        stamp=[builder.info.full_name, split, *map(_file_stamp, builder.info.splits[split].filepaths)],
+    )
+    items = [Row(data_set, index) for index in range(len(stored))]
+    return {size: OnDemand(items=part, size=size) for size, part in by_bucket(sizes, items, check=False).items()}
 
-    def bucket(size: Size, indices: Sequence[int]) -> Source:
-        def read(index: int) -> Record:
-            number = indices[index]
-            row = stored[number]
-            return {"image": read_picture(row[image], size, f"tfds:{name}[{number}]"), "caption": words(row[caption])}
 
-        return OnDemand(read=read, length=len(indices))
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stored:
+    """A prepared data set of tensorflow-datasets: its rows, the names of two features, and what its files are."""
 
-    def measure(index: int) -> Size:
-        return check_picture(stored[index][image], f"tfds:{name}[{index}]")
+    name: str
+    rows: Sequence[Any]
+    image: str
+    caption: str
+    words: Callable[[Any], str]
+    stamp: Sequence[Any]
 
-    buckets = _by_bucket(sizes, len(stored), measure, f"measuring {name}", check=False)
-    return {size: bucket(size, indices) for size, indices in buckets.items()}
+
+class Row(NamedTuple):
+    """A row of a data set of tensorflow-datasets."""
+
+    data_set: Stored
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The row's name for messages."""
+        return f"tfds:{self.data_set.name}[{self.number}]"
+
+    def read(self) -> bytes:
+        """Return the bytes of the picture's file."""
+        data: bytes = self.data_set.rows[self.number][self.data_set.image]
+        return data
+
+    def texts(self) -> Texts:
+        """Return the caption."""
+        return {"caption": self.data_set.words(self.data_set.rows[self.number][self.data_set.caption])}
+
+    def stamp(self) -> Sequence[Any]:
+        """Return the data set's name and files, and the row's number."""
+        return [*self.data_set.stamp, self.number]
+
+    def check(self) -> None:
+        """Do nothing: tensorflow-datasets writes a prepared data set once."""
+
+
+def _file_stamp(path: Any) -> Sequence[Any]:
+    found = Path(path).stat()
+    return [str(Path(path).resolve()), found.st_size, found.st_mtime_ns]
+
+
+def _tfds_builder(name: str, data_dir: Path | None = None) -> tfds.core.DatasetBuilder:
+    try:
+        if (Path(name) / "dataset_info.json").is_file():
+            return tfds.builder_from_directory(name)
+        return tfds.builder(name, data_dir=data_dir or cache_dir() / "tfds", file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"tfds:{name}: tensorflow-datasets knows no such data set; see its catalogue") from error
 
 
 def _first(features: tfds.features.FeaturesDict, kind: type) -> str | None:

@@ -1,34 +1,64 @@
-"""Readers of picture files: uint8 (height, width, 3), upright and in RGB, or one error that names the file."""
+"""Picture files: read as uint8 (height, width, 3), upright and in RGB, or refused by name; written all or nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import struct
-import zlib
-from collections.abc import Iterator
+import os
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-Size = tuple[int, int]  # height, width in pixels
+from lcm_jax.runtime.atomic_files import written_aside
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+Size = tuple[int, int]  # height, width in pixels
+T = TypeVar("T")
+
+# The formats that are offered, and the endings of their files; Pillow opens nothing else.
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),  # the first picture of an animation
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+}
+_READABLE = [form for form in FORMATS if form != "AVIF" or find_spec("PIL.AvifImagePlugin")]  # since Pillow 11.3
+SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+MOST_BYTES = 2**30  # of a picture's file: more than any picture that Pillow's bound on pixels lets through
 
 # 8-bit modes that PIL turns to RGB without losing range; 16-bit and float modes would be clipped silently
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
 _TOO_DEEP = "picture mode {} is not RGB; convert it to 8 bits a channel first"
-# What Pillow and its decoders raise for damaged files and decompression bombs
-_UNREADABLE = (
-    *(UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError),
-    *(IndexError, KeyError, TypeError, OverflowError, struct.error, zlib.error),
-)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+_TAIL = 64  # bytes at the end of a file, in which its end mark must be
+_PNG = b"\x89PNG\r\n\x1a\n"
+_METADATA = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"})  # chunks of a PNG that do not change its pixels
+
+# Pillow warns of damaged metadata, which is left out here, and of many pixels, for which it has an error too.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def check_picture(data: Path | bytes, source: str = "") -> Size:
-    """Return the (height, width) that a picture is shown in; read its header and a PNG's checksums, decode nothing.
+    """Return the (height, width) that a picture is shown in, and check that its file is whole, without decoding it.
+
+    The checksums of a PNG are read, and the end of a JPEG, WebP or GIF. A picture whose end does not show that it is
+    whole is decoded to see.
 
     data: a file or its bytes. source: the name of the picture in errors. Raise ValueError if it cannot be a picture.
 
@@ -39,16 +69,27 @@ def check_picture(data: Path | bytes, source: str = "") -> Size:
     >>> check_picture(file.getvalue())
     (4, 6)
     """
-    if isinstance(data, Path) and data.stat().st_size == 0:
-        raise ValueError(f"{data}: picture of zero bytes; remove it or write it again")
-    with _opened(data, source) as picture:
+    source = source or str(data if isinstance(data, Path) else "picture")
+    if isinstance(data, Path):
+        check_file_size(data.stat().st_size, source)
+
+    def measure(picture: Image.Image) -> Size:
+        is_whole = _ends_as_whole(picture)
+        if picture.format != "PNG" and not is_whole:
+            picture.load()
         is_sideways = sideways(picture)
-        picture.verify()
-        return picture.size if is_sideways else (picture.height, picture.width)
+        size = picture.size if is_sideways else (picture.height, picture.width)
+        if picture.format == "PNG":
+            picture.verify()
+        return size
+
+    return _opened(data, source, measure)
 
 
 def read_picture(data: Path | bytes, size: Size | None = None, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
     """Return a picture's pixels as it is `shown`, scaled and cropped to `size` (height, width) if that is given.
+
+    Metadata that is damaged or too large (EXIF, texts, colour profiles) is left out.
 
     data: a file or its bytes. source: the name of the picture in errors. Raise ValueError if it is not a readable
     picture, OSError if the file itself cannot be read.
@@ -61,16 +102,47 @@ def read_picture(data: Path | bytes, size: Size | None = None, source: str = "")
     (2, 2, 3)
     """
     source = source or str(data if isinstance(data, Path) else "picture")
-    with _opened(data if isinstance(data, bytes) else data.read_bytes(), source) as picture:
+    if isinstance(data, Path):
+        data = read_bytes(data)
+
+    def pixels(picture: Image.Image) -> np.ndarray:
         picture.load()
         upright = shown(picture)
         return np.asarray(upright if size is None else fit(upright, size))
 
+    return _opened(data, source, pixels)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the bytes of a picture's file; raise ValueError if they are none, or more than any picture has."""
+    with path.open("rb") as stream:
+        check_file_size(os.fstat(stream.fileno()).st_size, str(path))
+        return stream.read(MOST_BYTES)
+
+
+def write_picture(path: Path, picture: UInt8[np.ndarray, "h w 3"] | Image.Image) -> None:
+    """Write a picture into a file, completely or not at all; its format is that of the file's ending.
+
+    Raises ValueError for an ending of no such format, and OSError if the file cannot be written, as on a full disk.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_picture(Path(folder) / "red.png", np.full((4, 6, 3), (255, 0, 0), np.uint8))
+    ...     check_picture(Path(folder) / "red.png")
+    (4, 6)
+    """
+    form = next((form for form, suffixes in FORMATS.items() if path.suffix.lower() in suffixes), None)
+    if form is None:
+        raise ValueError(f"{path}: no format of pictures has this ending; give one of {', '.join(sorted(SUFFIXES))}")
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    with written_aside(path) as (temporary,):
+        image.save(temporary, form, quality=95)  # of JPEG, WebP and AVIF
+
 
 def sideways(picture: Image.Image) -> bool:
     """Return whether a picture's EXIF orientation exchanges its sides."""
-    exif = Image.Image.getexif(picture)  # PngImageFile.getexif would decode the pixels of a PNG without EXIF
-    return exif.get(ExifTags.Base.Orientation, 1) >= 5
+    return _orientation(picture) >= 5
 
 
 def shown(picture: Image.Image) -> Image.Image:
@@ -80,8 +152,11 @@ def shown(picture: Image.Image) -> Image.Image:
     """
     if picture.mode not in _MODES:
         raise ValueError(_TOO_DEEP.format(picture.mode))
-    ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+    turn = _TURNS.get(_orientation(picture))
+    is_transparent = picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if is_transparent:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
@@ -95,19 +170,82 @@ def fit(picture: Image.Image, size: Size) -> Image.Image:
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
-@contextlib.contextmanager
-def _opened(data: Path | bytes, source: str) -> Iterator[Image.Image]:
-    name = source or str(data if isinstance(data, Path) else "picture")
+def _orientation(picture: Image.Image) -> int:
+    """Return the EXIF orientation from 1 to 8; 1, which is upright, where the EXIF is damaged."""
+    with contextlib.suppress(Exception):  # whatever the bytes of a damaged EXIF make Pillow raise
+        exif = Image.Image.getexif(picture)  # PngImageFile.getexif would decode the pixels of a PNG without EXIF
+        orientation = int(exif.get(ExifTags.Base.Orientation, 1))
+        return orientation if orientation in _TURNS else 1
+    return 1
+
+
+def _ends_as_whole(picture: Image.Image) -> bool:
+    """Return whether the end of a picture's file, or what Pillow does to open it, shows that it is not cut off."""
+    if picture.format == "WEBP":
+        return True  # opening compares the length
+    ends = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";"}
+    if picture.format not in ends:
+        return False
+    stream: Any = picture.fp  # type: ignore[attr-defined]
+    position = stream.tell()
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
+    end = stream.read(_TAIL).rstrip(b"\0")
+    stream.seek(position)
+    return end.endswith(ends[picture.format])
+
+
+def check_file_size(number: int, source: str) -> None:
+    """Raise ValueError for a file of no bytes, or of more than any picture has."""
+    if number == 0:
+        raise ValueError(f"{source}: picture of zero bytes; remove it or write it again")
+    if number > MOST_BYTES:
+        raise ValueError(f"{source}: {number} bytes, and a picture's file has at most {MOST_BYTES}; remove it")
+
+
+def _opened(data: Path | bytes, source: str, use: Callable[[Image.Image], T]) -> T:
+    """Return use(picture); a PNG that cannot be read as it is is read once more without its metadata."""
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            mode = picture.mode
-            if mode in _MODES:
-                yield picture
-    except _UNREADABLE as error:
-        raise ValueError(f"{name}: not a readable picture ({_reason(error)}); remove it or write it again") from error
-    if mode not in _MODES:
-        raise ValueError(f"{name}: {_TOO_DEEP.format(mode)}")
+        return _use(data, use)
+    except Exception as error:  # on damaged bytes a decoder may raise anything
+        plain = _without_metadata(data)
+        if plain is not None:
+            with contextlib.suppress(Exception):
+                return _use(plain, use)
+        raise ValueError(f"{source}: {_reason(error)}") from error
+
+
+def _use(data: Path | bytes, use: Callable[[Image.Image], T]) -> T:
+    with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_READABLE) as picture:
+        if picture.mode not in _MODES:
+            raise _TooDeepError(_TOO_DEEP.format(picture.mode))
+        return use(picture)
+
+
+def _without_metadata(data: Path | bytes) -> bytes | None:
+    """Return a PNG without the chunks of its metadata; None if there are none, or if it is no PNG."""
+    if isinstance(data, Path):
+        with data.open("rb") as stream:
+            if stream.read(len(_PNG)) != _PNG:
+                return None
+        data = read_bytes(data)
+    if not data.startswith(_PNG):
+        return None
+    kept, start = [_PNG], len(_PNG)
+    while start < len(data):  # each chunk: length of its data, type, data, checksum
+        end = start + 12 + int.from_bytes(data[start : start + 4])
+        if data[start + 4 : start + 8] not in _METADATA:
+            kept.append(data[start:end])
+        start = end
+    plain = b"".join(kept)
+    return plain if len(plain) < len(data) else None
+
+
+class _TooDeepError(ValueError):
+    """More than 8 bits a channel."""
 
 
 def _reason(error: Exception) -> str:
-    return "unknown format" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".").lower()
+    if isinstance(error, _TooDeepError):
+        return str(error)
+    reason = "unknown format" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+    return f"not a readable picture ({reason.rstrip('.').lower():.200}); remove it or write it again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,12 +16,16 @@ from jax.sharding import Mesh
 
 from lcm_jax.data import Cache, Columns, Record, Source, cached
 from lcm_jax.data.mixing import SYNTHETIC
+from lcm_jax.data.record_store import Known, Made, stored
+from lcm_jax.data.records import record_keys
 from lcm_jax.models.latent_diffusion import to_float
 from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.parallel.sharding import BatchedMap, batch_parts, make_mesh, param_sharding
 from lcm_jax.runtime.cache import cache_dir
 from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.runtime.image_io import Size
+from lcm_jax.runtime.progress import progress
+from lcm_jax.train.tasks.encoding import encode_records
 from lcm_jax.typing import Array, Cond, Params
 from lcm_jax.weights.abstract_params import abstract_params
 from lcm_jax.weights.diffusers_folder import TOKENIZERS, Component
@@ -32,6 +37,7 @@ from vae16 import scale
 ENCODE_BATCH = 32  # pictures that are encoded together, at most
 MEGAPIXEL = 2**20  # pixels
 Learned = tuple[Mapping[str, Params], BatchedMap]  # text encoders' parameters, and the devices that hold them
+_SETTINGS = (".json", ".txt", ".model")  # endings of the files beside the weights
 FAMILY_OF = {"text_encoder": "sd", "text_encoder_2": "sdxl", "text_encoder_3": "sd3"}  # by the last text encoder
 
 
@@ -47,6 +53,7 @@ class Conditioner:
     texts: Mapping[str, Component]
     prompts: Prompts
     digest: str  # of the weights, part of the name of what they encoded
+    settings: str  # a digest of the configs and tokenizers, which change what the weights make
     batched_map: BatchedMap
 
     @classmethod
@@ -72,9 +79,22 @@ class Conditioner:
                 with file.open("rb") as stream:
                     while block := stream.read(1 << 24):
                         digest.update(block)
+        settings = hashlib.sha256()
+        tokenizers = (text_location.at(TOKENIZERS[name]) for name in names)
+        for path in (vae_location.at("vae"), *map(text_location.at, names), *tokenizers):
+            for file in sorted(path.iterdir()):
+                if file.is_file() and file.suffix in _SETTINGS:
+                    settings.update(hashlib.sha256(file.read_bytes()).digest())
         component = vae_location.load("vae", shardings=param_sharding(mesh))
         batched_map = BatchedMap(mesh=mesh, most=ENCODE_BATCH)
-        return cls(vae=component, texts=texts, prompts=prompts, digest=digest.hexdigest(), batched_map=batched_map)
+        return cls(
+            vae=component,
+            texts=texts,
+            prompts=prompts,
+            digest=digest.hexdigest(),
+            settings=settings.hexdigest(),
+            batched_map=batched_map,
+        )
 
     @property
     def params(self) -> dict[str, Params]:
@@ -170,11 +190,12 @@ class Conditioner:
     ) -> Source:
         """Return the source's records as `encode` makes them, computed once and then read from a cache.
 
-        A source that `lcm-jax encode` has made is returned as it is.
+        They are known by the content of their pictures and captions (lcm_jax.data.record_store): only those that are
+        new or have changed are encoded. A source that `lcm-jax encode` has made is returned as it is.
 
-        source: pictures of one size. described: the rest of the cache's description, see `cached`. synthetic: as for
-        `encode`. first: the number of records to encode; None: all. Raises ValueError for a source that was encoded
-        with other weights.
+        source: pictures of one size. described: what a source that never changes is known by, see `cached`. synthetic:
+        as for `encode`. first: the number of records to encode; None: all. Raises ValueError for a source that was
+        encoded with other weights, and for a picture that cannot be read, when those before it are encoded.
         """
         count = len(source) if first is None else min(first, len(source))
         if isinstance(source, Cache):
@@ -184,21 +205,28 @@ class Conditioner:
                     "task.vae and task.text have; give its model there, or encode the data again"
                 )
             names = tuple(name for name in source.fields if synthetic or not name.startswith(SYNTHETIC))
-            return Columns(source=source, names=names, count=count)
+            return Columns(source=source, names=names, indices=range(count))
+        height, width = source[0]["image"].shape[:2]
+        batch = encode_batch((height, width), batch_parts(self.batched_map.mesh))
+        root = cache_dir() / "latents"
+        if getattr(source, "is_fixed", False):
 
-        def produce() -> Iterator[dict[str, Any]]:
-            height, width = source[0]["image"].shape[:2]
-            batch = encode_batch((height, width), batch_parts(self.batched_map.mesh))
-            for start in range(0, count, batch):
-                records = [source[i] for i in range(start, min(start + batch, count))]
-                yield from self.encode(records, batch, synthetic=synthetic)
+            def produce() -> Iterator[dict[str, Any]]:
+                for start in range(0, count, batch):
+                    records = [source[i] for i in range(start, min(start + batch, count))]
+                    yield from self.encode(records, batch, synthetic=synthetic)
 
-        produced_by = {**self.produced_by, **described}
-        if first is not None:
-            produced_by["first"] = first
-        if synthetic:
-            produced_by["synthetic"] = True
-        return cached(cache_dir() / "latents", produced_by, produce, total=count)
+            produced_by = {**self.produced_by, **described, **({} if first is None else {"first": first})}
+            return cached(root, produced_by | ({"synthetic": True} if synthetic else {}), produce, total=count)
+
+        def make(missing: list[int], known: Known) -> Iterator[Made]:
+            options: dict[str, Any] = {"batch": batch, "synthetic": synthetic}
+            with progress(len(missing), "encoding", "picture") as bar:
+                yield from encode_records(self.encode, source, keys, missing, known, progressed=bar.update, **options)
+
+        keys = record_keys(source, json.dumps(described), count)
+        produced_by = {**self.produced_by, "settings": self.settings, "size": [height, width], "synthetic": synthetic}
+        return stored(root, produced_by, keys, make)
 
 
 def decode_batch(size: Size) -> int:

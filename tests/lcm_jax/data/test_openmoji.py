@@ -131,7 +131,19 @@ def test_source_renders_once_and_prints_nothing(small, capsys, monkeypatch):
     load_source("openmoji", "train", 24)
     monkeypatch.setattr(openmoji, "render", None)
     assert load_source("openmoji", "validation", 24)[0]["image"].shape == (24, 24, 3)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_drawing_is_one_bar_with_a_name(small, monkeypatch):
+    """On a terminal, and without the bars of tensorflow-datasets."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    load_source("openmoji", "train", 20)
+    bars = set(re.findall(r"\r([\w ,.-]+):", terminal.getvalue()))
+    assert bars == {"drawing openmoji"}
+    assert re.search(r"\d/\d+ \[", terminal.getvalue())
+    assert "\n" not in terminal.getvalue()
 
 
 def test_large_sizes_are_decoded_on_reading(small, monkeypatch):

@@ -14,7 +14,7 @@ import sys
 import tarfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from jax.sharding import Mesh
 from PIL import Image
 
-import lcm_jax.train.precompute_latents
+import lcm_jax.train.tasks.encoding
 from lcm_jax.cli import main as cli
 from lcm_jax.data import load_source, open_cache
 from lcm_jax.data.array_cache import read_manifest
@@ -42,7 +42,7 @@ from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.weights.diffusers_folder import Component
 
-SHARDS = [f"0000{i}-of-00003.{kind}" for i in range(3) for kind in ("array_record", "json")]
+SHARDS = [f"0000{i}-of-00003.{kind}" for i in range(3) for kind in ("array_record", "json")]  # by `plain`
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,6 +76,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def plain(names: Iterable[str]) -> list[str]:
+    """The names of files without the part that stands for their content."""
+    return [re.sub(r"-[0-9a-f]{16}\.", ".", name) for name in sorted(names)]
+
+
+def shard_file(folder: Path, name: str) -> Path:
+    """The file of a folder that `plain` gives this name."""
+    (path,) = (path for path in folder.iterdir() if plain([path.name]) == [name])
+    return path
+
+
 def shards(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in files(folder).items() if name.endswith(".array_record")}
 
@@ -94,7 +105,8 @@ def test_a_training_reads_what_it_would_have_encoded(
     def batches(name: str) -> list[dict[str, np.ndarray]]:
         data = DataConfig(name=name, size=16)
         task = diffusion(tiny_model, tiny_components["unet"].module.config, data)
-        iterator = task.batches(conditioner, data.open_buckets())(4, 0)
+        sources = data.open_buckets()
+        iterator = task.batches(sources, task.encode(conditioner, sources))(4, 0)
         return [next(iterator) for _ in range(4)]
 
     for inside, precomputed in zip(batches(f"folder:{pictures}"), batches(str(encoded)), strict=True):
@@ -132,13 +144,18 @@ def test_the_manifest_says_what_is_there(tiny_model: Path, pictures: Path, encod
     assert made["scaling_factor"] == 0.18215
     assert [shard["records"] for shard in manifest["shards"]] == [2, 2, 2]
     assert (manifest["count"], manifest["left_out"]) == (6, [])
-    assert sorted(files(encoded)) == sorted([*SHARDS, "manifest.json"])
+    assert (made["pictures"], made["known_by"]) == (6, "path, size and time")
+    assert plain(files(encoded)) == [*SHARDS, "manifest.json"]
+    origins = [
+        origin for name in SHARDS[1::2] for origin in json.loads(shard_file(encoded, name).read_text())["origins"]
+    ]
+    assert [name for _, _, name in origins] == [str(pictures / f"{i}.png") for i in range(6)]
 
 
 def test_two_processes_write_what_one_does(tiny_model: Path, pictures: Path, encoded: Path, tmp_path: Path) -> None:
     other, said = tmp_path / "other", list[str]()
     assert encode(str(tiny_model), f"folder:{pictures}", other, shards=3, part=(1, 2), say=said.append) is None
-    assert list(shards(other)) == ["00001-of-00003.array_record"]
+    assert plain(shards(other)) == ["00001-of-00003.array_record"]
     assert said[-1] == f"{other}: this process is done, others have 2 of 3 shards to write"
     run(tiny_model, f"folder:{pictures}", other, part=(0, 2))
     assert files(other) == files(encoded)
@@ -153,7 +170,7 @@ def test_tars_are_encoded_as_a_folder_is(tiny_model: Path, pictures: Path, encod
                 tar.addfile(tarfile.TarInfo(f"deep/{stem}.json"), io.BytesIO())
                 tar.add(pictures / f"{stem}.txt", f"deep/{stem}.txt")
     other = run(tiny_model, f"tar:{tmp_path}/train-*.tar", tmp_path / "other")
-    assert shards(other) == shards(encoded)
+    assert list(shards(other).values()) == list(shards(encoded).values())
 
 
 def test_a_prepared_data_set_is_encoded_from_its_array_record_files(
@@ -189,25 +206,26 @@ def test_a_stopped_run_goes_on(
     tiny_model: Path, pictures: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of the second shard, with files left behind as a kill leaves them."""
-    data, other, read = f"folder:{pictures}", tmp_path / "other", lcm_jax.train.precompute_latents._read
+    data, other, read = f"folder:{pictures}", tmp_path / "other", lcm_jax.train.tasks.encoding.read_digested
 
     def stopping(source: Any, index: int) -> Any:
         if index == 3:
             raise KeyboardInterrupt
         return read(source, index)
 
-    monkeypatch.setattr(lcm_jax.train.precompute_latents, "_read", stopping)
+    monkeypatch.setattr(lcm_jax.train.tasks.encoding, "read_digested", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_model, data, other)
-    assert list(files(other)) == SHARDS[:2]
+    assert plain(files(other)) == SHARDS[:2]
     monkeypatch.undo()
-    (other / ".00001-of-00003.array_record-0").write_bytes(b"half")
-    (other / SHARDS[4]).write_bytes(b"renamed, but its description was not written")
-    first = (other / SHARDS[0]).stat()
+    second, third = shard_file(encoded, SHARDS[2]).name, shard_file(encoded, SHARDS[4]).name
+    (other / f".{second}-0").write_bytes(b"half")
+    (other / third).write_bytes(b"renamed, but its description was not written")
+    first = shard_file(other, SHARDS[0]).stat()
     said: list[str] = []
     run(tiny_model, data, other, say=said.append)
     assert files(other) == files(encoded)
-    assert (other / SHARDS[0]).stat() == first
+    assert shard_file(other, SHARDS[0]).stat() == first
     assert said[0] == f"{other}: 1 of 3 shards are there"
 
 
@@ -304,8 +322,8 @@ def test_bad_pictures_are_left_out_and_listed(tiny_model: Path, pictures: Path, 
 def test_a_damaged_shard_is_named_and_written_again(
     tiny_model: Path, pictures: Path, encoded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, shard = files(encoded), encoded / SHARDS[2]
-    stat = (encoded / SHARDS[0]).stat()
+    before, shard = files(encoded), shard_file(encoded, SHARDS[2])
+    stat = shard_file(encoded, SHARDS[0]).stat()
     data, record = bytearray(before[shard.name]), open_cache(encoded)[2]
     said: list[str] = []
     for at in np.flatnonzero(data)[::300]:  # between the ends of the file are zeros
@@ -330,7 +348,7 @@ def test_a_damaged_shard_is_named_and_written_again(
         open_cache(encoded)
     run(tiny_model, f"folder:{pictures}", encoded)
     assert files(encoded) == before
-    assert (encoded / SHARDS[0]).stat() == stat
+    assert shard_file(encoded, SHARDS[0]).stat() == stat
 
 
 @pytest.mark.parametrize(
