@@ -3,14 +3,18 @@
 The file is a zip archive of header.json and program.bin, StableHLO as `jax.export` writes it: versioned, without
 weights, and no pickle. The machine code that XLA makes of it is in the compilation cache (`lcm_jax.runtime.cache`), so
 that where the file was made it starts at once, and on another machine after XLA's own time.
+
+A program is native code once it is compiled, so run those of people you trust. What can be checked is: a program that
+would call code outside of itself (on the host, or a library's) is refused, and it must take and return what the model
+does. How long it runs and how much memory it takes is in the hands of who made it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,11 +29,16 @@ from jaxtyping import UInt8
 
 from lcm_jax.diffusion.samplers import get_sampler, sampler_name
 from lcm_jax.diffusion.time_grids import Grid, pad
+from lcm_jax.inference.call_options import GUIDANCE, whole_number
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.models.text_conditioning import Ids, pair_texts
 from lcm_jax.precision.context import is_low_precision
 from lcm_jax.runtime.atomic_files import written_aside
 from lcm_jax.runtime.compiler_options import compiler_options
+from lcm_jax.runtime.config_values import check_config, check_values
+from lcm_jax.runtime.json_text import parse_json
+from lcm_jax.runtime.messages import shortened, shown
+from lcm_jax.runtime.progress import phase
 from lcm_jax.typing import Array, Params
 from mmdit.attention import lowering_for
 from mmdit.text import zero_prompt
@@ -38,6 +47,13 @@ from vae16 import portable
 VERSION = 1
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}  # and as jax.export names them
 _MOST_HEADER = 2**16  # bytes
+_MOST_PROGRAM = 2**28  # bytes; that of SDXL has a few million
+_BYTECODE = b"ML\xefR"  # begins a module in MLIR's binary form, in which the names of operations are plain text
+# The operations that reach out of a program. Of the calls of other code these alone are known: the random numbers of
+# NVIDIA's and AMD's devices, and a kernel for the TPU, which runs there and not on the host.
+_REACHING_OUT = re.compile(r"custom_call|\b(?:infeed|outfeed|send|recv)\b")
+_KNOWN_CALL = re.compile(r"stablehlo\.custom_call @(?:cu_threefry2x32_ffi|hip_threefry2x32_ffi|tpu_custom_call)\(")
+_MAY_REACH_OUT = re.compile(rb"custom_call|infeed|outfeed|send_v|recv_v")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +116,15 @@ def write_program(
     *,
     size: Sequence[int] | None = None,
     batch: int = 1,
-    sampler: str = "lcm",
-    guidance: float = 1.0,
+    sampler: str | None = None,
+    guidance: float | None = None,
     platform: str | None = None,
 ) -> Header:
     """Write the program that draws `batch` images of `size`, and compile it if it is for this machine.
 
-    guidance: the program takes any scale but 1, which is a program of its own, without guidance. platform: "cpu", "gpu"
-    or "tpu", which need not be at hand; this machine's by default. ValueError for an unknown sampler or platform, or
-    for a model with a part in 8 bits.
+    sampler, guidance: the model's own for None (`Pipeline.settings`); the program takes any scale but 1, which is a
+    program of its own, without guidance. platform: "cpu", "gpu" or "tpu", which need not be at hand; this machine's by
+    default. ValueError for an unknown sampler or platform, or for a model with a part in 8 bits.
 
     >>> import lcm_jax
     >>> from pathlib import Path
@@ -119,8 +135,9 @@ def write_program(
     (1, 64, 64, 3)
     """
     pipe.plain("a compiled program")
-    sampler = sampler_name(sampler)
-    if batch < 1:
+    _, guidance, chosen = pipe.settings(guidance=guidance, sampler=sampler)
+    name = sampler_name(str(chosen))
+    if whole_number("batch", batch) < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
     here = jax.default_backend()
     platform = platform or here
@@ -133,7 +150,7 @@ def write_program(
         model=digest(pipe),
         size=pipe.check_size(size),
         batch=batch,
-        sampler=sampler,
+        sampler=name,
         guided=guidance != 1.0 and not pipe.model.embeds_guidance,
     )
     call = _call(pipe, header, [""] * batch, None, steps=4, guidance=guidance, seed=0)
@@ -160,7 +177,8 @@ class Exported:
     Traceback (most recent call last):
     FileNotFoundError: ...
 
-    ValueError where the program is for another model, platform, device or version of JAX.
+    ValueError where the program is for another model, platform, device or version of JAX, takes or returns something
+    else than it says, or calls other code.
     """
 
     def __init__(self, pipe: Pipeline, path: Path) -> None:
@@ -177,38 +195,50 @@ class Exported:
             recorded = getattr(self.header, name)
             if recorded not in (value, "" if name == "device" else value):
                 raise ValueError(
-                    f"{path} was compiled for {name} {recorded:.20}, and this is {value:.20}: run lcm-jax compile again"
+                    f"{path} was compiled for {name} {shortened(recorded, 20)}, and this is {shortened(value, 20)}: "
+                    "run lcm-jax compile again"
                 )
-        self._body = body
+        try:
+            self._exported = _checked(export.deserialize(bytearray(body)), pipe, self.header)
+        except Exception as error:  # of any type: the file's bytes lead through flatbuffers, pytrees and MLIR
+            raise _unreadable(path, error) from error
 
     @cached_property
     def _run(self) -> Callable[..., Array]:
-        return _compilable(export.deserialize(bytearray(self._body)))
+        return _compilable(self._exported)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
-        steps: int = 4,
-        guidance: float = 1.0,
+        negative_prompt: str | Sequence[str] | None = "",
+        steps: int | None = None,
+        guidance: float | None = None,
         seed: int = 0,
         num_images: int = 1,
     ) -> UInt8[np.ndarray, "n h w 3"]:
         """Return images as `Pipeline.__call__` draws them, of header.batch prompts with their num_images.
 
+        steps: None is the sampler's usual number. guidance: None is the model's own, 1 where the program has none.
         ValueError for another number of images, or for guidance where the program has none.
         """
         header = self.header
-        prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
+        prompts, negatives = pair_texts(prompt, negative_prompt, whole_number("num_images", num_images))
+        if guidance is None:
+            guidance = GUIDANCE if header.guided or self.pipe.model.embeds_guidance else 1.0
+        steps, guidance, _ = self.pipe.settings(steps=steps, guidance=guidance, sampler=header.sampler)
+        seed = whole_number("seed", seed, 0, 2**32 - 1)
         if len(prompts) != header.batch:
             raise ValueError(f"{self.path} draws {header.batch} pictures in a call, and this asks for {len(prompts)}")
         if not self.pipe.model.embeds_guidance and header.guided != (guidance != 1.0):
             made = "with guidance" if header.guided else "without guidance"
             raise ValueError(f"{self.path} was compiled {made}, and this asks for a scale of {guidance:g}")
-        empty = None if negative_prompt == "" else negatives
+        empty = None if negative_prompt is None or negative_prompt == "" else negatives
         call = _call(self.pipe, header, prompts, empty, steps=steps, guidance=guidance, seed=seed)
-        return np.asarray(self._run(_parameters(self.pipe), _leaves(call)))
+        with phase("loading the compiled program"):
+            pictures = self._run(_parameters(self.pipe), _leaves(call))
+        with phase(f"drawing in {steps} steps"):
+            return np.asarray(pictures)
 
 
 def _parameters(pipe: Pipeline) -> dict[str, Params]:
@@ -276,18 +306,76 @@ def _compilable(exported: export.Exported) -> Any:
     return jax.jit(exported.call, compiler_options=compiler_options(low_precision=is_low_precision(exported.in_avals)))
 
 
+def _checked(exported: export.Exported, pipe: Pipeline, header: Header) -> export.Exported:
+    """Return the program; ValueError unless it takes and returns what the model does, on its own and one device."""
+    call = _call(pipe, header, [""] * header.batch, None, steps=4, guidance=1.0, seed=0)
+    arguments = jax.eval_shape(lambda *trees: trees, _parameters(pipe), _leaves(call))
+    pictures = jax.ShapeDtypeStruct((header.batch, *header.size, 3), jnp.uint8)
+    in_tree: Any = exported.in_tree
+    out_tree: Any = exported.out_tree
+    if in_tree != jax.tree.structure((arguments, {})) or _types(exported.in_avals) != _types(
+        jax.tree.leaves(arguments)
+    ):
+        raise ValueError("it takes other arguments than the model's")
+    if out_tree != jax.tree.structure(pictures) or _types(exported.out_avals) != _types([pictures]):
+        raise ValueError("it does not return pictures of the size it says")
+    if exported.platforms != (PLATFORMS[header.platform],) or exported.nr_devices != 1:
+        raise ValueError("it is for other devices than it says")
+    module = bytes(exported.mlir_module_serialized)
+    if exported.ordered_effects or exported.unordered_effects or not module.startswith(_BYTECODE):
+        raise ValueError("it does more than compute")
+    if _MAY_REACH_OUT.search(module):
+        text = exported.mlir_module()
+        for match in _REACHING_OUT.finditer(text):
+            begin = match.start() - len("stablehlo.")
+            if not _KNOWN_CALL.match(text, begin):
+                raise ValueError(f"it calls code outside of itself: {shown(text[begin : match.end() + 40])}")
+    return exported
+
+
+def _types(avals: Sequence[Any]) -> list[tuple[tuple[int, ...], str]]:
+    return [(tuple(aval.shape), str(aval.dtype)) for aval in avals]
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    reason = shortened(" ".join(str(error).split()) or type(error).__name__, 200)
+    return ValueError(f"{path}: no file of lcm-jax compile that can be read ({reason}); make it again")
+
+
 def _read(path: Path) -> tuple[Header, bytes]:
     """Read a program's file. ValueError if truncated or of another version, FileNotFoundError if absent."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.getinfo("header.json").file_size > _MOST_HEADER:
-                raise ValueError("its header is too long")
-            fields, body = json.loads(archive.read("header.json")), archive.read("program.bin")
-        if fields.get("version") != VERSION:
-            raise ValueError(f"it has the version {fields.get('version')}, and this reads {VERSION}")
-        header = Header(**fields | {"size": tuple(fields["size"])})
-        if hashlib.sha256(body).hexdigest() != header.program:
-            raise ValueError("its program is damaged")
-    except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: no file of lcm-jax compile that can be read ({error}); make it again") from None
+    with path.open("rb") as file:  # what is wrong with the path itself is an OSError that says so
+        try:
+            with zipfile.ZipFile(file) as archive:
+                fields = parse_json(_member(archive, "header.json", _MOST_HEADER))
+                body = _member(archive, "program.bin", _MOST_PROGRAM)
+            header = _header(fields)
+            if hashlib.sha256(body).hexdigest() != header.program:
+                raise ValueError("its program is damaged")
+        except Exception as error:  # zipfile's own are of many types
+            raise _unreadable(path, error) from None
     return header, body
+
+
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """Return a file of an archive that is compressed as `write_program` does; nothing longer than `most` bytes."""
+    info = archive.getinfo(name)
+    if info.file_size > most:  # zipfile reads no further than this number says
+        raise ValueError(f"its {name} would have {info.file_size} bytes, at most {most} are allowed")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"its {name} is compressed in a way that lcm-jax does not use")
+    return archive.read(info)
+
+
+def _header(fields: Any) -> Header:
+    """Return the description in a header.json; ValueError for another version or a value that a field cannot have."""
+    if not isinstance(fields, dict) or fields.get("version") != VERSION:
+        version = fields.get("version") if isinstance(fields, dict) else None
+        raise ValueError(f"it has the version {shown(version)}, and this reads {VERSION}")
+    check_values(Header, fields, "its header")
+    header = Header(**fields | {"size": tuple(fields["size"])})
+    check_config(header, "its header")
+    if header.platform not in PLATFORMS:
+        raise ValueError(f"its platform {shown(header.platform)} is unknown")
+    get_sampler(header.sampler)
+    return header

@@ -24,16 +24,20 @@ from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_json
 
 _MIN_SECONDS = 0.1  # a faster trace is not cached
+_MOST_LAYERS = 1024  # tracing them takes minutes; T5-XXL has 24, the UNet of SDXL about 90
 
 
 @lru_cache(maxsize=64)
 def abstract_params(kind: str, config: Any, scan: bool = False) -> Shapes:
     """Return a network's parameters as a tree of ShapeDtypeStruct, which callers share: do not change it.
 
-    kind: a class name in `FAMILIES`. scan: whether equal layers are stacked, for networks that can.
+    kind: a class name in `FAMILIES`. scan: whether equal layers are stacked, for networks that can. Raises ValueError
+    for a config of which no network can be made, or one of more than 1024 layers.
 
     The result of a slow trace is cached in `cache_dir()`, under a digest of the networks' code and the config.
     """
+    if (depth := FAMILIES[kind].depth(config)) > _MOST_LAYERS:
+        raise ValueError(f"the config of this {kind} asks for {depth} layers; at most {_MOST_LAYERS} are supported")
     name = f"{_code()} {kind} {config!r}{' scan' * scan}"
     file = cache_dir() / "shapes" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
@@ -57,7 +61,11 @@ def stacking(scan: bool) -> dict[str, bool]:
 def _trace(kind: str, config: Any, scan: bool) -> Shapes:
     family = FAMILIES[kind]
     module = family.build(config, **stacking(scan))
-    return jax.eval_shape(lambda: module.init(jax.random.key(0), *family.example(config))["params"])
+    try:
+        return jax.eval_shape(lambda: module.init(jax.random.key(0), *family.example(config))["params"])
+    except Exception as error:  # of any type: flax's, einops' and jax's own checks of shapes
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"no {kind} can be made of its config ({type(error).__name__}: {reason:.200})") from error
 
 
 @cache

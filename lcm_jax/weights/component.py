@@ -13,11 +13,17 @@ import numpy as np
 from flax import traverse_util
 
 from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.config_values import check_config, check_values
+from lcm_jax.runtime.messages import shortened, shown
 from lcm_jax.typing import Params
 from lcm_jax.weights.abstract_params import abstract_params, stacking
 from lcm_jax.weights.registry import FAMILIES, TOWER, class_name
-from lcm_jax.weights.safetensors_files import load_tensors, read_json, save_tensors
+from lcm_jax.weights.safetensors_files import find_weights, load_tensors, read_json, save_tensors
 from lcm_jax.weights.torch_params import Shardings, check_tensors, from_torch, to_torch, torch_shapes
+
+_MOVING_AVERAGE = (
+    *("decay", "min_decay", "inv_gamma", "power", "optimization_step", "update_after_step", "use_ema_warmup"),
+)
 
 
 class Part(NamedTuple):
@@ -96,12 +102,39 @@ def names_of(kind: str, config: Any) -> Mapping[str, tuple[int, ...]]:
 
 
 def config_of(source: Path) -> tuple[str, Any]:
-    """Return the class name and the config in a config.json; ValueError if the class is not supported."""
-    values = read_json(source)
-    kind = values.get("_class_name") or next(iter(values.get("architectures") or [None]))
-    if kind not in FAMILIES:
-        raise ValueError(f"{source}: class {kind!r} is not supported; known are {', '.join(FAMILIES)}")
-    return kind, FAMILIES[kind].config.from_dict(values, source=str(source))
+    """Return the class name and the config in a config.json; ValueError as `parse_config` raises it."""
+    return parse_config(read_json(source), source=str(source))
+
+
+def parse_config(values: Mapping[str, Any], *, source: str) -> tuple[str, Any]:
+    """Return the class name and the config in the content of a config.json.
+
+    The settings of a moving average, which diffusers' EMAModel writes among those of its network, are passed over.
+    source: the file that errors name. Raises ValueError if the class is not supported or a value has the wrong type, is
+    not finite or is outside its bounds.
+    """
+    values = {key: value for key, value in values.items() if key not in _MOVING_AVERAGE}
+    kind = values.get("_class_name")
+    if kind is None and isinstance(architectures := values.get("architectures"), list) and architectures:
+        kind = architectures[0]
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{source}: class {shown(kind)} is not supported; known are {', '.join(FAMILIES)}")
+    cls = FAMILIES[kind].config
+    check_values(cls, values, source)
+    try:
+        config = cls.from_dict(values, source=source)
+    except ValueError as error:
+        raise ValueError(shortened(str(error))) from None
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:  # of keys that are no fields
+        raise ValueError(f"{source}: not a config of a {kind} ({shortened(str(error), 200)})") from error
+    check_config(config, source)
+    return kind, config
+
+
+def has_weights(folder: Path, variant: str | None) -> bool:
+    """Return whether a network's folder has the file of a variant, such as "fp16"; None is the one without a name."""
+    kind, _ = config_of(folder / "config.json")
+    return find_weights(folder, FAMILIES[kind].stem, variant) is not None
 
 
 def read_part(folder: Path, *, variant: str | None = None) -> Part:
@@ -120,10 +153,17 @@ def read_part(folder: Path, *, variant: str | None = None) -> Part:
 
 def write_config(folder: Path, kind: str, config: Any) -> None:
     """Write the config.json of a network, as diffusers or transformers would."""
+    write_json(folder / "config.json", config_values(kind, config))
+
+
+def config_values(kind: str, config: Any) -> dict[str, Any]:
+    """Return the content of a network's config.json, as diffusers or transformers would write it."""
     values = dict(config.to_dict())
     if FAMILIES[kind].library == "transformers":
-        values["architectures"] = [kind]
-    write_json(folder / "config.json", values)
+        # transformers would take the files' dtype, diffusers takes float32 for its networks: without this key a folder
+        # of half precision mixes the two.
+        values |= {"architectures": [kind], "dtype": "float32"}
+    return values
 
 
 def write_part(folder: Path, part: Part, *, dtype: Any = None, variant: str | None = None) -> tuple[str, str]:
@@ -140,16 +180,26 @@ def write_part(folder: Path, part: Part, *, dtype: Any = None, variant: str | No
     return family.library, part.kind
 
 
+def check_depth(kind: str, config: Any, tensors: int, source: str | Path) -> None:
+    """Raise ValueError for a config of more layers than the file has tensors, before its layers are traced one by one.
+
+    The file tells at once: no layer is without a tensor of its own.
+    """
+    if (depth := FAMILIES[kind].depth(config)) > tensors:
+        raise ValueError(
+            f"{source}: does not fit the network: its config asks for {depth} layers, and it has {tensors} tensors"
+        )
+
+
 def check_part(part: Part) -> None:
     """Raise ValueError unless the tensors fit the config; it lists those missing, unexpected or mis-shaped."""
+    check_depth(part.kind, part.config, len(part.tensors), part.source)
+    try:
+        like = abstract_params(part.kind, part.config)
+    except ValueError as error:
+        raise ValueError(f"{part.source}: {error}") from None
     family = FAMILIES[part.kind]
-    check_tensors(
-        part.tensors,
-        abstract_params(part.kind, part.config),
-        family.rules,
-        optional=family.optional,
-        source=part.source,
-    )
+    check_tensors(part.tensors, like, family.rules, optional=family.optional, source=part.source)
 
 
 def to_component(

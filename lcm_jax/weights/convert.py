@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,15 +17,28 @@ from lcm_jax.runtime.atomic_files import replacing, write_json
 from lcm_jax.runtime.messages import few
 from lcm_jax.weights import orbax
 from lcm_jax.weights.abstract_params import abstract_params
-from lcm_jax.weights.component import Lazy, Part, cast, check_part, names_of, to_component, write_config, write_part
+from lcm_jax.weights.component import (
+    Lazy,
+    Part,
+    cast,
+    check_part,
+    config_values,
+    names_of,
+    to_component,
+    write_config,
+    write_part,
+)
 from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora.files import FILE_NAMES, load_lora, load_loras, lora_components, save_loras
+from lcm_jax.weights.lora.files import is_lora, load_lora, load_loras, lora_components, save_loras
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.lora.names import Format
-from lcm_jax.weights.model_files import SMALL, UNUSED, Model, lora_networks, read_model
-from lcm_jax.weights.registry import FAMILIES
+from lcm_jax.weights.model_files import Model, lora_networks, read_model
+from lcm_jax.weights.registry import FAMILIES, UNUSED
 from lcm_jax.weights.safetensors_files import read_safetensors
-from lcm_jax.weights.single_file.reader import write_single
+from lcm_jax.weights.scheduler_config import not_held_by_single_files
+from lcm_jax.weights.single_file.header import Header, pack_tokenizer
+from lcm_jax.weights.single_file.reader import family_to_write, write_single
+from lcm_jax.weights.tokenizer_files import copy_tokenizer
 
 MODELS = ("diffusers", "single", "orbax")
 LORAS: Mapping[str, Format] = {"lora-peft": "peft", "lora-diffusers": "diffusers", "lora-kohya": "kohya"}
@@ -66,12 +77,15 @@ def convert(
     dtype: Any = None,
     config: str | Path | None = None,
     variant: str | None = None,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Write a model in another format, completely or not at all.
 
     to: "diffusers" (a folder), "single" (one file in the original naming) or "orbax" (a folder with a checkpoint).
-    dtype: that of the floating tensors; None keeps each one's. config, variant: see `read_model`. Raises ValueError for
-    an unknown format, a target whose name does not suit the format, and a network that does not fit its config.
+    The scheduler config of the source, with all that a single file declares, goes with the model in every direction;
+    what other programs do not read of it in a single file is in `Summary.dropped`. dtype: that of the floating tensors;
+    None keeps each one's. config, variant, scheduler: see `read_model`. Raises ValueError for an unknown format, a
+    target whose name does not suit the format, and a network that does not fit its config.
     """
     if to not in MODELS:
         raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
@@ -79,19 +93,25 @@ def convert(
         raise ValueError(
             f"{target}: {'a single file is named *.safetensors' if to == 'single' else f'{to} is a folder'}"
         )
-    model = read_model(source, config=config, variant=variant)
+    model = read_model(source, config=config, variant=variant, scheduler=scheduler)
     for part in model.parts.values():
         check_part(part)
     dropped = list(model.dropped)
     parts = model.parts
     if to == "single":
-        dropped += [f"{name} (a single file has no place for it)" for name in model.small if name != "scheduler"]
+        dropped += [
+            f"{name} (in the header, which other programs do not read)"
+            for name in (
+                *(f"scheduler's {key}" for key in not_held_by_single_files(model.scheduler, family_to_write(parts))),
+                *model.tokenizers,
+            )
+        ]
     total = sum(len(names_of(part.kind, part.config)) for part in parts.values())
     with tqdm(total=total, unit="tensor", desc=f"{target.name}", disable=None) as bar:
         with_counts = {name: _counting(part, dtype, bar.update) for name, part in parts.items()}
         counted = {name: part for name, (part, _) in with_counts.items()}
         if to == "single":
-            write_single(target, counted, prediction=model.prediction)
+            write_single(target, counted, scheduler=model.scheduler, header=_header(model))
         else:
             with replacing(target) as folder:
                 _write_folder(folder, model, counted, orbax_params=to == "orbax")
@@ -103,6 +123,24 @@ def convert(
         dtypes=Counter(kind for count in counts for _, kind in count.values()),
         dropped=tuple(dropped),
     )
+
+
+def _header(model: Model) -> Header:
+    """Return the description of a model for its single file."""
+    return Header(
+        index=_index(model),
+        scheduler=model.scheduler,
+        configs={name: config_values(part.kind, part.config) for name, part in model.parts.items()},
+        tokenizers={name: pack_tokenizer(folder) for name, folder in model.tokenizers.items()},
+    )
+
+
+def _index(model: Model) -> dict[str, Any]:
+    """Return the model_index.json of a model as it is written: without the components that are not."""
+    index = {name: value for name, value in model.index.items() if name not in UNUSED or not isinstance(value, list)}
+    index |= {name: (None, None) for name in UNUSED if name in model.index}
+    kind = model.scheduler.get("_class_name")
+    return index if kind is None else index | {"scheduler": ("diffusers", kind)}
 
 
 def _counting(part: Part, dtype: Any, update: Callable[[int], Any]) -> tuple[Part, dict[str, tuple[int, str]]]:
@@ -125,8 +163,6 @@ def _counting(part: Part, dtype: Any, update: Callable[[int], Any]) -> tuple[Par
 
 def _write_folder(folder: Path, model: Model, parts: Mapping[str, Part], *, orbax_params: bool) -> None:
     """Write a diffusers folder, or one with an orbax checkpoint instead of its safetensors files."""
-    index = {name: value for name, value in model.index.items() if name not in UNUSED or not isinstance(value, list)}
-    index |= {name: (None, None) for name in UNUSED if name in model.index}
     for name, part in parts.items():
         if orbax_params:
             write_config(folder / name, part.kind, part.config)
@@ -134,10 +170,10 @@ def _write_folder(folder: Path, model: Model, parts: Mapping[str, Part], *, orba
             write_part(folder / name, part)
     if orbax_params:
         orbax.save_params(folder, {name: to_component(part, dtype=None) for name, part in parts.items()})
-    for name in SMALL:
-        if name in model.small:
-            shutil.copytree(model.small[name], folder / name)
-    write_json(folder / "model_index.json", index)
+    for name, source in model.tokenizers.items():
+        copy_tokenizer(source, folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler)
+    write_json(folder / "model_index.json", _index(model))
 
 
 def convert_lora(
@@ -162,8 +198,8 @@ def convert_lora(
         raise ValueError(f"{target}: a LoRA is one file, named *.safetensors")
     model = None if base is None else read_model(base, config=config)
     dropped: list[str] = []
-    if is_lora(source):
-        path = locate(source).path
+    path = locate(source).path
+    if is_lora(path):
         if model is None:
             names = lora_components(path) or ("unet",)
             networks = {name: Network(None, FAMILIES[CLASSES.get(name, "CLIPTextModel")].rules) for name in names}
@@ -196,14 +232,6 @@ def convert_lora(
         dtypes=Counter(tensor.dtype.name for tensor in written.values()),
         dropped=tuple(dropped),
     )
-
-
-def is_lora(source: str | Path) -> bool:
-    """Return whether a path or name is a LoRA: a folder by the names of its files, a file by its keys."""
-    path = locate(source).path
-    if path.is_dir():
-        return any((path / name).is_file() for name in FILE_NAMES)
-    return any(re.search(r"\.lora[_.]|_lora\.|^lora_", key) for key in read_safetensors(path))
 
 
 def networks_of(model: Model) -> dict[str, Network]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.runtime.atomic_files import replacing, write_json
+from lcm_jax.runtime.messages import shortened, shown
 from lcm_jax.weights.component import Component, read_part, to_component, to_part, write_part
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.model_files import Model, hint_if_optional, read_folder
@@ -20,12 +21,11 @@ from lcm_jax.weights.torch_params import Shardings
 from mmdit.text import Tokenizer
 from vae16 import AutoencoderKL, fold_shift
 
-SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+SD = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 LCM = ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline")
-SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+SDXL = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 SD3 = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 
-_NETWORKS = (*DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 # Text encoder -> its tokenizer, in the order in which the encoders' outputs are concatenated.
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 _SETTINGS = (
@@ -175,10 +175,10 @@ def to_folder(model: Model, *, dtype: Any = jnp.float32) -> Folder:
 
 def _load_tokenizer(model: Model, encoder: str) -> Tokenizer:
     name = TOKENIZERS[encoder]
-    if name not in model.small:
+    if name not in model.tokenizers:
         raise ValueError(f"{model.source}: names no {name}, which {encoder} needs")
     with hint_if_optional(encoder):
-        return Tokenizer.load(model.small[name])
+        return Tokenizer.load(model.tokenizers[name])
 
 
 def _check_index(extras: Mapping[str, Any], model: Model) -> None:
@@ -186,16 +186,13 @@ def _check_index(extras: Mapping[str, Any], model: Model) -> None:
     pipeline, source = extras.get("_class_name"), model.source
     known = (*SD, *LCM, *SDXL, *SD3)
     if pipeline is not None and pipeline not in known:
-        raise ValueError(f"{source}: _class_name {pipeline!r} is not supported; known are {', '.join(known)}")
+        raise ValueError(f"{source}: _class_name {shown(pipeline)} is not supported; known are {', '.join(known)}")
     for name in _needed(pipeline, model):
         if name not in model.parts:
             raise ValueError(f"{source}: names no {name}; {pipeline or 'a text-to-image model'} needs one")
-    for name in model.parts:
-        if name not in _NETWORKS:
-            raise ValueError(f"{source}: names the component {name!r}, which is not supported; remove it if unused")
     for name, value in extras.items():
         if name not in _SETTINGS and not name.startswith("_"):
-            warnings.warn(f"{source}: {name}={value!r} is not known and is ignored", stacklevel=2)
+            warnings.warn(f"{source}: {shortened(name, 160)}={shown(value)} is not known and is ignored", stacklevel=2)
 
 
 def _needed(pipeline: Any, model: Model) -> tuple[str, ...]:
@@ -247,6 +244,6 @@ def _settings(folder: Folder) -> dict[str, Any]:
         return {"safety_checker": absent, "feature_extractor": absent, "requires_safety_checker": False}
     settings: dict[str, Any] = {"text_encoder": absent, "tokenizer": absent, "feature_extractor": absent}
     settings["force_zeros_for_empty_prompt"] = folder.zeros_for_empty_prompt
-    if folder.pipeline == SDXL[1]:
+    if folder.pipeline in SDXL[1:]:
         settings["requires_aesthetics_score"] = folder.is_refiner
     return settings

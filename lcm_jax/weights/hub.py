@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from lcm_jax.runtime.messages import did_you_mean, shown
 from lcm_jax.weights.component import Component, read_part, to_component
 
 
@@ -62,6 +63,7 @@ BUNDLED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./ -]+\.safetensors))?(?:@([\w./-]+))?")
+_FILES = (".safetensors", ".json", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".zip", ".program", ".yaml")
 _BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model")  # configs and indexes, tokenizers
 _UNUSED = ("safety_checker/*",)
 
@@ -81,13 +83,15 @@ def wanted(variant: str | None = None) -> list[str]:
     ]
 
 
-def locate(name: str | Path, variant: str | None = None, *, weights: bool = True) -> Location:
+def locate(name: str | Path, variant: str | None = None, *, weights: bool = True, what: str = "model") -> Location:
     """Return the local location of a model: a path, a bundled name, or a repository of the hub, which is downloaded.
 
     On the hub: "owner/name", or "owner/name/file.safetensors" for that file alone, either with "@revision" (a branch, a
-    tag or a commit). Files that changed there are downloaded once; without a connection, or with HF_HUB_OFFLINE=1, the
-    files downloaded before are used. variant: the precision to download, such as "fp16". weights: False downloads
-    configs and tokenizers only. Raises FileNotFoundError if the model is in none of these places.
+    tag or a commit). A name that looks like a path is one, and no hub is asked for it: "./x", "x/", "x/y.safetensors",
+    and "x/y" where x is a folder here, unless it has a revision. Files that changed there are downloaded once; without
+    a connection, or with HF_HUB_OFFLINE=1, the files downloaded before are used. variant: the precision to download,
+    such as "fp16", and the plain files of the components that do not have it. weights: False downloads configs and
+    tokenizers only. what: "model" or "LoRA", for messages. Raises FileNotFoundError if it is in none of these places.
 
     >>> from lcm_jax.weights.hub import locate
     >>> location = locate("openmoji")
@@ -102,17 +106,43 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
         inside, subfolders = BUNDLED[text]
         path = Path(str(files("lcm_jax.bundled"))) / inside
         if not path.exists():
-            raise FileNotFoundError(f"model {name}: {path} is not in this installation; reinstall lcm-jax")
+            raise FileNotFoundError(f"{what} {name}: {path} is not in this installation; reinstall lcm-jax")
         return Location(path=path, subfolders=subfolders)
     match = _HUB_NAME.fullmatch(text)
-    if match is None or text.startswith((".", "~")) or ".." in text:
-        raise FileNotFoundError(f"model {text!r}: no such file or folder; bundled models are {', '.join(BUNDLED)}")
+    if match is None or _looks_like_path(text):
+        known = [name for name, (folder, _) in BUNDLED.items() if folder.endswith("/lora") == (what == "LoRA")]
+        hint = did_you_mean(text, known) or f"; bundled {what}s are {', '.join(known)}"
+        on_hub = f"; a repository of the hub by this name is {text}@main" if match and not match[3] else ""
+        raise FileNotFoundError(f"{what} {shown(text)}: no such file or folder{hint}{on_hub}")
     repository, file, revision = match.groups()
     patterns = wanted(variant) if weights else list(_BESIDE_WEIGHTS)
-    folder = _snapshot(text, repository, revision, patterns if file is None else [file])
+    called = f"{what} {text}"
+    folder = _snapshot(called, repository, revision, patterns if file is None else [file])
+    if file is None and weights and variant is not None:
+        plain = [part.name for part in sorted(folder.iterdir()) if _lacks_weights(part)]
+        if plain and any(folder.glob("*/*.safetensors")):  # a variant that no component has is an error, not a download
+            _snapshot(called, repository, revision, [f"{part}/{pattern}" for part in plain for pattern in wanted()])
     if file is not None and not (folder / file).is_file():
-        raise FileNotFoundError(f"model {name}: the repository {repository} has no {file}")
+        raise FileNotFoundError(f"{called}: the repository {repository} has no {file}")
     return Location(path=folder if file is None else folder / file)
+
+
+def _lacks_weights(folder: Path) -> bool:
+    """Return whether a folder is that of a network of which no weights were downloaded."""
+    return (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+
+
+def _looks_like_path(text: str) -> bool:
+    """Return whether a name that could be a repository's is a path, mistyped: whoever has that name is not asked."""
+    if text.startswith((".", "~")) or ".." in text or text.endswith("/"):
+        return True
+    name, _, revision = text.partition("@")
+    owner, _, rest = name.partition("/")
+    # The hub has no owners of these names: they are parts of its own addresses.
+    if owner.lower() in ("models", "datasets", "spaces"):
+        return True
+    is_file = "/" not in rest and Path(rest).suffix.lower() in _FILES
+    return is_file or (not revision and os.path.isdir(owner))
 
 
 def _snapshot(name: str, repository: str, revision: str | None, patterns: list[str]) -> Path:
@@ -137,6 +167,6 @@ def _snapshot(name: str, repository: str, revision: str | None, patterns: list[s
         except Exception:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise FileNotFoundError(
-                f"model {name}: neither a local file or folder, nor a repository of the hub within reach or downloaded "
+                f"{name}: neither a local file or folder, nor a repository of the hub within reach or downloaded "
                 f"before ({reason:.300})"
             ) from error

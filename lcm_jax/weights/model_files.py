@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax.weights import orbax
-from lcm_jax.weights.component import Part, config_of, read_part, to_part
+from lcm_jax.weights.component import Part, config_of, has_weights, read_part, to_part
 from lcm_jax.weights.hub import Location, locate
+from lcm_jax.weights.lora.files import is_lora
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.lora.names import COMPONENTS
-from lcm_jax.weights.registry import DENOISERS, FAMILIES
+from lcm_jax.weights.registry import DENOISERS, FAMILIES, NETWORKS, TOKENIZERS, UNUSED, check_components
 from lcm_jax.weights.safetensors_files import read_json
-from lcm_jax.weights.single_file.reader import layout_of, read_single
+from lcm_jax.weights.scheduler_config import check_scheduler_values, overridden, prediction_of, with_zero_terminal_snr
+from lcm_jax.weights.single_file.header import Header, unpack_tokenizer
+from lcm_jax.weights.single_file.reader import Single, layout_of, read_single
 
 # The published folder whose configs, tokenizers and scheduler go with a single file of a family.
 PUBLISHED: Mapping[str, str] = {
@@ -26,11 +29,7 @@ PUBLISHED: Mapping[str, str] = {
     "refiner": "stabilityai/stable-diffusion-xl-refiner-1.0",
     "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
 }
-# Components that are not networks; their folders are copied unchanged.
-SMALL = ("tokenizer", "tokenizer_2", "tokenizer_3", "scheduler")
 T5 = ("text_encoder_3", "tokenizer_3")  # optional: SD3 also works without them
-# Components that have no effect on the image.
-UNUSED = ("safety_checker", "feature_extractor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,38 +38,52 @@ class Model:
 
     source: str  # model_index.json or single file, named in errors
     parts: Mapping[str, Part]  # component -> network
-    small: Mapping[str, Path]  # component -> folder of its tokenizer or scheduler, which is copied
-    scheduler: Mapping[str, Any]  # scheduler_config.json
+    tokenizers: Mapping[str, Path]  # component -> folder of its tokenizer, which is copied
+    scheduler: Mapping[str, Any]  # scheduler_config.json, with all that the source declares: the only one to be written
+    scheduler_source: str  # the file that it comes from, named in errors
     index: Mapping[str, Any]  # model_index.json
     dropped: tuple[str, ...] = field(default=())  # components or keys of the source that are not used
 
-    @property
-    def prediction(self) -> str:
-        """The network's output as the scheduler's config declares it: "epsilon", "v_prediction" or "flow"."""
-        flow = "FlowMatch" in self.scheduler.get("_class_name", "")
-        return str(self.scheduler.get("prediction_type", "flow" if flow else "epsilon"))
-
 
 def read_model(
-    name: str | Path, *, config: str | Path | None = None, variant: str | None = None, t5: bool = True
+    name: str | Path,
+    *,
+    config: str | Path | None = None,
+    variant: str | None = None,
+    t5: bool = True,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Model:
     """Return the model of a bundled name, a diffusers or orbax folder, a hub id, or a single file.
 
     config: for a single file, a diffusers folder or hub id whose configs, tokenizers and scheduler describe it; None
-    infers the configs from the shapes and takes the rest from the published folder of its family. variant: such as
-    "fp16", in the names of the files to read. t5: False leaves out SD3's third text encoder if there is one. Raises
-    FileNotFoundError if a file is missing, and ValueError if a file does not fit or config= is given for a folder.
+    takes them from the header of a file that this library wrote, else infers the configs from the shapes and takes the
+    rest from the published folder of its family. What a file declares of its scheduler goes before the folder's.
+    variant: such as "fp16", in the names of the files to read; a component without such a file is read from its plain
+    one, with a warning. t5: False leaves out SD3's third text encoder if there is one. scheduler: keys that replace
+    those of the scheduler config. Raises FileNotFoundError if a file is missing, and ValueError if a file does not fit,
+    is a LoRA, or config= is given for a folder.
     """
     location = locate(name, variant)
+    if is_lora(location.path):
+        raise ValueError(
+            f"{name}: a LoRA, not a model; load the model that it was made for, with lora={str(name)!r} "
+            f"(--model MODEL --lora {name})"
+        )
     if location.path.is_file():
-        return _from_single(location.path, config, t5=t5)
-    if config is not None:
+        model = _from_single(location.path, config, t5=t5)
+    elif config is not None:
         raise ValueError(f"{name}: a folder has its own configs; config= is for single files")
-    return read_folder(location, variant=variant, t5=t5)
+    else:
+        model = read_folder(location, variant=variant, t5=t5)
+    if not scheduler:
+        return model
+    return replace(model, scheduler=overridden(model.scheduler, scheduler, source=model.scheduler_source))
 
 
 def _read_index(source: Path, *, t5: bool) -> dict[str, Any]:
+    """Return a model_index.json, in which every component is one that is known: its name is that of a folder."""
     index = read_json(source)
+    check_components(index, str(source))
     return index if t5 else index | {name: [None, None] for name in T5 if name in index}
 
 
@@ -93,26 +106,76 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
     """
     source = location.path / location.subpath("model_index.json")
     index = _read_index(source, t5=t5)
-    named = {name: value for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
-    networks = [name for name in named if name not in (*SMALL, *UNUSED)]
+    named = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    if "scheduler" not in named:
+        raise ValueError(f"{source}: names no scheduler, which says how the model was trained")
+    networks = _networks(index)
+    location = _with_averages(location, networks)
     for name in networks:
         with hint_if_optional(name):
-            if len(named[name]) != 2 or not (location.at(name) / "config.json").is_file():
+            if not (location.at(name) / "config.json").is_file():
                 raise FileNotFoundError(f"{source}: names {name}, but {location.at(name)} has no config.json")
     if (location.path / orbax.NAME).is_dir():
         subpaths = {name: location.subpath(name) for name in networks}
         components = orbax.load_params(location.path, subpaths)
         parts = {name: to_part(part, source=str(location.path / name)) for name, part in components.items()}
     else:
-        parts = {name: _read_named(location, name, variant) for name in networks}
-    small = {name: location.path / location.subpath(name) for name in SMALL if name in named}
-    if "scheduler" not in small:
-        raise ValueError(f"{source}: names no scheduler, which says how the model was trained")
-    scheduler = read_json(small["scheduler"] / "scheduler_config.json")
-    dropped = tuple(name for name in UNUSED if name in named)
+        variants = _variants(location, networks, variant)
+        parts = {name: _read_named(location, name, variants[name]) for name in networks}
+    config_file = location.at("scheduler") / "scheduler_config.json"
     return Model(
-        source=str(source), parts=_unshifted(parts), small=small, scheduler=scheduler, index=index, dropped=dropped
+        source=str(source),
+        parts=_unshifted(parts),
+        tokenizers=_tokenizers(location, index),
+        scheduler=_read_scheduler(config_file),
+        scheduler_source=str(config_file),
+        index=index,
+        dropped=tuple(name for name in UNUSED if name in named),
     )
+
+
+def _with_averages(location: Location, networks: list[str]) -> Location:
+    """Return the location with NAME_ema for a network of which a folder has the moving average alone, and a warning."""
+    renamed = {}
+    for name in networks:
+        average = f"{location.subpath(name)}_ema"
+        if not location.at(name).exists() and (location.path / average / "config.json").is_file():
+            text = f"{location.path}: holds only the moving average of its {name} ({average}): it is used"
+            warnings.warn(text, stacklevel=4)
+            renamed[name] = average
+    return replace(location, subfolders={**location.subfolders, **renamed})
+
+
+def _variants(location: Location, networks: list[str], variant: str | None) -> dict[str, str | None]:
+    """Return component -> the variant of its file: a component without such a file has a plain one, and a warning.
+
+    If no component has the variant, it is left as it is: reading a component then lists the files that there are.
+    """
+    found = {name: variant for name in networks}
+    if variant is None:
+        return found
+    plain = [name for name in networks if not has_weights(location.at(name), variant)]
+    plain = [name for name in plain if has_weights(location.at(name), None)]
+    if 0 < len(plain) < len(networks):
+        warnings.warn(
+            f"{location.path}: {', '.join(plain)} {'have' if len(plain) > 1 else 'has'} no file of variant "
+            f"{variant!r}: the plain file is read",
+            stacklevel=3,
+        )
+        found |= dict.fromkeys(plain)
+    return found
+
+
+def _tokenizers(location: Location, index: Mapping[str, Any]) -> dict[str, Path]:
+    """Return component -> folder of the tokenizers that a model_index.json names."""
+    named = [name for name in TOKENIZERS if (index.get(name) or [None])[0] is not None]
+    return {name: location.at(name) for name in named}
+
+
+def _read_scheduler(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    check_scheduler_values(config, source=str(file))
+    return config
 
 
 def _unshifted(parts: Mapping[str, Part]) -> Mapping[str, Part]:
@@ -134,15 +197,11 @@ def _read_named(location: Location, name: str, variant: str | None = None) -> Pa
 
 
 def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
-    configs: dict[str, tuple[str, Any]] = {}
     location = None if config is None else locate(config)
-    if location is not None:
-        index = _read_index(location.at("model_index.json"), t5=t5)
-        for name, value in index.items():
-            config_path = location.path / location.subpath(name) / "config.json"
-            if isinstance(value, list) and config_path.is_file() and value[1] in FAMILIES:
-                configs[name] = config_of(config_path)
-    single = read_single(path, configs=configs)
+    single = read_single(path, configs=None if location is None else _configs(location, t5=t5))
+    parts = {name: part for name, part in single.parts.items() if t5 or name not in T5}
+    if single.header is not None and location is None:
+        return _from_header(path, single.header, parts, single)
     if location is None:
         try:
             location = locate(PUBLISHED[single.family], weights=False)
@@ -150,29 +209,92 @@ def _from_single(path: Path, config: str | Path | None, *, t5: bool) -> Model:
             raise FileNotFoundError(
                 f"{path}: a single file has no tokenizer; give config=, a diffusers folder of its family ({error})"
             ) from None
-        index = _read_index(location.at("model_index.json"), t5=t5)
-    small = {
-        name: location.path / location.subpath(name) for name in SMALL if (index.get(name) or [None])[0] is not None
-    }
-    scheduler = read_json(small["scheduler"] / "scheduler_config.json")
-    if config is None and single.family != "sd3":
-        scheduler |= {"prediction_type": single.prediction}
-    missing = [
-        name
-        for name, value in index.items()
-        if isinstance(value, list) and value[0] is not None and name not in (*SMALL, *UNUSED, *single.parts)
-    ]
-    parts = {name: part for name, part in single.parts.items() if t5 or name not in T5}
-    for name in missing:  # a file without its text encoders (SD3.5, finetuned UNets) is completed from the folder
-        parts[name] = _read_named(location, name)
+    index = _read_index(location.at("model_index.json"), t5=t5)
+    missing = [name for name in _networks(index) if name not in parts]
+    if missing and config is None:
+        raise FileNotFoundError(
+            f"{path}: holds no {', '.join(missing)}; give config=, a diffusers folder or hub id of its family, from "
+            "which these are read"
+        )
+    if missing:  # a file without its text encoders (SD3.5, finetuned UNets) is completed from the folder
+        warnings.warn(f"{path}: holds no {', '.join(missing)}: read from {location.path}", stacklevel=4)
+        parts |= {name: _read_named(location, name) for name in missing}
+    config_file = location.at("scheduler") / "scheduler_config.json"
+    scheduler = _read_scheduler(config_file)
+    if single.header is not None and single.header.scheduler != scheduler:
+        scheduler = dict(single.header.scheduler)
+        warnings.warn(
+            f"{path}: the scheduler in its header is used, not that of {config_file}; scheduler= (--scheduler) "
+            "overrides it",
+            stacklevel=4,
+        )
+    guess = {} if config is not None or single.guessed is None else {"prediction_type": single.guessed}
+    declared = {} if single.family == "sd3" else {**guess, **single.declared}
     return Model(
         source=str(path),
         parts=_unshifted(parts),
-        small=small,
-        scheduler=scheduler,
+        tokenizers=_tokenizers(location, index),
+        scheduler=_declared_scheduler(path, scheduler, declared, given=config is not None),
+        scheduler_source=str(config_file),
         index=index,
         dropped=single.dropped,
     )
+
+
+def _configs(location: Location, *, t5: bool) -> dict[str, tuple[str, Any]]:
+    """Return component -> (class, config) of the networks that a folder describes."""
+    index = _read_index(location.at("model_index.json"), t5=t5)
+    files = {name: location.at(name) / "config.json" for name in _networks(index)}
+    return {name: config_of(file) for name, file in files.items() if file.is_file() and index[name][1] in FAMILIES}
+
+
+def _networks(index: Mapping[str, Any]) -> list[str]:
+    """Return the networks that a model_index.json names."""
+    return [name for name, value in index.items() if name in NETWORKS and isinstance(value, list) and value[0]]
+
+
+def _from_header(path: Path, header: Header, parts: dict[str, Part], single: Single) -> Model:
+    """Return the model of a single file that describes itself in its header."""
+    check_components(header.index, f"{path}: the model_index.json in its header")
+    check_scheduler_values(header.scheduler, source=f"{path}: the scheduler in its header")
+    missing = [name for name in _networks(header.index) if name not in parts and name not in T5]
+    if missing:
+        raise ValueError(f"{path}: its header names {', '.join(missing)}, which it does not hold; give config=")
+    without_t5 = {} if T5[0] in parts else {name: [None, None] for name in T5 if name in header.index}
+    index = {**header.index, **without_t5}
+    tokenizers = {
+        name: unpack_tokenizer(files, source=str(path))
+        for name, files in header.tokenizers.items()
+        if name in TOKENIZERS and (index.get(name) or [None])[0] is not None
+    }
+    return Model(
+        source=str(path),
+        parts=_unshifted(parts),
+        tokenizers=tokenizers,
+        scheduler=_declared_scheduler(path, header.scheduler, single.declared, given=True),
+        scheduler_source=f"{path}: the scheduler in its header",
+        index=index,
+        dropped=single.dropped,
+    )
+
+
+def _declared_scheduler(
+    path: Path, config: Mapping[str, Any], declared: Mapping[str, Any], *, given: bool
+) -> Mapping[str, Any]:
+    """Return a scheduler config with what a single file declares; a warning if that of a `given` folder differs."""
+    changed = config
+    if declared.get("prediction_type", prediction_of(config)) != prediction_of(config):
+        changed = {**changed, "prediction_type": declared["prediction_type"]}
+    if declared.get("rescale_betas_zero_snr") and not config.get("rescale_betas_zero_snr"):
+        changed = with_zero_terminal_snr(changed)
+    if given and changed is not config:
+        differing = [f"{key}={value!r}" for key, value in declared.items() if config.get(key) != value]
+        warnings.warn(
+            f"{path}: the file declares {', '.join(differing)}, the scheduler config says otherwise: the file is "
+            "followed; scheduler= (--scheduler) overrides both",
+            stacklevel=5,
+        )
+    return changed
 
 
 def lora_networks(networks: Mapping[str, tuple[str, Any, Any]]) -> dict[str, Network]:

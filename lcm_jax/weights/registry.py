@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
+from lcm_jax.runtime.messages import shown
 from lcm_jax.weights.torch_params import Rules
 from mmdit import (
     RULES_MMDIT,
@@ -37,6 +38,7 @@ class Family:
     build: Callable[..., nn.Module]  # (config, dtype=..., param_dtype=...) -> module
     fits: Callable[[Any], bool]  # whether a module is one of this class
     example: Callable[[Any], Sequence[Any]]  # config -> arguments of init
+    depth: Callable[[Any], int]  # config -> number of layers that are built one by one
     rules: Rules
     stem: str  # file name without .safetensors
     library: str  # its name in model_index.json
@@ -48,6 +50,11 @@ class Family:
 def _images(config: AutoencoderConfig | TinyConfig) -> Sequence[Any]:
     side = config.downsample_factor
     return (jnp.zeros((1, side, side, config.in_channels)),)
+
+
+def _unet_depth(config: UNetConfig) -> int:
+    depths = [(config.down_depths(i), config.up_depths(i)) for i in range(len(config.block_out_channels))]
+    return sum(len(half) + sum(half) for pair in depths for half in pair)
 
 
 def _ids(config: CLIPTextConfig | T5Config) -> Sequence[Any]:
@@ -67,10 +74,11 @@ def _text(projection: bool) -> Family:
         build=build,
         fits=lambda module: isinstance(module, CLIPTextModel) and module.projection == projection,
         example=_ids,
+        depth=lambda config: config.num_hidden_layers,
         rules=RULES_CLIP_TEXT,
         stem="model",
         library="transformers",
-        optional=OPTIONAL_CLIP,
+        optional=OPTIONAL_CLIP if projection else (*OPTIONAL_CLIP, r"^text_projection\.weight$"),
         prefix="text_model.",
     )
 
@@ -81,6 +89,7 @@ def _transformer(net: Any, config: Any, library: str) -> Family:
         build=net,
         fits=lambda module: isinstance(module, net),
         example=mmdit_inputs,
+        depth=lambda config: config.num_layers,
         rules=RULES_MMDIT,
         stem="diffusion_pytorch_model",
         library=library,
@@ -93,6 +102,7 @@ FAMILIES: Mapping[str, Family] = {
         build=AutoencoderKL,
         fits=lambda module: isinstance(module, AutoencoderKL),
         example=_images,
+        depth=lambda config: 2 * len(config.block_out_channels) * config.layers_per_block,
         rules=RULES_VAE,
         stem="diffusion_pytorch_model",
         library="diffusers",
@@ -102,6 +112,7 @@ FAMILIES: Mapping[str, Family] = {
         build=AutoencoderTiny,
         fits=lambda module: isinstance(module, AutoencoderTiny),
         example=_images,
+        depth=lambda config: sum(config.num_encoder_blocks) + sum(config.num_decoder_blocks),
         rules=TINY_RULES,
         stem="diffusion_pytorch_model",
         library="diffusers",
@@ -111,6 +122,7 @@ FAMILIES: Mapping[str, Family] = {
         build=UNet,
         fits=lambda module: isinstance(module, UNet),
         example=example_inputs,
+        depth=_unet_depth,
         rules=RULES_UNET,
         stem="diffusion_pytorch_model",
         library="diffusers",
@@ -126,6 +138,7 @@ FAMILIES: Mapping[str, Family] = {
         build=T5Encoder,
         fits=lambda module: isinstance(module, T5Encoder),
         example=_ids,
+        depth=lambda config: config.num_layers,
         rules=RULES_T5,
         stem="model",
         library="transformers",
@@ -137,6 +150,7 @@ FAMILIES: Mapping[str, Family] = {
         build=CLIPVisionModel,
         fits=lambda module: isinstance(module, CLIPVisionModel),
         example=_pixels,
+        depth=lambda config: config.num_hidden_layers,
         rules=RULES_CLIP_VISION,
         stem="model",
         library="transformers",
@@ -152,6 +166,25 @@ DENOISERS: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
     "transformer": ("SD3Transformer2DModel", "DiT", "CrossDiT", "UViT"),
 }
+# All components that a model_index.json can name. UNUSED have no effect on the image.
+NETWORKS = (*DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+UNUSED = ("safety_checker", "feature_extractor")
+
+
+def check_components(index: Mapping[str, Any], source: str) -> None:
+    """Raise ValueError unless every component that a model_index.json names is one that is known.
+
+    Their names are those of the folders that are read and written, so a name of a file's own could lead anywhere.
+    """
+    known = (*NETWORKS, *TOKENIZERS, "scheduler", *UNUSED)
+    for name, value in index.items():
+        if value is None or (name not in known and not isinstance(value, list)):  # absent, or a setting
+            continue
+        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(v, str | None) for v in value):
+            raise ValueError(f"{source}: {shown(name)} is {shown(value)}; give [library, class] or [null, null]")
+        if value[0] is not None and name not in known:
+            raise ValueError(f"{source}: names the component {shown(name)}, which is not supported; remove it")
 
 
 def denoiser_of(config: Any) -> tuple[str, Family]:

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import re
-from collections import Counter
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from lcm_jax.runtime.atomic_files import dump_json, written_aside
+from lcm_jax.runtime.json_text import parse_json
 from lcm_jax.runtime.messages import few
 
 _DTYPES: dict[str, Any] = {  # in the order of the safetensors library, which writes the last of them first
@@ -53,11 +54,6 @@ _HEADER_LIMIT = 100_000_000  # bytes, the format's own
 _JSON_LIMIT = 4 << 20  # bytes; configs have a few thousand
 _INDEX_LIMIT = 64 << 20
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-_CONVERT = (
-    'convert it where you trust it: python -c "import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], '
-    "weights_only=True); s.save_file({k: v.contiguous() for k, v in d.get('state_dict', d).items()}, "
-    "sys.argv[1] + '.safetensors')\" FILE"
-)
 
 
 class _Entry(NamedTuple):
@@ -69,26 +65,16 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _pickle_error(path: Path) -> ValueError:
-    return ValueError(f"{path}: a pickle, which can run code when it is read, so it is refused; {_CONVERT}")
+def _pickle_error(path: Path, place: Path | None = None) -> ValueError:
+    """Return the error for a pickle, with the command that converts it, or all pickles in the folder `place`."""
+    return ValueError(
+        f"{path}: a pickle, which can run code when it is read, so it is refused; where you trust it, convert it with "
+        f"python -m lcm_jax.weights.from_pickle {shlex.quote(str(place or path))} (PyTorch is needed), and load again"
+    )
 
 
 def _absent(path: Path) -> FileNotFoundError:
     return FileNotFoundError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"it has {Counter(key for key, _ in pairs).most_common(1)[0][0]!r:.160} twice")
-    return value
-
-
-def _parse(data: bytes) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _entries(header: dict[str, Any], size: int) -> dict[str, _Entry]:
@@ -134,7 +120,7 @@ def _header(path: Path) -> tuple[int, dict[str, _Entry], dict[str, str]]:
             if length > min(size - 8, _HEADER_LIMIT):
                 raise ValueError(f"its header would have {length} bytes of {size}, at most {_HEADER_LIMIT} are allowed")
             file.seek(8)
-            header = _parse(file.read(length))
+            header = parse_json(file.read(length))
             metadata = {} if (value := header.pop("__metadata__", None)) is None else value
             if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
                 raise ValueError("its __metadata__ is not text")
@@ -210,17 +196,31 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     return unindexed | {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _find(folder: Path, stem: str, variant: str | None) -> Path:
-    """Return the safetensors file, or the index of shards, that holds a network in its folder."""
+def _names(folder: Path, stem: str, variant: str | None) -> tuple[Path, Path]:
+    """Return the paths of a network's safetensors file and of the index of its shards."""
     single = folder / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
-    index = _index(single)
-    for path in (single, index):
-        if path.is_file():
-            return path
+    return single, _index(single)
+
+
+def find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
+    """Return the safetensors file, or the index of shards, that holds a network in its folder; None if it has none.
+
+    stem: the file's name without the suffix. variant: such as "fp16", in the name of the file.
+    """
+    return next((path for path in _names(folder, stem, variant) if path.is_file()), None)
+
+
+def _find(folder: Path, stem: str, variant: str | None) -> Path:
+    """Return what `find_weights` finds, or raise an error that names what the folder has instead."""
+    found = find_weights(folder, stem, variant)
+    if found is not None:
+        return found
+    single, index = _names(folder, stem, variant)
     others = sorted(p.name for p in folder.glob("*") if re.search(r"\.safetensors(\.index(\.\w+)?\.json)?$", p.name))
     pickles = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICKLES)
     if pickles and not others:
-        raise _pickle_error(pickles[0])
+        whole = (folder.parent / "model_index.json").is_file()
+        raise _pickle_error(pickles[0], folder.parent if whole else folder)
     hint = f"it has {few('other files', others)}; choose by variant= or by path" if others else "it has no safetensors"
     raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name}; {hint}")
 
@@ -394,7 +394,7 @@ def read_json(path: str | os.PathLike[str], *, limit: int = _JSON_LIMIT) -> dict
     if path.stat().st_size > limit:
         raise ValueError(f"{path}: larger than {limit >> 20} MiB, which no such JSON file is")
     try:
-        value = _parse(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except ValueError as error:  # broken JSON, or no UTF-8
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
-from numbers import Real
+from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from lcm_jax.diffusion.samplers import SAMPLERS, sampler_name
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
 from lcm_jax.diffusion.time_grids import Spacing
+from lcm_jax.runtime.config_values import MOST_LETTERS, check_values
+from lcm_jax.runtime.messages import shortened, shown
 from lcm_jax.typing import Kind, Schedule
 
 CONTINUOUS = "ContinuousScheduler"
@@ -33,6 +36,37 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 _FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
+_NOT_FLOW = tuple(name for name in SCHEDULERS if not name.startswith("FlowMatch") and name != CONTINUOUS)
+_MULTISTEP = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+_SOLVER_ORDER = (*_MULTISTEP, "DEISMultistepScheduler", "UniPCMultistepScheduler")
+_CLIPS = ("LCMScheduler", "TCDScheduler", "DDIMScheduler", "DDPMScheduler")
+_FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+READERS: Mapping[str, tuple[str, ...]] = {
+    "algorithm_type": (*_MULTISTEP, "DEISMultistepScheduler"),
+    "clip_sample": (*_CLIPS, "HeunDiscreteScheduler"),
+    "interpolation_type": ("EulerDiscreteScheduler",),
+    "invert_sigmas": _FLOWS,
+    "lambda_min_clipped": _MULTISTEP,
+    "rescale_betas_zero_snr": (
+        *(*_CLIPS, "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+        *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+    ),
+    "scale_factors": ("FlowMatchLCMScheduler",),
+    "shift_terminal": (*_FLOWS, "UniPCMultistepScheduler"),
+    "solver_order": _SOLVER_ORDER,
+    "solver_type": _SOLVER_ORDER,
+    "steps_offset": tuple(name for name in _NOT_FLOW if name != "DPMSolverSinglestepScheduler"),
+    "stochastic_sampling": ("FlowMatchEulerDiscreteScheduler",),
+    "thresholding": (*_CLIPS, *_SOLVER_ORDER),
+    "timestep_scaling": ("LCMScheduler", "TCDScheduler"),
+    "timestep_type": ("EulerDiscreteScheduler",),
+    "trained_betas": _NOT_FLOW,
+    "use_dynamic_shifting": (*_FLOWS, *_SOLVER_ORDER),
+    "use_flow_sigmas": _SOLVER_ORDER,
+    "variance_type": ("DDPMScheduler", *_MULTISTEP),
+}
+"""Key of a scheduler_config.json -> the scheduler classes of diffusers that read it; the others pass over it."""
+
 # Keys our samplers have no choice about, with every value that leaves their pictures unchanged.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++", "deis"),
@@ -51,7 +85,26 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
+_CHOOSE_SCHEDULE = ("trained_betas", "use_dynamic_shifting", "use_flow_sigmas")
+_TEXTS = (
+    "_class_name",
+    "prediction_type",
+    "sampler",
+    "schedule",
+    "beta_schedule",
+    "timestep_spacing",
+    "final_sigmas_type",
+)
 _NUMBERS = ("num_train_timesteps", "beta_start", "beta_end", "steps_offset", "original_inference_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FlowShift:
+    """The key of diffusers' DPM solvers for the shift of a rectified flow."""
+
+    flow_shift: float = 1.0
+
+
 _READ = {field.name for field in (*fields(DDPM), *fields(Spacing))} | {
     *(
         "trained_betas",
@@ -73,11 +126,25 @@ _IDLE = {
 }
 
 
+def check_scheduler_values(config: Mapping[str, Any], *, source: str) -> None:
+    """Raise ValueError for a key with a value of the wrong type, a number that is not finite or outside its bounds."""
+    for key in _TEXTS:
+        value = config.get(key)
+        if value is not None and not (isinstance(value, str) and len(value) <= MOST_LETTERS):
+            raise ValueError(f"{source}: {key}={shown(value)} is not a text of at most {MOST_LETTERS} letters")
+    for key in _NUMBERS:
+        if key in config and config[key] is None:
+            raise ValueError(f"{source}: {key} is null, not a number")
+    for cls in (DDPM, Spacing, RectifiedFlow, _FlowShift):
+        check_values(cls, config, source)
+
+
 def check_config(config: Mapping[str, Any], *, source: str) -> None:
     """ValueError for a class or value that changes the picture and is not supported; a warning for unknown keys."""
+    check_scheduler_values(config, source=source)
     name = config.get("_class_name")
     if name is not None and name not in SCHEDULERS:
-        raise ValueError(f"{source}: _class_name {name!r} is not supported; known are {', '.join(SCHEDULERS)}")
+        raise ValueError(f"{source}: _class_name {shown(name)} is not supported; known are {', '.join(SCHEDULERS)}")
     if config.get("sampler") is not None:
         try:
             sampler_name(str(config["sampler"]))
@@ -85,11 +152,64 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
             raise ValueError(f"{source}: {error}") from None
     for key, value in config.items():
         if key in _FIXED and value not in _FIXED[key]:
-            raise ValueError(f"{source}: {key}={value!r} is not supported; set it to {_FIXED[key][0]!r}")
-        if key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise ValueError(f"{source}: {key}={value!r} is not a number")
+            if key == "clip_sample":  # no pixels, which have a range, but latents; StableDiffusionPipeline corrects it
+                text = f"{source}: clip_sample={shown(value)} is passed over: latents are not clipped"
+                warnings.warn(text, stacklevel=2)
+            elif not reads(config, key):
+                warnings.warn(f"{source}: {key}={shown(value)} is passed over, as by diffusers' {name}", stacklevel=2)
+            else:
+                raise ValueError(f"{source}: {key}={shown(value)} is not supported; {_instead(key, _FIXED[key][0])}")
+        if key in _CHOOSE_SCHEDULE and value and not reads(config, key):
+            warnings.warn(f"{source}: {key} is passed over, as by diffusers' {name}", stacklevel=2)
         if key not in _FIXED and key not in _READ | _IDLE and not key.startswith("_"):
-            warnings.warn(f"{source}: {key}={value!r} is not known and is ignored", stacklevel=2)
+            warnings.warn(f"{source}: {shortened(key, 160)}={shown(value)} is not known and is ignored", stacklevel=2)
+
+
+def reads(config: Mapping[str, Any], key: str) -> bool:
+    """Return whether diffusers' scheduler of this config reads a key; True where the key or the class is not known.
+
+    >>> from lcm_jax.weights.scheduler_config import reads
+    >>> reads({"_class_name": "PNDMScheduler"}, "rescale_betas_zero_snr")
+    False
+    """
+    return key not in READERS or config.get("_class_name", READERS[key][0]) in READERS[key]
+
+
+def _instead(key: str, value: Any) -> str:
+    """Return how to load a model with another value in its scheduler config, for messages."""
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return f"load with scheduler={{{key!r}: {value!r}}} (--scheduler {key}={text}), or change the file"
+
+
+def overridden(config: Mapping[str, Any], changes: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Return a scheduler config with some keys replaced; ValueError for a key that no scheduler has.
+
+    A class that is named here keeps what it shares with the old one, as diffusers' `from_config` does.
+
+    >>> from lcm_jax.weights.scheduler_config import overridden
+    >>> overridden({"_class_name": "DDIMScheduler"}, {"prediction_type": "v_prediction"}, source="file")
+    {'_class_name': 'DDIMScheduler', 'prediction_type': 'v_prediction'}
+    """
+    known = {"_class_name", *_FIXED, *_READ, *_IDLE}
+    for key in changes:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f", did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(known))}"
+            raise ValueError(f"scheduler: {key!r} is no key of a scheduler config{hint}")
+    changed = {**config, **changes}
+    check_config(changed, source=source)
+    return changed
+
+
+def with_zero_terminal_snr(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler config whose last timestep is pure noise (2305.08891), with a grid that begins there.
+
+    A class of diffusers that would pass over rescale_betas_zero_snr becomes DDIMScheduler.
+    """
+    changed = {**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if not reads(config, "rescale_betas_zero_snr"):
+        changed |= {"_class_name": "DDIMScheduler", "clip_sample": False}  # that class clips unless told otherwise
+    return changed
 
 
 def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
@@ -100,10 +220,12 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
     resolution-dependent shifting and for an unknown beta_schedule.
     """
     name = str(config.get("_class_name", ""))
-    if config.get("trained_betas") is not None:
-        raise ValueError(f"{source}: trained_betas is set: give beta_start, beta_end and beta_schedule instead")
-    if config.get("use_dynamic_shifting"):
-        raise ValueError(f"{source}: use_dynamic_shifting is unsupported: set it to false and give a fixed shift")
+    if config.get("trained_betas") is not None and reads(config, "trained_betas"):
+        hint = f"give beta_start, beta_end and beta_schedule instead, and {_instead('trained_betas', None)}"
+        raise ValueError(f"{source}: trained_betas is set: {hint}")
+    if config.get("use_dynamic_shifting") and reads(config, "use_dynamic_shifting"):
+        hint = f"give a fixed shift and {_instead('use_dynamic_shifting', False)}"
+        raise ValueError(f"{source}: use_dynamic_shifting is unsupported: {hint}")
     if "schedule" in config:
         made = CONTINUOUS_SCHEDULES.get(config["schedule"])
         if made is None:
@@ -112,7 +234,7 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
         return made(**{k: v for k, v in config.items() if k in made.__dataclass_fields__})
     if name.startswith("FlowMatch"):
         return RectifiedFlow(shift=float(config.get("shift", 1.0)))
-    if config.get("use_flow_sigmas"):
+    if config.get("use_flow_sigmas") and reads(config, "use_flow_sigmas"):
         return RectifiedFlow(shift=float(config.get("flow_shift", 1.0)))
     fields = {k: v for k, v in (*_CLASS_DEFAULTS.get(name, {}).items(), *config.items()) if k in _FIELDS}
     try:
@@ -138,6 +260,36 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
     if kind not in known:
         raise ValueError(f"{source}: prediction_type {kind!r} is unknown; known are {', '.join(known)}")
     return schedule, kind
+
+
+def prediction_of(config: Mapping[str, Any]) -> str:
+    """Return the network's output as a scheduler config declares it: "epsilon", "v_prediction", "sample" or "flow"."""
+    flow_sigmas = config.get("use_flow_sigmas") and reads(config, "use_flow_sigmas")
+    flow = "FlowMatch" in str(config.get("_class_name", "")) or bool(flow_sigmas)
+    kind = str(config.get("prediction_type") or ("flow" if flow else "epsilon"))
+    return {"flow_prediction": "flow"}.get(kind, kind)
+
+
+def not_held_by_single_files(config: Mapping[str, Any], family: str) -> list[str]:
+    """Return the keys of a scheduler config, with values, without which other programs misread a single file.
+
+    They read the prediction type and zero terminal SNR, and take the rest from the model's family ("sd1", ..., "sd3").
+
+    >>> from lcm_jax.weights.scheduler_config import not_held_by_single_files
+    >>> not_held_by_single_files({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0}, "sd3")
+    ['shift=1.0']
+    """
+    prediction, flow = prediction_of(config), family == "sd3"
+    lost = [] if prediction in (("flow",) if flow else ("epsilon", "v_prediction")) else ["prediction_type"]
+    if flow:
+        shift = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+        lost += [] if config.get(shift, 1.0) == 3.0 else [shift]
+    else:
+        usual = {"num_train_timesteps": 1000, **_LATENT, "trained_betas": None}
+        plain = {"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+        values = {**plain, **_CLASS_DEFAULTS.get(str(config.get("_class_name", "")), {}), **config}
+        lost += [key for key, value in usual.items() if values.get(key) != value]
+    return [f"{key}={config.get(key)!r}" for key in lost]
 
 
 def sampler_of(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> str:

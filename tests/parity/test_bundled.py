@@ -69,7 +69,7 @@ def test_lcm_lora_on_the_teacher(form: str, tmp_path: Path) -> None:
     """Trained here, exported, and loaded by diffusers onto the exported teacher."""
     ours = lcm_jax.load("openmoji-teacher", lora="openmoji-lcm-lora")(PROMPTS, steps=4, guidance=1.0, latents=NOISE)
     pipe = exported("openmoji-teacher", tmp_path / "teacher")
-    plain = lcm_jax.load("openmoji-teacher")(PROMPTS, steps=4, guidance=1.0, latents=NOISE)
+    plain = lcm_jax.load("openmoji-teacher")(PROMPTS, sampler="lcm", steps=4, guidance=1.0, latents=NOISE)
     assert np.abs(plain.astype(int) - ours).mean() > 3, "the LoRA must show"
     convert_lora("openmoji-lcm-lora", tmp_path / "lora.safetensors", form, base="openmoji-teacher", dtype=np.float32)
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")

@@ -167,9 +167,10 @@ def test_t5_and_autoencoder_are_recognised_by_their_shapes() -> None:
 
 
 def test_a_single_file_made_here_is_a_pipeline_of_diffusers(tiny_model: Path, tmp_path: Path) -> None:
-    """The folder lends its configs, tokenizer and scheduler; every weight comes from the file."""
+    """The folder lends its configs, tokenizer and scheduler; every weight comes from the file, beside its markers."""
     diffusers = pytest.importorskip("diffusers")
-    convert(tiny_model, tmp_path / "model.safetensors", to="single")
+    marked = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    convert(tiny_model, tmp_path / "model.safetensors", to="single", scheduler=marked)
     options = {"config": str(tiny_model), "local_files_only": True, "safety_checker": None}
     made = diffusers.StableDiffusionPipeline.from_single_file(str(tmp_path / "model.safetensors"), **options)
     wanted = diffusers.DiffusionPipeline.from_pretrained(tiny_model, local_files_only=True)

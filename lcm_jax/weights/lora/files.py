@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from lcm_jax.lora import Adapters, shapes
 from lcm_jax.nets import RULES_UNET
-from lcm_jax.runtime.messages import few
+from lcm_jax.runtime.messages import few, shown
 from lcm_jax.weights.lora.modules import (
     Factors,
     KernelLayer,
@@ -42,6 +42,7 @@ from lcm_jax.weights.lora.modules import (
 )
 from lcm_jax.weights.lora.names import (
     COMPONENTS,
+    EMBEDDING,
     ORIGINAL,
     SUFFIXES,
     Format,
@@ -54,7 +55,7 @@ from lcm_jax.weights.lora.names import (
     suffixes,
     text_width,
 )
-from lcm_jax.weights.lora.peft_config import FOLDER_NAME, HEADER_KEY, alpha_of, read_config, write_config
+from lcm_jax.weights.lora.peft_config import FOLDER_NAME, HEADER_KEY, alpha_of, check_alpha, read_config, write_config
 from lcm_jax.weights.registry import DENOISERS
 from lcm_jax.weights.safetensors_files import read_safetensors, save_tensors
 from lcm_jax.weights.single_file.layouts import Layout, Slot
@@ -63,9 +64,18 @@ from lcm_jax.weights.torch_params import Rules
 FILE_NAMES = ("pytorch_lora_weights.safetensors", FOLDER_NAME)
 
 
+def is_lora(path: Path) -> bool:
+    """Return whether a path is a LoRA: a folder by the names of its files, a file by its keys."""
+    if path.is_dir():
+        is_model = (path / "model_index.json").is_file()
+        return not is_model and any((path / name).is_file() for name in FILE_NAMES)
+    return any(re.search(r"\.lora[_.]|_lora\.|^(lora|lycoris)_", key) for key in read_safetensors(path))
+
+
 def lora_components(path: str | Path) -> tuple[str, ...]:
     """Return the components that a LoRA file or folder has adapters for; empty if the keys do not say."""
-    components = {component_of(key)[0] for key in read_safetensors(_find(path))}
+    keys = read_safetensors(_find(path))
+    components = {component_of(key)[0] for key in keys if not key.startswith(EMBEDDING)}
     return tuple(component for component in COMPONENTS if component in components)
 
 
@@ -179,6 +189,8 @@ def _fit(groups: Mapping[str, Group], config: Mapping[str, Any], network: Networ
         else:
             down, up = (np.asarray(group[half], np.float32) for half in ("down", "up"))
             alpha = group["alpha"].item() if "alpha" in group else alpha_of(config, module, len(down))
+            check_alpha(alpha, f"{path}: {shown(module)}: its alpha")
+            alpha *= group["scalar"].item() if "scalar" in group else 1.0
             for slot, destination in destinations.values():
                 kernel = kernels[destination.path]
                 layer_shape = kernel.shape[len(destination.layer) :]

@@ -3,11 +3,15 @@
 peft        unet.mid_block.attentions.0.proj_in.lora_A.weight      lora_B.weight
 diffusers   unet.mid_block.attentions.0.proj_in.lora.down.weight   lora.up.weight   (text: lora_linear_layer.down)
 kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight   .lora_up.weight   .alpha
+
+Read as well: the prefixes of PEFT alone, ComfyUI and LyCORIS (`COMPONENTS`), LyCORIS' learned `.scalar`, and the oldest
+spellings of diffusers. The textual inversions that A1111 reads from a LoRA's file (`bundle_emb.*`) are left out.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,16 +23,17 @@ from lcm_jax.runtime.messages import few
 from lcm_jax.weights.safetensors_files import is_finite
 
 Format = Literal["peft", "diffusers", "kohya"]
-Group = dict[str, np.ndarray]  # the tensors of one module in a file: "down", "up", "alpha"
+Group = dict[str, np.ndarray]  # the tensors of one module in a file: "down", "up", "alpha", "scalar"
 
 # Component of a pipeline -> prefixes of its keys other than its own name. The first is kohya's, which is written.
 COMPONENTS: dict[str, tuple[str, ...]] = {
-    "unet": ("lora_unet_", "diffusion_model."),
+    "unet": ("lora_unet_", "diffusion_model.", "lycoris_"),  # the last: LyCORIS and SimpleTuner, diffusers' names
     "transformer": ("lora_transformer_",),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
-    "text_encoder_3": ("lora_te3_",),
+    "text_encoder": ("lora_te_", "lora_te1_", *(f"text_encoders.clip_{size}.transformer." for size in "lh")),
+    "text_encoder_2": ("lora_te2_", "text_encoders.clip_g.transformer."),
+    "text_encoder_3": ("lora_te3_", "text_encoders.t5xxl.transformer."),
 }
+EMBEDDING = "bundle_emb."  # textual inversions that A1111 reads from the LoRA's file
 # Kohya's and ComfyUI's keys say "unet" even for an MMDiT; these names of modules tell the two apart.
 _MMDIT = re.compile(r"(joint_blocks|(x|t|y|context)_embedder|final_layer|transformer_blocks|time_text_embed)[._]")
 ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks|joint_blocks)[._]")
@@ -43,6 +48,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"(\.lora_(A|down)(\.\w+)?|[._]lora\.down|\.lora_linear_layer\.down)\.weight$", "down"),
     (r"(\.lora_(B|up)(\.\w+)?|[._]lora\.up|\.lora_linear_layer\.up)\.weight$", "up"),
     (r"\.alpha$", "alpha"),
+    (r"\.scalar$", "scalar"),  # LyCORIS: a learned factor of the whole difference
 )
 # Old spellings of modules.
 _SPELLINGS: tuple[tuple[str, str], ...] = (
@@ -111,8 +117,17 @@ def split(tensors: Mapping[str, np.ndarray], source: Path) -> dict[str | None, d
     """Return {component (None if the keys do not say): {module name in the file: its tensors}}, all checked.
 
     Raises ValueError for other kinds of adapters, for keys that no LoRA has, and for tensors that are given twice, are
-    not finite or floating, or have a shape that no LoRA has. source: the file that the messages name.
+    not finite or floating, or have a shape that no LoRA has. A warning names the textual inversions in the file, which
+    are left out. source: the file that the messages name.
     """
+    embeddings = sorted({key.split(".")[1] for key in tensors if key.startswith(EMBEDDING)})
+    if embeddings:
+        warnings.warn(
+            f"{source}: holds {few('embeddings', embeddings)} ({EMBEDDING}*), which are left out: their words in a "
+            "prompt are plain text here",
+            stacklevel=3,
+        )
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(EMBEDDING)}
     for pattern, kind in _OTHER_KINDS:
         keys = sorted(key for key in tensors if re.search(pattern, key))
         if keys:
@@ -151,7 +166,7 @@ def _bad_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
     """Return fault -> the keys of the tensors that have it."""
     faults: dict[str, list[str]] = {}
     for key, tensor in sorted(tensors.items()):
-        is_alpha = key.endswith(".alpha")
+        is_alpha = key.endswith((".alpha", ".scalar"))
         if not is_alpha and not jnp.issubdtype(tensor.dtype, jnp.floating):  # an alpha may be an integer
             faults.setdefault("tensors that are not floating", []).append(f"{key}: {tensor.dtype.name}")
         elif not is_finite(tensor):

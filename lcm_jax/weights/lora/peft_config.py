@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from lcm_jax.runtime.json_text import parse_json
+from lcm_jax.runtime.messages import shown
 from lcm_jax.weights.lora.modules import Factors
 from lcm_jax.weights.safetensors_files import read_json, read_metadata
 
 HEADER_KEY = "lora_adapter_metadata"
+MOST_ALPHA = 1 << 20
+_MOST_PATTERNS = 10_000
+_NAME = re.compile(r"\^?(?:[\w/]|\\?[.-])*\$?")  # as PEFT writes a module's name for a regex
+_ESCAPED = re.compile(r"\\([.-])")
 FOLDER_NAME = "adapter_model.safetensors"  # PEFT's name, with adapter_config.json in the same folder
 
 
@@ -27,33 +33,48 @@ def read_config(path: Path, component: str) -> dict[str, Any]:
     if header is not None:
         prefix = f"{component}."
         try:
-            config = {k.removeprefix(prefix): v for k, v in json.loads(header).items() if k.startswith(prefix)}
+            config = {k.removeprefix(prefix): v for k, v in parse_json(header).items() if k.startswith(prefix)}
         except (ValueError, AttributeError):
-            raise ValueError(f"{source} is not a JSON object: {header[:60]!r}") from None
+            raise ValueError(f"{source} is not a JSON object: {shown(header, 60)}") from None
     elif path.name == FOLDER_NAME and beside.is_file():
         config, source = read_json(beside), str(beside)
-    for values in ({"lora_alpha": config.get("lora_alpha", 0)}, config.get("alpha_pattern") or {}):
-        try:
-            valid = all(re.compile(name) and math.isfinite(value) for name, value in values.items())
-        except (AttributeError, TypeError, OverflowError, re.error):
-            valid = False
-        if not valid:
-            message = "lora_alpha and alpha_pattern must be numbers, the latter with regexes as keys"
-            raise ValueError(f"{source}: {message}, not {values!r}")
+    alphas = {"lora_alpha": config["lora_alpha"]} if "lora_alpha" in config else {}
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{source}: alpha_pattern is {shown(patterns)}, not an object of names and numbers")
+    if len(patterns) > _MOST_PATTERNS:
+        raise ValueError(f"{source}: alpha_pattern has {len(patterns)} entries, more than a network has modules")
+    for name, value in {**patterns, **alphas}.items():
+        check_alpha(value, f"{source}: the alpha of {shown(name)}")
+    for pattern in patterns:
+        if not _NAME.fullmatch(pattern):
+            raise ValueError(f"{source}: alpha_pattern has {shown(pattern)}, which is not the name of a module")
+    if not isinstance(config.get("use_rslora", False), (bool, NoneType)):
+        raise ValueError(f"{source}: use_rslora={shown(config['use_rslora'])} is not true or false")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and re.match("pissa|olora|corda|loftq|lora_ga", init.lower()):
         raise ValueError(f"{source}: init_lora_weights={init!r} changed its base too; save a plain LoRA with PEFT")
     return config
 
 
+def check_alpha(value: Any, what: str) -> None:
+    """Raise ValueError unless an alpha is a finite number of at most 2^20, beyond every LoRA; what: what it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST_ALPHA:
+        raise ValueError(f"{what} is {shown(value)}, not a number of at most {MOST_ALPHA}")
+
+
 def alpha_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return PEFT's alpha of a module: that of the first pattern that fits the end of its name, else the common one.
+    """Return PEFT's alpha of a module: that of the first name that is its own or ends it, else the common one.
+
+    PEFT reads the names as regexes and writes them as such, with "^" in front of a whole name and "\\." for a dot. Here
+    they are names and nothing else, so that no file can hang its reader.
 
     With use_rslora it is alpha * sqrt(rank), so that alpha / rank becomes PEFT's alpha / sqrt(rank).
     """
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        name = _ESCAPED.sub(r"\1", pattern.removesuffix("$"))
+        if module == name.removeprefix("^") or module.endswith(f".{name}"):
             alpha = value
             break
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha

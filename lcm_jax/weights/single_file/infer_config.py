@@ -13,18 +13,28 @@ from itertools import pairwise
 from typing import Any
 
 from lcm_jax.nets import UNetConfig
+from lcm_jax.runtime.messages import shown
 from mmdit import MMDiTConfig
 from mmdit.text import CLIPTextConfig, T5Config
 from vae16 import AutoencoderConfig
 
+_MOST_LAYERS = 1024  # as in `abstract_params`
 Shapes = Mapping[str, tuple[int, ...]]
 _CROSS, _PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
 
 
 def _count(keys: Iterable[str], pattern: str) -> int:
-    """Return one more than the largest number that `pattern` captures in a key; 0 if it matches none."""
-    matches = (re.match(pattern, key) for key in keys)
-    return max((int(match[1]) for match in matches if match), default=-1) + 1
+    """Return one more than the largest number that `pattern` captures in a key; 0 if it matches none.
+
+    Raises ValueError for a number that no network's layers reach.
+    """
+    numbers = {match[1]: key for key in keys if (match := re.match(pattern, key))}
+    for number, key in numbers.items():
+        if len(number) > 4 or int(number) >= _MOST_LAYERS:
+            raise ValueError(
+                f"the layer in the key {shown(key)} is numbered beyond {_MOST_LAYERS}; the file is damaged"
+            )
+    return max(map(int, numbers), default=-1) + 1
 
 
 def _same(values: list[Any]) -> Any:

@@ -1,12 +1,14 @@
 """Single files: models as Stability, CompVis and ComfyUI write them, recognised by their keys; read and written.
 
-One .safetensors file holds all networks, each under a prefix. Configs, tokenizers and the noise schedule are not in it:
-configs are inferred from the shapes (`infer_config`) or given, and the schedule is that of the model's family.
+One .safetensors file holds all networks, each under a prefix. Configs, tokenizers and the noise schedule have no place
+there: they are in the header of the files that this library writes (`header`). For other files the configs are inferred
+from the shapes (`infer_config`) or given, and the schedule is that of the model's family, with what the file declares.
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcm_jax.runtime.messages import few
-from lcm_jax.weights.component import Lazy, Part, cast, check_part, names_of
+from lcm_jax.runtime.messages import few, shown
+from lcm_jax.weights.component import Lazy, Part, cast, check_part, names_of, parse_config
+from lcm_jax.weights.registry import TOWER
 from lcm_jax.weights.safetensors_files import read_metadata, read_safetensors, save_tensors
+from lcm_jax.weights.scheduler_config import prediction_of
+from lcm_jax.weights.single_file import moving_average
+from lcm_jax.weights.single_file.header import Header, read_header
 from lcm_jax.weights.single_file.infer_config import clip_config, mmdit_config, t5_config, unet_config, vae_config
 from lcm_jax.weights.single_file.layouts import (
     Layout,
@@ -59,6 +65,14 @@ FAMILY_COMPONENTS: Mapping[str, Mapping[str, ComponentSpec]] = {
         "text_encoder_3": ComponentSpec("text_encoders.t5xxl.transformer.", "T5EncoderModel"),
     },
 }
+_CLIP_L = tuple(  # prefixes of text encoders in transformers' naming
+    {
+        spec.prefix: None
+        for specs in FAMILY_COMPONENTS.values()
+        for spec in specs.values()
+        if spec.kind in (_CLIP, _PROJECTED) and not spec.open_clip
+    }
+)
 # Keys left behind by training, and buffers that this library computes: dropped, and listed in `Single.dropped`.
 _LEFTOVERS = re.compile(
     r"^model_ema\.|^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_\w+|posterior_\w+|logvar|scale_factor"
@@ -66,16 +80,23 @@ _LEFTOVERS = re.compile(
     r"|\.position_ids$|\.attn_mask$|^model_sampling\.sigmas$"
 )
 _SD2_LAST = r"^transformer\.resblocks\.{}\.|^text_projection$"
+_PROJECTION = r"^text_projection(\.weight)?$"  # SD1 and SDXL read CLIP-L's tokens alone
+# Tensors without values: the output of the network is v, and the last timestep is pure noise (A1111, ComfyUI, kohya).
+V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
+PREDICTION_KEY = "modelspec.prediction_type"
+_PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}  # in modelspec -> in diffusers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Single:
     """The networks of a single file."""
 
-    family: str  # a key of PLACES
+    family: str  # a key of FAMILY_COMPONENTS
     parts: Mapping[str, Part]  # component -> network
     dropped: tuple[str, ...]  # the file's keys that are not used
-    prediction: str  # "epsilon", "v_prediction" or "flow"
+    declared: Mapping[str, Any]  # keys of a scheduler config that the file itself declares by its marks
+    guessed: str | None  # the prediction type that SD2's weights show, where the file declares none
+    header: Header | None  # its description, if this library wrote it
 
 
 def layout_of(kind: str, config: Any, *, open_clip: bool = False) -> Layout:
@@ -127,7 +148,27 @@ def family_of(keys: Any, *, source: str) -> str:
     )
 
 
-def _bare(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+def _canonical(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors under the keys that their family's published files have.
+
+    A moving average that stands alone takes its network's place; SD-Turbo names its text encoder as SDXL does, and
+    NovelAI and transformers 5 leave out CLIP's `text_model.`.
+    """
+    tensors = _bare(moving_average.as_network(tensors))
+    renames = {}
+    turbo, label = "conditioner.embedders.0.model.", "model.diffusion_model.label_emb.0.0.weight"
+    if label not in tensors:
+        renames[turbo] = "cond_stage_model.model."
+    for prefix in _CLIP_L:
+        renames |= {prefix + start: f"{prefix}text_model.{start}" for start in TOWER}
+    starts = re.compile("|".join(map(re.escape, renames)))
+    return {
+        key.replace(match[0], renames[match[0]], 1) if (match := starts.match(key)) else key: tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _bare(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the tensors; those of a single UNet, MMDiT or autoencoder under the prefix that it has in full models."""
     for key, prefix in (
         ("input_blocks.0.0.weight", "model.diffusion_model."),
@@ -135,7 +176,7 @@ def _bare(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarra
         ("decoder.conv_in.weight", "first_stage_model."),
     ):
         if key in tensors:
-            return {prefix + name: tensor for name, tensor in tensors.items()}
+            return {name if _LEFTOVERS.search(name) else prefix + name: tensor for name, tensor in tensors.items()}
     return dict(tensors)
 
 
@@ -143,11 +184,26 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
     """Return the networks of a single file.
 
     configs: component -> (class, config) for the components whose configs are known; the others are inferred from the
-    shapes. Raises FileNotFoundError, and ValueError if the file is of no known family, has keys that belong to no
-    network, or does not fit a config.
+    shapes. None takes them from the header, if this library wrote the file. Raises FileNotFoundError, and ValueError if
+    the file is of no known family, has keys that belong to no network, or does not fit a config. A warning where the
+    file has only the moving average of its network, which is then the network.
     """
-    source, configs = str(path), configs or {}
-    metadata, tensors = read_metadata(path), _bare(read_safetensors(path), str(path))
+    source, metadata, raw = str(path), read_metadata(path), read_safetensors(path)
+    try:
+        header = read_header(metadata, source=source)
+    except ValueError as error:
+        if configs is None:
+            raise
+        header = None
+        warnings.warn(f"{error}: it is passed over", stacklevel=3)
+    if configs is None and header is not None:
+        configs = {
+            name: parse_config(values, source=f"{source}: {name} in its header")
+            for name, values in header.configs.items()
+        }
+    configs, tensors = configs or {}, _canonical(raw)
+    if moving_average.is_alone(raw):
+        warnings.warn(f"{source}: holds only the moving average of its network (model_ema.*): it is used", stacklevel=2)
     if "edm_mean" in tensors:
         raise ValueError(
             f"{source}: edm_mean: models with their own latent statistics (Playground 2.5) are not supported"
@@ -164,11 +220,15 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
     used: set[str] = set()
     dropped: list[str] = []
     for component, spec in FAMILY_COMPONENTS[family].items():
-        network = {k.removeprefix(spec.prefix): t for k, t in tensors.items() if k.startswith(spec.prefix)}
+        network = {
+            key.removeprefix(spec.prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(spec.prefix) and not _LEFTOVERS.search(key)
+        }
         if not network:
             continue
         used |= {spec.prefix + key for key in network}
-        kind, config = configs.get(component) or (spec.kind, _infer_config(spec, network, family, source))
+        kind, config = configs.get(component) or (spec.kind, _inferred(spec, network, family, source))
         parts[component], unused = _read_part(spec._replace(kind=kind), config, network, family, source)
         dropped += [spec.prefix + key for key in unused]
     rest = sorted(tensors.keys() - used)
@@ -178,9 +238,21 @@ def read_single(path: str | Path, *, configs: Mapping[str, tuple[str, Any]] | No
     return Single(
         family=family,
         parts=parts,
-        dropped=tuple(sorted(dropped + rest)),
-        prediction=_prediction(family, tensors, metadata),
+        dropped=tuple(sorted({*dropped, *rest} - {V_PREDICTION, ZERO_TERMINAL_SNR})),
+        declared=_declared(tensors, metadata, source=source),
+        guessed=_guessed(tensors) if family == "sd2" else None,
+        header=header,
     )
+
+
+def _inferred(spec: ComponentSpec, tensors: Mapping[str, np.ndarray], family: str, source: str) -> Any:
+    """Return the config that the shapes tell; ValueError that names the file if a layer or axis is not there."""
+    try:
+        return _infer_config(spec, tensors, family, source)
+    except (LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{source}: incomplete, its config cannot be inferred ({shown(error)})") from error
+    except ValueError as error:
+        raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
 
 
 def _infer_config(spec: ComponentSpec, tensors: Mapping[str, np.ndarray], family: str, source: str) -> Any:
@@ -218,38 +290,65 @@ def _read_part(
         original = {key: tensor for key, tensor in original.items() if key != "encoder.embed_tokens.weight"} | (
             {} if "shared.weight" in original else {"shared.weight": original["encoder.embed_tokens.weight"]}
         )
-    dropped = _LEFTOVERS.pattern
+    dropped = r"^$"
     if family == "sd2" and spec.open_clip:
-        dropped += "|" + _SD2_LAST.format(config.num_hidden_layers)
+        dropped = _SD2_LAST.format(config.num_hidden_layers)
+    elif spec.kind == _CLIP and not spec.open_clip:
+        dropped = _PROJECTION
     layout = layout_of(spec.kind, config, open_clip=spec.open_clip)
     tensors = from_original(original, shapes, layout, source=source, dropped=dropped)
     unused = sorted(original.keys() - {layout(name).key for name in shapes})
     return Part(spec.kind, config, tensors, source), unused
 
 
-def _prediction(family: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """Return "epsilon", "v_prediction" or "flow", from the header, from marker keys, or for SD2 from its weights."""
-    if family == "sd3":
-        return "flow"
-    declared = metadata.get("modelspec.prediction_type")
-    if declared is not None:
-        return {"epsilon": "epsilon", "v": "v_prediction"}.get(declared, declared)
-    if "v_pred" in tensors:
-        return "v_prediction"
-    # SD2 was released with both outputs. Training for v made this bias spread wider; other loaders test it too.
+def _declared(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], *, source: str) -> dict[str, Any]:
+    """Return the keys of a scheduler config that a file declares by its marker tensors and in its header.
+
+    A warning where the two contradict each other: the markers, which programs act on, win.
+    """
+    declared: dict[str, Any] = {}
+    spec = metadata.get(PREDICTION_KEY)
+    if spec is not None:
+        declared["prediction_type"] = _PREDICTIONS.get(spec, spec)
+    if V_PREDICTION in tensors:
+        if declared.get("prediction_type", "v_prediction") != "v_prediction":
+            warnings.warn(
+                f"{source}: its key {V_PREDICTION} says v_prediction, {PREDICTION_KEY} in its header {spec!r:.40}: the "
+                "key is followed; load with scheduler={'prediction_type': ...} for the other",
+                stacklevel=3,
+            )
+        declared["prediction_type"] = "v_prediction"
+    if ZERO_TERMINAL_SNR in tensors:
+        declared["rescale_betas_zero_snr"] = True
+    return declared
+
+
+def _guessed(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return the prediction type that SD2's weights show: training for v made this bias spread wider.
+
+    SD2 was released with both outputs and without a mark; other loaders test the same bias.
+    """
     bias = tensors.get("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
-    is_v = family == "sd2" and bias is not None and float(np.std(np.asarray(bias, np.float32))) > 0.09
+    is_v = bias is not None and float(np.std(np.asarray(bias, np.float32))) > 0.09
     return "v_prediction" if is_v else "epsilon"
 
 
-def write_single(path: str | Path, parts: Mapping[str, Part], *, prediction: str, dtype: Any = None) -> dict[str, str]:
+def write_single(
+    path: str | Path,
+    parts: Mapping[str, Part],
+    *,
+    scheduler: Mapping[str, Any],
+    header: Header | None = None,
+    dtype: Any = None,
+) -> dict[str, str]:
     """Write the networks as one file in their family's original naming; return component -> prefix.
 
-    parts: component -> network. prediction: "epsilon", "v_prediction" or "flow", for the file's header. dtype: that of
-    the floating tensors in the file; None keeps each tensor's. Raises ValueError for a network that does not fit its
-    config and for a component that the family's files do not hold.
+    parts: component -> network. scheduler: the scheduler config, of which other programs read the prediction type and
+    zero terminal SNR, as marker keys and in the header. header: the description by which this library loads the file
+    again. dtype: that of the floating tensors in the file; None keeps each tensor's. Raises ValueError for a network
+    that does not fit its config and for a component that the family's files do not hold.
     """
-    family = _family_to_write(parts)
+    family = family_to_write(parts)
     specs = FAMILY_COMPONENTS[family]
     unsupported = sorted(parts.keys() - specs.keys())
     if unsupported:
@@ -261,12 +360,22 @@ def write_single(path: str | Path, parts: Mapping[str, Part], *, prediction: str
         tensors = {name: part.tensors[name] for name in names_of(part.kind, part.config)}
         original = to_original(cast(tensors, dtype), layout_of(part.kind, part.config, open_clip=spec.open_clip))
         makers |= {spec.prefix + key: partial(original.__getitem__, key) for key in original}
-    declared = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction)
-    save_tensors(path, Lazy(makers), {} if declared is None else {"modelspec.prediction_type": declared})
+    prediction = prediction_of(scheduler)
+    marker = partial(np.zeros, 0, np.float32)
+    if prediction == "v_prediction":
+        makers[V_PREDICTION] = marker
+    if scheduler.get("rescale_betas_zero_snr"):
+        makers[ZERO_TERMINAL_SNR] = marker
+    metadata = {} if header is None else header.to_metadata()
+    spelt = {name: spelling for spelling, name in _PREDICTIONS.items()}
+    if prediction in spelt:
+        metadata[PREDICTION_KEY] = spelt[prediction]
+    save_tensors(path, Lazy(makers), metadata)
     return {component: specs[component].prefix for component in parts}
 
 
-def _family_to_write(parts: Mapping[str, Part]) -> str:
+def family_to_write(parts: Mapping[str, Part]) -> str:
+    """Return the family of single files, a key of `FAMILY_COMPONENTS`, that these networks are written as."""
     if "transformer" in parts:
         return "sd3"
     if "text_encoder_2" in parts:

@@ -48,6 +48,15 @@ def test_there_and_back_is_bit_identical(tiny_model: Path, tmp_path: Path, way: 
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_command_line_overrides_the_scheduler(tiny_model: Path, tmp_path: Path) -> None:
+    changes = ["prediction_type=v_prediction", "rescale_betas_zero_snr=true", "beta_end=0.013"]
+    assert main(["convert", str(tiny_model), str(tmp_path / "x"), "--to", "diffusers", "--scheduler", *changes]) == 0
+    scheduler = read_json(tmp_path / "x" / "scheduler" / "scheduler_config.json")
+    want = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_end": 0.013}
+    assert scheduler == read_json(tiny_model / "scheduler" / "scheduler_config.json") | want
+    assert load(tmp_path / "x").model.kind == "v_prediction"
+
+
 def test_a_single_file_has_the_original_names(tiny_model: Path, tmp_path: Path) -> None:
     convert(tiny_model, tmp_path / "model.safetensors", "single", dtype=np.float16)
     tensors = read_safetensors(tmp_path / "model.safetensors")
@@ -115,6 +124,11 @@ def load_of(path: Path, like: object) -> dict:
         (["{model}", "{out}/x.safetensors", "--to", "lora-peft"], "--base"),
         (["{ckpt}", "{out}/x", "--to", "diffusers"], "pickle"),
         (["{other}", "{out}/x", "--to", "diffusers"], "first keys"),
+        (["{model}", "{out}/x", "--to", "diffusers", "--scheduler", "shift"], "give KEY=VALUE"),
+        (["{model}", "{out}/x", "--to", "orbax", "--scheduler", "Shift=1"], "did you mean shift?"),
+        (["{model}", "{out}/x", "--to", "orbax", "--scheduler", "thresholding=true"], "thresholding=True is not"),
+        (["{model}", "{out}/x.safetensors", "--to", "lora-peft", "--scheduler", "shift=1"], "writes a LoRA"),
+        (["openmoji-lcm-lora", "{out}/x", "--to", "diffusers"], "a LoRA, not a model"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

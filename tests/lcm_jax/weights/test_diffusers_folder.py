@@ -245,7 +245,12 @@ def test_folders_that_are_refused(copy: Any, kind: str, changes: dict[str, Any],
 
 
 def test_a_component_without_its_folder_is_named(copy: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"names controlnet, but .*controlnet has no config.json"):
+    with pytest.raises(FileNotFoundError, match=r"names image_encoder, but .*image_encoder has no config.json"):
+        read(copy("sd", image_encoder=["transformers", "CLIPVisionModelWithProjection"]))
+
+
+def test_a_component_that_is_not_known_is_named(copy: Any) -> None:
+    with pytest.raises(ValueError, match=r"names the component 'controlnet', which is not supported"):
         read(copy("sd", controlnet=["diffusers", "ControlNetModel"]))
 
 
@@ -311,7 +316,6 @@ def test_published_scheduler_configs_are_read_without_a_word(name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("clip_sample", True),
         ("thresholding", True),
         ("interpolation_type", "log_linear"),
         ("timestep_type", "continuous"),
@@ -331,6 +335,31 @@ def test_scheduler_values_with_another_result_are_refused(key: str, value: Any) 
     with pytest.raises(ValueError, match=rf"^a/scheduler_config.json: {key}[ =]{re.escape(repr(value))}") as caught:
         read_scheduler(LATENT | {key: value}, source="a/scheduler_config.json")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("DDIMScheduler", "clip_sample", True),
+        ("EulerDiscreteScheduler", "clip_sample", True),
+        ("EulerDiscreteScheduler", "thresholding", True),
+        ("DDIMScheduler", "algorithm_type", "sde-dpmsolver++"),
+        ("LCMScheduler", "solver_order", 3),
+        ("DDIMScheduler", "use_flow_sigmas", True),
+        ("EulerDiscreteScheduler", "use_dynamic_shifting", True),
+    ],
+)
+def test_keys_that_the_class_does_not_read_are_passed_over_with_a_warning(name: str, key: str, value: Any) -> None:
+    config = LATENT | {"_class_name": name, key: value}
+    with pytest.warns(UserWarning, match=rf"^a/scheduler_config.json: {key}.* passed over"):
+        schedule, kind = read_scheduler(config, source="a/scheduler_config.json")
+    assert (schedule, kind) == (DDPM(**LATENT), "epsilon")
+
+
+def test_a_flow_does_not_read_betas() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "trained_betas": [0.1]}
+    with pytest.warns(UserWarning, match="trained_betas is passed over"):
+        assert read_scheduler(config) == (RectifiedFlow(shift=3.0), "flow")
 
 
 FLOWS = [

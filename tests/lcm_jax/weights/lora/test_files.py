@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from lcm_jax import lora
 from lcm_jax.nets import RULES_UNET, UNetConfig
-from lcm_jax.weights.lora.files import load_lora, lora_components, save_lora
+from lcm_jax.weights.lora.files import is_lora, load_lora, lora_components, save_lora
 from lcm_jax.weights.single_file.layouts import unet_layout
 
 RNG = np.random.default_rng(0)
@@ -187,13 +187,50 @@ def test_the_adapter_config_of_peft_gives_alpha(tmp_path, params, rslora):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     alpha = load_lora(tmp_path, params, RULES_UNET)[TO_Q]["alpha"]
     np.testing.assert_allclose(alpha, np.array([8, 5]) * (2**0.5 if rslora else 1), rtol=1e-6)
-    for wrong in ({"lora_alpha": "8"}, {"lora_alpha": 10**400}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}):
+    for wrong, message in (
+        ({"lora_alpha": "8"}, "the alpha of 'lora_alpha' is '8', not a number of at most"),
+        ({"lora_alpha": None}, "the alpha of 'lora_alpha' is None"),
+        ({"lora_alpha": 10**400}, "the alpha of 'lora_alpha' is 1000"),
+        ({"lora_alpha": 1e308}, r"the alpha of 'lora_alpha' is 1e\+308"),
+        ({"alpha_pattern": {"to_q": float("nan")}}, "the alpha of 'to_q' is nan"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\], not an object"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern has '\(', which is not the name of a module"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, ".*which is not the name of a module"),  # it would take years to match
+        ({"alpha_pattern": dict.fromkeys(map(str, range(20_000)), 1)}, "alpha_pattern has 20000 entries"),
+        ({"use_rslora": "yes"}, "use_rslora='yes' is not true or false"),
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | wrong))
-        with pytest.raises(ValueError, match=r"adapter_config\.json: lora_alpha and alpha_pattern must be numbers"):
+        with pytest.raises(ValueError, match=rf"adapter_config\.json: {message}"):
             load_lora(tmp_path, params)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
     with pytest.raises(ValueError, match=r"init_lora_weights='pissa_niter_4' changed its base too"):
         load_lora(tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^down_blocks\.0\.attentions\.0\.transformer_blocks\.1\.attn1\.to_q",
+        "transformer_blocks.1.attn1.to_q$",
+        "down_blocks.0.attentions.0.transformer_blocks.1.attn1.to_q",
+    ],
+)
+def test_names_as_peft_writes_them_for_a_regex_are_names(tmp_path, params, pattern):
+    tensors = one("to_q", "base_model.model.") | one("to_q", "base_model.model.", layer=1)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    for name, alpha in ((pattern, 5), (pattern.replace("to_q", "o_q"), 8), (f"x{pattern.removeprefix('^')}", 8)):
+        config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {name: 5}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        np.testing.assert_array_equal(load_lora(tmp_path, params, RULES_UNET)[TO_Q]["alpha"], [8, alpha])
+
+
+def test_an_alpha_of_a_kohya_file_has_bounds(tmp_path, params):
+    tensors = {f"lora_unet_{'down_blocks_0_attentions_0_proj_in'}.alpha": np.float32(1e30)}
+    tensors |= {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": np.ones((2, 4, 1, 1), np.float32)}
+    tensors |= {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": np.ones((4, 2, 1, 1), np.float32)}
+    save_file({name: np.asarray(tensor) for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"alpha is 1\.0000000150474662e\+30, not a number of at most 1048576"):
+        load_lora(tmp_path / "x.safetensors", params)
 
 
 def test_only_the_component_asked_for_is_taken(tmp_path, params):
@@ -333,3 +370,72 @@ def test_what_is_extracted_can_be_saved(tmp_path, params, adapters):
         save_lora(tmp_path / "x.safetensors", found.adapters, format=format)
         assert_same(load_lora(tmp_path / "x.safetensors", params), found.adapters)
     assert_same_change(found.adapters, adapters)
+
+
+KOHYA = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def kohya(prefix, **more):
+    """A module as LyCORIS and kohya's scripts name it, with other tensors of it."""
+    stem = prefix + KOHYA
+    return {f"{stem}.lora_down.weight": array(2, 6), f"{stem}.lora_up.weight": array(5, 2)} | {
+        f"{stem}.{name}": np.asarray(value, np.float32) for name, value in more.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component"),
+    [
+        ("text_encoders.clip_l.transformer.", "text_encoder"),
+        ("text_encoders.clip_h.transformer.", "text_encoder"),
+        ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+        ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
+    ],
+)
+def test_comfyui_names_of_text_encoders_are_read(tmp_path, params, prefix, component):
+    tensors = one(prefix=prefix, down="lora_down", up="lora_up")
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert lora_components(tmp_path / "x.safetensors") == (component,)
+    found = load_lora(tmp_path / "x.safetensors", params, component=component)[TO_Q]
+    np.testing.assert_array_equal(found["down"][0].T, next(iter(tensors.values())))
+
+
+@pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_"])
+def test_lycoris_plain_lora_is_read(tmp_path, params, prefix):
+    tensors = kohya(prefix, alpha=1.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert is_lora(tmp_path / "x.safetensors")
+    found = load_lora(tmp_path / "x.safetensors", params)[TO_Q]
+    np.testing.assert_array_equal(found["up"][0].T, tensors[f"{prefix}{KOHYA}.lora_up.weight"])
+    assert found["alpha"][0] == 1.0
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_learned_scalar_scales_the_difference(tmp_path, params, shape):
+    """LyCORIS' use_scalar: W' = W + scalar * alpha / rank * up @ down."""
+    tensors = kohya("lora_unet_", alpha=1.0, scalar=-0.5)
+    key = f"lora_unet_{KOHYA}.scalar"
+    tensors[key] = np.reshape(tensors[key], shape)
+    save_file(tensors, tmp_path / "x.safetensors")
+    down, up = (tensors[f"lora_unet_{KOHYA}.lora_{half}.weight"] for half in ("down", "up"))
+    found = load_lora(tmp_path / "x.safetensors", params)[TO_Q]
+    np.testing.assert_allclose(lora.delta(found)[0].T, -0.5 * 1.0 / 2 * up @ down, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.float32("nan"), "NaN"), (np.zeros(3, np.float32), "shape")])
+def test_a_scalar_that_is_none_is_refused(tmp_path, params, value, said):
+    save_file(kohya("lora_unet_") | {f"lora_unet_{KOHYA}.scalar": np.asarray(value)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=said):
+        load_lora(tmp_path / "x.safetensors", params)
+
+
+def test_embeddings_in_a_lora_are_named_and_left_out(tmp_path, params):
+    """A1111's bundles: the rest is the LoRA that it would be alone."""
+    plain = kohya("lora_unet_", alpha=1.0)
+    words = {f"bundle_emb.my cat.{name}": array(2, 16) for name in ("string_to_param.*", "clip_l")}
+    save_file(plain | words | {"bundle_emb.dog.clip_g": array(2, 20)}, tmp_path / "x.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    with pytest.warns(UserWarning, match=r"x.safetensors: holds 2 embeddings \(dog, my cat\).* left out"):
+        found = load_lora(tmp_path / "x.safetensors", params)
+    assert_same(found, load_lora(tmp_path / "plain.safetensors", params))
+    assert lora_components(tmp_path / "x.safetensors") == ("unet",)
