@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,18 +15,18 @@ import av
 import numpy as np
 from av.error import FFmpegError
 from jaxtyping import UInt8
-from PIL import Image as PILImage
-from tqdm import tqdm
 
 from lcm_jax.inference.pipeline import Pipeline
-from lcm_jax.runtime.atomic_files import written_aside
-from lcm_jax.runtime.image_io import SUFFIXES, check_picture, read_picture
+from lcm_jax.runtime.image_io import SUFFIXES, check_picture, read_picture, write_picture
+from lcm_jax.runtime.progress import progress
+from lcm_jax.stream.colours import Converter
 from lcm_jax.stream.queues import BackgroundWriter, Latest, prefetch
 from lcm_jax.stream.stream import Stream
-from lcm_jax.stream.video import Video, Writer, restyle, working_size
+from lcm_jax.stream.video import Video, restyle, working_size
+from lcm_jax.stream.video_reader import decoded
+from lcm_jax.stream.video_writer import CONTAINERS, Writer, check_writable
 
 Frame = UInt8[np.ndarray, "h w 3"]
-VIDEOS = (".mp4", ".mkv", ".mov", ".m4v", ".webm", ".avi", ".nut")
 LIVE = {  # for each platform: the default device, and the FFmpeg format that reads it
     "camera": {"linux": ("/dev/video0", "v4l2"), "darwin": ("0", "avfoundation"), "win32": ("video=0", "dshow")},
     "screen": {"linux": (":0.0", "x11grab"), "darwin": ("1", "avfoundation"), "win32": ("desktop", "gdigrab")},
@@ -57,12 +58,14 @@ def run_stream(
     Raise ValueError if source, target and prompts do not fit together or the source cannot be read,
     FileNotFoundError if it does not exist.
     """
-    if target.suffix.lower() not in ("", *VIDEOS):
+    if target.suffix.lower() not in ("", *CONTAINERS):
         raise ValueError(f"--out {target}: name a folder, or a video such as {target.stem}.mp4")
+    if rate <= 0:
+        raise ValueError(f"--rate {rate:g}: it must be more than 0 frames a second")
     kind, _, device = source.partition(":")
     if kind in LIVE:
         frames: Iterable[Frame] = _live(kind, device, seconds, rate)
-        return _redraw(_stream(pipe, prompts, size, controls, sampler), frames, [], target, rate)
+        return _redraw(_stream(pipe, prompts, size, controls, sampler), frames, [], target, rate, live=True)
     if kind == "noise":
         stream = _stream(pipe, prompts, size, controls | {"fresh": len(prompts) == 1}, sampler, image=False)
         return _travel(stream, prompts, count, target, rate)
@@ -79,9 +82,8 @@ def run_stream(
     start = time.perf_counter()
     number = restyle(stream, video, target)
     elapsed = time.perf_counter() - start
-    saved = "" if stream.filter is None else f", {100 * stream.filter.saved:.0f} % of them skipped as still"
-    rates = f"{number / elapsed:.1f} a second{saved}"
-    return f"{target}: {number} frames of {size[0]}x{size[1]} in {elapsed:.0f} s ({rates})"
+    saved = "" if stream.filter is None else f"; {100 * stream.filter.saved:.0f} % of them skipped as still"
+    return f"{target}: {number} frames of {size[0]}x{size[1]} in {elapsed:.0f} s, with compiling{saved}"
 
 
 def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def _listed(folder: Path, target: Path) -> list[Path]:
     if target.resolve() == folder.resolve():
         raise ValueError(f"--out {target}: holds the pictures to be redrawn; name another folder")
     by_stem: dict[str, Path] = {}
-    for file in files:
+    for file in progress(files, "reading", "picture"):
         check_picture(file)
         first = by_stem.setdefault(file.stem, file)
         if first is not file and target.suffix == "":
@@ -140,7 +142,7 @@ def _listed(folder: Path, target: Path) -> list[Path]:
 
 
 def _live(kind: str, device: str, seconds: float | None, rate: float) -> Iterator[Frame]:
-    """Yield frames of a camera or a screen, always the newest one."""
+    """Open a camera or a screen, and return an iterator over its frames, which always gives the newest one."""
     default_device, input_format = LIVE[kind].get(sys.platform, ("", ""))
     device = device or default_device
     try:
@@ -149,41 +151,57 @@ def _live(kind: str, device: str, seconds: float | None, rate: float) -> Iterato
         raise ValueError(
             f"{kind} {device!r} cannot be opened as {input_format} ({error}); name another device as {kind}:DEVICE"
         ) from None
+    return _newest(container, seconds)
+
+
+def _newest(container: Any, seconds: float | None) -> Iterator[Frame]:
     newest: Latest[Frame] = Latest(1)
     end = None if seconds is None else time.monotonic() + seconds
+    convert = Converter().to_rgb
 
     def read() -> Iterator[None]:
         with container:
-            for frame in container.decode(video=0):
-                newest.put(frame.to_ndarray(format="rgb24"))
+            for frame in decoded(container, container.streams.video[0], lambda: None):
+                newest.put(convert(frame))
                 if end is not None and time.monotonic() > end:
                     return
                 yield
 
-    frames_ahead = prefetch(read(), 1)
-    try:
-        for _ in frames_ahead:
-            yield newest.get(10.0)
-    except KeyboardInterrupt:
-        return
+    for _ in prefetch(read(), 1):
+        yield newest.get(10.0)
 
 
-def _redraw(stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> str:
+def _redraw(
+    stream: Stream, frames: Iterable[Frame], names: Sequence[str], target: Path, rate: float, *, live: bool = False
+) -> str:
     """Redraw frames that do not come from a video file."""
-    number = _write(
-        stream.map(iter(tqdm(prefetch(frames), unit="frame", total=len(names) or None))), names, target, rate
-    )
-    return f"{target}: {number} pictures"
+    _prepare(stream, target, rate)
+    shown = iter(progress(prefetch(frames), "drawing", "frame", total=len(names) or None, leave=True))
+    return f"{target}: {_write(stream.map(shown), stream, names, target, rate, live=live)} pictures"
+
+
+def _prepare(stream: Stream, target: Path, rate: float) -> None:
+    """Try the target and compile the programs, so that the first frame neither fails nor waits."""
+    if target.suffix == "":
+        target.mkdir(parents=True, exist_ok=True)
+    else:
+        check_writable(target, stream.size, _fraction(rate))
+    stream.rehearse(progress=True)
+
+
+def _fraction(rate: float) -> Fraction:
+    return max(Fraction(rate).limit_denominator(1001), Fraction(1, 1001))
 
 
 def _travel(stream: Stream, prompts: Sequence[str], count: int, target: Path, rate: float) -> str:
     """Draw pictures from noise, from one prompt to the next."""
     if count < 1:
         raise ValueError(f"--count {count}: it must be at least 1")
+    _prepare(stream, target, rate)
     spans = max(len(prompts) - 1, 1)
 
     def pictures() -> Iterator[Frame]:
-        for i in tqdm(range(count), unit="picture"):
+        for i in progress(range(count), "drawing", "picture", leave=True):
             position = i / max(count - 1, 1) * spans
             span = min(int(position), spans - 1)
             if len(prompts) > 1:
@@ -192,36 +210,62 @@ def _travel(stream: Stream, prompts: Sequence[str], count: int, target: Path, ra
                 stream.set(prompt=[(text, weight) for text, weight in pairs if weight > 0.0])
             yield stream()
 
-    return f"{target}: {_write(pictures(), [], target, rate)} pictures"
+    return f"{target}: {_write(pictures(), stream, [], target, rate)} pictures"
 
 
-def _write(pictures: Iterable[Frame], names: Sequence[str], target: Path, rate: float) -> int:
-    """Write pictures into a folder, or into a video that is renamed when it is complete; return their number."""
+def _write(
+    pictures: Iterable[Frame], stream: Stream, names: Sequence[str], target: Path, rate: float, *, live: bool = False
+) -> int:
+    """Write pictures into a folder, or into a video that is renamed when it is complete; return their number.
+
+    live: an interrupt (Ctrl-C) is the end of the source. Any other failure leaves a video of the pictures until then.
+    """
     number = 0
+    ends = KeyboardInterrupt if live else ()
     if target.suffix == "":
-        target.mkdir(parents=True, exist_ok=True)
-        for number, picture in enumerate(pictures, 1):
-            name = names[number - 1] if names else f"{number:06d}"
-            with written_aside(target / f"{name}.png") as (temporary,):
-                PILImage.fromarray(picture).save(temporary, "PNG")
+        try:
+            for number, picture in enumerate(pictures, 1):
+                name = names[number - 1] if names else f"{number:06d}"
+                write_picture(target / f"{name}.png", picture)
+        except ends:
+            pass
         return number
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.stem}.tmp{target.suffix}")
-    writer: Writer | None = None
-    speed = Fraction(rate).limit_denominator(1001)
+    unfinished, partial = (
+        target.with_name(f"{target.stem}.{word}{target.suffix}") for word in ("unfinished", "partial")
+    )
+    speed = _fraction(rate)
+    writer = Writer(unfinished, stream.size, speed, 1 / speed)
 
     def write(picture: Frame) -> None:
-        nonlocal number, writer
-        if writer is None:
-            writer = Writer(unfinished, picture.shape[:2], speed, 1 / speed)
+        nonlocal number
         writer.put(number, picture)
         number += 1
 
-    with BackgroundWriter(write) as background:
-        for picture in pictures:
-            background.put(picture)
-    if writer is None:
-        raise ValueError(f"{target}: nothing was written, as the source gave no frame")
-    writer.close()
-    unfinished.replace(target)
+    try:
+        try:
+            with BackgroundWriter(write) as background:
+                for picture in pictures:
+                    background.put(picture)
+        except ends:
+            pass
+        if not number:
+            raise ValueError(f"{target}: nothing was written, as the source gave no frame")
+        writer.close()
+        unfinished.replace(target)
+    except BaseException:
+        _keep(writer, number, unfinished, partial)
+        raise
     return number
+
+
+def _keep(writer: Writer, number: int, unfinished: Path, partial: Path) -> None:
+    """After a failure, complete the video of the pictures until then, or remove what cannot be completed."""
+    try:
+        writer.close()
+        if number:
+            unfinished.replace(partial)
+            warnings.warn(f"{partial}: the {number} pictures that were drawn before the failure", stacklevel=2)
+    except Exception:  # such as a full disk: the failure itself is reported
+        pass
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -100,10 +100,7 @@ class Controls:
         object.__setattr__(self, "seed", _pairs("seed", self.seed, int))
         object.__setattr__(self, "lora", _pairs("lora", self.lora, str, empty=True))
         for text in (self.negative_prompt, *(text for text, _ in self.prompts)):
-            if len(text) > MOST_TEXT:
-                raise ValueError(f"a prompt has {len(text)} characters: at most {MOST_TEXT} are taken")
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError("a prompt contains half of a surrogate pair, which no tokenizer takes; remove it")
+            check_text(text)
         if self.t_index is not None:
             object.__setattr__(self, "t_index", _indices(self.t_index))
             object.__setattr__(self, "steps", len(self.t_index))
@@ -160,6 +157,17 @@ class Controls:
         return np.append(grid[list(index)], grid[-1]).astype(np.float32)
 
 
+def check_text(text: str) -> None:
+    """Raise ValueError for a prompt that is too long, or that no tokenizer takes.
+
+    >>> check_text("two lines,\\nand a family: \U0001f468\u200d\U0001f469\u200d\U0001f467")
+    """
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"a prompt has {len(text)} characters: at most {MOST_TEXT} are taken")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("a prompt contains half of a surrogate pair, which no tokenizer takes; remove it")
+
+
 def blended_noise(draw: Any, seeds: Sequence[tuple[int, float]]) -> Any:
     """Return sum w_i eps_i / |w|, unit noise from several seeds: for two of them it is on the arc between theirs.
 
@@ -207,11 +215,14 @@ def _pairs(name: str, value: Any, kind: type, *, empty: bool = False) -> tuple[t
 
 
 def _indices(value: Any) -> tuple[int, ...]:
-    try:
-        index = tuple(int(i) for i in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"t_index is {value!r:.80}: give whole numbers") from None
+    if not isinstance(value, Sequence | np.ndarray) or not all(_is_whole(i) for i in value):
+        raise ValueError(f"t_index is {value!r:.80}: give a list of whole numbers")
+    index = tuple(map(int, value))
     is_rising = all(a < b for a, b in pairwise(index))
     if not 1 <= len(index) <= MOST_STEPS or not is_rising or index[0] < 0 or index[-1] >= GRID:
-        raise ValueError(f"t_index is {list(index)}: give 1 to {MOST_STEPS} rising indices from 0 to {GRID - 1}")
+        raise ValueError(f"t_index is {list(index)!s:.80}: give 1 to {MOST_STEPS} rising indices from 0 to {GRID - 1}")
     return index
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

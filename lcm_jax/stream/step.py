@@ -341,3 +341,10 @@ def compiled(program: StreamProgram, method: str) -> Callable[..., tuple[tuple[S
 def compiled_probe(program: StreamProgram) -> Callable[..., Float[Array, "h w c"]]:
     """Return `program.probe`, compiled."""
     return jax.jit(program.probe, compiler_options=compiler_options(low_precision=program.low_precision))
+
+
+def release(program: StreamProgram) -> None:
+    """Free what was compiled for a program; it is compiled anew when it is used again."""
+    functions: tuple[Any, ...] = compiled(program, "step"), compiled(program, "sequential"), compiled_probe(program)
+    for function in functions:
+        function.clear_cache()

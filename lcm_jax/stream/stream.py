@@ -18,6 +18,7 @@ from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.lora import Adapters, merge_all
 from lcm_jax.models.image_inputs import latent_mask
 from lcm_jax.precision.context import is_low_precision
+from lcm_jax.runtime.progress import progress as progress_of
 from lcm_jax.stream.controls import Controls, blended_noise
 from lcm_jax.stream.prompt_cache import PromptCache
 from lcm_jax.stream.similarity import SimilarityFilter
@@ -208,12 +209,30 @@ class Stream:
     def rehearsals(self) -> list[Job]:
         """Return the jobs that `prepare` may return with these controls, on new states, to compile them beforehand."""
         methods = ["sequential", "step"] if self.controls.batch and self.program.steps > 1 else ["sequential"]
-        frame = jnp.zeros((self.frames, *self.size, 3), jnp.uint8)
+        frame = jnp.asarray(np.zeros((self.frames, *self.size, 3), np.uint8))  # from the host, as a real one
         states = [self.program.init(self._weights, self._settings, jax.random.key(0)) for _ in methods]
         return [
             Job(self.program, method, self._weights, self._settings, state, frame)
             for method, state in zip(methods, states, strict=True)
         ]
+
+    def rehearse(self, *, progress: bool = False) -> int:
+        """Compile every program that these controls may use, so that no frame waits for one, and return their number.
+
+        Each is run once on a state of its own; the frames in flight and all counts stay as they are. progress: show
+        the phase "compiling" on stderr.
+        """
+        jobs, probes = self.rehearsals(), int(self.controls.guidance == "onetime")
+        with progress_of(len(jobs) + probes, "compiling", "program", disable=not progress) as bar:
+            if probes:
+                first = jobs[0]
+                probe = compiled_probe(first.program)
+                jax.block_until_ready(probe(first.weights, first.settings, first.state, first.frame))
+                bar.update()
+            for job in jobs:
+                jax.block_until_ready(run([job]))
+                bar.update()
+        return len(jobs) + probes
 
     def map(self, frames: Iterable[Frame], *, ahead: int = 0) -> Iterator[Picture]:
         """Yield exactly one picture for each frame, in order, those in flight at the end included.

@@ -1,4 +1,4 @@
-"""Readers and writers of video files: a restyled video keeps frame times, audio and size, and a killed job resumes.
+"""Redrawing of video files: times, sound, size and colours stay what a player shows; a killed job resumes.
 
 A video is cut into independent segments: each begins with a cold stream, and is renamed when it is complete, so that a
 resumed job makes only the missing ones. At the end the segments' packets are joined with the unchanged audio packets.
@@ -9,110 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from fractions import Fraction
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.error import FFmpegError
 from jaxtyping import UInt8
 from PIL import Image as PILImage
-from tqdm import tqdm
 
-from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.atomic_files import write_json, written_aside
+from lcm_jax.runtime.progress import progress as progress_of
 from lcm_jax.stream.queues import BackgroundWriter, prefetch
-from lcm_jax.stream.stream import Stream
+from lcm_jax.stream.stream import Stream, fit
+from lcm_jax.stream.video_reader import Frames, Video
+from lcm_jax.stream.video_writer import ENCODERS, Output, Writer, warn
 from lcm_jax.weights.safetensors_files import read_json
+
+__all__ = ["Video", "Writer", "restyle", "working_size"]
 
 SEGMENT = 240  # frames
 RUN_IN = 8  # frames before a segment that a stream with feedback, motion or memory is given first
-CODEC = {"crf": "18", "preset": "veryfast", "bf": "0"}  # without B-frames, the packets of segments can be joined
+BYTES_AHEAD = 2**26  # of frames that wait to be drawn, and of pictures that wait to be written
+MOST_AHEAD = 8  # frames
 
-
-@dataclass(frozen=True, kw_only=True)
-class Video:
-    """The properties of a video file.
-
-    size: (height, width) in pixels as shown. rate: frames a second. time_base: seconds of one unit of time. frames:
-    their number, estimated if the file does not tell it, 0 if that is not possible. audio: whether there is any.
-    """
-
-    path: Path
-    size: tuple[int, int]
-    rate: Fraction
-    time_base: Fraction
-    frames: int
-    audio: bool
-
-    @classmethod
-    def open(cls, path: Path) -> Video:
-        """Read a file's properties. Raise FileNotFoundError if it is missing, ValueError if it is no readable video."""
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
-            with av.open(str(path)) as container:
-                if not container.streams.video:
-                    raise ValueError(f"{path}: no video in it")
-                video = container.streams.video[0]
-                rate = video.average_rate or video.guessed_rate or Fraction(25)
-                seconds = float(container.duration or 0) / av.time_base
-                frames = video.frames or round(seconds * float(rate))
-                size = (video.codec_context.height, video.codec_context.width)
-                base, audio = video.time_base or 1 / rate, bool(container.streams.audio)
-        except FFmpegError as error:
-            raise ValueError(f"{path}: not a video that can be read ({error})") from None
-        return cls(path=path, size=size, rate=rate, time_base=base, frames=frames, audio=audio)
-
-    def read(self) -> Iterator[tuple[int, UInt8[np.ndarray, "h w 3"]]]:
-        """Yield (time in units of time_base, picture) of every frame, in the order in which they are shown."""
-        with av.open(str(self.path)) as container:
-            video = container.streams.video[0]
-            video.thread_type = "AUTO"
-            step, last = round(1 / (self.rate * self.time_base)), None
-            for frame in container.decode(video):
-                time = frame.pts if frame.pts is not None else (0 if last is None else last + step)
-                if last is not None and time <= last:
-                    time = last + 1  # some files repeat a time, which encoders refuse
-                last = time
-                yield time, frame.to_ndarray(format="rgb24")
-
-
-class Writer:
-    """A writer of H.264 video files, which takes frames with their times.
-
-    size: (height, width) in pixels; an odd side loses a line. rate: frames a second. time_base: seconds of one unit of
-    time. form: the container, by default that of the path's suffix.
-    """
-
-    def __init__(
-        self, path: Path, size: tuple[int, int], rate: Fraction, time_base: Fraction, form: str | None = None
-    ) -> None:
-        self._container = av.open(str(path), "w", format=form)
-        self._stream: Any = self._container.add_stream("libx264", rate=rate, options=CODEC)
-        # yuv420p has colours at half the resolution, and so even sides
-        self._stream.height, self._stream.width = (side - side % 2 for side in size)
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.thread_count = 1
-        self._stream.codec_context.time_base = self._stream.time_base = time_base
-        self._base = time_base
-
-    def put(self, time: int, picture: UInt8[np.ndarray, "h w 3"]) -> None:
-        """Write a picture at a time, which has to be later than the last, in units of time_base."""
-        part = np.ascontiguousarray(picture[: self._stream.height, : self._stream.width])
-        # Converted here and in one thread: with the encoder's conversion and threads, one file in ten differed.
-        frame = av.VideoFrame.from_ndarray(part, format="rgb24").reformat(format="yuv420p")
-        frame.pts, frame.time_base = time, self._base
-        self._container.mux(self._stream.encode(frame))
-
-    def close(self) -> None:
-        """Write the frames that the encoder still holds, and close the file."""
-        self._container.mux(self._stream.encode())
-        self._container.close()
+Timed = tuple[int, UInt8[np.ndarray, "h w 3"]]  # time in units of the video's time_base, picture
 
 
 def working_size(stream_side: tuple[int, int], size: tuple[int, int], factor: int) -> tuple[int, int]:
@@ -127,41 +50,72 @@ def working_size(stream_side: tuple[int, int], size: tuple[int, int], factor: in
     return height, width
 
 
+def ahead(size: tuple[int, int]) -> int:
+    """Return how many pictures of a size (height, width) may wait in a queue.
+
+    >>> ahead((512, 512)), ahead((2160, 3840))
+    (8, 2)
+    """
+    return max(1, min(MOST_AHEAD, BYTES_AHEAD // (3 * size[0] * size[1])))
+
+
 def restyle(stream: Stream, video: Video, target: Path, *, segment: int = SEGMENT, progress: bool = True) -> int:
     """Redraw every frame of a video into the file `target`, and return their number.
 
-    The segments, of `segment` frames each, are kept in the folder TARGET.parts until all are complete. Raise ValueError
-    if that folder is of another video or of other controls, or no frame can be read.
+    The segments, of `segment` frames each, are kept in the folder TARGET.parts until all are complete. Container,
+    encoder and sound are tried before the first frame. Damaged places of the video are passed over. What is damaged or
+    cannot be kept is said in a warning.
+
+    Raise ValueError if the target cannot hold the video or its sound, if that folder is of another video or of other
+    controls, or if no frame can be read.
     """
+    output = Output.of(video, target)
+    warn(video.path, output.notes)
     parts = target.with_name(target.name + ".parts")
-    _check_parts(parts, stream, video, segment)
-    frames = prefetch(video.read())
-    number = 0
-    before: list[UInt8[np.ndarray, "h w 3"]] = []
-    done = segment * len(list(parts.glob("*.nut")))  # by an earlier run: no part of the bar's rate
-    with tqdm(total=video.frames or None, initial=done, unit="frame", disable=not progress) as bar:
-        for index in range(10**9):
-            batch = list(islice(frames, segment))
-            if not batch:
-                break
-            path = parts / f"{index:06d}.nut"
-            if not path.is_file():
-                _make_segment(stream, video, batch, before, path, bar)
-            number, before = number + len(batch), [picture for _, picture in batch[-RUN_IN:]]
-            if len(batch) < segment:
-                break
+    _check_parts(parts, stream, output, segment)
+    source = Frames(video)
+    # Frames wait in the stream's size: in their own, a few of 8K are a gigabyte.
+    frames = prefetch(((time, fit(picture, stream.size)) for time, picture in source), ahead(stream.size))
+    before: deque[Timed] = deque(maxlen=RUN_IN)
+    finished = segment * next(index for index in count() if not _part(parts, index).is_file())
+    with closing(frames):
+        number = 0
+        with progress_of(finished, "reading", "frame", disable=not (progress and finished)) as bar:
+            for item in islice(frames, finished):
+                before.append(item)
+                number += 1
+                bar.update()
+        first = next(frames, None)
+        if first is not None:
+            stream.rehearse(progress=progress)
+        with progress_of(
+            video.frames or None, "drawing", "frame", initial=number, leave=True, disable=not progress
+        ) as bar:
+            for index in count(finished // segment):
+                if first is None:
+                    break
+                given = chain([first], islice(frames, segment - 1))
+                number += _make_segment(stream, output, given, before, _part(parts, index), bar)
+                first = next(frames, None)
     if not number:
         raise ValueError(f"{video.path}: no frame could be read")
-    _join(sorted(parts.glob("*.nut")), video, target)
+    source.warn()
+    warn(target, output.join(sorted(parts.glob("*.nut")), source.duration * video.time_base))
     shutil.rmtree(parts)
     return number
 
 
-def _check_parts(parts: Path, stream: Stream, video: Video, segment: int) -> None:
+def _part(parts: Path, index: int) -> Path:
+    return parts / f"{index:06d}.nut"
+
+
+def _check_parts(parts: Path, stream: Stream, output: Output, segment: int) -> None:
     """Raise ValueError if the folder holds the segments of another job; otherwise record this job in it."""
+    video = output.video
     stat = video.path.stat()
     job = [str(video.path.resolve()), stat.st_size, stat.st_mtime_ns, segment, stream.size, repr(stream.controls)]
     job += [str(stream.pipe.model), sorted(stream.loras)]
+    job += [video.size, video.colours, output.encoder, ENCODERS[output.encoder]]
     digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
     file = parts / "job.json"
     if file.is_file() and read_json(file)["digest"] != digest:
@@ -170,73 +124,43 @@ def _check_parts(parts: Path, stream: Stream, video: Video, segment: int) -> Non
     write_json(file, {"digest": digest, "video": str(video.path), "controls": repr(stream.controls)})
 
 
-def _make_segment(stream: Stream, video: Video, batch: list[Any], before: list[Any], path: Path, bar: Any) -> None:
-    """Draw one segment with a cold stream, which is given the frames `before` it if its controls use earlier ones."""
+def _make_segment(
+    stream: Stream, output: Output, frames: Iterable[Timed], before: deque[Timed], path: Path, bar: Any
+) -> int:
+    """Draw one segment with a cold stream, and return the number of its frames.
+
+    before: the frames before it, which the stream is given first if its controls use earlier ones; at the end, those
+    before the next segment.
+    """
     stream.reset()
     if stream.filter is not None:
         stream.filter.restart()
     controls = stream.controls
     if controls.feedback or controls.motion or controls.remember:
-        for picture in before:
+        for _, picture in before:
             stream(picture)
-    unfinished = path.with_suffix(".tmp")
+    height, width = output.video.size
+    times: deque[int] = deque()  # of the frames that the stream has taken
+    number = 0
 
-    def write(item: tuple[int, UInt8[np.ndarray, "h w 3"]]) -> None:
+    def given() -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        for time, picture in frames:
+            before.append((time, picture))
+            times.append(time)
+            yield picture
+
+    def write(item: Timed) -> None:
         time, picture = item
-        height, width = video.size
         writer.put(time, np.asarray(PILImage.fromarray(picture).resize((width, height), PILImage.Resampling.LANCZOS)))
 
     # Closed on an interrupt too: else its last frames would be written when it is collected, into its successor's file.
     with (
-        closing(Writer(unfinished, video.size, video.rate, video.time_base, "nut")) as writer,
-        BackgroundWriter(write) as background,
+        written_aside(path) as (unfinished,),
+        closing(output.writer(unfinished)) as writer,
+        BackgroundWriter(write, ahead(stream.size)) as background,
     ):
-        pictures = stream.map(picture for _, picture in batch)
-        for (time, _), picture in zip(batch, pictures, strict=True):
-            background.put((time, picture))
+        for picture in stream.map(given()):
+            background.put((times.popleft(), picture))
+            number += 1
             bar.update()
-    unfinished.replace(path)
-
-
-def _join(segments: list[Path], video: Video, target: Path) -> None:
-    """Write the packets of all segments, and the unchanged ones of the audio, into a file that is then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.stem}.tmp{target.suffix}")
-    with av.open(str(unfinished), "w") as out, av.open(str(segments[0])) as first:
-        video_out = out.add_stream_from_template(first.streams.video[0])
-        packets: list[Iterator[Any]] = [_packets(segments, video_out)]
-        if video.audio:
-            source = av.open(str(video.path))
-            audio_out = out.add_stream_from_template(source.streams.audio[0])
-            packets.append(_retarget(audio_out, source.demux(source.streams.audio[0])))
-        for packet in _by_time(packets):
-            out.mux(packet)
-        if video.audio:
-            source.close()
-    unfinished.replace(target)
-
-
-def _packets(segments: list[Path], stream: Any) -> Iterator[Any]:
-    for path in segments:
-        with av.open(str(path)) as container:
-            yield from _retarget(stream, container.demux(container.streams.video[0]))
-
-
-def _retarget(stream: Any, packets: Iterable[Any]) -> Iterator[Any]:
-    """Assign packets of another file to a stream of this one."""
-    for packet in packets:
-        if packet.pts is not None:  # the last, empty one has none
-            packet.stream = stream
-            if packet.dts is None:  # some files have none; without B-frames the two are equal
-                packet.dts = packet.pts
-            yield packet
-
-
-def _by_time(streams: list[Iterator[Any]]) -> Iterator[Any]:
-    """Merge the packets of several streams in the order of their decoding times, as a file needs them."""
-    heads = [next(stream, None) for stream in streams]
-    while any(head is not None for head in heads):
-        times = [float("inf") if head is None else float(head.dts * head.time_base) for head in heads]
-        i = times.index(min(times))
-        yield heads[i]
-        heads[i] = next(streams[i], None)
+    return number

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,6 +75,60 @@ def test_nothing_compiles_anew(light_pipe: Pipe, frames: np.ndarray) -> None:
     stream(frames[2, 0])
     assert compiled(stream.program, "step") is step
     assert step._cache_size() == before
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """The programs that XLA compiles from now on."""
+    found: list[str] = []
+
+    def listen(event: str, _: float, **details: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(str(details.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize(
+    ("controls", "programs"),
+    [
+        ({}, 2),
+        ({"similarity": 0.98}, 2),
+        ({"guidance": "onetime", "negative_prompt": "cat"}, 3),
+        ({"batch": False}, 1),
+        ({"steps": 1}, 1),
+        ({"feedback": 0.3, "motion": 0.5}, 2),
+    ],
+    ids=["plain", "similarity", "onetime", "sequential", "one-step", "feedback"],
+)
+def test_a_rehearsed_stream_compiles_nothing(
+    light_pipe: Pipe, frames: np.ndarray, compilations: list[str], controls: dict[str, Any], programs: int
+) -> None:
+    """Neither its first frame, nor its second, nor those that are skipped or come out at the end; and it is as new."""
+    options = {"steps": 3, "strength": 0.8, "size": (12, 16), "scale": 1.5} | controls
+    stream = Stream(light_pipe, "red heart", **options)
+    assert stream.rehearse() == programs
+    before = len(compilations)
+    found = list(stream.map(frames[[0, 1, 1, 2, 2, 2], 0]))
+    assert compilations[before:] == []
+    assert stream.filter is None or (stream.filter.skipped, stream.filter.drawn) != (0, 0)
+    other = Stream(light_pipe, "red heart", **options)
+    assert near(found, list(other.map(frames[[0, 1, 1, 2, 2, 2], 0])))
+
+
+def test_a_listener_sees_what_is_compiled(light_pipe: Pipe, frames: np.ndarray, compilations: list[str]) -> None:
+    """Without a rehearsal the first frame compiles one program and the second another."""
+    stream = Stream(light_pipe, "red heart", steps=3, strength=0.8, size=(12, 14))
+    counts = []
+    for i in range(3):
+        before = len(compilations)
+        stream(frames[i, 0])
+        counts.append(len(compilations) - before)
+    assert counts[0] > 0
+    assert counts[1] > 0
+    assert counts[2] == 0
 
 
 @pytest.mark.parametrize(
@@ -214,7 +270,7 @@ def test_from_noise_it_is_the_pipeline(tiny_model: Path) -> None:
     pipe = lcm_jax.load(tiny_model)
     stream = Stream(pipe, "red heart", image=False, steps=1, strength=1.0)
     noise = stream._settings.noise
-    assert near(stream(), pipe("red heart", steps=1, latents=noise)[0])
+    assert near(stream(), pipe("red heart", steps=1, guidance=1.0, sampler="lcm", latents=noise)[0])
 
 
 @pytest.mark.slow

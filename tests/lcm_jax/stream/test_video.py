@@ -224,10 +224,3 @@ def test_controls_on_the_command_line() -> None:
     }
     with pytest.raises(ValueError, match="KEY=VALUE"):
         parse_controls(["feedback"])
-
-
-def test_odd_sides_lose_a_line(tmp_path: Path) -> None:
-    writer = Writer(tmp_path / "odd.mp4", (15, 17), Fraction(10), Fraction(1, 10))
-    writer.put(0, np.zeros((15, 17, 3), np.uint8))
-    writer.close()
-    assert Video.open(tmp_path / "odd.mp4").size == (14, 16)
