@@ -4,10 +4,11 @@ PYTHON ?= python3
 PARALLEL ?= -n 2 --dist loadfile
 VENV   ?= .venv
 NEWEST ?= .venv-newest
+OLDEST ?= .venv-oldest
 PIP    := $(VENV)/bin/python -m pip
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test test-all test-newest lint wheel clean
+.PHONY: demo test test-all test-newest test-oldest lint wheel clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/lcm-jax demo --out out/demo
@@ -30,6 +31,13 @@ test-newest:
 	$(NEWEST)/bin/python -c "import sys, jax, flax; print(sys.version.split()[0], 'jax', jax.__version__, 'flax', flax.__version__)"
 	$(NEWEST)/bin/python -m pytest -m "not slow" $(PARALLEL) --ignore tests/parity
 
+# The server's fast tests on the lowest version that pyproject.toml allows of each requirement, without torch.
+test-oldest:
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) tests/lower_bounds.py > $(OLDEST)/bounds.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/bounds.txt pytest scipy beartype --editable ".[train,serve,quant]"
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/lcm_jax/serve
+
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -50,4 +58,4 @@ $(VENV)/.tests: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist out *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) build dist out *.egg-info

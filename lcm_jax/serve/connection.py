@@ -77,9 +77,9 @@ class Connection:
 
     async def run(self) -> None:
         """Serve the client until it leaves, fails or is sent away."""
-        await self.socket.accept()
         self.service.connections.add(self)
         try:
+            await self.socket.accept()
             await self._talk()
         except Bye as bye:
             await self._close(bye)
@@ -91,6 +91,8 @@ class Connection:
         finally:
             self.service.connections.discard(self)
             self._gone.set()
+            self._frames.clear()  # what else is left of a connection may wait long for the garbage collector
+            self._answers.clear()
 
     async def _talk(self) -> None:
         service = self.service
@@ -114,9 +116,13 @@ class Connection:
             for task in tasks:
                 task.cancel()
             ends = await asyncio.gather(*tasks, return_exceptions=True)
-        if self._over.done():
-            raise self._over.result()
-        raise next(end for end in ends if isinstance(end, Exception))  # CancelledError is no Exception
+            del self.session, tasks, task  # else an exception and its frame would hold each other, and the stream
+        try:
+            if self._over.done():
+                raise self._over.result()
+            raise next(end for end in ends if isinstance(end, Exception))  # CancelledError is no Exception
+        finally:
+            del ends
 
     async def _hello(self) -> None:
         """Read the first message, which has the controls and the format that the session begins with."""
@@ -180,7 +186,9 @@ class Connection:
             while self._frames:
                 frame, received = self._frames.popleft()
                 try:
-                    pixels = await self._work(decode, frame.body, self.service.config.size)
+                    pixels = await self._loop.run_in_executor(
+                        self.service.decoders, decode, frame.body, self.service.config.size
+                    )
                 except ValueError as error:
                     self.telemetry.count("failed")
                     self._say("error", message=str(error), sequence=frame.sequence)
@@ -250,7 +258,7 @@ class Connection:
                     continue
                 answer, body = self._answers.popleft(), b""
                 if answer.picture is not None:
-                    body = await self._work(encode, answer.picture, self.form)
+                    body = await self._loop.run_in_executor(self.service.encoders, encode, answer.picture, self.form)
                 encoded, kind = time.perf_counter(), SAME if answer.picture is None else PICTURE
                 waited = max(
                     round(1000 * (answer.taken - answer.frame.decoded)), 0
@@ -258,9 +266,6 @@ class Connection:
                 data = protocol.pack(kind, answer.frame.sequence, answer.shows.sequence, body, waited)
                 await out(self.socket.send_bytes(data))
                 self.telemetry.sent(answer, encoded)
-
-    async def _work(self, function: Any, *args: Any) -> Any:
-        return await self._loop.run_in_executor(self.service.pool, function, *args)
 
     async def _close(self, bye: Bye) -> None:
         """Tell the client why the connection ends; it may have gone already, or never read this."""

@@ -19,6 +19,7 @@ from typing import Any
 from lcm_jax.serve.compiled_programs import Programs, call_of, kind_of, rehearse, together
 from lcm_jax.serve.session import Compiling, Ended, Frame, Session
 from lcm_jax.stream.controls import Controls
+from lcm_jax.stream.step import StreamProgram
 from lcm_jax.stream.stream import Job, Stream, run
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class Engine:
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._unanswered: set[Future[Any]] = set()
         self._programs = Programs(self._wake)
-        self._met: Counter[Hashable] = Counter()
+        self._met: Counter[tuple[StreamProgram, str, tuple[int, ...], int]] = Counter()
+        self._start: Hashable = None  # the kind that sessions begin with, which stays compiled
         self.stopping = False
         self._thread = threading.Thread(target=self._run, name="lcm-jax engine")
 
@@ -77,8 +79,8 @@ class Engine:
 
     def warm(self, controls: Controls) -> None:
         """Compile, in the caller's thread, the programs of a stream with these controls."""
-        rehearse(self.make(controls))
-        self._programs.add(kind_of(controls))
+        self._start = kind_of(controls)
+        self._compile(controls)
 
     def open(self, session: Session) -> None:
         """Add a session; it gets the event `Now` when its stream is ready."""
@@ -106,8 +108,8 @@ class Engine:
             session.wanted = controls
             self._changed.notify()
 
-    def call(self, key: Hashable, function: Callable[[], Any]) -> Future[Any]:
-        """Run a function between two turns and return its future; the first of a key compiles, in the other thread.
+    def call(self, function: Callable[[], Any], *, compiled: bool) -> Future[Any]:
+        """Run a function between two turns, or in the thread that compiles if it has to be compiled; return its future.
 
         Raise `Busy` if as many calls wait as are allowed.
         """
@@ -117,11 +119,11 @@ class Engine:
                 raise Busy(f"{len(self._unanswered)} pictures are being drawn: try again later")
             self._unanswered.add(future)
             future.add_done_callback(self._answered)
-            if self._programs.has(key):
+            if compiled:
                 self._calls.append((function, future))
                 self._changed.notify()
             else:
-                self._programs.ask(key, lambda: _resolve(future, function))
+                self._programs.ask(lambda: _resolve(future, function))
         return future
 
     def _answered(self, future: Future[Any]) -> None:
@@ -135,6 +137,7 @@ class Engine:
     def _run(self) -> None:
         while not self.stopping:
             self._turn(*self._gather())
+            self._evict()
 
     def _gather(self) -> tuple[Sequence[Session], tuple[Callable[[], Any], Future[Any]] | None]:
         """Wait for something to do, and return the sessions that are due and a call."""
@@ -142,6 +145,20 @@ class Engine:
             self._changed.wait_for(lambda: self.stopping or self._calls or any(map(self._is_due, self._sessions)))
             due = [session for session in self._sessions if self._is_due(session)]
             return due, self._calls.popleft() if self._calls else None
+
+    def _evict(self) -> None:
+        """Free the programs that are too many, and count anew how often calls of them would be shared."""
+        freed = self._programs.evict(self._held)
+        if freed:
+            self._met = Counter({key: count for key, count in self._met.items() if key[0] not in freed})
+
+    def _held(self) -> set[StreamProgram]:
+        """Return the programs of all sessions, also those that they wait for, and of new ones."""
+        with self._changed:
+            sessions = list(self._sessions)
+        wanted = [kind_of(session.wanted) for session in sessions]
+        running = {session.stream.program for session in sessions if session.stream is not None}
+        return running | self._programs.programs_of([self._start, *wanted])
 
     def _is_due(self, session: Session) -> bool:
         return self._settles(session) or (bool(session.inbox) and session.stream is not None)
@@ -182,12 +199,22 @@ class Engine:
         wanted = session.wanted
         kind = kind_of(wanted)
         if self._programs.has(kind):
-            session.settle(wanted, self.make)
+            self._programs.use(session.settle(wanted, self.make).program)
         elif session.asked is not wanted:
             if session.asked is None or kind_of(session.asked) != kind:
                 session.tell(Compiling())
-                self._programs.ask(kind, lambda: rehearse(self.make(wanted)), lambda: self._waits(session, kind))
+                self._programs.ask(lambda: self._compile(wanted), lambda: self._waits(session, kind))
             session.asked = wanted
+
+    def _compile(self, controls: Controls) -> None:
+        """Compile the programs of a stream with these controls, in the caller's thread."""
+        kind = kind_of(controls)
+        try:
+            stream = self.make(controls)
+        except Exception:
+            self._programs.add(kind)  # whoever waits for it runs into the same error, which is reported there
+            raise
+        self._programs.compile(kind, stream.program, lambda: rehearse(stream))
 
     def _waits(self, session: Session, kind: Hashable) -> bool:
         """Return whether a session still waits for a program."""
@@ -215,7 +242,7 @@ class Engine:
         if self._met[key] == WORTH and n < best:
             streams = [stream for _, stream, _ in members[:best]]
             similar = [other for stream in streams for other in stream.rehearsals() if other.method == job.method]
-            self._programs.ask(key, lambda: together(similar))
+            self._programs.ask(lambda: self._programs.compile(key, job.program, lambda: together(similar)))
         return n
 
     @contextmanager

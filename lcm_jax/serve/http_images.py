@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
+import copy
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from lcm_jax.serve.codec import decode, encode
+from lcm_jax.diffusion.samplers import get_sampler
+from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.serve.codec import decode, encode, from_base64
 from lcm_jax.serve.engine import Busy
 from lcm_jax.serve.service import Service
-from lcm_jax.stream.controls import MOST_TEXT
+from lcm_jax.stream.controls import check_text
 
 MOST_BODY = 16_000_000  # bytes of a request
 MOST_READ = 16  # requests that are served at once
@@ -27,14 +29,15 @@ BODY_SECONDS = 30.0  # within which a request has to arrive
 RETRY = {"retry-after": "5"}
 MOST_STEPS = 50
 MOST_AREA = 4  # of a picture, times that of the model's own size
-MOST_SIZES = 8  # different sizes, as each is compiled
+MOST_KINDS = 8  # kinds of pictures, of which the programs stay compiled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """A request, checked when constructed: the fields are the keys of its JSON.
 
-    size: [height, width] in pixels. image, mask: JPEG or PNG in base64. strength: of image-to-image. Raise ValueError,
+    prompt, negative_prompt: as the controls of a stream (`check_text`). size: [height, width] in pixels. image, mask:
+    JPEG or PNG in base64, see `from_base64`. strength: of image-to-image. Raise ValueError,
     which names the key, for a wrong value.
 
     >>> Order(prompt="red heart", steps=0)
@@ -59,9 +62,10 @@ class Order:
             if not (type(value) in kinds or (value is None and optional)):
                 raise ValueError(f"{name} is {value!r:.80}: it must be {_NAMES[kinds]}")
         for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if len(text) > MOST_TEXT or not text.isprintable():
-                raise ValueError(f"{name} has {len(text)} characters: at most {MOST_TEXT} printable ones are taken")
+            try:
+                check_text(getattr(self, name))
+            except ValueError as wrong:
+                raise ValueError(f"{name}: {wrong}") from None
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -79,12 +83,20 @@ _NAMES = {(str,): "a text", (int,): "a whole number", (int, float): "a number"}
 _RANGES = (("steps", 1, MOST_STEPS), ("guidance", 0.0, 30.0), ("seed", 0, 2**32 - 1), ("strength", 0.02, 1.0))
 
 
+@dataclass
+class Kind:
+    """A kind of pictures, which one program draws. pipe: a copy of the pipeline, whose program goes when it goes."""
+
+    pipe: Pipeline
+    compiled: bool = False
+
+
 class Images:
     """The endpoint of a service: `draw`."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._sizes: set[tuple[int, int]] = set()
+        self._kinds: OrderedDict[Hashable, Kind] = OrderedDict()  # the one used last at the end
         self._open_requests = 0
 
     async def draw(self, request: Request) -> Response:
@@ -102,14 +114,16 @@ class Images:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 body = await _body(request)
+        except ClientDisconnect:  # nobody reads this
+            return error(400, "the client has gone")
         except TimeoutError:
             return error(408, f"the request did not arrive in {BODY_SECONDS:g} seconds")
         if body is None:
             return error(413, f"a request may have at most {MOST_BODY} bytes")
         try:
-            options = await loop.run_in_executor(service.pool, self._options, body)
+            options = await loop.run_in_executor(service.requests, self._options, body)
             picture = await self._drawn(options)
-            data = await loop.run_in_executor(service.pool, encode, picture)
+            data = await loop.run_in_executor(service.requests, encode, picture)
         except ValueError as wrong:
             return error(400, str(wrong))
         except Busy as busy:
@@ -117,14 +131,34 @@ class Images:
         return Response(data, media_type="image/png", headers={"cache-control": "no-store"})
 
     async def _drawn(self, options: dict[str, Any]) -> np.ndarray:
-        drawing = self.service.engine.call(self._key(options), partial(self._draw, options))
+        key = self._key(options)
+        kind = self._kinds.get(key) or Kind(_with_own_programs(self.service.pipe))
+        drawing = self.service.engine.call(partial(_draw, kind.pipe, options), compiled=kind.compiled)
+        self._kinds[key] = kind
         try:
             picture: np.ndarray = await asyncio.wrap_future(drawing)
-        except asyncio.CancelledError:
-            if drawing.cancelled() and self.service.engine.stopping:
+        except BaseException as wrong:
+            if not kind.compiled:  # a request that is refused costs no other kind its place
+                self._kinds.pop(key, None)
+            if isinstance(wrong, asyncio.CancelledError) and drawing.cancelled() and self.service.engine.stopping:
                 raise Busy("the server is stopping") from None
             raise
+        kind.compiled = True
+        self._keep(key, kind)
         return picture
+
+    def _keep(self, key: Hashable, kind: Kind) -> None:
+        """Keep a kind that is compiled, if need be in the place of the one that was not used for longest."""
+        self._kinds[key] = kind
+        self._kinds.move_to_end(key)
+        compiled = [other for other, of in self._kinds.items() if of.compiled]
+        for other in compiled[: max(len(compiled) - MOST_KINDS, 0)]:
+            del self._kinds[other]
+
+    def _key(self, options: dict[str, Any]) -> Hashable:
+        """Return what the program depends on that draws such a picture."""
+        sampler = get_sampler(options["sampler"]).at(options["steps"], self.service.pipe.spacing)
+        return options["size"], "image" in options, "mask" in options, options["guidance"] != 1.0, sampler
 
     def _options(self, body: bytes) -> dict[str, Any]:
         """Return the pipeline's arguments from a request; called in a worker thread, as pictures are decoded."""
@@ -146,15 +180,15 @@ class Images:
         for name, text in (("image", order.image), ("mask", order.mask)):
             if text is not None:
                 try:
-                    options[name] = decode(base64.b64decode(text, validate=True), size)
-                except (binascii.Error, ValueError) as wrong:
+                    options[name] = decode(from_base64(text), size)
+                except ValueError as wrong:
                     raise ValueError(f"{name}: {wrong}") from None
         if "mask" in options:
             options["mask"] = options["mask"].mean(axis=-1).astype(np.uint8)
         return options
 
     def _size(self, size: Any) -> tuple[int, int]:
-        """Return the size of the picture: the model's own by default, or one of a few others."""
+        """Return the size of the picture, the served one by default."""
         model_size = self.service.config.size
         if size is None:
             return model_size
@@ -164,19 +198,20 @@ class Images:
             model_area = f"{model_size[0]} x {model_size[1]}"
             raise ValueError(f"size is {size}: give one of at most {MOST_AREA} times the area of {model_area}")
         height, width = self.service.pipe.check_size(size)
-        self._sizes.add((height, width))
-        if len(self._sizes) > MOST_SIZES:
-            self._sizes.remove((height, width))
-            known = ", ".join(f"[{h}, {w}]" for h, w in sorted(self._sizes))
-            raise ValueError(f"this server has drawn {MOST_SIZES} sizes and takes no others: use one of {known}")
         return height, width
 
-    def _key(self, options: dict[str, Any]) -> Hashable:
-        """Return the key of the program that draws such a picture: each is compiled once."""
-        return "picture", options["size"], "image" in options, "mask" in options, options["guidance"] != 1.0
 
-    def _draw(self, options: dict[str, Any]) -> np.ndarray:
-        return self.service.pipe(**options)[0]
+def _with_own_programs(pipe: Pipeline) -> Pipeline:
+    """Return a copy of a pipeline that compiles for itself, so that its programs are freed with it."""
+    own = copy.copy(pipe)
+    for program in ("_draw", "_encode_image"):
+        own.__dict__.pop(program, None)
+    return own
+
+
+def _draw(pipe: Pipeline, options: dict[str, Any]) -> np.ndarray:
+    picture: np.ndarray = pipe(**options)[0]
+    return picture
 
 
 def error(status: int, text: str, headers: dict[str, str] | None = None) -> JSONResponse:

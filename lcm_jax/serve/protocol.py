@@ -21,7 +21,7 @@ MOST_TEXT = 65_536  # characters of a text message
 MOST_BYTES = 2_000_000  # of a binary one
 
 # Codes with which a connection is closed; those from 4000 on are defined by this protocol.
-NORMAL, GOING_AWAY, TOO_BIG, FULL = 1000, 1001, 1009, 1013
+NORMAL, GOING_AWAY, BAD_TEXT, POLICY, TOO_BIG, FULL = 1000, 1001, 1007, 1008, 1009, 1013
 BAD_VERSION, BAD_HELLO, IDLE, FAILED, SLOW = 4000, 4001, 4002, 4003, 4004
 
 _HEADER = struct.Struct("!BBHII")

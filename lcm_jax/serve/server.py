@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
+import threading
 import warnings
+import webbrowser
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,11 +30,12 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.serve.connection import Connection
 from lcm_jax.serve.http_images import Images, error
+from lcm_jax.serve.limits import HTTP, UNREAD_SECONDS, WebSockets
 from lcm_jax.serve.protocol import MOST_BYTES
 from lcm_jax.serve.service import Config, Service
 
@@ -58,8 +64,7 @@ def application(service: Service) -> Starlette:
         service.engine.start()
         yield
         await service.goodbye()
-        await asyncio.to_thread(service.engine.stop)
-        service.pool.shutdown(cancel_futures=True)
+        await asyncio.to_thread(service.stop)
 
     async def stream(socket: WebSocket) -> None:
         await Connection(socket, service).run()
@@ -101,7 +106,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self.app, self.config = app, config
-        self._hosts = {"localhost", config.host, *(urlsplit(origin).hostname for origin in config.origins)}
+        origins = (origin.partition("://")[2] for origin in config.origins)
+        self._hosts = {"localhost", config.host, *map(_name, origins)}
         self._local = _is_loopback(config.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,14 +126,19 @@ class Guard:
         if refusal is None:
             return await self.app(scope, receive, decorated)
         if scope["type"] == "websocket":
-            return await WebSocket(scope, receive, send).send_denial_response(refusal)
+            with suppress(WebSocketDisconnect):  # it has gone already
+                await WebSocket(scope, receive, send).send_denial_response(refusal)
+            return None
         return await refusal(scope, receive, decorated)
 
     def _refusal(self, connection: HTTPConnection) -> Response | None:
-        path, host = connection.url.path, connection.headers.get("host", "")
+        path: str = connection.scope["path"]  # what is routed by; `connection.url` is made up from the header Host
+        host = connection.headers.get("host", "")
         if path == "/healthz":
             return None
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _name(host)
+        if name is None:
+            return error(400, f"host {host!r:.80} is not of the form name:port")
         if self._local and name not in self._hosts and not _is_loopback(name):
             return error(403, f"host name {name!r:.80} is not one of this server; allow its pages with --origin")
         origin = connection.headers.get("origin")
@@ -138,7 +149,8 @@ class Guard:
         return None
 
     def _allows_origin(self, origin: str, host: str) -> bool:
-        return urlsplit(origin).netloc == host or origin in self.config.origins or "*" in self.config.origins
+        same = host != "" and origin.partition("://")[2] == host
+        return same or origin in self.config.origins or "*" in self.config.origins
 
     def _has_token(self, connection: HTTPConnection, token: str) -> bool:
         candidates = connection.query_params.getlist("token")
@@ -147,26 +159,29 @@ class Guard:
         return any(hmac.compare_digest(candidate.encode(), token.encode()) for candidate in candidates)
 
 
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    """Return uvicorn's configuration for an application, with the limits of `limits`."""
+    return uvicorn.Config(
+        app,
+        http=HTTP,
+        ws=WebSockets,
+        ws_max_size=2 * MOST_BYTES,  # up to twice the limit is read, so that the answer can name the limit
+        ws_per_message_deflate=False,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=5,
+    )
+
+
 class Server(uvicorn.Server):
     """A uvicorn server that says goodbye to its clients before it closes, and stops cleanly on SIGINT and SIGTERM."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # Messages up to twice the limit are read, so that the answer can name the limit.
-        super().__init__(
-            uvicorn.Config(
-                application(service),
-                ws="websockets-sansio",
-                ws_max_size=2 * MOST_BYTES,
-                ws_per_message_deflate=False,
-                log_level="warning",
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                lifespan="on",
-                timeout_graceful_shutdown=5,
-            )
-        )
+        super().__init__(uvicorn_config(application(service)))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop listening, say goodbye to the clients, close their connections and stop the engine."""
@@ -185,9 +200,12 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens. Raise OSError, which names the address, if that is not possible."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        listener = socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as wrong:
         raise OSError(f"cannot listen on {host} port {port}: {wrong.strerror or wrong}") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # of its connections, which can be closed and wait for a client to read
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * UNREAD_SECONDS))
+    return listener
 
 
 def address(config: Config, listener: socket.socket) -> str:
@@ -197,8 +215,17 @@ def address(config: Config, listener: socket.socket) -> str:
     return f"http://{host}:{listener.getsockname()[1]}/{query}"
 
 
-def serve(pipe: Pipeline, config: Config) -> None:
-    """Serve a pipeline until SIGINT or SIGTERM.
+def open_page(config: Config, listener: socket.socket) -> None:
+    """Open the page in the browser of this machine, or say that there is none."""
+    if config.host in ("0.0.0.0", "::"):  # all addresses: no browser takes that for one
+        config = replace(config, host="localhost")
+    page = address(config, listener)
+    if not webbrowser.open(page):
+        print(f"lcm-jax: no browser could be opened here: open {page}", file=sys.stderr)
+
+
+def serve(pipe: Pipeline, config: Config, *, browser: bool = False) -> None:
+    """Serve a pipeline until SIGINT or SIGTERM. browser: open the page as soon as it can be used.
 
     It listens before it compiles, so that a taken port is reported at once. Raise OSError as `listen` does.
     """
@@ -208,16 +235,36 @@ def serve(pipe: Pipeline, config: Config) -> None:
         service = Service(pipe, config)
         print(f"lcm-jax: compiling {config.model} for {config.size[0]} x {config.size[1]} pixels ...", flush=True)
         service.engine.warm(config.controls)
+        # What was compiled stays. The rest comes and goes with clients, as long as the server runs, so that Python's
+        # usual garbage collection has its place, whatever the command line has set for shorter runs.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(700, 10, 10)
         if not _is_loopback(config.host) and config.token is None:
             print(
                 "lcm-jax: anyone who reaches this address can use it; --token TOKEN requires a token", file=sys.stderr
             )
         print(f"lcm-jax: {config.model} is served at {address(config, listener)}", flush=True)
+        if browser:  # it waits until it is answered, and some browsers do not return before they are closed
+            threading.Thread(target=open_page, name="lcm-jax browser", args=(config, listener), daemon=True).start()
         Server(service).run(sockets=[listener])
     print("lcm-jax: stopped", flush=True)
     if service.engine.compiling:  # a compilation cannot be stopped, and would crash the interpreter at its end
         sys.stderr.flush()
         os._exit(0)
+
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]*))(?::\d*)?", re.ASCII | re.IGNORECASE)
+
+
+def _name(host: str) -> str | None:
+    """Return the name of a header Host in lower case, None if it is malformed.
+
+    >>> _name("[::1]:80"), _name("Example.org"), _name("x/healthz?")
+    ('::1', 'example.org', None)
+    """
+    match = _HOST.fullmatch(host)
+    return None if match is None else (match[1] or match[2]).lower()
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +19,7 @@ from lcm_jax.serve.waiting_line import WaitingQueue
 from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.stream import Stream
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", re.ASCII)  # as browsers send it
 SPARE_SOCKETS = 256  # connections beyond those that stream and wait, which are told that the server is full
 FAREWELL = 2.0  # seconds that clients have to leave when the server stops
 
@@ -56,6 +58,9 @@ class Config:
             raise ValueError(f"idle_timeout is {self.idle_timeout}: it must be above 0")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port is {self.port}: it must be from 0 to 65535")
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"origin {origin!r:.80}: give scheme and host, such as https://example.org, or *")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.strip()):
             raise ValueError("the token must be of printable ASCII characters, and not empty")
 
@@ -63,14 +68,21 @@ class Config:
 def beginning(pipe: Pipeline, sampler: str, scale: float) -> Controls:
     """Return the controls that sessions of a model and device begin with.
 
-    Networks that were distilled, or have the guidance scale as an input, are not guided further. A CPU needs about as
+    Networks that were distilled, or have the guidance scale as an input, are not guided further. Of many seeds and
+    strengths these redraw the page's first drawing best with the bundled model, by our eyes. A CPU needs about as
     long for a batch of n as for n evaluations: there a stream batch would delay pictures by n - 1 frames for little
     speed.
     """
     unguided = pipe.model.embeds_guidance or sampler == "lcm"
     batch = jax.default_backend() != "cpu"
     return Controls(
-        guidance="none" if unguided else "full", scale=scale, steps=2, strength=0.6, similarity=0.98, batch=batch
+        guidance="none" if unguided else "full",
+        scale=scale,
+        steps=2,
+        strength=0.5,
+        seed=4,
+        similarity=0.98,
+        batch=batch,
     )
 
 
@@ -91,7 +103,10 @@ class Service:
         self.engine = Engine(self.make, together=config.together, most_calls=config.most_calls)
         self.line = WaitingQueue(config.max_sessions, config.max_waiting)
         self.telemetry = Telemetry()
-        self.pool = ThreadPoolExecutor(max(2, min(os.cpu_count() or 2, 8)), "lcm-jax codec")
+        threads = max(2, min(os.cpu_count() or 2, 8))
+        self.decoders = ThreadPoolExecutor(threads, "lcm-jax decoder")  # a frame that takes long delays no picture
+        self.encoders = ThreadPoolExecutor(threads, "lcm-jax encoder")
+        self.requests = ThreadPoolExecutor(1, "lcm-jax HTTP")  # one at a time, which may need much memory
         self.connections: set[Client] = set()
         self.refused = 0
 
@@ -110,6 +125,12 @@ class Service:
         gone = [connection.leave(bye) for connection in self.connections]
         if gone:
             await asyncio.wait(gone, timeout=FAREWELL)
+
+    def stop(self) -> None:
+        """Stop the threads after their present work."""
+        self.engine.stop()
+        for pool in (self.decoders, self.encoders, self.requests):
+            pool.shutdown(cancel_futures=True)
 
     def metrics(self) -> str:
         """Return the statistics of all connections in Prometheus' text format."""

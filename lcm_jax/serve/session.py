@@ -87,8 +87,8 @@ class Session:
         """True if other controls have been asked for since `settle`."""
         return self.wanted is not self._settled
 
-    def settle(self, wanted: Controls, make: Callable[[Controls], Stream]) -> None:
-        """Apply the controls to the stream, which `make` makes at the first call."""
+    def settle(self, wanted: Controls, make: Callable[[Controls], Stream]) -> Stream:
+        """Apply the controls to the stream, which `make` makes at the first call, and return it."""
         self._settled, self.asked = wanted, None
         first = self.stream is None
         if self.stream is None:
@@ -96,6 +96,7 @@ class Session:
         else:
             self.stream.set(**{field.name: getattr(wanted, field.name) for field in fields(wanted)})
         self.tell(Now(self.stream.controls, first))
+        return self.stream
 
     def prepare(self, stream: Stream) -> Job | None:
         """Return the job of the oldest waiting frame, None if the filter skips it, which answers it at once."""

@@ -59,6 +59,12 @@ export class Drawing {
         });
       }
     }
+    c.lineWidth = 8;
+    shape(COLOURS.black, () => {
+      for (const [x, y] of [[238, 312], [274, 312], [256, 330]]) c.lineTo(x, y);
+      c.closePath();
+    });
+    for (const side of [-1, 1]) shape(null, () => c.ellipse(256 + side * 28, 338, 28, 26, 0, 0, Math.PI));
     c.resetTransform();
   }
 

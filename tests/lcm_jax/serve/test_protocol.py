@@ -205,3 +205,48 @@ def test_a_bomb_is_measured_and_not_decoded(side: int, monkeypatch: pytest.Monke
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(ValueError, match=f"may have at most {MOST_PIXELS} pixels"):
         decode(huge_png(side), (16, 16))
+
+
+def segments(number: int) -> bytes:
+    """A JPEG with empty comments."""
+    data = encode(picture(), "jpeg")
+    return data[:2] + b"\xff\xfe\x00\x02" * number + data[2:]
+
+
+def chunks(number: int, at: int) -> bytes:
+    """A PNG with empty chunks of no known kind."""
+    data, empty = encode(picture()), struct.pack("!I", 0) + b"teSt" + struct.pack("!I", zlib.crc32(b"teSt"))
+    return data[:at] + empty * number + data[at:]
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        segments(11_000),
+        b"\xff\xd8" + b"\xff" * 11_000 + segments(0)[2:],
+        b"\xff\xd8\xff\xe0\x00\x02" + bytes(11_000) + segments(0)[2:],
+        b"\xff\xd8" + b"\xff\xd0" * 11_000 + segments(0)[2:],
+        chunks(11_000, 33),
+        chunks(11_000, -12),
+    ],
+    ids=["comments", "padding", "junk", "restarts", "chunks before", "chunks after"],
+)
+def test_a_picture_of_many_parts_is_not_read(many: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr("PIL.Image.open", opened)
+    with pytest.raises(ValueError, match="at most 10000 parts"):
+        decode(many, (16, 16))
+
+
+@pytest.mark.parametrize("some", [segments(1000), chunks(1000, 33), chunks(1000, -12)])
+def test_a_picture_of_some_parts_is_read(some: bytes) -> None:
+    assert decode(some).shape == (16, 16, 3)
+
+
+def test_a_progressive_jpeg_is_read() -> None:
+    out = io.BytesIO()
+    smooth = Image.fromarray(picture(4, 4)).resize((64, 48), Image.Resampling.BICUBIC)
+    smooth.save(out, "JPEG", progressive=True, quality=95)
+    assert np.abs(decode(out.getvalue()).astype(int) - np.asarray(smooth)).mean() < 3

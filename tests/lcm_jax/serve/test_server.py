@@ -5,37 +5,46 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import http.client
+import io
 import json
 import re
 import signal
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
+from PIL import Image as PILImage
 from websockets.asyncio.client import connect as async_connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 import lcm_jax
 from lcm_jax.bench.serving import serving
-from lcm_jax.serve.codec import decode, encode
+from lcm_jax.serve.codec import decode, encode, from_base64
 from lcm_jax.serve.connection import MOST_MESSAGES, out, push
 from lcm_jax.serve.protocol import FRAME, MOST_BYTES, PICTURE, SAME, pack, unpack
-from lcm_jax.serve.server import FILES, PAGE, Server, listen
+from lcm_jax.serve.server import FILES, PAGE, Server, listen, open_page
 from lcm_jax.serve.service import Config, Service
-from lcm_jax.serve.session import Answer, Frame
+from lcm_jax.serve.session import Answer, Ended, Frame
 from lcm_jax.stream import Controls, Stream
 
 SECONDS = 120.0
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+)
 START = Controls(prompt="a", similarity=None)
 
 
@@ -313,6 +322,12 @@ BAD_TEXTS = [
     (json.dumps({"v": 1, "type": "set", "controls": {"prompt": "a" * 3000}}), "at most 2000"),
     (json.dumps({"v": 1, "type": "set", "controls": {"prompt": "a" * 1_000_000}}), "65536 characters"),
     (json.dumps({"v": 1, "type": "set", "controls": {"lora": [["x", 1]]}}), "lora 'x' is unknown"),
+    ('{"v": 1, "type": "set", "controls": {"t_index": [1e400]}}', "t_index is [inf]"),
+    ('{"v": 1, "type": "set", "controls": {"t_index": 1e400}}', "t_index is inf"),
+    ('{"v": 1, "type": "set", "controls": {"t_index": [10, true]}}', "whole numbers"),
+    ('{"v": 1, "type": "set", "controls": {"t_index": "12"}}', "whole numbers"),
+    ('{"v": 1, "type": "set", "controls": {"t_index": [1.5]}}', "whole numbers"),
+    (json.dumps({"v": 1, "type": "set", "controls": {"t_index": [1] * 20_000}}), "rising"),
 ]
 
 
@@ -337,6 +352,13 @@ def bomb() -> bytes:
     return data[:12] + head + struct.pack("!I", zlib.crc32(head)) + data[33:]
 
 
+def many_scans(number: int) -> bytes:
+    """A progressive JPEG with scans that have no data, each of which a decoder passes over all pixels for."""
+    out = io.BytesIO()
+    PILImage.new("RGB", (64, 64)).save(out, "JPEG", progressive=True)
+    return out.getvalue()[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" * number + b"\xff\xd9"
+
+
 BAD_FRAMES = [
     (b"", "header of 12 bytes"),
     (pack(FRAME, 5)[:11], "header of 12 bytes"),
@@ -346,6 +368,7 @@ BAD_FRAMES = [
     (pack(FRAME, 5, 0, bytes(100_000)), "neither"),
     (pack(FRAME, 5, 0, encode(np.zeros((64, 64, 3), np.uint8))[:70]), "cannot be read"),
     (pack(FRAME, 5, 0, bomb()), "10000 x 10000"),
+    (pack(FRAME, 5, 0, many_scans(300)), "at most 100 scans"),
 ]
 
 
@@ -359,9 +382,9 @@ def test_bad_frames_are_told_and_disturb_nobody(house: House, pipe: Any, moving:
             message = bad.hear("error")
             assert why in message["message"]
             assert message.get("sequence") == (5 if "kind" not in why and "header" not in why else None)
-            expected = alone(moving[i])
-            assert np.array_equal(good.draw(i, moving[i]), expected)
-            assert np.array_equal(bad.draw(100 + i, moving[i]), expected)
+            expected = alone(moving[i % 8])
+            assert np.array_equal(good.draw(i, moving[i % 8]), expected)
+            assert np.array_equal(bad.draw(100 + i, moving[i % 8]), expected)
 
 
 @pytest.mark.parametrize(
@@ -640,10 +663,9 @@ def test_an_answer_says_how_long_its_frame_waited(house: House, moving: list[np.
         busy.set()
         assert free.wait(SECONDS)
 
-    engine.call("work", lambda: None).result(SECONDS)  # the first of its kind is done beside the streams
     with Client(house) as client:
         client.hear("welcome")
-        engine.call("work", work)
+        engine.call(work, compiled=True)
         assert busy.wait(SECONDS)
         client.send(0, moving[0])
         time.sleep(0.5)
@@ -679,6 +701,34 @@ def test_a_local_server_has_local_names(open_house: Callable[..., House]) -> Non
     for host, code in (("localhost:1", 200), ("[::1]:80", 200), ("friend.org", 200), ("evil.org", 403), ("", 403)):
         assert house.get("/metrics", Host=host).status == code, host
     assert house.get("/healthz", Host="10.0.0.7").status == 200
+
+
+def test_the_guard_reads_the_path_that_is_routed(
+    open_house: Callable[..., House], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the address that old versions of starlette put together from the header Host."""
+
+    def url(_: Any) -> None:
+        raise AssertionError("the guard asked for the address")
+
+    monkeypatch.setattr("starlette.requests.HTTPConnection.url", property(url))
+    house = open_house(token="secret")
+    assert house.get("/metrics?token=secret").status == 200
+    for host in (
+        "x/healthz?",
+        "x/healthz#",
+        "localhost/healthz?",
+        "localhost:1/healthz?",
+        "localhost@x",
+        "[",
+        "[::1",
+        "a b",
+    ):
+        assert house.get("/metrics", Host=host).status == 400, host
+        assert house.get("/metrics?token=secret", Host=host).status == 400, host
+        assert status("/ws?token=secret", house, Host=host) == 400, host
+    for origin in ("http://[", "[", "http://", ""):
+        assert house.get("/metrics?token=secret", Origin=origin).status == 403, origin
 
 
 def test_a_token_is_asked_for(open_house: Callable[..., House]) -> None:
@@ -731,7 +781,8 @@ def test_a_picture_by_http(house: House) -> None:
         ({"steps": 1}, 'a "prompt"'),
         pytest.param({"prompt": 5}, "prompt is 5", marks=pytest.mark.wrong_types),
         ({"prompt": "x" * 3000}, "at most 2000"),
-        ({"prompt": "\ud83d"}, "printable"),
+        ({"prompt": "\ud83d"}, "surrogate"),
+        ({"prompt": "x", "negative_prompt": "\ud83d"}, "negative_prompt: "),
         ({"prompt": "x", "step": 3}, "'step' is no key"),
         ({"prompt": "x", "steps": 0}, "from 1 to 50"),
         ({"prompt": "x", "steps": True}, "whole number"),
@@ -744,7 +795,10 @@ def test_a_picture_by_http(house: House) -> None:
         ({"prompt": "x", "size": [1600, 1600]}, "4 times the area"),
         ({"prompt": "x", "size": [-16, -16]}, "positive"),
         ({"prompt": "x", "strength": 0.5}, "without an image"),
-        ({"prompt": "x", "image": "?"}, "image: "),
+        ({"prompt": "x", "image": "?"}, "image: a picture must be in base64"),
+        ({"prompt": "x", "image": ""}, "must be in base64"),
+        ({"prompt": "x", "image": "data:image/png,abc"}, "must begin like data:image/png;base64"),
+        ({"prompt": "x", "image": base64.b64encode(many_scans(300)).decode()}, "at most 100 scans"),
         ({"prompt": "x", "image": base64.b64encode(b"hello").decode()}, "neither"),
         ({"prompt": "x", "image": base64.b64encode(bomb()).decode()}, "10000 x 10000"),
         ({"prompt": "bad"}, "the pipeline does not like this"),
@@ -755,6 +809,40 @@ def test_bad_requests_are_told_why(standing: House, body: Any, why: str) -> None
     assert answer.status == 400
     assert why in answer.json()["error"]
     assert len(answer.json()["error"]) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "two\nlines\r\nand\ta tab",
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",  # a family joined, a heart
+        "\u732b\u3000\u306e\u9854",  # ideographic space
+        "a\u00a0no-break\u202fspace",
+        "",
+        "x" * 2000,
+    ],
+)
+def test_http_and_the_socket_take_the_same_prompts(standing: House, text: str) -> None:
+    for name in ("prompt", "negative_prompt"):
+        assert standing.post({"prompt": "x"} | {name: text}).status == 200
+        assert getattr(Controls(**{name: text}), name) == (text if name == "negative_prompt" else ((text, 1.0),))
+
+
+def test_a_picture_may_be_in_any_base64(standing: House) -> None:
+    picture = encode(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    plain, safe = base64.b64encode(picture).decode(), base64.urlsafe_b64encode(picture).decode()
+    assert set("+/") <= set(plain)
+    for text in (
+        plain,
+        base64.encodebytes(picture).decode(),
+        plain.replace("A", "A\r\n"),
+        safe,
+        safe.rstrip("="),
+        f"data:image/png;base64,{plain}",
+        f"DATA:image/png;name=x.png;base64,{quote(plain)}",
+    ):
+        assert standing.post({"prompt": "x", "image": text}).status == 200, text[:50]
+        assert from_base64(text) == picture
 
 
 def test_a_large_request_is_not_read(standing: House) -> None:
@@ -771,11 +859,27 @@ def test_other_errors_are_json_too(standing: House) -> None:
     assert status("/nothing", standing) in (403, 404)
 
 
-def test_only_so_many_sizes_are_compiled(house: House) -> None:
-    sizes = [[16, 2 * i] for i in range(1, 12)]
-    codes = [house.post({"prompt": "x", "size": size}).status for size in sizes]
-    assert codes == [200] * 8 + [400] * 3
-    assert house.post({"prompt": "x", "size": sizes[0]}).status == 200
+def test_the_last_kinds_of_pictures_stay_compiled(house: House, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number may be asked for, and those that are refused cost no other its place."""
+    monkeypatch.setattr("lcm_jax.serve.http_images.MOST_KINDS", 3)
+    threads: list[str] = []
+    draw = type(pipe).__call__
+
+    def drawn(*args: Any, **options: Any) -> np.ndarray:
+        threads.append(threading.current_thread().name)
+        return draw(*args, **options)
+
+    monkeypatch.setattr(type(pipe), "__call__", drawn)
+
+    def ask(width: int, prompt: str = "x") -> str | int:
+        """The thread that drew a picture of a size, or the status of an error."""
+        reply = house.post({"prompt": prompt, "size": [16, width]})
+        return threads[-1].removeprefix("lcm-jax ") if reply.status == 200 else reply.status
+
+    assert [ask(width) for width in (2, 4, 6, 2)] == ["compiler"] * 3 + ["engine"]
+    assert [ask(width, "bad") for width in range(8, 30, 2)] == [400] * 11
+    assert [ask(width) for width in (4, 6, 2)] == ["engine"] * 3
+    assert [ask(width) for width in (8, 6, 2, 4)] == ["compiler", "engine", "engine", "compiler"]
 
 
 def test_only_so_many_pictures_wait_and_streams_go_on(
@@ -807,6 +911,61 @@ def test_only_so_many_requests_are_read(house: House, monkeypatch: pytest.Monkey
     assert house.post({"prompt": "x"}).status == 200
 
 
+def test_a_client_that_vanishes_is_no_error(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        gone = socket.create_connection(("127.0.0.1", house.port))
+        gone.sendall(b"POST /v1/images HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.05)
+        gone.close()
+        for host in (b"localhost", b"evil.org"):
+            gone = socket.create_connection(("127.0.0.1", house.port))
+            gone.sendall(HANDSHAKE.replace(b"localhost", host))
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            gone.close()
+    house.until(lambda: len(house.server.server_state.connections) == 0)
+    assert house.post({"prompt": "x"}).status == 200
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_what_a_session_held_is_freed_when_it_ends(house: House, moving: list[np.ndarray]) -> None:
+    """By whatever end, and while the garbage collector does not run."""
+    ends: list[Callable[[Client], None]] = [
+        lambda client: client.say("bye"),
+        lambda client: client.socket.send(json.dumps({"v": 2})),
+        lambda client: client.socket.close(),
+        lambda client: client.socket.socket.shutdown(socket.SHUT_RDWR),
+        lambda client: house.service.engine._sessions[0].tell(Ended("broken")),
+    ]
+    gc.collect()
+    gc.disable()
+    try:
+        for end in ends:
+            client = Client(house)
+            client.hear("welcome")
+            assert client.draw(0, moving[0]) is not None
+            held = weakref.ref(house.service.engine._sessions[0].stream)
+            end(client)
+            house.until(lambda held=held: held() is None)
+    finally:
+        gc.enable()
+
+
+def test_decoders_do_not_hold_up_encoders(house: House, moving: list[np.ndarray]) -> None:
+    """While every decoder is at work a picture is sent, and one is drawn by HTTP."""
+    free = threading.Event()
+    with Client(house) as client:
+        client.hear("welcome")
+        held = [house.service.decoders.submit(free.wait, SECONDS) for _ in range(house.service.decoders._max_workers)]
+        session = house.service.engine._sessions[0]
+        house.service.engine.offer(session, Frame(7, moving[0], time.perf_counter(), time.perf_counter()))
+        while not isinstance(data := client.socket.recv(SECONDS), bytes):
+            pass
+        assert unpack(data).sequence == 7
+        assert house.post({"prompt": "x"}).status == 200
+        free.set()
+        assert all(future.result(SECONDS) for future in held)
+
+
 def test_the_end_is_told(pipe: Any, moving: list[np.ndarray]) -> None:
     house = House(pipe, max_sessions=1)
     with Client(house) as streaming, Client(house) as waiting:
@@ -832,9 +991,30 @@ def test_a_config_is_checked() -> None:
         ({"port": 70_000}, "port"),
         ({"token": ""}, "token"),
         ({"token": "\u00e9"}, "token"),
+        ({"origins": ("example.org",)}, "origin 'example.org'"),
+        ({"origins": ("https://example.org/",)}, "such as https://example.org"),
+        ({"origins": ("*", "http://[")}, "origin"),
     ]:
         with pytest.raises(ValueError, match=why):
             replace(good, **changes)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_the_page_is_opened_in_a_browser(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened: list[str] = []
+    answers = iter([True, False])
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or next(answers))
+    config = Config(model="light", size=(16, 16), controls=START, host=host, token="a b")
+    with listen("127.0.0.1", 0) as listener:
+        name = {"0.0.0.0": "localhost"}.get(host, host)
+        expected = f"http://{name}:{listener.getsockname()[1]}/?token=a%20b"
+        open_page(config, listener)
+        assert capsys.readouterr().err == ""
+        open_page(config, listener)
+        assert capsys.readouterr().err == f"lcm-jax: no browser could be opened here: open {expected}\n"
+    assert opened == [expected, expected]
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -856,7 +1036,7 @@ def test_a_real_pipeline_is_served(tiny_model: Path, moving: list[np.ndarray]) -
             for i, frame in enumerate(moving[:4]):
                 assert np.array_equal(client.draw(i, frame), alone(frame))
             order = {"prompt": "dog face", "steps": 3, "seed": 5, "image": base64.b64encode(encode(moving[0])).decode()}
-            expected = pipe("dog face", steps=3, seed=5, image=moving[0], sampler="lcm")[0]
+            expected = pipe("dog face", steps=3, seed=5, image=moving[0], guidance=1.0, sampler="lcm")[0]
             for _ in range(2):  # beside the streams, then between their turns
                 assert np.array_equal(decode(house.post(order).content), expected)
             assert np.array_equal(client.draw(9, moving[4]), alone(moving[4]))
