@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -142,7 +143,7 @@ class Nets(NamedTuple):
     """One pure function and its parameter trees; `null` is the conditioning of the empty prompt, batch 1.
 
     others: trees that are trained beside the student (a fake score, a discriminator's heads), by name. critic: see
-    `Critic`. step: the number of steps trained so far, for objectives that change with it.
+    `Critic`. step: the number of steps trained so far, of `steps` in all, for objectives that change with them.
     """
 
     apply: Apply
@@ -153,3 +154,9 @@ class Nets(NamedTuple):
     others: Any = None
     critic: Critic | None = None
     step: Array | float = 0.0
+    steps: Array | float = 1000.0
+
+    @property
+    def progress(self) -> Array:
+        """The share of the run that is done: 0 at its first step."""
+        return jnp.asarray(self.step, jnp.float32) / jnp.asarray(self.steps, jnp.float32)

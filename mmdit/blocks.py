@@ -44,11 +44,17 @@ def stacked(block: Any, length: int, remat: Remat, in_axes: Any = nn.broadcast) 
     """
     return nn.scan(
         rematerialized(block, remat, scanned=True),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "features": 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,
     )
+
+
+def sow(module: nn.Module, name: str, x: Array) -> None:
+    """Put a module's output into the collection "features", where that is mutable; `init` makes parameters alone."""
+    if not module.is_initializing():
+        module.sow("features", name, x)
 
 
 def flat_dot(x: Array, kernel: Array, *_: Any, **options: Any) -> Array:
@@ -202,7 +208,8 @@ class JointBlock(nn.Module):
 
     It takes ((x, context), c) and returns ((x, context), None), as the body of `nn.scan`. dual: the image tokens also
     attend to the image tokens alone (SD3.5-medium), from the same norm with a modulation of its own. last: the text is
-    an input of the attention, but gets no output.
+    an input of the attention, but gets no output. The image tokens are sown as ("features", "tokens"), which costs
+    nothing unless that collection is mutable.
     """
 
     heads: int
@@ -240,6 +247,7 @@ class JointBlock(nn.Module):
         x = gated_mlp(x, mlp[:3], "ff", types)
         if context_y is not None:  # all blocks but the last
             context = gated_mlp(context + context_gate * context_y, context_mlp, "ff_context", types)
-        if keep is None:
-            return (x, context), None
-        return (jnp.where(keep, x, carry[0]), jnp.where(keep, context, carry[1])), None
+        if keep is not None:
+            x, context = jnp.where(keep, x, carry[0]), jnp.where(keep, context, carry[1])
+        sow(self, "tokens", x)
+        return (x, context), None

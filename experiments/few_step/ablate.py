@@ -25,7 +25,7 @@ from lcm_jax import configs
 from lcm_jax.cli.demo import GUIDANCE
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
 from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
-from lcm_jax.objectives import METHODS, ECTPairs, ICTPairs
+from lcm_jax.objectives import METHODS
 from lcm_jax.runtime.image_grid import labelled_grid
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.step_cost import step_cost
@@ -42,12 +42,9 @@ PAIRS: dict[str, Any] = {"skip": 125.0, "loss": "huber", "huber_c": 0.05}
 OPTIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "lcm": lambda steps: PAIRS,
     "lcf": lambda steps: PAIRS,
-    "ict": lambda steps: {"pairs": ICTPairs(steps=steps)},
-    "ect": lambda steps: {"pairs": ECTPairs(stage_steps=max(steps // 8, 1))},
     "ctm": lambda steps: PAIRS,
     "tcd": lambda steps: PAIRS,
     "pcm": lambda steps: PAIRS,
-    "scm": lambda steps: {"warmup": max(steps // 4, 1)},
     "progressive": lambda steps: {"first_steps": 8, "stage_steps": max(steps // 4, 1)},
 }
 
@@ -96,7 +93,7 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     pipe, guidance = drawn_by(config, workdir)
     options: dict[str, Any] = {"sampler": config.task.objective.sampler, "guidance": guidance}
     clip, seed = ClipMetric.load("openmoji"), config.loop.seed
-    rows = evaluate(pipe, clip, *captioned(config.task.prompts.open()), steps=STEPS, seed=seed, **options)
+    rows = evaluate(pipe, clip, *captioned(config.task.resolved.prompts.open()), steps=STEPS, seed=seed, **options)
     drawn = {str(n): pipe(PROMPTS, steps=n, seed=0, **options) for n in STEPS}
     np.savez_compressed(workdir / "pictures.npz", **drawn)
     scores = {f"{key}/{row['steps']}": row[key] for row in rows for key in ("frechet", "clip_score")}

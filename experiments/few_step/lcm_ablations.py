@@ -60,7 +60,7 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     The base variant is also drawn in 1, 2 and 8 steps, and in four steps with each guidance scale of `GUIDANCES`.
     """
     pipe, guidance = drawn_by(config, workdir)
-    images, captions = captioned(config.task.prompts.open())
+    images, captions = captioned(config.task.resolved.prompts.open())
     clip, seed = ClipMetric.load("openmoji"), config.loop.seed
     settings = [(4, g) for g in GUIDANCES] if pipe.model.embeds_guidance else []
     if name == BASE:

@@ -26,6 +26,8 @@ class Sampler:
     spread_start: the noise starts at sigma(t_0), not at 1, unless the spacing is leading (diffusers' Euler and Heun).
     consistency: the denoiser must be a consistency function. ValueError for a solver that lacks one of its facts.
     even: in continuous time its steps are equally long, and all lie below the strength.
+    spaces_sigmas: diffusers' scheduler places its steps by noise levels, and so reads use_karras_sigmas and the like.
+    usual_steps: the number of steps that a picture is drawn in where none is given.
     diffusers: the scheduler classes of diffusers that are this sampler, step by step.
     replaces: scheduler classes of diffusers that this library lacks: this sampler draws for them, with a warning.
 
@@ -35,6 +37,8 @@ class Sampler:
     (2, 2, False)
     >>> heun.diffusers
     ('HeunDiscreteScheduler', 'FlowMatchHeunDiscreteScheduler')
+    >>> heun.usual_steps, get_sampler("lcm").usual_steps
+    (25, 4)
     """
 
     solver: Solver
@@ -42,6 +46,8 @@ class Sampler:
     spread_start: bool = False
     consistency: bool = False
     even: bool = False
+    spaces_sigmas: bool = False
+    usual_steps: int = 25
     diffusers: tuple[str, ...] = ()
     replaces: tuple[str, ...] = ()
 
@@ -51,6 +57,11 @@ class Sampler:
             raise ValueError(
                 f"solver {type(self.solver).__name__} has no {', '.join(missing)}: see lcm_jax.typing.Solver"
             )
+
+    @property
+    def few_steps(self) -> bool:
+        """True if it draws with students, whose guidance is part of what they learned or an input."""
+        return self.usual_steps <= 8
 
     @property
     def streams(self) -> bool:
@@ -87,6 +98,12 @@ def time_grid(
     >>> time_grid(get_sampler("lcm"), RectifiedFlow(), 4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
+    if spacing.sigmas is not None and sampler.spaces_sigmas:
+        raise ValueError(
+            f"the scheduler config sets {spacing.sigmas}, which the sampler {_name(sampler)} reads in diffusers and "
+            f"does not have here: load with scheduler={{{spacing.sigmas!r}: False}} (--scheduler "
+            f"{spacing.sigmas}=false), or name a sampler that passes over it, such as ddim"
+        )
     if schedule.timesteps is not None and sampler.grid is not None:
         return sampler.grid(steps, spacing, strength)
     if schedule.timesteps is None and sampler.even:
@@ -138,31 +155,42 @@ SAMPLERS: dict[str, Sampler] = {
         grid=_lcm_grid,
         consistency=True,
         even=True,
+        usual_steps=4,
         diffusers=("LCMScheduler", "FlowMatchLCMScheduler"),
     ),
-    "tcd": Sampler(solver=TCD(), grid=_tcd_grid, even=True, diffusers=("TCDScheduler",)),
-    "flow_map": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True),
-    "ddim": Sampler(solver=DDIM(), diffusers=("DDIMScheduler",), replaces=("DDPMScheduler", "PNDMScheduler")),
+    "tcd": Sampler(solver=TCD(), grid=_tcd_grid, even=True, usual_steps=4, diffusers=("TCDScheduler",)),
+    "flow_map": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True, usual_steps=4),
+    "ddim": Sampler(
+        solver=DDIM(), usual_steps=50, diffusers=("DDIMScheduler",), replaces=("DDPMScheduler", "PNDMScheduler")
+    ),
     "euler": Sampler(
         solver=Euler(),
         grid=_euler_grid,
         spread_start=True,
+        spaces_sigmas=True,
+        usual_steps=28,
         diffusers=("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
         replaces=("LMSDiscreteScheduler",),
     ),
     "euler_a": Sampler(  # ancestral: DDPM's noise
-        solver=DDIM(eta=1.0), grid=_heun_grid, spread_start=True, diffusers=("EulerAncestralDiscreteScheduler",)
+        solver=DDIM(eta=1.0),
+        grid=_heun_grid,
+        spread_start=True,
+        usual_steps=28,
+        diffusers=("EulerAncestralDiscreteScheduler",),
     ),
     "heun": Sampler(
         solver=Heun(),
         grid=_heun_grid,
         spread_start=True,
+        spaces_sigmas=True,
         diffusers=("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
         replaces=("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
     ),
     "dpm++2m": Sampler(
         solver=DPMpp2M(),
         grid=_dpm_grid,
+        spaces_sigmas=True,
         diffusers=("DPMSolverMultistepScheduler",),
         replaces=(
             *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
@@ -174,6 +202,12 @@ SAMPLERS: dict[str, Sampler] = {
 """Every sampler by its name; `register` adds one."""
 
 _RENAMED = {"jump": "flow_map"}
+
+
+def _name(sampler: Sampler) -> str:
+    """Return a sampler's name, or that of its solver where it is not registered."""
+    names = (name for name, known in SAMPLERS.items() if known == sampler)
+    return next(names, type(sampler.solver).__name__)
 
 
 def register(name: str, sampler: Sampler) -> Sampler:
@@ -208,7 +242,7 @@ def sampler_name(name: str) -> str:
         warnings.warn(f"sampler {name!r} is now called {_RENAMED[name]!r}", DeprecationWarning, stacklevel=3)
         name = _RENAMED[name]
     if name not in SAMPLERS:
-        near = difflib.get_close_matches(name.lower().replace("pp", "++").replace("_", ""), SAMPLERS, n=1)
+        near = difflib.get_close_matches(str(name).lower().replace("pp", "++").replace("_", ""), SAMPLERS, n=1)
         hint = f", did you mean {near[0]}?" if near else ";"
         raise ValueError(f"sampler {name!r} is unknown{hint} known are {', '.join(SAMPLERS)}")
     return name

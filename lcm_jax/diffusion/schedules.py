@@ -289,6 +289,17 @@ def floor_to_timestep(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
     return jnp.asarray(t) if schedule.timesteps is None else jnp.floor(t)
 
 
+def round_to_timestep(schedule: Schedule, t: Time) -> Float[Array, "*b"]:
+    """Return times rounded to the entries of a discrete table, as trailing grids are; continuous times as they are.
+
+    >>> from lcm_jax.diffusion.schedules import DDPM, Cosine, round_to_timestep
+    >>> float(round_to_timestep(DDPM(), 498.7)), float(round_to_timestep(Cosine(), 0.75))
+    (499.0, 0.75)
+    """
+    # the number of timesteps to the clean end is rounded: a half goes to the even number
+    return jnp.asarray(t) if schedule.timesteps is None else jnp.round(t - schedule.t_min) + schedule.t_min
+
+
 class _Tables(NamedTuple):
     """float32 columns over t = -1, 0, ..., num_train_timesteps - 1."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ CAPACITY = 1000
 """The number of steps that a padded grid holds: as many as the longest table has entries."""
 
 SPACINGS = ("leading", "trailing", "linspace")
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 class Grid(NamedTuple):
@@ -50,6 +52,9 @@ class Spacing:
     On a rectified flow use_flow_sigmas spaces as diffusers' DPM solvers do, and double_shift, which is no key of
     diffusers', as its flow-matching schedulers do (`RectifiedFlow.grid`).
 
+    sigmas is the key in `SIGMAS` that asks for other noise levels, such as Karras'. No sampler has them: `time_grid`
+    raises ValueError for the samplers that read the key in diffusers; the others pass over it there and here.
+
     >>> from lcm_jax.diffusion.time_grids import Spacing
     >>> Spacing.from_config({"timestep_spacing": "trailing", "beta_start": 0.00085}).timestep_spacing
     'trailing'
@@ -65,6 +70,7 @@ class Spacing:
     euler_at_final: bool = False
     use_flow_sigmas: bool = False
     double_shift: bool = True
+    sigmas: str | None = None
 
     def __post_init__(self) -> None:
         if self.timestep_spacing not in (None, *SPACINGS):
@@ -74,12 +80,11 @@ class Spacing:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Spacing:
-        """Read the keys that are known; ValueError for a value, or for sigmas such as Karras', that is unsupported."""
-        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
-            if config.get(key):
-                raise ValueError(f"{source}: {key} is unsupported (its value is {config[key]!r}): set it to false")
+        """Read the keys that are known; ValueError for a value that is unsupported."""
+        sigmas = next((key for key in SIGMAS if config.get(key)), None)
+        values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         try:
-            return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+            return cls(**values | {"sigmas": sigmas})
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
@@ -142,8 +147,20 @@ def lcm_grid(
     check_strength(strength)
     if not 1 <= original_steps <= num_train_timesteps:
         raise ValueError(f"original_steps is {original_steps}: it must be between 1 and {num_train_timesteps}")
-    origin = np.arange(int(original_steps * strength), 0, -1) * (num_train_timesteps // original_steps) - 1
-    check_steps(steps, len(origin))
+    count = int(original_steps * strength)
+    check_steps(steps, original_steps)
+    if steps > count:
+        enough, one = (next(s / 100 for s in range(1, 101) if int(original_steps * (s / 100)) >= n) for n in (steps, 1))
+        if count == 0:
+            raise ValueError(
+                f"strength {strength:g} leaves none of the {original_steps} times that LCM was distilled on: raise the "
+                f"strength to {enough:g} for {steps} steps, or to {one:g} and take 1 step"
+            )
+        raise ValueError(
+            f"steps is {steps}: it must be between 1 and {count} at strength {strength:g}, which leaves {count} of the "
+            f"{original_steps} times that LCM was distilled on: raise the strength to {enough:g}, or take fewer steps"
+        )
+    origin = np.arange(count, 0, -1) * (num_train_timesteps // original_steps) - 1
     if schedule == "old":
         times = origin[:: len(origin) // steps][:steps]
     else:
@@ -199,7 +216,9 @@ def truncate(
     steps = len(grid) - 1
     count = steps - int(steps - steps * strength) if up else int(steps * strength)
     if count < 1:
-        raise ValueError(f"strength {strength} of {steps} steps leaves none: raise the strength or the steps")
+        more = next((f", or take at least {n} steps" for n in range(1, CAPACITY + 1) if int(n * strength) >= 1), "")
+        enough = math.ceil(100 / steps) / 100
+        raise ValueError(f"strength {strength:g} of {steps} steps leaves none: raise the strength to {enough:g}{more}")
     return grid[steps - count :]
 
 

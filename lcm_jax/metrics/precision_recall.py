@@ -1,4 +1,7 @@
-"""Improved precision and recall (Kynkaanniemi 2019, arXiv:1904.06991): quality and coverage as two numbers."""
+"""Quality and coverage as two numbers, from nearest neighbours.
+
+Improved precision and recall (Kynkaanniemi 2019, arXiv:1904.06991), density and coverage (Naeem 2020, 2002.09797).
+"""
 
 from __future__ import annotations
 
@@ -46,11 +49,54 @@ def _radii2(x: Float[np.ndarray, "n d"], k: int, chunk: int) -> Float[np.ndarray
     return np.concatenate([np.partition(d2, k, axis=1)[:, k] for d2 in _squared_distances(x, x, chunk)])
 
 
-def _covered(
-    x: Float[np.ndarray, "n d"], centres: Float[np.ndarray, "m d"], radii2: Float[np.ndarray, " m"], chunk: int
-) -> Bool[np.ndarray, " n"]:
-    """Return, for each point, whether it is in at least one of the balls (eq. 1)."""
-    return np.concatenate([(d2 <= radii2).any(axis=1) for d2 in _squared_distances(x, centres, chunk)])
+class DensityCoverage(NamedTuple):
+    """The result of `density_coverage` (Naeem 2020, arXiv:2002.09797, eq. 5 and 6).
+
+    >>> from lcm_jax.metrics import DensityCoverage
+    >>> DensityCoverage(density=1.2, coverage=0.9).coverage
+    0.9
+    """
+
+    density: float  # mean number of real balls around a fake, over k: 1 on average for two equal distributions
+    coverage: float  # fraction of reals that have a fake in their ball, in [0, 1]
+
+
+class Neighbours(NamedTuple):
+    """The neighbours of each sample: the four scores are means over these fields.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics.precision_recall import Neighbours
+    >>> real, fake = np.arange(10.0)[:, None], np.arange(5.0)[:, None] + 0.25
+    >>> Neighbours.of(real, fake, k=1).recalled.mean()
+    np.float64(0.6)
+    """
+
+    precise: Bool[np.ndarray, " m"]  # a fake is in the ball of a real
+    dense: Float[np.ndarray, " m"]  # the number of real balls around a fake, over k
+    recalled: Bool[np.ndarray, " n"]  # a real is in the ball of a fake
+    covered: Bool[np.ndarray, " n"]  # a real has a fake in its own ball
+
+    @classmethod
+    def of(
+        cls, real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], *, k: int, chunk: int = 1024
+    ) -> Neighbours:
+        """Compare two sets; ValueError as `precision_recall` says."""
+        a, b = as_features(real, "real"), as_features(fake, "fake")
+        if a.shape[1] != b.shape[1]:
+            raise ValueError(f"feature dimensions differ: real {a.shape[1]}, fake {b.shape[1]}")
+        if k < 1 or min(len(a), len(b)) <= k:
+            raise ValueError(f"k={k} neighbours need k >= 1 and more than k samples; got {len(a)} real, {len(b)} fake")
+        centre = a.mean(axis=0)
+        a, b = a - centre, b - centre
+        of_real, of_fake = _radii2(a, k, chunk), _radii2(b, k, chunk)
+        around, covered = [], np.zeros(len(a), bool)
+        for d2 in _squared_distances(b, a, chunk):  # from each fake to all reals
+            inside = d2 <= of_real
+            around.append(inside.sum(axis=1))
+            covered |= inside.any(axis=0)
+        number = np.concatenate(around)
+        recalled = [(d2 <= of_fake).any(axis=1) for d2 in _squared_distances(a, b, chunk)]
+        return cls(number > 0, number / k, np.concatenate(recalled), covered)
 
 
 def precision_recall(
@@ -75,13 +121,26 @@ def precision_recall(
     >>> precision_recall(real, fake, k=1)
     PrecisionRecall(precision=1.0, recall=0.6)
     """
-    a, b = as_features(real, "real"), as_features(fake, "fake")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"feature dimensions differ: real {a.shape[1]}, fake {b.shape[1]}")
-    if k < 1 or min(len(a), len(b)) <= k:
-        raise ValueError(f"k={k} neighbours need k >= 1 and more than k samples; got {len(a)} real, {len(b)} fake")
-    centre = a.mean(axis=0)
-    a, b = a - centre, b - centre
-    precision = _covered(b, a, _radii2(a, k, chunk), chunk).mean()
-    recall = _covered(a, b, _radii2(b, k, chunk), chunk).mean()
-    return PrecisionRecall(float(precision), float(recall))
+    found = Neighbours.of(real, fake, k=k, chunk=chunk)
+    return PrecisionRecall(float(found.precise.mean()), float(found.recalled.mean()))
+
+
+def density_coverage(
+    real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], *, k: int = 5, chunk: int = 1024
+) -> DensityCoverage:
+    """Return the density and the coverage of fakes against reals (Naeem 2020, arXiv:2002.09797, eq. 5 and 6).
+
+        density = mean over fakes of the number of real balls that hold it, over k,
+        coverage = mean over reals of [a fake is in its ball],
+
+    where the ball of a real reaches to its k-th nearest real. Unlike recall, coverage does not grow with an outlier
+    among the fakes. `chunk` bounds memory as in `precision_recall`; ValueError as there.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics import density_coverage
+    >>> real = np.arange(10.0)[:, None]
+    >>> density_coverage(real, real, k=1)
+    DensityCoverage(density=2.8, coverage=1.0)
+    """
+    found = Neighbours.of(real, fake, k=k, chunk=chunk)
+    return DensityCoverage(float(found.dense.mean()), float(found.covered.mean()))

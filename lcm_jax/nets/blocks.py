@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from lcm_jax.nets.layers import Downsample, Upsample, conv, dense, layer_norm
 from mmdit.attention import Implementation, attention
-from mmdit.blocks import Remat, rematerialized
+from mmdit.blocks import Remat, rematerialized, sow
 from vae16.layers import GroupNorm
 
 
@@ -196,7 +196,8 @@ class Stage(nn.Module):
 class DownBlock(Stage):
     """A down block: one residual block for each depth, then half the size if `downsample`.
 
-    It returns the result and the list of all intermediate outputs, the skip connections.
+    It returns the result and the list of all intermediate outputs, the skip connections. The result is sown as
+    ("features", "map").
     """
 
     downsample: bool = True
@@ -210,18 +211,23 @@ class DownBlock(Stage):
         if self.downsample:
             x = Downsample(name="downsamplers_0", **self.settings.types)(x)
             skips.append(x)
+        sow(self, "map", x)
         return x, skips
 
 
 class MidBlock(Stage):
-    """The middle block: residual block, transformer, residual block; without heads only the first residual block."""
+    """The middle block: residual block, transformer, residual block; without heads only the first residual block.
+
+    The result is sown as ("features", "map").
+    """
 
     @nn.compact
     def __call__(self, x: Array, time: Array, context: Array) -> Array:
         x = self.resnet(0)(x, time)
-        if self.heads is None:
-            return x
-        return self.resnet(1)(self.attention(0, x, context), time)
+        if self.heads is not None:
+            x = self.resnet(1)(self.attention(0, x, context), time)
+        sow(self, "map", x)
+        return x
 
 
 class UpBlock(Stage):

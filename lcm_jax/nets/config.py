@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lcm_jax.runtime.messages import shown
+
 Depth = int | tuple[int, ...]  # transformer blocks of one level: one number for all attention layers, or one for each
 
 _CROSS_DOWN, _CROSS_UP, _CROSS_MID = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "UNetMidBlock2DCrossAttn"
@@ -215,9 +217,11 @@ class UNetConfig:
                 values[key] = value
             elif key in _FIXED:
                 if value not in _FIXED[key]:
-                    raise ValueError(f"{source}: {key}={value!r} is not supported; use {_FIXED[key][0]!r}")
+                    raise ValueError(f"{source}: {key}={shown(value)} is not supported; use {_FIXED[key][0]!r}")
             elif key not in _IRRELEVANT and not key.startswith("_"):
-                raise ValueError(f"{source}: unknown key {key!r} (value {value!r}); remove it if it changes nothing")
+                raise ValueError(
+                    f"{source}: unknown key {shown(key)} (value {shown(value)}); remove it if it changes nothing"
+                )
         for key in ("only_cross_attention", "use_linear_projection", "center_input_sample"):
             if values.get(key, False) is None:  # older files write null for false
                 values[key] = False

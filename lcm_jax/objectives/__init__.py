@@ -17,7 +17,7 @@ from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistil
 from lcm_jax.objectives.registry import METHODS, method, register
 from lcm_jax.objectives.terms import TextEncoders
 from lcm_jax.objectives.time_densities import CosMap, LogitNormal, Mode, Uniform
-from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs
+from lcm_jax.objectives.time_pairs import CTPairs, ECTPairs, ICTPairs, KarrasPairs
 from lcm_jax.objectives.toy import toy_batch, toy_nets
 from lcm_jax.objectives.trajectory import (
     ConsistencyTrajectory,
@@ -28,6 +28,7 @@ from lcm_jax.objectives.trajectory import (
 __all__ = [
     "METHODS",
     "AdversarialDistillation",
+    "CTPairs",
     "ConsistencyTrajectory",
     "ContinuousConsistency",
     "CosMap",

@@ -20,7 +20,7 @@ from lcm_jax.diffusion.parameterization import add_noise, bind, expand
 from lcm_jax.diffusion.solvers import DDIM, DPMpp2S, DPMSolver2, Heun
 from lcm_jax.objectives.few_step import FewStep, RandomKeys
 from lcm_jax.objectives.terms import Distance, by_quarter, check_choice, distance, without_caption
-from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs, level
+from lcm_jax.objectives.time_pairs import CTPairs, ECTPairs, ICTPairs, KarrasPairs, level
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Solver
 
 Target = Literal["ema", "online"]
@@ -63,7 +63,7 @@ class LatentConsistency(FewStep):
 
     grid_points: int = 50
     skip: float | None = None
-    pairs: KarrasPairs | ICTPairs | ECTPairs | None = None
+    pairs: KarrasPairs | CTPairs | ICTPairs | ECTPairs | None = None
     target: Target = "ema"
     loss: Distance = "l2"
     huber_c: float = 1e-3
@@ -90,10 +90,10 @@ class LatentConsistency(FewStep):
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """Return the point z_s whose solution z_t's must equal."""
 
-    def times(self, key: Key, n: int, step: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    def times(self, key: Key, n: int, progress: Array | float = 0.0) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """Return the pairs of times (t, s)."""
         if self.pairs is not None:
-            return self.pairs(self.schedule, key, n, step)
+            return self.pairs(self.schedule, key, n, progress)
         start, end = self.schedule.t_min, self.schedule.t_max
         index = jax.random.randint(key, (n,), 1, self.grid_points + 1).astype(jnp.float32)
         t = start + index * ((end - start) / self.grid_points)
@@ -111,7 +111,7 @@ class LatentConsistency(FewStep):
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         keys = RandomKeys.of(key)
-        t, s = self.times(keys.time, len(x0), nets.step)
+        t, s = self.times(keys.time, len(x0), nets.progress)
         end = self.end(keys.end, t, s)
         z = add_noise(self.schedule, x0, eps, t)
         z_s = self.earlier(nets, x0, eps, z, t, s, cond, w)
@@ -175,7 +175,7 @@ class LatentConsistencyFinetuning(LatentConsistency):
     """LCF (LCM Sec. 4.4, Alg. 4): no teacher; z_s is the same latent noised to s with the same noise.
 
     w is drawn and embedded as in distillation, so that a distilled student keeps its input; it has no other use here.
-    With `KarrasPairs` this is CT (2303.01469), with `ICTPairs` iCT (2310.14189), with `ECTPairs` ECT (2406.14548).
+    With `CTPairs` this is CT (2303.01469), with `ICTPairs` iCT (2310.14189), with `ECTPairs` ECT (2406.14548).
 
     >>> import jax
     >>> from lcm_jax.diffusion.schedules import DDPM
@@ -187,6 +187,7 @@ class LatentConsistencyFinetuning(LatentConsistency):
     """
 
     needs_teacher: ClassVar[bool] = False
+    builds_in_guidance: ClassVar[bool] = False
 
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
         """Noise x0 to s with the same noise."""

@@ -12,20 +12,26 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import add_noise, bind, expand, output, target
+from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
+from lcm_jax.diffusion.schedules import RectifiedFlow, log_snr
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.objectives.few_step import FewStep, RandomKeys
 from lcm_jax.objectives.terms import frozen
+from lcm_jax.objectives.time_densities import LogitNormal
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialStudent(FewStep):
-    """A student that draws in N = `steps` equal steps, from the times 1 - i / N of the way, as the solver LCM does.
+    """A student that is trained at the very times, and from the very starting noise, at which `sampler` draws with it.
 
-    ValueError for fewer than one step.
+    Its picture from z at a time t is f(z, t) = c_skip z + c_out x0. steps: the number of times. ValueError for fewer
+    than one step.
     """
 
     steps: int = 4
@@ -35,9 +41,14 @@ class AdversarialStudent(FewStep):
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be positive")
 
-    def time(self, i: Array | int) -> Array:
-        """Return the time of step i: of 4 steps 1, 3/4, 1/2, 1/4 of the way."""
-        return self.at(1.0 - jnp.asarray(i, jnp.float32) / self.steps)
+    @property
+    def times(self) -> Float[np.ndarray, " steps"]:
+        """The times at which the student draws, from noise on: those of the sampler's grid but the clean end."""
+        return time_grid(SAMPLERS[self.sampler], self.schedule, self.steps)[:-1].astype(np.float32)
+
+    def start(self, noise: Image) -> Image:
+        """Return the sampler's first latent, made of unit noise alone."""
+        return noise * SAMPLERS[self.sampler].init_noise_sigma(self.schedule, self.times, Spacing())
 
     def picture(self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array) -> Image:
         """Return the student's clean latents from z at time t."""
@@ -52,7 +63,9 @@ class DistributionMatching(AdversarialStudent):
     2023, 2311.18828 eq. 7, 8). x0_real is the guided teacher's; x0_fake that of a copy of the teacher,
     `others["fake"]`, trained on the student's pictures. The student's input is what its own earlier steps leave
     (backward simulation, sec. 4.5). The student learns in one of `every` steps, the fake score in all (sec. 4.2).
-    adversarial: sec. 4.3, heads on the fake score's features, with the non-saturating loss.
+    adversarial: sec. 4.3, heads on the fake score's features, with the non-saturating loss; the fake score learns
+    through them too. critic: the weight of the heads' loss. The defaults are those of the released SDXL students; those
+    of SD1.5 have a guidance of 1.75 (w = 0.75), every = 10 and adversarial = 0.001.
 
     >>> import jax
     >>> from lcm_jax.diffusion.schedules import DDPM
@@ -64,8 +77,10 @@ class DistributionMatching(AdversarialStudent):
     """
 
     embed_w: bool = False
-    w_min: float = 3.0
-    w_max: float = 3.0
+    w_min: float = 7.0
+    w_max: float = 7.0
+    adversarial: float = 5e-3
+    critic: float = 1e-2
     every: int = 5
 
     def others(self, key: Key, teacher: Params) -> dict[str, Params]:
@@ -78,13 +93,11 @@ class DistributionMatching(AdversarialStudent):
 
     def simulate(self, nets: Nets, student_cond: Cond, noise: Image, number: Array, key: Key) -> Image:
         """Return the student's input at step `number`, one number for each example, by its own earlier steps."""
-        still, z = frozen(nets.student), noise
+        still, z, times = frozen(nets.student), self.start(noise), self.times
         for i in range(self.steps - 1):
             again = jax.random.normal(jax.random.fold_in(key, i), z.shape)
-            there = jnp.full(number.shape, self.time(i))
-            following = add_noise(
-                self.schedule, self.picture(nets, still, student_cond, z, there), again, self.time(i + 1)
-            )
+            there = jnp.full(number.shape, times[i])
+            following = add_noise(self.schedule, self.picture(nets, still, student_cond, z, there), again, times[i + 1])
             z = jnp.where(expand(i < number, z), following, z)
         return jax.lax.stop_gradient(z)
 
@@ -92,8 +105,7 @@ class DistributionMatching(AdversarialStudent):
         real, noise, cond, student_cond, w = self.draw(nets, batch, key)
         keys = jax.random.split(RandomKeys.of(key).student, 8)
         number = jax.random.randint(keys[0], real.shape[:1], 0, self.steps)
-        start = expand(self.schedule.sigma(self.time(0)), noise) * noise
-        z, t_z = self.simulate(nets, student_cond, start, number, keys[1]), self.time(number)
+        z, t_z = self.simulate(nets, student_cond, noise, number, keys[1]), jnp.asarray(self.times)[number]
         fake, learns = nets.others["fake"], jnp.asarray(nets.step) % self.every == 0
 
         def score(params: Params) -> Any:
@@ -124,11 +136,10 @@ class DistributionMatching(AdversarialStudent):
         metrics = {"student": student, "fake": guess, "error": direction}
         if self.adversarial:
             verdict = [
-                self.discriminator_logits(nets, nets.others["heads"], frozen(fake), x, cond, keys[7])
-                for x in (real, made)
+                self.discriminator_logits(nets, nets.others["heads"], fake, x, cond, keys[7]) for x in (real, made)
             ]
             critic = jnp.mean(jax.nn.softplus(-verdict[0])) + jnp.mean(jax.nn.softplus(verdict[1]))
-            total, metrics = total + critic, {**metrics, "critic": critic}
+            total, metrics = total + self.critic * critic, {**metrics, "critic": critic}
         return total, {"loss": total, **metrics}
 
 
@@ -136,8 +147,10 @@ class DistributionMatching(AdversarialStudent):
 class LatentAdversarialDistillation(AdversarialStudent):
     """LADD (Sauer et al. 2024, 2403.12015): the student denoises latents of one of `steps` times in one step.
 
-    The discriminator's heads read the teacher's features of the result, noised again (hinge loss). distillation: weight
-    of alpha(t) |x - x0_teacher(x_t)|^2, the loss against the teacher's prediction, which LADD leaves out.
+    At the first time the latents are pure noise, as where it draws. The discriminator's heads read the teacher's
+    features of the result, noised again (hinge loss), to a time whose logit on the flow is N(mean, std^2) (sec. 3.2).
+    distillation: weight of alpha(t) |x - x0_teacher(x_t)|^2, the loss against the teacher's prediction, which LADD
+    leaves out.
 
     >>> import jax
     >>> from lcm_jax.diffusion.schedules import DDPM
@@ -152,13 +165,23 @@ class LatentAdversarialDistillation(AdversarialStudent):
     w_min: float = 3.0
     w_max: float = 3.0
     adversarial: float = 1.0
+    r1: float = 1.0
+    mean: float = 1.0
+    std: float = 1.0
     distillation: float = 0.0
+
+    def critic_times(self, key: Key, since: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Draw the logit-normal times of the flow, on the schedule."""
+        t = LogitNormal(mean=self.mean, std=self.std)(key, len(since))
+        return self.schedule.time_at(log_snr(RectifiedFlow(), t))
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         real, noise, cond, student_cond, w = self.draw(nets, batch, key)
         keys = jax.random.split(RandomKeys.of(key).student, 6)
-        t_z = self.time(jax.random.randint(keys[0], real.shape[:1], 0, self.steps))
-        x = self.picture(nets, nets.student, student_cond, add_noise(self.schedule, real, noise, t_z), t_z)
+        number = jax.random.randint(keys[0], real.shape[:1], 0, self.steps)
+        t_z = jnp.asarray(self.times)[number]
+        z = jnp.where(expand(number == 0, real), self.start(noise), add_noise(self.schedule, real, noise, t_z))
+        x = self.picture(nets, nets.student, student_cond, z, t_z)
         student, critic = self.adversarial_losses(nets, real, x, cond, keys[1])
         loss, metrics = self.adversarial * student, {"student": student, "critic": critic}
         if self.distillation:

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from lcm_jax.diffusion.guidance import cfg
 from lcm_jax.diffusion.parameterization import bind, noise_further
-from lcm_jax.objectives.terms import check_choice, drop_captions, frozen, hinge, without_caption
+from lcm_jax.objectives.terms import check_choice, frozen, hinge, replace_captions, without_caption
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Kind, Nets, Params, Schedule
 
 
@@ -69,6 +69,8 @@ class FewStep(ABC):
 
     schedule, kind: the teacher's, which are also the student's.
     adversarial: weight of the adversarial loss, 0 for none; the task makes its heads, `nets.others["heads"]`.
+    r1: weight of the approximate R1 penalty of the heads, |D(x) - D(x + 0.1 n)|^2 on real x with unit noise n
+        (2501.08316 eq. 4), which keeps them smooth where the data are.
     w_min, w_max: w = guidance scale - 1, drawn uniformly per example; equal: fixed (LCM-LoRA: 7.5).
     embed_w: feed w to the student as cond["guidance"]; False for a network that has no w-embedding (LCM-LoRA).
     caption_dropout: the rate at which a caption becomes the empty prompt, `nets.null`.
@@ -76,6 +78,7 @@ class FewStep(ABC):
 
     Its own facts are class attributes, which the task, the command line and the exported folder read:
     spans: the student receives the length of the step, cond["span"]. needs_teacher: it evaluates `nets.teacher`.
+    builds_in_guidance: the student draws guided pictures in one evaluation, as what it learns from is guided.
     needs_w: a range of w is meaningful only if w is an input of the student. forward_mode: it takes a forward-mode
     derivative of the network, which flash-attention kernels do not have. judges_pictures: the discriminator's input is
     clean pictures, not noised latents. sampler: the sampler that draws with the student. Random numbers come from
@@ -104,6 +107,7 @@ class FewStep(ABC):
     spans: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
     needs_w: ClassVar[bool] = False
+    builds_in_guidance: ClassVar[bool] = True
     forward_mode: ClassVar[bool] = False
     judges_pictures: ClassVar[bool] = False
     sampler: ClassVar[str] = "lcm"
@@ -115,6 +119,7 @@ class FewStep(ABC):
     embed_w: bool = True
     caption_dropout: float = 0.0
     adversarial: float = 0.0
+    r1: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, Kind)
@@ -154,10 +159,16 @@ class FewStep(ABC):
     def draw(self, nets: Nets, batch: dict[str, Any], key: Key) -> Draw:
         """Draw the noise, the dropped captions and the guidance of a batch."""
         keys, x0 = RandomKeys.of(key), batch["x0"]
-        cond = drop_captions(keys.captions, batch["cond"], nets.null, self.caption_dropout)
+        cond = batch["cond"]
+        if self.caption_dropout:
+            cond = replace_captions(self.dropped(keys, len(x0)), cond, nets.null)
         w = jax.random.uniform(keys.guidance, x0.shape[:1], minval=self.w_min, maxval=self.w_max)
         eps = jax.random.normal(keys.noise, x0.shape, x0.dtype)
         return Draw(x0, eps, cond, {**cond, "guidance": w} if self.embed_w else cond, w)
+
+    def dropped(self, keys: RandomKeys, n: int) -> Bool[Array, " n"]:
+        """Return for which of n examples `draw` gives the empty prompt."""
+        return jax.random.bernoulli(keys.captions, self.caption_dropout, (n,))
 
     def student(self, nets: Nets, params: Params, student_cond: Cond) -> Denoiser:
         """Return the student's denoiser with the given parameters (trained, averaged or without gradient)."""
@@ -182,16 +193,21 @@ class FewStep(ABC):
     ) -> Float[Array, "b k"]:
         """Return the logits of latents at the time `since` (None: clean), or of clean pictures.
 
-        Latents are noised first, to a time uniform between 2 % and 98 % of the way that is left to pure noise.
+        Latents are noised first, to a time of `critic_times`.
         """
         assert nets.critic is not None
         if self.judges_pictures:
             return nets.critic(heads, base, x, jnp.zeros(x.shape[:1]), cond)
         first, second = jax.random.split(key)
-        start = jnp.asarray(self.schedule.t_min if since is None else since)
-        t = start + jax.random.uniform(first, x.shape[:1], minval=0.02, maxval=0.98) * (self.schedule.t_max - start)
+        start = jnp.broadcast_to(jnp.float32(self.schedule.t_min if since is None else since), x.shape[:1])
+        t = self.critic_times(first, start)
         noised = noise_further(self.schedule, x, jax.random.normal(second, x.shape), start, t)
         return nets.critic(heads, base, noised, self.schedule.network_time(t), cond)
+
+    def critic_times(self, key: Key, since: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Draw the times of the discriminator's inputs: 2 % to 98 % of the way from `since` to pure noise."""
+        share = jax.random.uniform(key, since.shape, minval=0.02, maxval=0.98)
+        return since + share * (self.schedule.t_max - since)
 
     def adversarial_losses(
         self,
@@ -202,14 +218,23 @@ class FewStep(ABC):
         key: Key,
         since: Float[Array, "*b"] | float | None = None,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Return the hinge losses of the student, whose samples are `fake`, and of the discriminator's heads."""
-        heads = nets.others["heads"]
+        """Return the hinge losses of the student, whose samples are `fake`, and of the discriminator's heads.
+
+        The heads' has the penalty `r1`, for which real samples and these a little noisier share time and noise.
+        """
         first, second = jax.random.split(key)
-        student = -jnp.mean(self.discriminator_logits(nets, frozen(heads), nets.teacher, fake, cond, first, since))
-        logits = (
-            self.discriminator_logits(nets, heads, nets.teacher, frozen(x), cond, second, since) for x in (real, fake)
-        )
-        return student, hinge(*logits)
+
+        def logits(x: Image, heads: Params, key: Key) -> Array:
+            return self.discriminator_logits(nets, heads, nets.teacher, x, cond, key, since)
+
+        heads = nets.others["heads"]
+        student = -jnp.mean(logits(fake, frozen(heads), first))
+        of_real, of_fake = (logits(frozen(x), heads, second) for x in (real, fake))
+        critic = hinge(of_real, of_fake)
+        if self.r1:
+            near = frozen(real) + 0.1 * jax.random.normal(jax.random.fold_in(second, 1), real.shape)
+            critic = critic + self.r1 * jnp.mean((of_real - logits(near, heads, second)) ** 2)
+        return student, critic
 
     def at(self, share: Float[Array, "*b"] | float) -> Float[Array, "*b"]:
         """Return the schedule's time at a share in [0, 1] of the way from clean to noise."""

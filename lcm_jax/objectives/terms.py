@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from lcm_jax.diffusion.parameterization import expand
 from lcm_jax.typing import Array, Cond, Key
@@ -82,8 +82,19 @@ def drop_captions(key: Key, cond: Cond, null: Cond | None, rate: float) -> Cond:
     """
     if rate == 0.0:
         return cond
+    return replace_captions(jax.random.bernoulli(key, rate, next(iter(cond.values())).shape[:1]), cond, null)
+
+
+def replace_captions(dropped: Bool[Array, " b"], cond: Cond, null: Cond | None) -> Cond:
+    """Return `cond` with that of the empty prompt for the examples that are `dropped`.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import replace_captions
+    >>> cond, null = {"context": jnp.ones((2, 1, 4))}, {"context": jnp.zeros((1, 1, 4))}
+    >>> replace_captions(jnp.array([True, False]), cond, null)["context"].mean((1, 2)).tolist()
+    [0.0, 1.0]
+    """
     empty = without_caption(null, cond)
-    dropped = jax.random.bernoulli(key, rate, next(iter(cond.values())).shape[:1])
     return {k: jnp.where(expand(dropped, leaf), empty[k], leaf) for k, leaf in cond.items()}
 
 

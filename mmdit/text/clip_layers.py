@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from mmdit.attention import attention
-from mmdit.blocks import linear
+from mmdit.blocks import linear, sow
 from mmdit.text.clip_config import CLIPTextConfig, CLIPVisionConfig
 
 
@@ -69,7 +69,8 @@ class MLP(nn.Module):
 class EncoderLayer(nn.Module):
     """A pre-norm transformer layer, as the body of `nn.scan`.
 
-    The carry is (x, kept): where `keep` is true the layer's output becomes `kept`, else `kept` is passed on.
+    The carry is (x, selected): where `keep` is true the layer's output becomes `selected`, else that is passed on. The
+    output is sown as ("features", "tokens").
     """
 
     config: CLIPTextConfig | CLIPVisionConfig
@@ -86,6 +87,7 @@ class EncoderLayer(nn.Module):
         x = x + SelfAttention(self.config, self.causal, name="self_attn", **types)(h)
         h = nn.LayerNorm(name="layer_norm2", **norm)(x)
         x = x + MLP(self.config, name="mlp", **types)(h)
+        sow(self, "tokens", x)
         return (x, jnp.where(keep, x, selected)), None
 
 
@@ -115,7 +117,7 @@ class Encoder(nn.Module):
         layer = nn.remat(EncoderLayer, prevent_cse=not self.scan) if self.remat else EncoderLayer
         carry = (x, x)
         if self.scan:
-            stack = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=n)
+            stack = nn.scan(layer, variable_axes={"params": 0, "features": 0}, split_rngs={"params": True}, length=n)
             carry, _ = stack(name="layers", **options)(carry, keep)
         else:
             for i in range(n):

@@ -28,7 +28,15 @@ else:
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"  # ends a word: "cat</w>" is the word, "cat" the beginning of "cats"
+_MOST_BYTES = 64 << 20  # of a file
+_MOST_TOKENS = 4096  # of a text; a larger model_max_length is transformers' way to say that there is none
 PAD, END, UNKNOWN, SENTINEL = "<pad>", "</s>", "<unk>", "<extra_id_0>"  # of T5; SENTINEL replaces a masked token
+
+
+def _check_sizes(folder: Path) -> None:
+    for path in sorted(folder.glob("*")):
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, which no file of a tokenizer is")
 
 
 def _kind(folder: Path) -> type[CLIPTokenizer] | type[T5Tokenizer]:
@@ -37,7 +45,7 @@ def _kind(folder: Path) -> type[CLIPTokenizer] | type[T5Tokenizer]:
         return T5Tokenizer
     try:
         unigram = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["type"] == "Unigram"
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         unigram = False
     return T5Tokenizer if unigram else CLIPTokenizer
 
@@ -73,19 +81,26 @@ class Tokenizer:
         FileNotFoundError if files are missing, and ValueError if they are not readable or lack a special token.
         """
         path = Path(folder)
+        _check_sizes(path)
         kind = _kind(path)
         _check_files(path, kind)
         name = kind.__name__.removesuffix("Tokenizer")
         try:
             backend = kind.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # tokenizers raises bare Exception on a malformed file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: not a readable {name} tokenizer ({reason})") from error
+            reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+            line = reason if reason.isprintable() else repr(reason)
+            raise ValueError(f"{path}: not a readable {name} tokenizer ({line})") from error
+        length = backend.model_max_length
+        if isinstance(length, bool) or not isinstance(length, (int, float)) or not length >= 2:
+            raise ValueError(f"{path}: model_max_length is {length!r:.160}; give the model's number of tokens")
         # transformers appends special tokens that are missing, with ids for which the network has no embedding.
         vocabulary = backend.backend_tokenizer.get_vocab(with_added_tokens=False)
         for token in (backend.eos_token, backend.bos_token if kind is CLIPTokenizer else backend.pad_token):
             if token not in vocabulary:
-                raise ValueError(f"{path}: the vocabulary lacks the special token {token!r}")
+                raise ValueError(f"{path}: the vocabulary lacks the special token {token!r:.160}")
+        if backend.pad_token not in backend.get_vocab():
+            raise ValueError(f"{path}: the vocabulary lacks the padding token {backend.pad_token!r:.160}")
         return cls(backend)
 
     @property
@@ -102,7 +117,7 @@ class Tokenizer:
     def max_length(self) -> int:
         """The model's number of tokens; 77 for CLIP and 512 for T5 if the folder does not say."""
         length = self.backend.model_max_length
-        return int(length) if length < 1_000_000 else 512 if isinstance(self.backend, T5Tokenizer) else 77
+        return int(length) if length <= _MOST_TOKENS else 512 if isinstance(self.backend, T5Tokenizer) else 77
 
     @property
     def bos_token_id(self) -> int:

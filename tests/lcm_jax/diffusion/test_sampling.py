@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,7 @@ from lcm_jax.typing import Prediction
 
 SCHEDULE = DDPM(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 FLOW = RectifiedFlow(shift=3.0)
+KARRAS = Spacing.from_config({"use_karras_sigmas": True, "use_beta_sigmas": False})
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 2, 2, 3))
 
@@ -93,6 +96,12 @@ def test_stable_diffusion_grids() -> None:
     np.testing.assert_array_equal(spaced_times(4, spacing="linspace"), [999, 666, 333, 0])
 
 
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if not sampler.spaces_sigmas])
+def test_samplers_that_do_not_read_karras_sigmas_pass_over_them(name: str) -> None:
+    want = time_grid(SAMPLERS[name], SCHEDULE, 4)
+    np.testing.assert_array_equal(time_grid(SAMPLERS[name], SCHEDULE, 4, spacing=KARRAS), want)
+
+
 def test_flow_grid() -> None:
     twice, once = FLOW.grid(50), FLOW.grid(50, Spacing(double_shift=False))
     assert float(FLOW.sigma(twice[-2])) == pytest.approx(0.00893, abs=1e-5)
@@ -159,6 +168,7 @@ def test_init_noise_sigma() -> None:
         (lambda: time_grid(SAMPLERS["lcm"], SCHEDULE, 26, strength=0.5), "steps is 26: it must be between 1 and 25"),
         (lambda: time_grid(SAMPLERS["ddim"], FLOW, 0), "steps is 0"),
         (lambda: spaced_times(1000, spacing="leading", steps_offset=1), "steps_offset 1"),
+        (lambda: lcm_grid(4, strength=0.01), "strength 0.01 leaves none .* to 0.08 for 4 steps, or to 0.02 and take 1"),
         (lambda: truncate(np.arange(5.0), 0.0), "strength is 0.0"),
         (lambda: truncate(np.arange(5.0), 1.5), "strength is 1.5"),
         (lambda: truncate(np.arange(5.0), 0.1), "strength 0.1 of 4 steps leaves none"),
@@ -166,7 +176,11 @@ def test_init_noise_sigma() -> None:
         (lambda: pad(np.arange(CAPACITY + 2.0)), "steps is 1001"),
         (lambda: Spacing.from_config({"timestep_spacing": "karras"}), "timestep_spacing 'karras' is unknown"),
         (lambda: Spacing.from_config({"final_sigmas_type": "last"}), "final_sigmas_type 'last' is unknown"),
-        (lambda: Spacing.from_config({"use_karras_sigmas": True}), "use_karras_sigmas is unsupported"),
+        (
+            lambda: time_grid(SAMPLERS["euler"], SCHEDULE, 4, spacing=KARRAS),
+            "use_karras_sigmas, which the sampler euler",
+        ),
+        (lambda: time_grid(SAMPLERS["heun"], FLOW, 4, spacing=KARRAS), r"--scheduler use_karras_sigmas=false"),
     ],
 )
 def test_bad_input(call, message: str) -> None:
@@ -185,6 +199,24 @@ def test_gradients_pass_through_a_trajectory() -> None:
 def test_flow_grid_of_the_dpm_solvers_is_even_down_to_the_clean_end() -> None:
     grid = time_grid(SAMPLERS["dpm++2m"], FLOW, 9, spacing=Spacing(use_flow_sigmas=True))
     np.testing.assert_allclose(grid, 0.999 * np.arange(9, -1, -1) / 9)
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "ddim"])
+@pytest.mark.parametrize("strength", [1e-300, 0.001, 0.019, 0.05, 0.07, 0.3, 0.57])
+@pytest.mark.parametrize("steps", [1, 2, 4, 29, 45])
+def test_what_the_message_of_a_small_strength_advises_works(sampler: str, strength: float, steps: int) -> None:
+    """Both ways out: a larger strength, or another number of steps."""
+    spec = SAMPLERS[sampler]
+    try:
+        time_grid(spec, SCHEDULE, steps, strength=strength)
+    except ValueError as error:
+        said = str(error)
+        assert f"strength {strength:g}" in said
+        time_grid(spec, SCHEDULE, steps, strength=float(re.search(r"raise the strength to ([\d.]+)", said)[1]))
+        if other := re.search(r"between 1 and (\d+) at|take at least (\d+) steps", said):
+            time_grid(spec, SCHEDULE, int(other[1] or other[2]), strength=strength)
+        if other := re.search(r"or to ([\d.]+) and take 1 step", said):
+            time_grid(spec, SCHEDULE, 1, strength=float(other[1]))
 
 
 def test_strength_of_a_flow_counts_a_fraction_of_a_step_as_one() -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lcm_jax.metrics.clip_score import clip_score, clip_scores
-from lcm_jax.metrics.precision_recall import precision_recall
+from lcm_jax.metrics.mmd import kid
+from lcm_jax.metrics.precision_recall import density_coverage, precision_recall
 from lcm_jax.metrics.report import report
 
 
@@ -81,7 +82,9 @@ def test_precision_recall_names_bad_input(rng):
 def test_report(rng):
     x, e = rng.normal(size=(20, 4)), rng.normal(size=(20, 6))
     scores = report(x, x)
-    assert scores == {"frechet": pytest.approx(0.0, abs=1e-9), "precision": 1.0, "recall": 1.0}
+    assert scores["frechet"] == pytest.approx(0.0, abs=1e-9)
+    assert (scores["precision"], scores["recall"], scores["coverage"]) == (1.0, 1.0, 1.0)
+    assert (scores["density"], scores["kid"]) == (density_coverage(x, x).density, kid(x, x))
     assert report(x, x, e, e)["clip_score"] == pytest.approx(100.0)
     with pytest.raises(ValueError, match="both"):
         report(x, x, e)

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.diffusion.consistency_function import boundary_scalings
 from lcm_jax.diffusion.parameterization import bind, flow_map, on_schedule
+from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow, TrigFlow, log_snr
 from lcm_jax.diffusion.solvers import DDIM, LCM, TCD
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.objectives import METHODS, method
 from lcm_jax.objectives.continuous import FLOW
-from lcm_jax.objectives.time_pairs import ECTPairs, ICTPairs, KarrasPairs, level
+from lcm_jax.objectives.time_pairs import CTPairs, ECTPairs, ICTPairs, KarrasPairs, level
 from lcm_jax.objectives.trajectory import PhasedConsistency
 from lcm_jax.typing import Array, Cond, Image, Nets, Params
 
@@ -61,7 +64,7 @@ def critic(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array
 def setting(n: int = 64, seed: int = 0) -> tuple[dict[str, Any], Nets]:
     noise = jax.random.normal(jax.random.key(seed), (n, 2, 2, 2))
     batch = {"x0": EXACT["m"] + EXACT["v"] * noise, "cond": {"context": jnp.zeros((n, 1))}}
-    nets = Nets(network, EXACT, EXACT, TEACHER, NULL, {"heads": jnp.ones(3)}, critic, 20_000.0)
+    nets = Nets(network, EXACT, EXACT, TEACHER, NULL, {"heads": jnp.ones(3)}, critic, 20_000.0, 40_000.0)
     return batch, nets
 
 
@@ -71,8 +74,8 @@ FIXED: dict[str, tuple[dict[str, Any], float]] = {
     "cd": ({"pairs": KarrasPairs(points=200), "sigma_data": 1e-6}, 5e-8),
     "ctm": ({"grid_points": 100, "skip": 0.01, "solver_steps": 64, "denoising": 0.0, "loss": "l2"}, 2e-5),
     "scm": ({}, 1e-6),
-    "meanflow": ({"power": 0.0}, 1e-5),
-    "shortcut": ({}, 1e-5),  # its smallest step is Euler's
+    "meanflow": ({"power": 0.0, "velocity": "teacher"}, 1e-5),
+    "shortcut": ({"finest": 512, "velocity": "teacher"}, 1e-5),  # its finest step is Euler's
 }
 
 
@@ -100,7 +103,8 @@ def test_distribution_matching_rests_where_the_two_scores_agree() -> None:
     objective = method("dmd2", **PLAIN)
 
     def direction(fake: Params) -> Array:
-        return objective(nets._replace(others={"fake": fake}), batch, jax.random.key(1))[1]["error"]
+        others = {"fake": fake, "heads": jnp.ones(3)}
+        return objective(nets._replace(others=others), batch, jax.random.key(1))[1]["error"]
 
     assert jit(direction)(TEACHER) == 0.0
     assert jit(direction)({**OFF, "map": jnp.float32(0.0)}) > 1e-2
@@ -112,7 +116,7 @@ def test_the_student_of_distribution_matching_rests_between_its_steps() -> None:
     off = {**OFF, "map": jnp.float32(0.0)}
 
     def loss(trees: Any, step: Array) -> Array:
-        changed_nets = nets._replace(student=trees[0], others={"fake": trees[1]}, step=step)
+        changed_nets = nets._replace(student=trees[0], others={"fake": trees[1], "heads": jnp.ones(3)}, step=step)
         return objective(changed_nets, batch, jax.random.key(1))[0]
 
     grad = jit(jax.grad(loss))
@@ -120,6 +124,77 @@ def test_the_student_of_distribution_matching_rests_between_its_steps() -> None:
         student, fake = grad((EXACT, off), jnp.int32(step))
         assert (student["m"] != 0.0) == learns
         assert fake["m"] != 0.0
+
+
+@pytest.mark.parametrize("name", ["dmd2", "ladd", "add"])
+@pytest.mark.parametrize("schedule", [FLOW, RectifiedFlow(shift=3.0), DDPM(), DDPM(rescale_betas_zero_snr=True)])
+def test_adversarial_students_learn_at_the_times_and_from_the_noise_they_draw_with(name: str, schedule: Any) -> None:
+    objective = method(name, schedule=schedule, kind=schedule.usual_kind)
+    sampler = SAMPLERS[objective.sampler]
+    grid = time_grid(sampler, schedule, objective.steps)
+    np.testing.assert_array_equal(objective.times, np.asarray(grid[:-1], np.float32))
+    noise = jax.random.normal(jax.random.key(0), (2, 2, 2, 1))
+    first = noise * sampler.init_noise_sigma(schedule, grid, Spacing())
+    np.testing.assert_array_equal(objective.start(noise), first)
+
+
+@pytest.mark.parametrize("name", ["dmd2", "ladd", "add"])
+def test_the_first_input_of_an_adversarial_student_knows_nothing_of_the_data(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a table whose last entry still holds a trace of the data, which sampling's first latent does not have."""
+    objective = method(name, schedule=DDPM(), w_min=0.0, w_max=0.0, embed_w=False, steps=1)
+    given = []
+
+    def record(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        given.append((params, float(t[0]), x))
+        return 0.0 * x
+
+    batch = {"x0": jnp.full((4, 1, 1, 1), 100.0), "cond": {"context": jnp.zeros((4, 1))}}
+    with jax.disable_jit():
+        student, others = {"student": jnp.float32(0.0)}, {"fake": {}, "heads": jnp.ones(3)}
+        objective(Nets(record, student, None, {}, NULL, others, critic), batch, jax.random.key(1))
+    inputs = [x for params, t, x in given if "student" in params and t == 999.0]
+    assert inputs
+    assert all(float(jnp.abs(x).max()) < 5.0 for x in inputs)
+
+
+def test_the_critic_of_latent_adversarial_distillation_looks_at_logit_normal_times() -> None:
+    for schedule in (FLOW, RectifiedFlow(shift=3.0), DDPM()):
+        objective = method("ladd", schedule=schedule)
+        t = objective.critic_times(jax.random.key(0), jnp.full(4000, schedule.t_min))
+        logits = -np.asarray(log_snr(schedule, t))  # on the flow log(sigma / alpha) is the logit of the time
+        np.testing.assert_allclose([logits.mean(), logits.std()], [1.0, 1.0], atol=0.06)
+
+
+def test_the_penalty_is_that_of_a_rough_critic() -> None:
+    """E |D(x) - D(x + 0.1 n)|^2 of a linear critic is 0.01 |slope|^2, for any real pictures."""
+    batch, nets = setting(4096)
+    losses = []
+    for r1 in (0.0, 1.0):
+        objective = method("ladd", **PLAIN, r1=r1)
+        arguments = (nets, batch["x0"], batch["x0"], batch["cond"], jax.random.key(0))
+        losses.append(jit(lambda objective=objective, arguments=arguments: objective.adversarial_losses(*arguments)[1]))
+    without, penalised = (float(loss()) for loss in losses)
+    # the critic is heads * mean(x), of 8 elements, of an x that noise to time t has scaled by alpha = 1 - t
+    t = objective.critic_times(jax.random.split(jax.random.split(jax.random.key(0))[1])[0], jnp.zeros(4096))
+    np.testing.assert_allclose(penalised - without, 0.01 / 8 * float(jnp.mean((1 - t) ** 2)), rtol=0.1)
+
+
+def test_the_fake_score_learns_through_its_heads_too() -> None:
+    batch, nets = setting(8)
+
+    def critic(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
+        return heads * base["v"] * jnp.mean(x, axis=(1, 2, 3))[:, None]
+
+    def loss(fake: Params, adversarial: float) -> Array:
+        objective = method("dmd2", **PLAIN, adversarial=adversarial, critic=1.0)
+        others = {"fake": fake, "heads": jnp.ones(3)}
+        return objective(nets._replace(others=others, critic=critic), batch, jax.random.key(1))[0]
+
+    off = {**OFF, "map": jnp.float32(0.0)}
+    with_heads, alone = (jit(jax.grad(partial(loss, adversarial=weight)))(off)["v"] for weight in (1.0, 0.0))
+    assert abs(float(with_heads - alone)) > 1e-3
 
 
 def some(*names: str) -> pytest.MarkDecorator:
@@ -155,8 +230,8 @@ LIVE: dict[str, list[str]] = {
     **{name: ["student", "student*"] for name in ("ict", "ect")},
     "ctm": ["teacher", "teacher", "student", "student", "student*", "student*", "student*"],
     "scm": ["teacher", "student", "student*"],
-    "meanflow": ["teacher", "student*"],
-    "shortcut": ["teacher", "target", "target", "student*"],
+    "meanflow": ["student*"],
+    "shortcut": ["target", "target", "student*"],
     "guided": ["teacher", "student*"],
     "progressive": ["teacher", "teacher", "student*"],
     "dmd2": [*["student"] * 3, "student*", "teacher", "fake", "student", "fake*"],
@@ -256,6 +331,23 @@ def test_with_the_clean_time_as_end_trajectories_are_lcm(name: str, monkeypatch:
     np.testing.assert_allclose(loss_of.__wrapped__(objective), loss_of(lcm), rtol=1e-5)  # this `end` is not cached
 
 
+def test_the_phases_of_a_table_are_the_published_ones() -> None:
+    objective = method("pcm", schedule=DDPM())
+    assert objective.edges.tolist() == [-1.0, 239.0, 499.0, 739.0, 999.0]
+    t = jnp.array([0.0, 239.0, 259.0, 499.0, 519.0, 999.0])
+    assert objective.edge(t).tolist() == [-1.0, -1.0, 239.0, 239.0, 499.0, 739.0]
+
+
+def test_the_critic_of_phases_looks_within_the_phase() -> None:
+    for schedule in (FLOW, DDPM()):
+        objective = method("pcm", schedule=schedule)
+        since = jnp.repeat(objective.edges[:-1], 500)
+        t = objective.critic_times(jax.random.key(0), since)
+        following = jnp.repeat(objective.edges[1:], 500)
+        assert bool(jnp.all((since <= t) & (t < following)))
+        np.testing.assert_allclose(jnp.mean((t - since) / (following - since)), 0.5, atol=0.03)
+
+
 def test_phases_do_not_cross_an_edge() -> None:
     for schedule, skip in ((FLOW, 0.2), (DDPM(), 200.0)):
         objective = PhasedConsistency(schedule=schedule, grid_points=1000, skip=skip, phases=4)
@@ -263,6 +355,81 @@ def test_phases_do_not_cross_an_edge() -> None:
         edge = objective.end(jax.random.key(1), t, s)
         assert bool(jnp.all((edge <= s) & (s <= t)))
         assert len(np.unique(np.asarray(edge))) == 4
+
+
+@pytest.mark.parametrize("name", ["meanflow", "shortcut"])
+def test_guidance_from_data_has_the_guided_flow_as_its_fixed_point(name: str) -> None:
+    """Two classes, Gaussians around +m and -m: the student whose velocity is v(0) + (1 + w) (v(c) - v(0)) is at rest.
+
+    A shift of its output, up for one class and down for the other, has no gradient in the mean over the data; that of a
+    student of another guidance has one.
+    """
+    n, w, m, spread = 20_000, 1.5, 1.0, 0.5
+    label = jnp.where(jnp.arange(n) % 4 == 0, -1.0, 1.0)
+    noise = jax.random.normal(jax.random.key(0), (n, 1, 1, 1))
+    batch = {"x0": m * label[:, None, None, None] + spread * noise, "cond": {"context": label[:, None]}}
+
+    def velocity(x: Image, t: Array, mean: Array | float) -> Image:
+        a, variance = 1 - t, ((1 - t) * spread) ** 2 + t**2
+        return t / variance * (x - a * mean) - mean - a * spread**2 / variance * (x - a * mean)
+
+    def network(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        """The guided flow; the unconditional one is that of the mixture, three quarters of it at +m."""
+        t, label = (jnp.broadcast_to(v, x.shape[:1])[:, None, None, None] for v in (t / 1000.0, cond["context"][:, 0]))
+        plus = jax.nn.sigmoid(2 * (1 - t) * m * x / (((1 - t) * spread) ** 2 + t**2) + jnp.log(3.0))
+        uncond = plus * velocity(x, t, m) + (1 - plus) * velocity(x, t, -m)
+        guided = uncond + (1.0 + params["w"]) * (velocity(x, t, m * label) - uncond)
+        return jnp.where(label == 0.0, uncond, guided) + params["shift"] * label
+
+    options = {"meanflow": {"share": 0.0, "power": 0.0}, "shortcut": {"share": 0.0}}[name]
+    options |= {"velocity": "data", "kappa": 0.6, "caption_dropout": 0.1, "w_min": w, "w_max": w}
+    objective = method(name, **{**PLAIN, **options})
+
+    def slope(guidance: Array) -> Array:
+        def loss(shift: Array) -> Array:
+            student = {"w": guidance, "shift": shift}
+            nets = Nets(network, student, student, None, {"context": jnp.zeros((1, 1))}, step=0.0, steps=1e9)
+            return objective(nets, batch, jax.random.key(1))[0]
+
+        return jax.grad(loss)(jnp.float32(0.0))
+
+    right, wrong = jit(jax.vmap(slope))(jnp.array([w, w + 1.0]))
+    assert abs(float(right)) < 0.2 * abs(float(wrong))
+
+
+def asked_of_student(objective: Any, n: int, monkeypatch: pytest.MonkeyPatch) -> set[tuple[float, float]]:
+    """The network times and spans at which a loss asks the student that learns, to three digits."""
+    asked: set[tuple[float, float]] = set()
+
+    def record(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        if "learns" in params:
+            asked.update(zip(np.round(t, 3).tolist(), np.round(cond["span"], 3).tolist(), strict=True))
+        return 0.0 * x
+
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
+    batch = {"x0": jnp.zeros((n, 1, 1, 1)), "cond": {"context": jnp.zeros((n, 1))}}
+    nets = Nets(record, {"learns": jnp.float32(0.0)}, {}, {}, NULL)
+    with jax.disable_jit():
+        objective(nets, batch, jax.random.key(1))
+    return asked
+
+
+@pytest.mark.parametrize("schedule", [FLOW, RectifiedFlow(shift=3.0), DDPM()])
+def test_shortcut_trains_the_steps_that_sampling_takes(schedule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = method("shortcut", schedule=schedule, kind=schedule.usual_kind, w_min=0.0, w_max=0.0, embed_w=False)
+    trained = np.array(sorted(asked_of_student(objective, 8192, monkeypatch)))
+    for steps in (1, 2, 4, 8, objective.finest):
+        grid = time_grid(SAMPLERS["flow_map"], schedule, steps)
+        times = np.asarray(schedule.network_time(grid))
+        for t, span in zip(times[:-1], times[:-1] - times[1:], strict=True):
+            assert np.abs(trained - [t, span]).max(1).min() < 0.05, f"{steps} steps: {t} to {t - span} is not trained"
+
+
+def test_a_small_batch_of_shortcut_holds_pairs_too() -> None:
+    for n in (1, 2, 8):
+        pairs = jax.vmap(lambda key, n=n: method("shortcut", **PLAIN).steps(key, n)[2])
+        share = jnp.mean(pairs(jax.random.split(jax.random.key(0), 2000)))
+        assert abs(share - 0.25) < 0.03
 
 
 # -- Forward mode is the difference quotient.
@@ -362,29 +529,54 @@ def test_an_exact_jump_lands_on_the_trajectory() -> None:
     np.testing.assert_allclose(flow_map(denoise, FLOW, x, t, s), along(EXACT, x, t, s), atol=1e-5)
 
 
-# -- Pairs of times.
+# -- Pairs of times, and the lengths of a run.
 
 
 @pytest.mark.parametrize("schedule", [FLOW, DDPM(), Cosine()])
-@pytest.mark.parametrize("pairs", [KarrasPairs(), ICTPairs(), ECTPairs()])
-@pytest.mark.parametrize("step", [0, 10**6])
-def test_pairs_are_in_order_and_on_the_schedule(schedule: Any, pairs: Any, step: int) -> None:
-    t, s = pairs(schedule, jax.random.key(0), 2000, step)
+@pytest.mark.parametrize("pairs", [KarrasPairs(), CTPairs(), ICTPairs(), ECTPairs()])
+@pytest.mark.parametrize("progress", [0.0, 0.999])
+def test_pairs_are_in_order_and_on_the_schedule(schedule: Any, pairs: Any, progress: float) -> None:
+    t, s = pairs(schedule, jax.random.key(0), 2000, progress)
     assert bool(jnp.all((schedule.t_min <= s) & (s < t) & (t <= schedule.t_max + 1e-4)))
-    assert bool(jnp.any(s == schedule.t_min)) or isinstance(pairs, ECTPairs)
+    assert bool(jnp.any(s == schedule.t_min)) or isinstance(pairs, ECTPairs) or progress > 0.0
+
+
+@pytest.mark.parametrize("steps", [100, 1800, 400_000])
+def test_lengths_come_from_the_run(steps: int) -> None:
+    """First and last values at the defaults that the command line builds, whatever the number of steps."""
+    ct, ict, ect, scm = (method(name, schedule=FLOW, kind="flow") for name in ("ct", "ict", "ect", "scm"))
+    first, last = 0.0, (steps - 1) / steps
+    assert float(ct.pairs.points(first)) == ct.pairs.first == 2
+    assert float(ct.pairs.points(1.0)) == ct.pairs.last + 1 == 151
+    assert float(ct.pairs.target_decay(first)) == pytest.approx(0.9)
+    assert float(ict.pairs.points(first)) == 11
+    assert float(ict.pairs.points(last)) == ict.pairs.last + 1 == 1281
+    assert float(ect.pairs.stage(first)) == 0
+    assert float(ect.pairs.stage(last)) == ect.pairs.stages - 1
+    assert float(scm.tangent_weight(0, steps)) == pytest.approx(max(4 / steps, 1e-4))
+    assert float(scm.tangent_weight(steps - 1, steps)) == 1.0
+
+
+def test_the_grid_of_ct_is_the_published_function() -> None:
+    pairs, steps = CTPairs(), 800
+    for k in range(0, steps + 1, 7):
+        want = np.ceil(np.sqrt(k / steps * (151**2 - 2**2) + 2**2) - 1) + 1
+        assert float(pairs.points(k / steps)) == want
+        assert float(pairs.target_decay(k / steps)) == pytest.approx(np.exp(2 * np.log(0.9) / want), rel=1e-6)
 
 
 def test_the_grid_doubles() -> None:
-    pairs = ICTPairs(first=10, last=1280, steps=800)
-    assert [float(pairs.points(step)) for step in (0, 99, 100, 250, 700, 10_000)] == [11, 11, 21, 41, 1281, 1281]
+    pairs = ICTPairs(first=10, last=1280)
+    shares = (0.0, 99 / 800, 100 / 800, 250 / 800, 700 / 800, 1.0)
+    assert [float(pairs.points(share)) for share in shares] == [11, 11, 21, 41, 1281, 1281]
 
 
 def test_log_normal_levels_fall_between_neighbours() -> None:
     """The share of pairs at each lower neighbour is the log-normal's mass between the two levels (iCT, sec. 3.5)."""
     from scipy.stats import norm
 
-    pairs = ICTPairs(first=10, last=10)
-    t, _ = pairs(FLOW, jax.random.key(0), 100_000, 0)
+    pairs = ICTPairs(first=10, last=10, sigma_data=0.5)
+    t, _ = pairs(FLOW, jax.random.key(0), 100_000, 0.0)
     upper = np.log(np.asarray(level(FLOW, t)))
     edges, counts = np.unique(np.round(upper, 4), return_counts=True)
     below = np.concatenate([[np.log(pairs.low)], edges[:-1]])
@@ -393,14 +585,43 @@ def test_log_normal_levels_fall_between_neighbours() -> None:
 
 
 def test_ect_goes_from_diffusion_to_consistency() -> None:
-    pairs = ECTPairs(stage_steps=10)
     gaps = []
-    for step in (0, 10, 30, 70):
-        t, s = pairs(FLOW, jax.random.key(0), 1000, step)
+    for progress in (0.0, 0.2, 0.5, 0.95):
+        t, s = ECTPairs()(FLOW, jax.random.key(0), 1000, progress)
         gaps.append(float(jnp.mean(1.0 - level(FLOW, s) / level(FLOW, t))))
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 0.9
     assert gaps[-1] < 0.05
+
+
+@pytest.mark.parametrize("pairs", [KarrasPairs, CTPairs, ICTPairs, ECTPairs])
+def test_levels_move_with_the_scale_of_the_data(pairs: Any) -> None:
+    """Data twice as large need noise twice as large: the levels of every pair double."""
+    drawn = []
+    for scale in (0.5, 1.0):
+        t, s = pairs(sigma_data=scale, high=40.0)(FLOW, jax.random.key(0), 500, 0.3)
+        drawn.append(np.stack([level(FLOW, t), level(FLOW, s)]))
+    np.testing.assert_allclose(drawn[1], 2.0 * drawn[0], rtol=2e-3, atol=1e-6)
+
+
+def test_the_times_of_scm_do_not_depend_on_the_scale_of_the_data() -> None:
+    """With data and sigma_data scaled together x is scaled as a whole, so that its time is the same."""
+    times = [method("scm", schedule=FLOW, sigma_data=s).times(jax.random.key(0), 2000) for s in (0.5, 1.0, 3.0)]
+    for t in times[1:]:
+        np.testing.assert_allclose(t, times[0], rtol=1e-5)
+    np.testing.assert_allclose(jnp.median(jnp.tan(times[0])), np.exp(-1.0) / 0.5, rtol=0.06)
+
+
+@pytest.mark.parametrize("name", ["ct", "ect", "ict"])
+@pytest.mark.parametrize("schedule", [FLOW, RectifiedFlow(shift=3.0), DDPM()])
+def test_every_draw_has_a_gradient(name: str, schedule: Any) -> None:
+    """At the first and the last step: the student's map is asked at a time above the clean one, where it learns."""
+    objective = method(name, schedule=schedule, kind=schedule.usual_kind)
+    for progress in (0.0, 0.999):
+        t, s = objective.times(jax.random.key(0), 2000, progress)
+        _, c_out = boundary_scalings(schedule, t, sigma_data=objective.sigma_data)
+        assert float(c_out.min()) > 1e-3
+        assert float((level(schedule, t) - level(schedule, s)).min()) > 0.0
 
 
 @pytest.mark.parametrize(
