@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 from lcm_jax.objectives import METHODS, method
 from lcm_jax.objectives import register as register_method
+from lcm_jax.runtime.messages import did_you_mean
 from lcm_jax.runtime.user_code import call_without_arguments, is_reference, is_same_definition, load_object
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.tasks.distillation import DistillationTask
@@ -39,10 +40,19 @@ def get(name: str) -> TrainConfig:
     if is_reference(name):
         return _of_a_file(name)
     if name not in CONFIGS:
-        near = difflib.get_close_matches(name, CONFIGS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(CONFIGS))}"
-        raise ValueError(f"--config {name}: no such config; {hint}")
+        hint = did_you_mean(name, CONFIGS) or f"; known are {', '.join(sorted(CONFIGS))}"
+        raise ValueError(f"--config {name}: no such config{hint}")
     return CONFIGS[name]()
+
+
+def run_name(name: str) -> str:
+    """Return the name of a config's folder under runs/: the config's own, after the file's path for one of a file.
+
+    >>> from lcm_jax import configs
+    >>> configs.run_name("openmoji_lcm"), configs.run_name("my/first.py:cfg"), configs.run_name("../second.py:cfg")
+    ('openmoji_lcm', 'my-first-cfg', 'second-cfg')
+    """
+    return re.sub(r"\W+", "-", name.replace(".py:", ":")).strip("-")
 
 
 def _of_a_file(reference: str) -> TrainConfig:

@@ -58,7 +58,7 @@ def study(depth: int) -> TrainConfig:
         schedule=RectifiedFlow(), kind="flow", times=LogitNormal(), caption_dropout=0.0, encoders=TextEncoders()
     )
     task = DiffusionTask(
-        vae=SD3_MEDIUM, text=SD3_MEDIUM, net=family(depth), data=pictures, prompts=pictures, objective=objective,
+        vae=SD3_MEDIUM, text=SD3_MEDIUM, net=family(depth), data=pictures, objective=objective,
         preview_steps=28, scan=True, remat=True, dtype="bfloat16",
     )  # fmt: skip
     return TrainConfig(

@@ -2,7 +2,7 @@
 
 The batches are for 64 chips. The pictures are set by flags, and so may be a teacher of the same family:
 
-    lcm-jax distill --config sdxl_lcm --task.data.name folder:my-pictures --task.prompts.name folder:my-pictures
+    lcm-jax distill --config sdxl_lcm --task.data.name folder:my-pictures
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def task(model: str, size: int, **options: Any) -> DistillationTask:
     """
     pictures = DataConfig(name="folder:my-pictures", size=size)
     return DistillationTask(
-        vae=model, text=model, teacher=model, data=pictures, prompts=pictures, remat=True, dtype="bfloat16", **options
+        vae=model, text=model, teacher=model, data=pictures, remat=True, dtype="bfloat16", **options
     )
 
 

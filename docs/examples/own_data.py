@@ -2,8 +2,7 @@
 
 The file registers the source, so `--import` makes its name known to any command:
 
-    lcm-jax train --import docs/examples/own_data.py --config openmoji_teacher \
-        --task.data.name shapes:all --task.prompts.name shapes:all
+    lcm-jax train --import docs/examples/own_data.py --config openmoji_teacher --task.data.name shapes:all
     lcm-jax encode --import docs/examples/own_data.py --data shapes:discs --out encoded
 """
 

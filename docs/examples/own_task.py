@@ -44,7 +44,7 @@ class CountTask:
         net, source = Counter(), self.data.open()
 
         def loss(
-            params: Params, ema: Params, frozen: Params, batch: Any, key: Array, step: Array
+            params: Params, ema: Params, frozen: Params, batch: Any, key: Array, progress: Any
         ) -> tuple[Array, dict[str, Array]]:
             images = batch["image"].astype(jnp.float32) / 255.0
             dark = (images.mean(-1) < 0.5).mean((1, 2))

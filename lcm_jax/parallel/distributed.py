@@ -12,7 +12,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from lcm_jax.runtime.messages import is_out_of_memory
+
+SAVED = 75
+"""The exit code of a training that a signal ended after its state was saved, EX_TEMPFAIL of sysexits.h: start again."""
 
 # Environment variables of the clusters that jax.distributed.initialize detects, and whether a value shows a job of
 # several processes. To detect other clusters JAX asks the network, which needs --coordinator auto.
@@ -82,11 +89,35 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Write one line on standard error, by the main process alone; it does not disturb a progress bar."""
+    if is_main():
+        tqdm.write(f"lcm-jax: {text}", file=sys.stderr)
+
+
+def first_said(text: str) -> str:
+    """Return the text of the first process of the job that has one, or ""; all processes must call it.
+
+    text: of this process; at most 400 bytes of it arrive.
+    """
+    if jax.process_count() == 1:
+        return text
+    line = np.zeros(400, np.uint8)
+    said = np.frombuffer(text.encode()[: len(line)], np.uint8)
+    line[: len(said)] = said
+    lines = multihost_utils.process_allgather(line)
+    texts = [bytes(line[line > 0]).decode(errors="ignore") for line in np.asarray(lines)]
+    return next((text for text in texts if text), "")
+
+
 def leave_job(code: int) -> None:
-    """Leave the job; after an error (code is not 0) exit at once, without waiting for processes that may never end."""
+    """Leave the job; after an error exit at once, without waiting for processes that may never end.
+
+    code: 0 or SAVED, with which all processes end together, or that of an error.
+    """
     if not jax.distributed.is_initialized():
         return
-    if code == 0:
+    if code in (0, SAVED):
         jax.distributed.shutdown()
         return
     sys.stdout.flush()
@@ -96,8 +127,8 @@ def leave_job(code: int) -> None:
 
 def peer_failure_message(error: BaseException) -> str | None:
     """Return a message for a runtime error that another process of the job has caused; None for other errors."""
-    out_of_memory = "RESOURCE_EXHAUSTED" in str(error)  # of this process
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized() and not out_of_memory:
+    of_this_process = is_out_of_memory(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized() and not of_this_process:
         return (
             f"process {jax.process_index()} of {jax.process_count()} ends: another process is gone or does not answer "
             f"({_first_line(error)}); start all of them again, and the run continues from its last checkpoint"
@@ -110,34 +141,47 @@ def _first_line(error: BaseException) -> str:
 
 
 class Preempted(SystemExit):
-    """The exit of a run that SIGTERM ended, after its state was saved: exit code 0."""
+    """The exit of a run that a signal ended, after its state was saved: exit code SAVED."""
 
     def __init__(self) -> None:
-        super().__init__(0)
+        super().__init__(SAVED)
 
 
 class Preemption:
-    """A context in which `preemption(step)` says whether the run must end (SIGTERM), to be called after every step.
+    """A context in which `preemption(step)` says whether the run must end, to be called after every step.
 
-    All processes of a job get the same answer: it is true at one step, the first that none of them had passed when the
-    signal came.
+    It must after a SIGTERM, or a SIGINT (Ctrl-C); a second SIGINT raises KeyboardInterrupt at once. All processes of a
+    job get the same answer: it is true at one step, the first that none of them had passed when the signal came.
+
+    reason: the signal's name, for messages.
     """
 
     def __init__(self) -> None:
+        self.reason = "SIGTERM"
         self._asked = False
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
-        # In a job the runtime has its own handler; and only the main thread may set one.
-        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGTERM, self._notice)
+        if threading.current_thread() is threading.main_thread():  # only it may set a handler
+            handlers: dict[int, Any] = {signal.SIGTERM: self._notice, signal.SIGINT: self._notice}
+            if jax.distributed.is_initialized():  # then the runtime has a handler of SIGTERM
+                del handlers[signal.SIGTERM]
+            self._previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._asked:
+                raise KeyboardInterrupt
+            self.reason = "Ctrl-C"
+            # not print, which may be what the signal has interrupted
+            os.write(2, b"\nlcm-jax: Ctrl-C: saves after this step and ends; once more ends at once\n")
+            if jax.distributed.is_initialized():
+                os.kill(os.getpid(), signal.SIGTERM)  # to the runtime, which tells the other processes
         self._asked = True
 
     def __call__(self, step: int) -> bool:

@@ -71,19 +71,22 @@ def pmap_placement(state: Any, frozen: Any, mesh: Mesh) -> Placement:
 
 
 class PmappedStep:
-    """The pmapped function (state, frozen, batch) -> (state, metrics) of a step with means over AXIS.
+    """The pmapped function (state, frozen, batch, *data) -> (state, metrics) of a step with means over AXIS.
 
     The state's buffers are donated. line: a mesh with the one axis AXIS.
     """
 
     def __init__(self, step: Callable[..., Any], line: Mesh) -> None:
         self._devices = list(line.devices.flat)
-        options: Any = {"in_axes": (None, None, 0), "out_axes": None, "donate_argnums": 0, "devices": self._devices}
-        self._mapped = jax.pmap(step, axis_name=AXIS, **options)
+        options: Any = {"out_axes": None, "donate_argnums": 0, "devices": self._devices}
+        # one mapped function for each number of further arguments, which are the same on all devices
+        self._mapped = cache(
+            lambda data: jax.pmap(step, axis_name=AXIS, in_axes=(None, None, 0, *(None,) * data), **options)
+        )
 
-    def __call__(self, state: Any, frozen: Any, batch: Any) -> Any:
+    def __call__(self, state: Any, frozen: Any, batch: Any, *data: Any) -> Any:
         parts = jax.tree.map(lambda a: a.reshape(len(self._devices), -1, *a.shape[1:]), batch)
-        return self._mapped(state, frozen, parts)
+        return self._mapped(len(data))(state, frozen, parts, *data)
 
     def trace(self, *arguments: Any) -> Any:
         """Return the trace of the step, like that of a jitted function."""

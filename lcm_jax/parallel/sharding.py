@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lcm_jax.runtime.progress import progress
 from mmdit.attention import attention_mesh
 
 AXES = ("data", "fsdp", "tensor")
@@ -272,16 +273,19 @@ class BatchedMap:
     mesh: Mesh
     most: int
 
-    def __call__(self, function: Callable[[Any], Any], rows: Any, *, most: int | None = None) -> Any:
+    def __call__(
+        self, function: Callable[[Any], Any], rows: Any, *, most: int | None = None, title: str | None = None
+    ) -> Any:
         """Return function(rows) as numpy arrays, computed batch by batch; every batch has the same number of rows.
 
         function: a compiled function of trees of arrays (b, ...), row by row. rows: the tree of arrays (n, ...). most:
-        a smaller number of rows on a device at a time.
+        a smaller number of rows on a device at a time. title: of a bar that shows how far it is; None: no bar.
         """
         n, parts = len(jax.tree.leaves(rows)[0]), batch_parts(self.mesh)
         size = parts * min(self.most, most or self.most, -(-n // parts))
         outputs = []
-        for start in range(0, n, size):
+        is_silent = title is None or jax.process_index() > 0
+        for start in progress(range(0, n, size), title or "", "batch", disable=is_silent):
             batch = jax.tree.map(lambda leaf, at=slice(start, start + size): leaf[at], rows)
             with constrain_batch_sharding(self.mesh):
                 output = function(shard_batch(batch, self.mesh, size))

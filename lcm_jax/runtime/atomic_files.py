@@ -5,11 +5,33 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+
+def _beside(path: Path) -> Path:
+    """Return a temporary path beside `path`, of a name that `remove_leftovers` knows."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that a writer of this module left in `folder` when it was killed.
+
+    Call it only where nothing else is writing there. A folder that does not exist has none.
+    """
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -28,7 +50,7 @@ def written_aside(*paths: Path) -> Iterator[list[Path]]:
     complete
     """
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    temporaries = [path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for path in paths]
+    temporaries = [_beside(path) for path in paths]
     try:
         yield temporaries
         for temporary, path in zip(temporaries, paths, strict=True):
@@ -72,7 +94,7 @@ def replacing(path: Path) -> Iterator[Path]:
     ['config.json']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
+    temporary, old = _beside(path), _beside(path)
     try:
         temporary.mkdir()
         yield temporary

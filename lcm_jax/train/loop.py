@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from lcm_jax.parallel.distributed import Preempted, Preemption, Watchdog, is_main
+from lcm_jax.parallel.distributed import SAVED, Preempted, Preemption, Watchdog, is_main, say
 from lcm_jax.parallel.pmap import pmap_placement
 from lcm_jax.parallel.sharding import (
     BatchedMap,
@@ -31,15 +32,10 @@ from lcm_jax.parallel.sharding import (
     put_on_mesh,
     tree_shardings,
 )
+from lcm_jax.runtime import progress
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.flops import flops
-from lcm_jax.train.checkpointing import (
-    check_writable,
-    checkpoint_manager,
-    reporting_write_errors,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from lcm_jax.train.checkpointing import Checkpoints, RunFolder
 from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.task import Batches, Task
@@ -87,6 +83,12 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) <= 0:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
+        if not 0.0 <= self.ema <= 1.0:
+            raise ValueError(f"loop.ema is {self.ema}; the decay of the moving average is from 0 to 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"loop.seed is {self.seed}; give a number from 0 to 2**32 - 1")
+        if not self.hang_timeout >= 0:
+            raise ValueError(f"loop.hang_timeout is {self.hang_timeout}; it is a number of seconds, 0 for never")
         if self.profile < 0:
             raise ValueError(f"loop.profile is {self.profile}; it is a number of steps, 0 for none")
         if self.batch_size % self.accumulate:
@@ -98,7 +100,13 @@ class LoopConfig:
             )
 
 
-def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path) -> TrainState:
+def fit(
+    task: Task,
+    loop: LoopConfig,
+    optimizer: OptimizerConfig,
+    workdir: Path | RunFolder,
+    config: Mapping[str, Any] | None = None,
+) -> TrainState:
     """Train `task` for `loop.steps` steps, continuing where an earlier run in `workdir` stopped.
 
     A run that was killed and started again ends with the same parameters, bit for bit, as one that was not: a
@@ -106,30 +114,37 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
     on nothing else. On another mesh or number of processes it sees the same examples and noise in the same order, but
     its sums are rounded differently.
 
-    workdir: a folder that all processes share. The average of the parameters is exported to workdir/export.
+    workdir: a folder that all processes share, or one that `RunFolder.opened` has opened. The average of the parameters
+    is exported to workdir/export. config: what the checkpoints record of the run's config, as JSON values.
 
     Raises ValueError if `workdir` holds a later step than `loop.steps`, FloatingPointError if a loss is not finite,
-    OSError if a file cannot be written, and Preempted if SIGTERM ended the run early.
+    OSError if a file cannot be written, and Preempted if SIGTERM or Ctrl-C ended the run early.
     """
-    check_writable(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)
-    check_pmap(task, loop, mesh)
+    if not isinstance(workdir, RunFolder):
+        check_devices(loop)
+        with RunFolder.opened(workdir) as opened:
+            return fit(task, loop, optimizer, opened, config)
+    folder, workdir = workdir, workdir.path
+    start = folder.step or 0
+    check_length(start, loop, workdir)
+    mesh = check_devices(loop)
+    if loop.parallel == "pmap" and not task.separable:
+        raise ValueError("loop.parallel = pmap: this task's loss is not a mean over examples; use jit")
     tx, placement, step_fn = optimizer_and_step(task, loop, optimizer, mesh)
     rate = learning_rate(optimizer, loop.steps)
     rows = local_batch_indices(placement.batch, loop.batch_size)
     batches = task.batches(loop.batch_size, loop.seed, rows if jax.process_count() > 1 else None)
-    # Closing the manager waits for the checkpoint that is being written, however the run ends.
-    with Watchdog(loop.hang_timeout) as watchdog, checkpoint_manager(workdir, keep=loop.keep) as manager:
-        if manager.latest_step() is None:
+    with Watchdog(loop.hang_timeout) as watchdog, Checkpoints(folder, keep=loop.keep, config=config) as checkpoints:
+        if folder.step is None:
             state = init_sharded(
                 lambda key: TrainState.create(task.init(key), tx), jax.random.key(loop.seed), placement.state
             )
         else:
-            state = restore_checkpoint(manager, initial_shapes(task, tx), placement, batches)
-        start = int(state.step)
-        if start > loop.steps:
-            raise ValueError(f"{workdir} holds step {start}, beyond --steps {loop.steps}; choose another --workdir")
+            state = checkpoints.restore(initial_shapes(task, tx), placement, batches)
+            if start == loop.steps:
+                say(f"{workdir} is at its last step, {start}: nothing is left to train; more --steps train it further")
+            else:
+                say(f"{workdir}: goes on from step {start} of {loop.steps}")
         frozen = put_on_mesh(task.frozen, placement.frozen)
 
         meter = Meter(start, mesh.size)
@@ -147,14 +162,34 @@ def fit(task: Task, loop: LoopConfig, optimizer: OptimizerConfig, workdir: Path)
             return task.preview(state.ema, frozen, batched_map)
 
         with SummaryWriter(str(workdir / "tensorboard"), purge_step=start, write_to_disk=is_main()) as log:
-            state = _Run(loop, rate, manager, batches, log, watchdog, meter).run(state, advance, preview)
+            if task.captions:
+                log.add_text("captions", markdown_grid(task.captions), start)
+            run = _Run(loop, rate, folder, checkpoints, batches, log, watchdog, meter)
+            state = run.run(state, advance, preview)
         watchdog.reset("the last checkpoint")
-        with reporting_write_errors(manager):
-            manager.wait_until_finished()
+        checkpoints.wait()
         ema = gather_to_host(state.ema) if jax.process_count() > 1 else state.ema
     if is_main():
-        task.export(ema, workdir / "export")
+        with progress.phase(f"{workdir.name}: exporting"):
+            task.export(ema, workdir / "export")
     return state
+
+
+def check_length(done: int, loop: LoopConfig, workdir: Path) -> None:
+    """Raise ValueError if a folder holds a later step than the loop's last."""
+    if done > loop.steps:
+        raise ValueError(f"{workdir} holds step {done}, beyond --steps {loop.steps}; choose another --workdir")
+
+
+def check_devices(loop: LoopConfig) -> Mesh:
+    """Return the mesh of a run; raise ValueError if it does not fit the devices, the batch, or pmap."""
+    mesh = make_mesh(loop.mesh, batch_size=loop.batch_size)
+    if loop.parallel == "pmap" and (mesh.shape["data"] != mesh.size or jax.process_count() > 1):
+        raise ValueError(
+            f"loop.parallel = pmap needs one process with all devices along data, not {dict(mesh.shape)} in "
+            f"{jax.process_count()} processes: use jit"
+        )
+    return mesh
 
 
 def initial_shapes(task: Task, tx: optax.GradientTransformation) -> TrainState:
@@ -182,21 +217,9 @@ def optimizer_and_step(
         ema_every=loop.ema_every,
         placement=placement,
         parallel=loop.parallel,
+        steps=loop.steps,
     )
     return tx, placement, step
-
-
-def check_pmap(task: Task, loop: LoopConfig, mesh: Mesh) -> None:
-    """Raise ValueError if the loop asks for pmap where pmap would not give the same result as jit."""
-    if loop.parallel != "pmap":
-        return
-    if mesh.shape["data"] != mesh.size or jax.process_count() > 1:
-        raise ValueError(
-            f"loop.parallel = pmap needs one process with all devices along data, not {dict(mesh.shape)} in "
-            f"{jax.process_count()} processes: use jit"
-        )
-    if not task.separable:
-        raise ValueError("loop.parallel = pmap: this task's loss is not a mean over examples; use jit")
 
 
 class _Run:
@@ -206,15 +229,16 @@ class _Run:
         self,
         loop: LoopConfig,
         rate: optax.Schedule,
-        manager: ocp.CheckpointManager,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
         batches: Batches,
         log: SummaryWriter,
         watchdog: Watchdog,
         meter: Meter,
     ) -> None:
-        self.loop, self.rate, self.manager, self.batches, self.log = loop, rate, manager, batches, log
+        self.loop, self.rate, self.checkpoints, self.batches, self.log = loop, rate, checkpoints, batches, log
         self.watchdog, self.meter = watchdog, meter
-        self.workdir = Path(manager.directory).parent
+        self.workdir = folder.path
         self.losses: dict[int, jax.Array] = {}  # step -> loss, for the steps that `check_losses` has not read yet
 
     def run(
@@ -226,16 +250,26 @@ class _Run:
         """Run the remaining steps and return the last state; raise Preempted if the run is told to end earlier."""
         loop, start = self.loop, int(state.step)
         name = self.workdir.name
-        bar = tqdm(total=loop.steps, initial=start, unit="step", dynamic_ncols=True, desc=name, disable=not is_main())
+        bar = progress.progress(loop.steps, name, "step", initial=start, leave=True, disable=not is_main())
+
+        @contextlib.contextmanager
+        def phase(what: str) -> Iterator[None]:
+            """Name what the loop does instead of training."""
+            bar.set_description_str(f"{name}, {what}")
+            with contextlib.nullcontext() if sys.stderr.isatty() else progress.phase(f"{name}, step {bar.n}: {what}"):
+                yield
+            bar.set_description_str(name, refresh=False)
+
         self.meter.restart(start)
         profile = Profile(self.workdir / "profile", start, loop.profile)
         # Metrics are read one step late, so that dispatching a step never waits for the step before.
         pending: tuple[int, Metrics] | None = None
-        with bar, profile as trace, Preemption() as preempted:
+        with bar, profile as trace, Preemption() as preemption:
             for step in range(start + 1, loop.steps + 1):
                 self.watchdog.reset(f"step {step}")
                 trace(step, state)
-                state, metrics = advance(state)
+                with phase("compiling") if step == start + 1 else contextlib.nullcontext():
+                    state, metrics = advance(state)
                 self.losses[step] = metrics["loss"]
                 if pending is not None:
                     self.write(*pending, bar)
@@ -243,19 +277,20 @@ class _Run:
                 bar.update()
                 if step == start + 1 < loop.steps:  # the first step includes compilation, which is not training time
                     self.meter.restart(step)
-                last, ending = step == loop.steps, preempted(step)
+                last, ending = step == loop.steps, preemption(step)
                 if pending is not None and (last or ending or step % loop.preview_every == 0):
                     self.write(*pending, bar)  # before the preview, which must not count as training time
                     pending = None
                 if last or step % loop.preview_every == 0:
-                    self.show(step, preview(state))
+                    with phase("validating"):
+                        self.show(step, preview(state))
                     self.meter.restart(step)
                 # After the preview: a run killed between the two repeats the preview and loses none.
                 if last or ending or step % loop.save_every == 0:
                     self.check_losses(step)  # so that every checkpoint is of a run whose losses were finite until then
-                    save_checkpoint(self.manager, state, self.batches)
+                    self.checkpoints.save(state, self.batches)
                 if ending and not last:
-                    self.stop(step)
+                    self.stop(step, preemption.reason)
         return state
 
     def check_losses(self, until: int) -> None:
@@ -264,11 +299,11 @@ class _Run:
         for step in [step for step in self.losses if step <= until]:
             loss = self.losses.pop(step)
             if not np.isfinite(loss):
-                saved = self.manager.latest_step()
+                saved = self.checkpoints.newest
                 last = "nothing was saved" if saved is None else f"the last good checkpoint is of step {saved}"
                 raise FloatingPointError(
                     f"the loss is {float(loss)} at step {step} (examples {(step - 1) * size} to {step * size - 1} of "
-                    f"the data's order); {last}, in {self.manager.directory}: lower --learning-rate"
+                    f"the data's order); {last}, in {self.checkpoints.directory}: lower --learning-rate"
                 )
 
     def write(self, step: int, metrics: Metrics, bar: tqdm) -> None:
@@ -281,8 +316,7 @@ class _Run:
             self.log.add_scalar(key, value, step)
         bar.set_postfix_str(f"loss {scalars['loss']:.4g}, {speed:.0f} samples/s", refresh=False)
         self.check_losses(step)
-        with reporting_write_errors(self.manager):
-            self.manager.check_for_errors()  # of the checkpoint that is written in the background
+        self.checkpoints.check()
 
     def show(self, step: int, preview: dict[str, float | np.ndarray]) -> None:
         """Log the pictures and numbers of a preview, and add the numbers to previews.json."""
@@ -295,12 +329,14 @@ class _Run:
         if is_main():
             _record(Path(self.workdir) / "previews.json", step, numbers)
 
-    def stop(self, step: int) -> None:
+    def stop(self, step: int, reason: str) -> None:
         """Wait for the checkpoint, then raise Preempted."""
-        with reporting_write_errors(self.manager):
-            self.manager.wait_until_finished()
+        self.checkpoints.wait()
         if is_main():
-            print(f"{self.workdir}: ended by SIGTERM; step {step} is saved, and the same command continues from it")
+            print(
+                f"{self.workdir}: ended by {reason}; step {step} of {self.loop.steps} is saved, and the same command "
+                f"continues from it (exit code {SAVED})"
+            )
         raise Preempted
 
 
@@ -308,3 +344,11 @@ def _record(path: Path, step: int, numbers: dict[str, float]) -> None:
     """Add a preview's numbers to a JSON file, step -> title -> number, and drop the later ones of a killed run."""
     earlier = read_json(path) if path.is_file() else {}
     write_json(path, {k: v for k, v in earlier.items() if int(k) < step} | {str(step): numbers})
+
+
+def markdown_grid(captions: Sequence[str], columns: int = 8) -> str:
+    """Return captions as a table of Markdown, in the places that `grid` gives their pictures."""
+    cells = [" ".join(text.split()).replace("|", "\\|") for text in captions]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    lines = [[""] * len(rows[0]), ["---"] * len(rows[0]), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from lcm_jax.typing import Params
+from lcm_jax.typing import Array, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,12 @@ class OptimizerConfig:
         for name in ("learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("warmup", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("b1", "b2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         for name, known in (("algorithm", _RULES), ("moment_dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
@@ -47,12 +54,17 @@ class OptimizerConfig:
             )
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimizerConfig, steps: int | Array) -> optax.Schedule:
     """Return the schedule step -> learning rate: a linear warm-up, then constant, or a cosine to zero at `steps`."""
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1))
-    after: optax.Schedule = optax.constant_schedule(config.learning_rate)
-    if config.decay == "cosine":
-        after = optax.cosine_decay_schedule(config.learning_rate, max(steps - config.warmup, 1))
+
+    def cosine(step: Array | int) -> Array:
+        length = jnp.maximum(steps - config.warmup, 1).astype(jnp.float32)
+        # In this order of products a length that is data gives the bits of one that is a constant, which XLA folds.
+        angle = jnp.minimum(step, length) * (jnp.pi * (1.0 / length))
+        return config.learning_rate * (0.5 * (1.0 + jnp.cos(angle)))
+
+    after = cosine if config.decay == "cosine" else optax.constant_schedule(config.learning_rate)
     return optax.join_schedules([warmup, after], [config.warmup])
 
 
@@ -74,14 +86,35 @@ def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
+def _scale_by_learning_rate(config: OptimizerConfig, length: int) -> optax.GradientTransformationExtraArgs:
+    """Return optax.scale_by_learning_rate of the schedule, whose `update` takes the number of steps."""
+
+    def update(
+        updates: Params,
+        state: optax.ScaleByScheduleState,
+        params: Params | None = None,
+        *,
+        steps: Array | None = None,
+        **_: Any,
+    ) -> tuple[Params, optax.ScaleByScheduleState]:
+        schedule = learning_rate(config, length if steps is None else steps)
+        return optax.scale_by_learning_rate(schedule).update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_schedule(lambda _: 0.0).init, update)
+
+
 _RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Return the optimizer of `config`: clip, scale by the rule, decay the weights, times the learning rate."""
+    """Return the optimizer of `config`: clip, scale by the rule, decay the weights, times the learning rate.
+
+    steps: the length of the run. Its `update` takes another one as `steps=`, which may be data of a compiled program:
+    then the program is the same for every length.
+    """
     rule = optax.chain(
         _RULES[config.algorithm](config),
         optax.add_decayed_weights(config.weight_decay, _decays),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        _scale_by_learning_rate(config, steps),
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule

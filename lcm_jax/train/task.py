@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +28,7 @@ class Batches(Protocol):
 class Task:
     """A training, as the loop sees it: parameters, loss, data, previews, and the export of the result.
 
-    `loss(params, ema, frozen, batch, key, step)` returns (loss, metrics); see `lcm_jax.train.train_step`.
+    `loss(params, ema, frozen, batch, key, progress)` returns (loss, metrics); see `lcm_jax.train.train_step`.
     """
 
     init: Callable[[Key], Params]
@@ -42,3 +42,4 @@ class Task:
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx
     rules: Rules = RULES  # the axis of each parameter that the mesh axis `tensor` shards
     separable: bool = True  # the loss is a mean over examples, so a batch may be split
+    captions: Sequence[str] = ()  # of the pictures in the previews, in their order

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lcm_jax.parallel.pmap import AXIS, PmappedStep, device_key
@@ -16,9 +18,9 @@ from lcm_jax.runtime.compiler_options import compiler_options
 from lcm_jax.typing import Array, Key, Params
 
 Metrics = dict[str, Array]
-# (params, ema, frozen, batch, key, step) -> (loss, metrics). `frozen` holds the trees that never change (teacher, VAE):
-# arguments, not closed-over constants, so that compilation does not copy them into the program.
-Loss = Callable[[Params, Params, Params, Any, Key, Array], tuple[Array, Metrics]]
+# (params, ema, frozen, batch, key, progress) -> (loss, metrics). `frozen` holds the trees that never change (teacher,
+# VAE): arguments, not closed-over constants, so that compilation does not copy them into the program.
+Loss = Callable[[Params, Params, Params, Any, Key, "Progress"], tuple[Array, Metrics]]
 
 Parallel = Literal["jit", "pmap"]
 
@@ -35,6 +37,20 @@ class TrainState(NamedTuple):
     def create(cls, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
         """Return the state before the first step; the moving average starts as a copy of the parameters."""
         return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+class Progress(NamedTuple):
+    """The number of steps that are done, from 0, and the number that the run has in all."""
+
+    step: Array  # () int32
+    steps: Array | np.integer[Any]  # () int32
+
+
+class RunData(NamedTuple):
+    """The numbers of a run that its compiled step takes as data, so that runs which differ in them share a program."""
+
+    steps: Array | np.integer[Any]  # () int32, the length of the run: learning rate and loss may depend on it
+    seed: Array | np.integer[Any]  # () uint32
 
 
 @runtime_checkable
@@ -67,6 +83,7 @@ def make_train_step(
     ema_every: int = 1,
     placement: Placement | None = None,
     parallel: Parallel = "jit",
+    steps: int | None = None,
 ) -> Step:
     """Return the compiled step `(state, frozen, batch) -> (state, metrics)`; the state's buffers are donated.
 
@@ -78,15 +95,19 @@ def make_train_step(
         every 100 steps.
     placement: shardings of the arguments; the new state has the old one's. None: those of the arrays given.
     parallel: "pmap" has the same result on a mesh with devices along one axis, for losses that are means over examples.
+    steps: the length of the run, for the loss, and an optimizer whose `update` takes it. It and the seed are then data
+        of the program. None: the run has no end, the optimizer is not told, and the seed is a constant.
     """
 
-    def gradients(state: TrainState, frozen: Params, batch: Any, key: Key) -> tuple[Params, Metrics]:
+    def gradients(
+        state: TrainState, frozen: Params, batch: Any, key: Key, progress: Progress
+    ) -> tuple[Params, Metrics]:
         grad = jax.grad(loss, has_aux=True)
         if accumulate == 1:
-            return grad(state.params, state.ema, frozen, batch, key, state.step)
+            return grad(state.params, state.ema, frozen, batch, key, progress)
 
         def micro(total: Any, part: Any) -> tuple[Any, None]:
-            summand = grad(state.params, state.ema, frozen, part[0], part[1], state.step)
+            summand = grad(state.params, state.ema, frozen, part[0], part[1], progress)
             return jax.tree.map(lambda a, b: a + b / accumulate, total, summand), None
 
         parts = jax.tree.map(lambda a: a.reshape(accumulate, -1, *a.shape[1:]), batch)
@@ -94,30 +115,57 @@ def make_train_step(
             parts = jax.lax.with_sharding_constraint(parts, placement.micro)
         keys = jax.random.split(key, accumulate)
         first = (jax.tree.map(lambda a: a[0], parts), keys[0])
-        shapes = jax.eval_shape(grad, state.params, state.ema, frozen, *first, state.step)
+        shapes = jax.eval_shape(grad, state.params, state.ema, frozen, *first, progress)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return jax.lax.scan(micro, zeros, (parts, keys))[0]
 
-    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def train_step(
+        state: TrainState, frozen: Params, batch: Any, run: RunData | None = None
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed if run is None else run.seed), state.step)
+        progress = Progress(state.step, np.int32(2**31 - 1) if run is None else run.steps)
         if parallel == "pmap" and placement is not None:
             key = device_key(key, placement.mesh.size)
-            grads, metrics = jax.lax.pmean(gradients(state, frozen, batch, key), AXIS)
+            grads, metrics = jax.lax.pmean(gradients(state, frozen, batch, key, progress), AXIS)
         else:
             with contextlib.nullcontext() if placement is None else constrain_batch_sharding(placement.mesh):
-                grads, metrics = gradients(state, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                grads, metrics = gradients(state, frozen, batch, key, progress)
+        told = {} if run is None else {"steps": run.steps}
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.params, **told
+        )
         params = optax.apply_updates(state.params, updates)
         due = (state.step + 1) % ema_every == 0
         rate = jnp.where(due, 1.0 - ema_decay(state.step // ema_every, decay), 0.0)
         ema = jax.tree.map(lambda e, p: (e + rate * (p - e)).astype(e.dtype), state.ema, params)
         return TrainState(state.step + 1, params, ema, opt_state), metrics | {"grad_norm": optax.tree.norm(grads)}
 
+    data = () if steps is None else (RunData(np.int32(steps), np.uint32(seed)),)
+    step: Any
     if placement is None:
-        return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
-    if parallel == "pmap":
-        return PmappedStep(train_step, placement.mesh)
-    inputs = (placement.state, placement.frozen, placement.batch)
-    results = (placement.state, replicated(placement.mesh))
-    options = compiler_options(platform=placement.mesh.devices.flat[0].platform)
-    return jax.jit(train_step, donate_argnums=0, in_shardings=inputs, out_shardings=results, compiler_options=options)
+        step = jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    elif parallel == "pmap":
+        step = PmappedStep(train_step, placement.mesh)
+    else:
+        inputs = (placement.state, placement.frozen, placement.batch, *(replicated(placement.mesh) for _ in data))
+        results = (placement.state, replicated(placement.mesh))
+        options = compiler_options(platform=placement.mesh.devices.flat[0].platform)
+        step = jax.jit(
+            train_step, donate_argnums=0, in_shardings=inputs, out_shardings=results, compiler_options=options
+        )
+    return _WithData(step, data) if data else step
+
+
+@dataclass(frozen=True)
+class _WithData:
+    """A compiled step, and its last arguments."""
+
+    step: Any
+    data: tuple[RunData, ...]
+
+    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        return self.step(state, frozen, batch, *self.data)
+
+    def trace(self, *arguments: Any) -> jax.stages.Traced:
+        """Return the trace of the step, like that of a jitted function."""
+        return self.step.trace(*arguments, *self.data)

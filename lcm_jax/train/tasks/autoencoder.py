@@ -18,9 +18,9 @@ from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import BatchedMap, param_sharding
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.common import DataConfig, loader
+from lcm_jax.train.tasks.common import DataConfig, held_out, loader, open_with_held_out, resolved_config
 from lcm_jax.train.tasks.conditioner import decode_batch, local_mesh
-from lcm_jax.train.train_step import Metrics
+from lcm_jax.train.train_step import Metrics, Progress
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, save_component
 from lcm_jax.weights.hub import locate
@@ -55,7 +55,12 @@ class PictureTask:
     loss: PictureLossConfig = PictureLossConfig(perceptual_weight=0.0)
     lpips: str | None = None  # a .safetensors file of LPIPS weights, needed if loss.perceptual_weight is not zero
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+    validation: DataConfig = field(default_factory=held_out)
+
+    @property
+    def resolved(self) -> Any:
+        """This task, with the data that it validates on by name."""
+        return replace(self, validation=resolved_config(self.validation, self.data))
 
     def task(self, vae: Vae, loss: PictureLoss, frozen: Params, export: Export) -> Task:
         """Return the task that trains `vae`.
@@ -74,7 +79,7 @@ class PictureTask:
         lpips: Any = LPIPS()
         if self.lpips is not None:
             frozen = {**frozen, "lpips": load_lpips(self.lpips, lpips)}
-        source, held_out = self.data.open(), self.validation.open()
+        source, validation = open_with_held_out(self.data, self.validation)
         critic = PatchDiscriminator(self.discriminator) if self.loss.gan_weight else None
         size = self.data.size
 
@@ -86,17 +91,17 @@ class PictureTask:
             return params
 
         def batch_loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
         ) -> tuple[Array, Metrics]:
             distance = partial(lpips.apply, {"params": frozen["lpips"]}) if "lpips" in frozen else None
-            return loss(critic, distance, params, frozen, to_float(batch["image"]), key, step)
+            return loss(critic, distance, params, frozen, to_float(batch["image"]), key, progress.step)
 
         @jax.jit
         def reconstruct(params: Params, pictures: Array) -> Array:
             reconstruction: Any = vae.apply({"params": params["vae"]}, to_float(pictures))
             return to_uint8(reconstruction)
 
-        pictures = np.stack([held_out[i]["image"] for i in range(min(16, len(held_out)))])
+        pictures = np.stack([validation[i]["image"] for i in range(min(16, len(validation)))])
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             decoded = batched_map(partial(reconstruct, ema), pictures)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from lcm_jax.data import (
     BucketLoader,
@@ -13,11 +13,24 @@ from lcm_jax.data import (
     LoaderIterator,
     Source,
     bucket_sizes,
+    has_split,
     load_buckets,
     load_source,
 )
 from lcm_jax.data.loader import Augment, Transform
+from lcm_jax.parallel.distributed import say
 from lcm_jax.runtime.image_io import Size
+
+HELD_OUT = 256  # pictures that a validation takes, at most
+SHARE = 20  # one picture of so many is held out of a data set without a split for the validation
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def check_dtype(key: str, value: str) -> None:
+    """Raise ValueError if the value of a key is no `Dtype`."""
+    if value not in get_args(Dtype):
+        raise ValueError(f"{key} is {value!r}; use one of {', '.join(get_args(Dtype))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +93,74 @@ class DataConfig:
                 'give every line of its metadata.jsonl a "synthetic" text'
             )
         return CaptionMix(rate=rate) if rate else None
+
+
+def check_preview_steps(steps: int) -> None:
+    """Raise ValueError unless a preview has at least one step."""
+    if steps < 1:
+        raise ValueError(f"task.preview_steps is {steps}; it must be at least 1")
+
+
+def held_out() -> DataConfig:
+    """Return the config of what a task shows and measures by default: pictures of its own data, see `held_out_config`.
+
+    The empty name and the size 0 stand for those of the data.
+    """
+    return DataConfig(name="", split="validation", size=0)
+
+
+def resolved_config(config: DataConfig, data: DataConfig) -> DataConfig:
+    """Return a config with the name and the size of `data` where it has none of its own."""
+    return replace(config, name=config.name or data.name, size=config.size or data.size)
+
+
+def held_out_config(config: DataConfig, data: DataConfig) -> DataConfig | None:
+    """Return the config of the pictures to validate on; None: a share of `data`, which has no split for it.
+
+    config: a split by name, or `held_out()`: the split "validation" of `data` where there is one.
+    """
+    chosen = resolved_config(config, data)
+    # Without a folder `train` beside it a folder `validation` is a part of what is trained on.
+    is_apart = all(has_split(chosen.name, split) for split in (data.split, chosen.split))
+    is_share = not config.name and config.split == held_out().split and not is_apart
+    return None if is_share else chosen
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A source of some of the records of another one."""
+
+    source: Source
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.source[self.indices[index]]
+
+
+def share(source: Source, name: str) -> tuple[Subset, Subset]:
+    """Return a data set in two parts: what is trained on, and every `SHARE`-th picture, which is held out.
+
+    name: of the data set, for messages. ValueError if it has one picture alone.
+    """
+    count = len(source)
+    if count < 2:
+        raise ValueError(
+            f"{name}: holds one picture, and one is held out for the validation: add pictures, or name other data "
+            "with task.prompts.name (task.validation.name)"
+        )
+    most = min(HELD_OUT, max(1, count // SHARE))
+    apart = [(2 * i + 1) * count // (2 * most) for i in range(most)]  # evenly over the data, in their order
+    say(f"{name} has no split for the validation: {most} of its {count} pictures are held out of the training")
+    return Subset(source, sorted(set(range(count)) - set(apart))), Subset(source, apart)
+
+
+def open_with_held_out(data: DataConfig, validation: DataConfig) -> tuple[Source, Source]:
+    """Open the pictures to train on and those to validate on, see `held_out_config`."""
+    source, config = data.open(), held_out_config(validation, data)
+    return share(source, data.name) if config is None else (source, config.open())
 
 
 @runtime_checkable

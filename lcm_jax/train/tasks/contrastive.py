@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from lcm_jax.models.latent_diffusion import to_float
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.common import DataConfig, captions, loader
-from lcm_jax.train.train_step import Metrics
+from lcm_jax.train.tasks.common import DataConfig, captions, held_out, loader, open_with_held_out, resolved_config
+from lcm_jax.train.train_step import Metrics, Progress
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, save_component
 from mmdit.text import (
@@ -39,12 +40,17 @@ class ContrastiveTask:
     vision: CLIPVisionConfig = CLIPVisionConfig()
     vocabulary: int = 2000  # tokens of the byte-pair tokenizer, at most
     data: DataConfig = DataConfig()
-    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+    validation: DataConfig = field(default_factory=held_out)
     shift: int = 4  # pixels: pictures are shifted at random by up to this many, with white at the edges
+
+    @property
+    def resolved(self) -> Any:
+        """This task, with the data that it validates on by name."""
+        return replace(self, validation=resolved_config(self.validation, self.data))
 
     def build(self) -> Task:
         """Return the task; the tokenizer is trained first."""
-        source, held_out = self.data.open(), self.validation.open()
+        source, validation = open_with_held_out(self.data, self.validation)
         length = self.text.max_position_embeddings
         texts = captions(source)
         with tempfile.TemporaryDirectory() as folder:
@@ -67,12 +73,12 @@ class ContrastiveTask:
             return contrastive_loss(image_features, clip.text_features(params, batch["ids"]), params["logit_scale"])
 
         def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
         ) -> tuple[Array, Metrics]:
             value, metrics = compare(params, batch, key)
             return value, {"loss": value, **metrics}
 
-        records = [transform(held_out[i]) for i in range(len(held_out))]
+        records = [transform(validation[i]) for i in range(len(validation))]
         validation_batch = {name: np.stack([record[name] for record in records]) for name in ("image", "ids")}
         validate = jax.jit(lambda params, batch: compare(params, batch, None))
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcm_jax.data import Source
+from lcm_jax.data.mixing import SYNTHETIC
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.models.image_inputs import check_size
 from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
@@ -21,10 +23,19 @@ from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.runtime.image_io import Size
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.abstract_step import abstract_task, frozen_and_batch_shapes
-from lcm_jax.train.tasks.common import captions
+from lcm_jax.train.tasks.common import (
+    HELD_OUT,
+    Dtype,
+    Subset,
+    captions,
+    check_dtype,
+    check_preview_steps,
+    held_out_config,
+    share,
+)
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
-from lcm_jax.train.train_step import Loss, Metrics
+from lcm_jax.train.train_step import Loss, Metrics, Progress
 from lcm_jax.typing import Array, Key, Nets, Params
 from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.registry import denoiser_of
@@ -33,7 +44,6 @@ from mmdit.attention import Implementation
 from mmdit.blocks import Remat
 
 Denoiser = UNetConfig | MMDiTConfig
-HELD_OUT = 256  # pictures of the validation loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +51,8 @@ class DiffusionTask(LatentTask):
     """A UNet or an MMDiT trained to remove noise, with caption dropout for classifier-free guidance.
 
     A preview shows pictures for the first captions of `prompts`, and the `validation_loss`: the mean over the first
-    HELD_OUT pictures of `prompts` at eight evenly spaced times.
+    HELD_OUT pictures of `prompts` at eight evenly spaced times. By default they are the split "validation" of `data`;
+    of data without one a share is held out of the training (of buckets, from the one with the most pictures).
     """
 
     net: Denoiser = UNetConfig()
@@ -50,15 +61,31 @@ class DiffusionTask(LatentTask):
     preview_guidance: float = 3.0
     scan: bool = False  # compile blocks of one shape once, as a scan; see the network
     remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
-    dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
+    dtype: Dtype = "float32"  # of the computation; parameters, norms and losses are float32
+
+    def __post_init__(self) -> None:
+        check_dtype("task.dtype", self.dtype)
+        check_preview_steps(self.preview_steps)
 
     def build(self) -> Task:
         """Return the task; raise ValueError, before any picture is encoded, if network, models and data do not fit."""
         conditioner = Conditioner.load(self.vae, self.text)
         check_fit(self.net, conditioner, self.data.sizes)
-        sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
-        batches = self.batches(conditioner, sources)
+        sources, apart = self.data.open_buckets(), held_out_config(self.prompts, self.data)
         net = self._net()
+        if apart is None:
+            largest = max(sources, key=lambda size: len(sources[size]))
+            rest, held = share(sources[largest], self.data.name)
+            encoded = self.encode(conditioner, sources)
+            texts = [*captions(held, 16), *captions(rest, 16)][:16]
+            held_out: Source = Subset(encoded[largest], held.indices)
+            encoded[largest] = Subset(encoded[largest], rest.indices)
+        else:
+            prompts = apart.open(encoded=True)
+            encoded = self.encode(conditioner, sources)
+            texts = captions(prompts, 16)
+            described = {"data": apart.name, "split": apart.split, "size": apart.size}
+            held_out = conditioner.encode_source(prompts, described, first=HELD_OUT)
 
         sampler = self.objective.schedule.usual_sampler
         model = LatentDiffusion(
@@ -67,14 +94,13 @@ class DiffusionTask(LatentTask):
         show = preview(
             model,
             conditioner,
-            captions(prompts, 16),
+            texts,
             sampler=sampler,
             steps=self.preview_steps,
             guidance=self.preview_guidance,
         )
-        described = {"data": self.prompts.name, "split": self.prompts.split, "size": self.prompts.size}
-        encoded = conditioner.encode_source(prompts, described, first=HELD_OUT)
-        held_out = {name: np.stack([encoded[i][name] for i in range(len(encoded))]) for name in encoded[0]}
+        names = [name for name in held_out[0] if not name.startswith(SYNTHETIC)]
+        records = {name: np.stack([held_out[i][name] for i in range(len(held_out))]) for name in names}
 
         conditioner.release()
 
@@ -86,7 +112,8 @@ class DiffusionTask(LatentTask):
             return validation_losses(self.objective, Nets(as_apply(net), params), latents, noise)
 
         def full_preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
-            losses = batched_map(partial(held_out_losses, ema), (np.arange(len(encoded)), held_out))
+            rows = (np.arange(len(held_out)), records)
+            losses = batched_map(partial(held_out_losses, ema), rows, title="validating")
             return {"validation_loss": float(losses.mean()), **show(ema, frozen["vae"], batched_map)}
 
         def export(ema: Params, path: Path) -> None:
@@ -97,9 +124,10 @@ class DiffusionTask(LatentTask):
             init=initial(net),
             loss=self._loss(net),
             frozen={"null": conditioner.null, "vae": conditioner.vae.params},
-            batches=batches,
+            batches=self.batches(sources, encoded),
             preview=full_preview,
             export=export,
+            captions=texts,
         )
 
     def abstract(self) -> Task:
@@ -113,7 +141,7 @@ class DiffusionTask(LatentTask):
 
     def _loss(self, net: Any) -> Loss:
         def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
         ) -> tuple[Array, Metrics]:
             draw, rest = jax.random.split(key)
             return self.objective(Nets(as_apply(net), params, null=frozen["null"]), draw_latents(draw, batch), rest)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcm_jax.nets.discriminator_heads import Heads
+from lcm_jax.nets.discriminator_heads import Heads, pooled_text
 from lcm_jax.typing import Array, Cond, Image, Key, Params
 
 
@@ -31,7 +31,7 @@ class Discriminator:
 
         def critic(heads: Params, base: Params, x: Image, t: Array, cond: Cond) -> Array:
             features = self.features(base if extractor is None else extractor, x, t, cond)
-            logits: Array = Heads().apply({"params": heads}, features)  # type: ignore[assignment]
+            logits: Array = Heads().apply({"params": heads}, features, t, pooled_text(cond))  # type: ignore[assignment]
             return logits
 
         return critic
@@ -45,4 +45,5 @@ class Discriminator:
             return self.features(base, jnp.zeros((1, side, side, channels)), jnp.zeros(1), null)
 
         shapes = jax.eval_shape(features, base, null)
-        return Heads().init(key, [jnp.zeros(leaf.shape) for leaf in shapes])["params"]
+        maps = [jnp.zeros(leaf.shape) for leaf in shapes]
+        return Heads().init(key, maps, jnp.zeros(1), jnp.zeros(pooled_text(null).shape))["params"]

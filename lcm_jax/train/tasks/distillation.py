@@ -27,13 +27,13 @@ from lcm_jax.train.tasks.abstract_step import (
     model_shapes,
     required_shape_of,
 )
-from lcm_jax.train.tasks.common import captions
+from lcm_jax.train.tasks.common import Dtype, captions, check_dtype, check_preview_steps, held_out_config
 from lcm_jax.train.tasks.conditioner import Conditioner, local_mesh
 from lcm_jax.train.tasks.diffusion import build_net, check_fit, initial
 from lcm_jax.train.tasks.discriminator import Discriminator
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
-from lcm_jax.train.train_step import Metrics
+from lcm_jax.train.train_step import Metrics, Progress
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
 from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.hub import locate
@@ -68,12 +68,15 @@ class DistillationTask(LatentTask):
     preview_steps: int = 4  # sampling steps of a preview
     scan: bool = False  # compile blocks of one shape once, as a scan; see the network
     remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
-    dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
-    teacher_dtype: str = "float32"  # of the teacher's parameters
+    dtype: Dtype = "float32"  # of the computation; parameters, norms and losses are float32
+    teacher_dtype: Dtype = "float32"  # of the teacher's parameters
 
     def __post_init__(self) -> None:
         if self.lora is not None and self.scan:
             raise ValueError("task.scan with task.lora: adapters are for each layer, so leave scan out")
+        check_dtype("task.dtype", self.dtype)
+        check_dtype("task.teacher_dtype", self.teacher_dtype)
+        check_preview_steps(self.preview_steps)
 
     def build(self) -> Task:
         """Return the task; raise ValueError, before pictures are encoded, if objective, models and data do not fit."""
@@ -88,7 +91,9 @@ class DistillationTask(LatentTask):
         teacher = location.load(part, dtype=dtype, scan=self.scan, shardings=shardings)
         config = teacher.module.config
         check_fit(config, conditioner, self.data.sizes)
-        sources, prompts = self.data.open_buckets(), self.prompts.open(encoded=True)
+        sources, apart = self.data.open_buckets(), held_out_config(self.prompts, self.data)
+        # Nothing is validated, so that data without a split for it are trained on as a whole.
+        shown = captions(next(iter(sources.values())) if apart is None else apart.open(encoded=True), 16)
         first = teacher.params
         if self.start is not None:
             start = locate(self.start)
@@ -105,7 +110,7 @@ class DistillationTask(LatentTask):
             return learner.init_params(key, first, frozen)
 
         jax.eval_shape(init, jax.random.key(0))  # raises what does not fit before the pictures are encoded
-        batches = self.batches(conditioner, sources)
+        batches = self.batches(sources, self.encode(conditioner, sources))
         model = LatentDiffusion(
             net=net,
             vae=conditioner.vae.module,
@@ -115,11 +120,11 @@ class DistillationTask(LatentTask):
             embeds_span=config.span_embedding,
         )
         # A student without w as an input has the guidance of its training built in, if any.
-        guidance = self.preview_guidance if embeds_guidance or not objective.needs_teacher else 1.0
+        guidance = self.preview_guidance if embeds_guidance or not objective.builds_in_guidance else 1.0
         show = preview(
             model,
             conditioner,
-            captions(prompts, 16),
+            shown,
             sampler=objective.sampler,
             steps=self.preview_steps,
             guidance=guidance,
@@ -143,6 +148,7 @@ class DistillationTask(LatentTask):
             preview=lambda ema, frozen, batched_map: show(learner.student(ema, frozen), frozen["vae"], batched_map),
             export=export,
             optimizer=partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others),
+            captions=shown,
         )
 
     def abstract(self) -> Task:
@@ -212,8 +218,8 @@ class DistillationTask(LatentTask):
         def image_features(params: Params, x: Image, t: Array, cond: Cond) -> list[Array]:
             latents = unscale(x, vae.config)
             pictures = vae.apply({"params": params["vae"]}, latents, method="decode")
-            output = tower.module.apply({"params": params["tower"]}, normalize_images(pictures))
-            return [output.last_hidden]
+            maps = features(tower.module, params["tower"], normalize_images(pictures))
+            return [maps[len(maps) * i // 4 - 1] for i in range(1, 5)]  # ADD's: the ends of four quarters of the tower
 
         frozen = {"vae": around.params, "tower": tower.params}
         return Discriminator(features=image_features, net=net, frozen={"eyes": frozen})
@@ -269,7 +275,7 @@ class Learner:
         return lora.Adapted(frozen["teacher"], student, dropout)
 
     def loss(
-        self, params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+        self, params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
     ) -> tuple[Array, Metrics]:
         """Return (loss, metrics) of a batch of encoded records; a `Loss` of the training step."""
         draw, rest = jax.random.split(key)
@@ -281,7 +287,8 @@ class Learner:
             frozen["null"],
             others=split(params)[1],
             critic=None if self.critic is None else self.critic.bind(frozen),
-            step=step,
+            step=progress.step,
+            steps=jnp.asarray(progress.steps),
         )
         return self.objective(nets, draw_latents(draw, batch), rest)
 
@@ -307,12 +314,13 @@ def partitioned_optimizer(
 
     both = optax.partition({name: optimizer_of(name) for name in ("student", "others")}, label)
 
-    def pick(params: Params) -> optax.GradientTransformation:
-        return both if isinstance(params, dict) and params.keys() == {"student", "others"} else tx
+    def pick(params: Params) -> optax.GradientTransformationExtraArgs:
+        pair = isinstance(params, dict) and params.keys() == {"student", "others"}
+        return optax.with_extra_args_support(both if pair else tx)
 
-    return optax.GradientTransformation(
+    return optax.GradientTransformationExtraArgs(
         lambda params: pick(params).init(params),
-        lambda grads, state, params=None: pick(grads).update(grads, state, params),
+        lambda grads, state, params=None, **told: pick(grads).update(grads, state, params, **told),
     )
 
 

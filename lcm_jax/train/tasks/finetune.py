@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from lcm_jax import lora
 from lcm_jax.data import Cache, Source, cached
@@ -23,13 +22,14 @@ from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import BatchedMap, batch_parts, param_sharding
 from lcm_jax.runtime.cache import cache_dir
+from lcm_jax.runtime.progress import progress
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.common import DataConfig, captions, loader
+from lcm_jax.train.tasks.common import DataConfig, Dtype, captions, check_dtype, check_preview_steps, loader
 from lcm_jax.train.tasks.conditioner import Conditioner, decode_batch, local_mesh
 from lcm_jax.train.tasks.diffusion import build_net, check_fit
 from lcm_jax.train.tasks.latent import draw_latents, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
-from lcm_jax.train.train_step import Metrics
+from lcm_jax.train.train_step import Metrics, Progress
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
 from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
 from lcm_jax.weights.hub import locate
@@ -69,7 +69,7 @@ class FinetuneTask:
     preview_steps: int = 25  # sampling steps of a preview
     preview_guidance: float = 4.0
     remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
-    dtype: str = "float32"  # of the computation; parameters, norms and losses are float32
+    dtype: Dtype = "float32"  # of the computation; parameters, norms and losses are float32
 
     def __post_init__(self) -> None:
         for name in ("class_pictures", "class_steps"):
@@ -77,6 +77,8 @@ class FinetuneTask:
                 raise ValueError(f"task.{name} is {getattr(self, name)}; it must be at least 1")
         if self.prior_weight < 0:
             raise ValueError(f"task.prior_weight is {self.prior_weight}; it must not be negative")
+        check_dtype("task.dtype", self.dtype)
+        check_preview_steps(self.preview_steps)
 
     def build(self) -> Task:
         """Return the task; raise ValueError, before any picture is encoded or drawn, if model and data do not fit."""
@@ -113,7 +115,7 @@ class FinetuneTask:
         empty_tokens = conditioner.prompts.tokenize([""])
 
         def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
         ) -> tuple[Array, Metrics]:
             trees = learners.trees(params, frozen["networks"])
             null = conditioner.prompts.encode(trees, empty_tokens) if texts else frozen["null"]
@@ -134,10 +136,11 @@ class FinetuneTask:
             scalars = {name: values[0] for name, values in metrics.items()} | {"loss": total}
             return total, scalars if len(kinds) == 1 else {**scalars, "own": losses[0], "prior": losses[1]}
 
+        shown = list(self.preview_prompts) or captions(source, 16)
         show = preview(
             model,
             conditioner,
-            list(self.preview_prompts) or captions(source, 16),
+            shown,
             sampler=sampler_of(scheduler),
             steps=self.preview_steps,
             guidance=self.preview_guidance,
@@ -173,6 +176,7 @@ class FinetuneTask:
             batches=loader(Beside(kinds=kinds)),
             preview=full_preview,
             export=export,
+            captions=shown,
         )
 
     def class_records(
@@ -206,7 +210,7 @@ class FinetuneTask:
         def produce() -> Iterator[dict[str, Any]]:
             record_cond = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
             starts = range(0, self.class_pictures, drawn)
-            for start in tqdm(starts, f"drawing {self.class_prompt!r}", unit="batch", disable=None):
+            for start in progress(starts, f"drawing {self.class_prompt!r}", "batch"):
                 noise, rest = jax.random.split(jax.random.fold_in(jax.random.key(0), start))
                 x = noise_sigma * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
                 latents = conditioner.batched_map(partial(draw, params, rest), (cond, null, x)).astype(np.float16)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.data import LoaderIterator, Source
+from lcm_jax.data import Source
 from lcm_jax.diffusion.samplers import get_sampler, time_grid
 from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.runtime.image_grid import grid
 from lcm_jax.runtime.image_io import Size
-from lcm_jax.train.tasks.common import DataConfig, loader
+from lcm_jax.train.tasks.common import DataConfig, StartBatches, held_out, loader, resolved_config
 from lcm_jax.train.tasks.conditioner import Conditioner, Learned, decode_batch
 from lcm_jax.typing import Array, Cond, Image, Key, Kind, Params, Schedule
 from lcm_jax.weights.diffusers_folder import Component, Folder, save_folder
@@ -34,21 +34,30 @@ class LatentTask:
     vae: str = "openmoji"  # a bundled name, folder or hub id; its vae is used
     text: str = "openmoji"  # a model as for `vae`; its text encoders and tokenizers are used
     data: DataConfig = DataConfig()
-    prompts: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))  # captions of the previews
+    prompts: DataConfig = field(default_factory=held_out)  # captions of the previews; of `data` by default
 
-    def batches(self, conditioner: Conditioner, sources: Mapping[Size, Source]) -> Callable[[int, int], LoaderIterator]:
-        """Encode the sources, each into a separate cache, and return the loop's function that iterates over batches.
+    @property
+    def resolved(self) -> Any:
+        """This task, with the data of the previews by name."""
+        return replace(self, prompts=resolved_config(self.prompts, self.data))
+
+    def encode(self, conditioner: Conditioner, sources: Mapping[Size, Source]) -> dict[Size, Source]:
+        """Return the encoded sources, each of which has a cache of its own.
 
         sources: (height, width) -> source, since latents of one cache have one shape.
         """
-        mix = self.data.mix(next(iter(sources.values())))
+        is_mixed = self.data.mix(next(iter(sources.values()))) is not None
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
 
         def encoded(size: Size, source: Source) -> Source:
             bucket = {"bucket": size, "buckets": self.data.sizes} if self.data.buckets else {}
-            return conditioner.encode_source(source, described | bucket, synthetic=mix is not None)
+            return conditioner.encode_source(source, described | bucket, synthetic=is_mixed)
 
-        return loader(*(encoded(size, source) for size, source in sources.items()), augment=mix)
+        return {size: encoded(size, source) for size, source in sources.items()}
+
+    def batches(self, sources: Mapping[Size, Source], encoded: Mapping[Size, Source]) -> StartBatches:
+        """Return the loop's function that iterates over batches of encoded sources."""
+        return loader(*encoded.values(), augment=self.data.mix(next(iter(sources.values()))))
 
 
 def draw_latents(key: Key, batch: dict[str, Array]) -> dict[str, Any]:
@@ -76,10 +85,12 @@ def preview(
         return conditioner.encode_text(captions, learned=learned), conditioner.empty(n, learned)
 
     frozen_cond = encode()
-    times = time_grid(spec, model.schedule, steps, spacing=Spacing(timestep_spacing="trailing"))
+    spacing = Spacing(timestep_spacing="trailing")
+    times = time_grid(spec, model.schedule, steps, spacing=spacing)
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
-    noise = jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
+    noise_sigma = spec.init_noise_sigma(model.schedule, times, spacing)
+    noise = noise_sigma * jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
     most = decode_batch((vae.sample_size, vae.sample_size))
 
     @jax.jit
@@ -92,7 +103,7 @@ def preview(
         params: Params, vae_params: Params, batched_map: BatchedMap, texts: Mapping[str, Params] | None = None
     ) -> dict[str, float | np.ndarray]:
         cond, null = frozen_cond if texts is None else encode((texts, batched_map))
-        pictures = batched_map(partial(run, params, vae_params), (cond, null, noise), most=most)
+        pictures = batched_map(partial(run, params, vae_params), (cond, null, noise), most=most, title="drawing")
         return {f"{sampler}, {steps} steps": grid(pictures, 8)}
 
     return show

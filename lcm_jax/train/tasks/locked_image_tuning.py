@@ -16,8 +16,8 @@ from lcm_jax.metrics import NetworkFeatures
 from lcm_jax.objectives.contrastive import contrastive_loss
 from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.common import DataConfig, captions, loader
-from lcm_jax.train.train_step import Metrics
+from lcm_jax.train.tasks.common import DataConfig, captions, held_out, loader, open_with_held_out, resolved_config
+from lcm_jax.train.train_step import Metrics, Progress
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, load_component, save_component
 from lcm_jax.weights.hub import locate
@@ -37,7 +37,12 @@ class LockedImageTask:
     text: CLIPTextConfig = CLIPTextConfig()
     images: str = "openmoji"  # a bundled name, folder or hub id
     data: DataConfig = DataConfig()
-    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+    validation: DataConfig = field(default_factory=held_out)
+
+    @property
+    def resolved(self) -> Any:
+        """This task, with the data that it validates on by name."""
+        return replace(self, validation=resolved_config(self.validation, self.data))
 
     def build(self) -> Task:
         """Return the task; raise ValueError if the two towers differ in their projection's width."""
@@ -49,7 +54,7 @@ class LockedImageTask:
         special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         net = CLIPTextModel(replace(self.text, vocab_size=tokenizer.vocab_size, **special), projection=True)
         length = self.text.max_position_embeddings
-        source, held_out = self.data.open(), self.validation.open()
+        source, validation = open_with_held_out(self.data, self.validation)
 
         def init(key: Key) -> Params:
             params = net.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -60,7 +65,7 @@ class LockedImageTask:
             return contrastive_loss(batch["image"], output.text_embeds, params["logit_scale"])
 
         def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
         ) -> tuple[Array, Metrics]:
             value, metrics = compare(params, batch)
             return value, {"loss": value, **metrics}
@@ -75,7 +80,7 @@ class LockedImageTask:
             embeds = embed(np.stack([source[i]["image"] for i in range(len(source))]))
             return [{"image": e, "ids": encode(c)} for e, c in zip(embeds, captions(source), strict=True)]
 
-        validation_batch = {name: np.stack([pair[name] for pair in pairs(held_out)]) for name in ("image", "ids")}
+        validation_batch = {name: np.stack([pair[name] for pair in pairs(validation)]) for name in ("image", "ids")}
         validate = jax.jit(compare)
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:

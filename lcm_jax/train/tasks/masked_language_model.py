@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from lcm_jax.data import Record
 from lcm_jax.objectives.masked_language_model import hide, masked_loss
 from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
-from lcm_jax.train.tasks.common import DataConfig, captions, loader
-from lcm_jax.train.train_step import Metrics
+from lcm_jax.train.tasks.common import DataConfig, captions, held_out, loader, open_with_held_out, resolved_config
+from lcm_jax.train.train_step import Metrics, Progress
 from lcm_jax.typing import Array, Key, Params
 from lcm_jax.weights.diffusers_folder import Component, save_component
 from mmdit.text import T5Config, T5Encoder, train_unigram
@@ -35,11 +36,16 @@ class MaskedTask:
     tokens: int = 24  # length of a caption
     rate: float = 0.3  # share of hidden tokens
     data: DataConfig = DataConfig()
-    validation: DataConfig = field(default_factory=lambda: DataConfig(split="validation"))
+    validation: DataConfig = field(default_factory=held_out)
+
+    @property
+    def resolved(self) -> Any:
+        """This task, with the data that it validates on by name."""
+        return replace(self, validation=resolved_config(self.validation, self.data))
 
     def build(self) -> Task:
         """Return the task; the tokenizer is trained first."""
-        source = self.data.open()
+        source, validation = open_with_held_out(self.data, self.validation)
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = train_unigram(captions(source), self.vocabulary, folder, self.tokens)
         config = replace(self.net, vocab_size=tokenizer.vocab_size)
@@ -57,13 +63,13 @@ class MaskedTask:
             return masked_loss(logits, ids, hidden)
 
         def loss(
-            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, step: Array
+            params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
         ) -> tuple[Array, Metrics]:
             value, metrics = masked_prediction_loss(params, batch["ids"], key)
             return value, {"loss": value, **metrics}
 
-        held_out = np.stack([ids(caption) for caption in captions(self.validation.open())])
-        validate = jax.jit(lambda params: masked_prediction_loss(params, jnp.asarray(held_out), jax.random.key(0)))
+        held_out_ids = np.stack([ids(caption) for caption in captions(validation)])
+        validate = jax.jit(lambda params: masked_prediction_loss(params, jnp.asarray(held_out_ids), jax.random.key(0)))
 
         def preview(ema: Params, frozen: Params, batched_map: BatchedMap) -> dict[str, float | np.ndarray]:
             value, metrics = validate(ema)

@@ -139,7 +139,7 @@ def regression(seconds: float = 0.0, hang_at: int = -1) -> Task:
     random = np.random.default_rng(0)
     records = [{name: random.normal(size=64).astype(np.float32) for name in ("x", "y")} for _ in range(40)]
 
-    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
         x = batch["x"] + 0.1 * jax.random.normal(key, batch["x"].shape)
         y = jnp.tanh(x @ params["to_q"]["kernel"]) @ params["to_out_0"]["kernel"] @ frozen["out"]
         error = jnp.mean((y - batch["y"]) ** 2)
@@ -240,15 +240,17 @@ def main() -> None:
     parser.add_argument("--peer-timeout", type=int, default=100)
     options = parser.parse_args()
     distributed.initialize(options.coordinator, options.processes, options.process, timeout=options.peer_timeout)
+    code = 0
     try:
         for case in json.loads(options.cases.read_text())["cases"]:
             run(case)
     except distributed.Preempted:
-        print("preempted", flush=True)
+        code = distributed.SAVED
     except Exception as error:
         print(f"job: {distributed.peer_failure_message(error) or f'{type(error).__name__}: {error}'}", flush=True)
         raise
-    distributed.leave_job(0)
+    distributed.leave_job(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

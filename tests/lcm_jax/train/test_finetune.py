@@ -25,10 +25,12 @@ from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.finetune import Beside, FinetuneTask
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.train_step import Progress
 
 LOOP = LoopConfig(steps=2, batch_size=4, log_every=1, save_every=1, preview_every=2, ema=0.5)
 # A high rate, so that two steps are seen in a picture of bytes.
 OPTIMIZER = OptimizerConfig(warmup=0, learning_rate=0.05)
+START = Progress(jnp.int32(0), jnp.int32(1))
 KEY = jax.random.key(0)
 PRIOR = {"class_prompt": "dog face", "class_pictures": 3, "class_steps": 2}
 ADAPTED = {"unet": LoraConfig(rank=2), "sd3": LoraConfig(rank=2, targets=lora.MMDIT_TARGETS)}
@@ -44,7 +46,7 @@ def gradient(task: Task, batch: dict[str, np.ndarray], part: str) -> Any:
 
     def loss(tree: Any) -> Any:
         trees = {**params, part: tree}
-        return task.loss(trees, trees, task.frozen, jax.tree.map(jnp.asarray, batch), KEY, jnp.int32(0))[0]
+        return task.loss(trees, trees, task.frozen, jax.tree.map(jnp.asarray, batch), KEY, START)[0]
 
     return jax.jit(jax.grad(loss))(params[part])
 
@@ -124,7 +126,7 @@ def test_the_loss_is_the_weighted_sum_of_both_kinds(small_model: Path, data: Dat
     """Equation 2 of 2208.12242: own + weight times prior."""
     task = finetune(small_model, data, prior_weight=3.0, **PRIOR).build()
     params, batch = task.init(KEY), next(task.batches(4, 0))
-    total, metrics = jax.jit(task.loss)(params, params, task.frozen, batch, KEY, 0)
+    total, metrics = jax.jit(task.loss)(params, params, task.frozen, batch, KEY, START)
     assert float(total) == pytest.approx(float(metrics["own"] + 3.0 * metrics["prior"]))
     assert float(metrics["own"]) != float(metrics["prior"])
 
@@ -165,7 +167,7 @@ def test_class_pictures_are_drawn_once_and_are_the_models(
     # the pipeline from the same noise
     pipe, noise = lcm_jax.load(small_model), jax.random.split(jax.random.fold_in(jax.random.key(0), 0))[0]
     noise = jax.random.normal(noise, (16, 8, 8, 4))
-    want = pipe(["dog face"] * 16, steps=2, sampler=pipe.default_sampler, latents=noise)[:3]
+    want = pipe(["dog face"] * 16, steps=2, guidance=1.0, sampler=pipe.default_sampler, latents=noise)[:3]
     latents = np.stack(list(drawn.values())).astype(np.float32)
     made = np.asarray(pipe.model.decode(pipe.params["vae"], jnp.asarray(latents)))
     assert all(np.min(np.abs(want - picture.astype(np.int16)).max(axis=(1, 2, 3))) <= 2 for picture in made)
@@ -196,7 +198,7 @@ def test_adapters_start_as_the_model(small_model: Path, data: DataConfig) -> Non
     losses = []
     for task in (full, adapted):
         params = task.init(KEY)
-        losses.append(float(jax.jit(task.loss)(params, params, task.frozen, batch, KEY, 0)[0]))
+        losses.append(float(jax.jit(task.loss)(params, params, task.frozen, batch, KEY, START)[0]))
     assert losses[0] == pytest.approx(losses[1])
     assert set(full.frozen["networks"]) == set()
     assert set(adapted.frozen["networks"]) == {"net"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,22 @@ import pytest
 from tensorboardX import SummaryWriter
 
 from lcm_jax.data import Loader
+from lcm_jax.parallel import distributed
 from lcm_jax.parallel.pmap import AXIS, device_key
-from lcm_jax.train.checkpointing import checkpoint_manager
-from lcm_jax.train.loop import LoopConfig, fit
+from lcm_jax.parallel.sharding import make_mesh
+from lcm_jax.runtime import progress
+from lcm_jax.train.checkpointing import saved_steps
+from lcm_jax.train.loop import LoopConfig, fit, initial_shapes, optimizer_and_step
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.task import Task
-from lcm_jax.train.train_step import TrainState, ema_decay, make_train_step
+from lcm_jax.train.train_step import Parallel, TrainState, ema_decay, make_train_step
 
 POINTS = [{"x": np.float32(i / 10), "y": np.float32(i / 5 + 1)} for i in range(20)]
 
 
-def line_task(stop_at: int | None = None, told_at: int | None = None) -> Task:
+def line_task(stop_at: int | None = None, told_at: int | None = None, number: int = signal.SIGTERM) -> Task:
     """y = a x + b, with noise on x that only the step's key decides. Stops with an error after `stop_at` batches, and
-    is told to end (SIGTERM) at batch `told_at`.
+    is told to end by the signal `number` at batch `told_at`.
     """
 
     class Interrupted:
@@ -40,7 +45,7 @@ def line_task(stop_at: int | None = None, told_at: int | None = None) -> Task:
             if stop_at is not None and self.count > stop_at:
                 raise KeyboardInterrupt
             if self.count == told_at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return next(self.inner)
 
         def get_state(self) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def line_task(stop_at: int | None = None, told_at: int | None = None) -> Task:
         def set_state(self, state: dict[str, Any]) -> None:
             self.inner.set_state(state)
 
-    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
         x = batch["x"] + frozen["noise"] * jax.random.normal(key, batch["x"].shape)
         error = jnp.mean((params["a"] * x + params["b"] - batch["y"]) ** 2)
         return error, {"loss": error}
@@ -89,18 +94,19 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(finished: tuple[TrainState, P
     assert list((tmp_path / "killed" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(
-    finished: tuple[TrainState, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    number: int, name: str, finished: tuple[TrainState, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
     uninterrupted, _ = finished
     with pytest.raises(SystemExit) as ending:
-        fit(line_task(told_at=17), LOOP, OPTIMIZER, tmp_path / "told")
-    assert ending.value.code == 0
-    assert "step 17 is saved, and the same command continues from it" in capsys.readouterr().out
-    assert checkpoint_manager(tmp_path / "told", keep=LOOP.keep).latest_step() == 17
+        fit(line_task(told_at=17, number=number), LOOP, OPTIMIZER, tmp_path / "told")
+    assert ending.value.code == distributed.SAVED == 75
+    assert f"ended by {name}; step 17 of 30 is saved, and the same command continues" in capsys.readouterr().out
+    assert saved_steps(tmp_path / "told")[0] == 17
     assert not (tmp_path / "told" / "export").exists()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)] == before
     resumed = fit(line_task(), LOOP, OPTIMIZER, tmp_path / "told")
     for a, b in zip(jax.tree.leaves(uninterrupted), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -116,7 +122,7 @@ def test_a_run_tells_what_it_costs_and_is_the_same_under_a_profile(
     traced: list[int] = []
     task = line_task()
 
-    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
         traced.append(1)
         x = batch["x"][:, None] @ params["a"][None, None]  # 8 x 1 by 1 x 1: 16 FLOPs, and its gradient as many
         return (value := jnp.mean((x[:, 0] + params["b"] - batch["y"]) ** 2)), {"loss": value}
@@ -136,6 +142,23 @@ def test_a_run_tells_what_it_costs_and_is_the_same_under_a_profile(
         np.testing.assert_array_equal(a, b)
 
 
+def test_phases_have_names_and_previews_have_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+    texts: list[str] = []
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        phases.append(name)
+        yield
+
+    monkeypatch.setattr(progress, "phase", phase)
+    monkeypatch.setattr(SummaryWriter, "add_text", lambda self, tag, text, step: texts.append(f"{tag} {step} {text}"))
+    task = replace(line_task(), captions=("a | b", "c"))
+    fit(task, replace(LOOP, steps=15), OPTIMIZER, tmp_path / "run")
+    assert phases == ["run, step 0: compiling", "run, step 15: validating", "run: exporting"]
+    assert texts == ["captions 0 |  |  |\n| --- | --- |\n| a \\| b | c |"]
+
+
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"file/run cannot be written to \(Not a directory\): give another --workdir"):
@@ -149,7 +172,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
-    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
         value = jnp.mean((params - batch) ** 2)
         return value, {"loss": value}
 
@@ -170,7 +193,7 @@ def test_the_average_forgets_its_start() -> None:
 def test_the_average_of_every_third_step() -> None:
     """It stands still in between, and counts its own updates."""
 
-    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+    def loss(params: Any, ema: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
         return jnp.sum(params * batch), {"loss": jnp.sum(params)}
 
     tx = optax.sgd(1.0)
@@ -201,15 +224,40 @@ def test_learning_rate_warms_up_and_ends_at_zero() -> None:
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.5, 1, 0], atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [30, 1000])
+def test_a_number_of_steps_that_is_data_gives_the_same_bits(steps: int) -> None:
+    """The same as a schedule of optax, whose number of steps is a constant of the program."""
+    config = OptimizerConfig(learning_rate=3e-4, warmup=20, decay="cosine")
+    schedules = [optax.linear_schedule(0.0, 3e-4, 20), optax.cosine_decay_schedule(3e-4, steps - 20)]
+    counts = jnp.arange(steps + 2)
+    constant = jax.jit(jax.vmap(optax.join_schedules(schedules, [20])))(counts)
+    data = jax.jit(lambda counts, steps: jax.vmap(learning_rate(config, steps))(counts))(counts, steps)
+    np.testing.assert_array_equal(constant, data)
+
+
+@pytest.mark.parametrize("parallel", ["jit", "pmap"])
+def test_runs_of_another_length_and_seed_share_one_program(parallel: Parallel) -> None:
+    texts = []
+    for steps, seed in ((30, 0), (60, 7)):
+        loop = replace(LOOP, steps=steps, seed=seed, parallel=parallel)
+        tx, _, step = optimizer_and_step(task := line_task(), loop, OPTIMIZER, make_mesh(batch_size=8))
+        batch = next(task.batches(8, 0))
+        texts.append(step.trace(initial_shapes(task, tx), task.frozen, batch).lower().as_text())
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"steps": 0}, "loop.steps is 0"),
+        ({"seed": -1}, "loop.seed is -1"),
+        ({"ema": 1.5}, "loop.ema is 1.5"),
+        ({"hang_timeout": -1.0}, "loop.hang_timeout is -1.0"),
         ({"ema_every": 0}, "loop.ema_every is 0"),
         ({"batch_size": 8, "accumulate": 3}, "does not divide"),
     ],
 )
-def test_bad_loops_are_refused(options: dict[str, int], message: str) -> None:
+def test_bad_loops_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LoopConfig(**options)
 
@@ -223,13 +271,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_no_checkpoint_is_of_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     task, loop = line_task(), LoopConfig(steps=40, batch_size=8, log_every=40, save_every=2)
 
-    def broken(params, ema, frozen, batch, key, step):
-        loss, metrics = task.loss(params, ema, frozen, batch, key, step)
-        return loss, {**metrics, "loss": jnp.where(step >= 6, jnp.nan, metrics["loss"])}  # step 6 is the seventh
+    def broken(params, ema, frozen, batch, key, progress):
+        loss, metrics = task.loss(params, ema, frozen, batch, key, progress)
+        return loss, {
+            **metrics,
+            "loss": jnp.where(progress.step >= 6, jnp.nan, metrics["loss"]),
+        }  # step 6 is the seventh
 
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 7 .*the last good checkpoint is of step 6"):
         fit(replace(task, loss=broken), loop, OPTIMIZER, tmp_path)
-    assert checkpoint_manager(tmp_path, keep=loop.keep).latest_step() == 6
+    assert saved_steps(tmp_path)[0] == 6
 
 
 def test_fewer_steps_than_done_is_refused(finished: tuple[TrainState, Path]) -> None:
@@ -286,6 +337,8 @@ def test_an_optimizer_descends_and_remembers_as_little_as_it_says(options: Any, 
             marks=pytest.mark.wrong_types,
         ),
         ({"algorithm": "adafactor", "moment_dtype": "bfloat16"}, "adafactor has no first moment"),
+        ({"b2": 1.0}, "optimizer.b2 is 1.0; it must be at least 0 and below 1"),
+        ({"clip": -1.0}, "optimizer.clip is -1.0; it must not be negative"),
     ],
 )
 def test_bad_optimizers_are_refused(options: Any, message: str) -> None:

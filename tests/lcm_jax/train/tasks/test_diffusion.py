@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,16 +17,20 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
+from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.nets import UNetConfig
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
+from lcm_jax.parallel.sharding import BatchedMap, make_mesh
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import ENCODE_BATCH, Conditioner
 from lcm_jax.train.tasks.contrastive import ContrastiveTask
-from lcm_jax.train.tasks.diffusion import DiffusionTask
+from lcm_jax.train.tasks.diffusion import DiffusionTask, build_net
 from lcm_jax.train.tasks.distillation import DistillationTask
+from lcm_jax.train.tasks.latent import preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.train_step import Progress
 from lcm_jax.weights.diffusers_folder import Component
 from mmdit import MMDiTConfig
 
@@ -67,6 +72,28 @@ def test_sd3_is_trained_and_drawn(
     assert pipe.model.schedule == RectifiedFlow(shift=3.0)
     assert pipe.default_sampler == "euler"
     assert pipe("dog face", steps=2, sampler="euler", guidance=2.0).shape == (1, 16, 16, 3)
+
+
+def test_previews_begin_with_the_noise_that_their_sampler_spreads(
+    tiny_model: Path, small_net: UNetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditioner = Conditioner.load(str(tiny_model), str(tiny_model))
+    net = build_net(small_net, dtype="float32", remat=False)
+    model = LatentDiffusion(net=net, vae=conditioner.vae.module, schedule=SCHEDULE, kind="epsilon")
+    drawn = {}
+    for sampler in ("euler", "ddim"):
+        show = preview(model, conditioner, ["dog face"], sampler=sampler, steps=2, guidance=2.0)
+
+        def listen(self: BatchedMap, function: Any, rows: Any, sampler: str = sampler, **_: Any) -> np.ndarray:
+            drawn[sampler] = rows[2]
+            return np.zeros((1, 16, 16, 3), np.uint8)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BatchedMap, "__call__", listen)
+            show({}, {}, BatchedMap(mesh=make_mesh(), most=1))
+    factor = float(SCHEDULE.sigma(999.0))
+    assert factor != 1.0
+    np.testing.assert_allclose(drawn["euler"], factor * drawn["ddim"], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +139,8 @@ def test_captions_are_mixed_at_the_rate(tiny_sd3: Path, shapes: DataConfig) -> N
 
     def contexts(data: DataConfig) -> set[bytes]:
         task = DiffusionTask(data=data)
-        batches = task.batches(conditioner, data.open_buckets())(6, 0)
+        sources = data.open_buckets()
+        batches = task.batches(sources, task.encode(conditioner, sources))(6, 0)
         batch = [next(batches) for _ in range(3)]
         assert all(set(b) == {"mean", "std", "context", "pooled"} for b in batch)
         return {row.tobytes() for b in batch for row in np.concatenate([b["context"].sum(1), b["pooled"]], 1)}
@@ -140,7 +168,7 @@ def test_a_student_takes_buckets(tiny_sd3: Path, shapes: DataConfig, data: DataC
     params, batches, shapes_seen = jax.eval_shape(task.init, key), task.batches(4, 0), set()
     for batch in (next(batches) for _ in range(4)):
         shapes_seen.add(batch["mean"].shape)
-        loss, _ = jax.eval_shape(task.loss, params, params, task.frozen, batch, key, 0)
+        loss, _ = jax.eval_shape(task.loss, params, params, task.frozen, batch, key, Progress(np.int32(0), np.int32(1)))
         assert loss.shape == ()
     assert len(shapes_seen) == 3
 

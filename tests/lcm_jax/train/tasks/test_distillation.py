@@ -23,7 +23,7 @@ from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.distillation import DistillationTask, merge_pretrained
 from lcm_jax.train.tasks.lora_config import LoraConfig
-from lcm_jax.train.train_step import TrainState, make_train_step
+from lcm_jax.train.train_step import Progress, TrainState, make_train_step
 from lcm_jax.weights.diffusers_folder import load_component
 
 Train = Callable[[object, Path], Path]
@@ -99,7 +99,7 @@ def test_dropout_is_for_training_alone(tiny_model: Path, data: DataConfig) -> No
         task = distillation(tiny_model, data, objective, lora=adapted, preview_steps=1).build()
         params = jax.tree.map(lambda leaf: leaf + 0.1, task.init(jax.random.key(0)))
         batch, key = next(task.batches(4, 0)), jax.random.key(1)
-        losses += [jax.jit(task.loss)(params, params, task.frozen, batch, key, 0)[0]]
+        losses += [jax.jit(task.loss)(params, params, task.frozen, batch, key, Progress(np.int32(0), np.int32(1)))[0]]
         shown += [next(iter(task.preview(params, task.frozen, BatchedMap(mesh=make_mesh(), most=4)).values()))]
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[0]
     np.testing.assert_array_equal(*shown)
