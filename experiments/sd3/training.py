@@ -129,7 +129,7 @@ def score(
     config: TrainConfig, workdir: Path, formulation: Formulation, settings: Sequence[tuple[int, float]]
 ) -> dict[str, float]:
     """Return `frechet/STEPS/GUIDANCE` and `clip_score/...` for each (steps, guidance), on the validation captions."""
-    images, captions = captioned(config.task.prompts.open())
+    images, captions = captioned(config.task.resolved.prompts.open())
     clip: ClipMetric = ClipMetric.load("openmoji")
     drawer: Any = Drawer(workdir / "export", replace(formulation, objective=config.task.objective))
     scores = {}

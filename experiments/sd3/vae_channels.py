@@ -89,7 +89,7 @@ def variant(channels: int) -> Callable[[str], TrainConfig]:
 
 def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     """Return the scores of the validation pictures against their reconstructions."""
-    images, _ = captioned(config.task.validation.open())
+    images, _ = captioned(config.task.resolved.validation.open())
     vae = load_component(workdir / "export", "vae")
     return reconstruction(images, reconstruct(vae, images), ClipMetric.load("openmoji"))
 

@@ -54,7 +54,7 @@ def pictures(name: str, pipe: Pipeline, n: int, sampler: str, *, steps: int = 4)
     """Return a row of a pipeline's call for n pictures; its FLOPs are those of the steps and of the decoder."""
 
     def draw() -> Any:
-        return pipe([PROMPT] * n, steps=steps, sampler=sampler)
+        return pipe([PROMPT] * n, steps=steps, sampler=sampler, guidance=1.0)
 
     def prepare() -> Cost:
         return Cost(flops=steps * step_flops(pipe, n) + decode_flops(pipe.model, pipe, n))

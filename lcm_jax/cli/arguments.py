@@ -3,21 +3,97 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lcm_jax import bench
 from lcm_jax.cli import demo
+from lcm_jax.cli.listings import SHELLS
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.inference.ahead_of_time import PLATFORMS
+from lcm_jax.inference.call_options import DIFFUSERS_OPTIONS
 from lcm_jax.inference.pipeline import DTYPES
 from lcm_jax.precision import quantization
-from lcm_jax.runtime.messages import HelpFormatter
+from lcm_jax.runtime.messages import HelpFormatter, did_you_mean
 from lcm_jax.runtime.optional_deps import version_of
 from lcm_jax.weights.convert import FORMATS
 
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
+
+GROUPS: Mapping[str, Sequence[str]] = {
+    "draw": ("sample", "demo", "stream", "serve", "compile"),
+    "train": ("train", "distill", "encode", "plan"),
+    "measure": ("evaluate", "bench"),
+    "take weights elsewhere": ("convert",),
+    "look up names": ("configs", "models", "samplers", "completion"),
+}
+EXAMPLES: Mapping[str, Sequence[str]] = {
+    "demo": ("lcm-jax demo --out out/demo",),
+    "sample": (
+        'lcm-jax sample --prompt "red heart" --out heart.png',
+        'lcm-jax sample --model openmoji-teacher --prompt "cat face" "dog face" --num-images 4 --seed 7 --out out',
+        'lcm-jax sample --prompt "cat face" --image photo.jpg --strength 0.6 --out cat.png',
+    ),
+    "compile": ('lcm-jax compile -o heart.program && lcm-jax sample --compiled heart.program --prompt "red heart"',),
+    "train": (
+        "lcm-jax train --config openmoji_teacher --steps 200",
+        "lcm-jax train --config openmoji_teacher --task.data.name folder:my-pictures",
+        "lcm-jax train --config openmoji_teacher --help   # the keys of the config",
+    ),
+    "distill": ("lcm-jax distill --config openmoji_lcm", "lcm-jax distill --config openmoji_lcm --objective tcd"),
+    "encode": ("lcm-jax encode --data folder:my-pictures --out encoded",),
+    "plan": ("lcm-jax plan --config sdxl_lcm --topology v5e:8x8",),
+    "evaluate": ("lcm-jax evaluate --model openmoji --steps 1 2 4 8 --out scores.json",),
+    "stream": (
+        'lcm-jax stream film.mp4 --prompt "cat face" --out redrawn.mp4',
+        'lcm-jax stream noise --prompt "red heart" "cat face" --strength 1 --out way.mp4',
+    ),
+    "bench": ("lcm-jax bench unet stream --against diffusers",),
+    "serve": ("lcm-jax serve   # then open http://127.0.0.1:7860/",),
+    "convert": ("lcm-jax convert model.safetensors my-model --to diffusers",),
+    "completion": ('eval "$(lcm-jax completion bash)"   # in ~/.bashrc',),
+}
+EXIT_CODES = (
+    "exit codes: 0 done; 1 or 2 bad input or a failure, said in one line; 75 a training was saved and is not finished; "
+    "130 stopped by Ctrl-C"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the name that was meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and remember the arguments for the errors."""
+        self.typed = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with code 2 and one line."""
+        choice = re.match(r"argument (.*): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice is not None:
+            known = [word.strip(" '") for word in choice[3].split(",")]
+            message, hint = f"{choice[1]} {choice[2]} is unknown", did_you_mean(choice[2], known)
+            hint = hint or f"; known are {', '.join(known)}"
+        else:
+            wrong = [word for word in self.typed if word.startswith("--") and not self._known(word)]
+            hint = f"; {self.unknown(wrong[0])}" if wrong and "required" in message else ""
+        self.exit(2, f"lcm-jax: {message}{hint}; see {self.prog} --help\n".replace("?;", "?"))
+
+    def unknown(self, word: str) -> str:
+        """Return what to say of an option that there is not."""
+        name = word.partition("=")[0]
+        other = DIFFUSERS_OPTIONS.get(name.strip("-").replace("-", "_"))
+        if other is not None:
+            option = "--size HEIGHT WIDTH" if other.startswith("size") else f"--{other.replace('_', '-')}"
+            if option.split()[0] in self._option_string_actions:
+                return f"unknown argument {name}; it is called {option} here"
+        return f"unknown argument {name}{did_you_mean(name.replace('_', '-'), self._option_string_actions)}"
+
+    def _known(self, word: str) -> bool:
+        return any(option.startswith(word.partition("=")[0]) for option in self._option_string_actions)
 
 
 class _Help(argparse.Action):
@@ -32,13 +108,26 @@ class _Help(argparse.Action):
 
 def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     """Return the parser of all commands. runs: the function of each command, which becomes `run` once parsed."""
-    commands_parser = argparse.ArgumentParser(prog="lcm-jax", description="Latent consistency models in JAX.")
+    commands_parser = Parser(
+        prog="lcm-jax",
+        description="Latent consistency models and Stable Diffusion in JAX.",
+        formatter_class=HelpFormatter,
+    )
     commands_parser.add_argument("--version", action="version", version=f"lcm-jax {version_of('lcm-jax')}")
-    commands = commands_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = commands_parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS)
+    texts: dict[str, str] = {}
 
     def command(name: str, text: str, **options: Any) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter, **options)
+        texts[name] = text
+        examples = "".join(f"\n  {line}" for line in EXAMPLES.get(name, ()))
+        epilog = (f"examples:{examples}\n\n" if examples else "") + f"{EXIT_CODES}\n"
+        sub: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=HelpFormatter, **options
+        )
         sub.set_defaults(run=runs[name])
+        if name in GROUPS["look up names"]:
+            sub.set_defaults(imports=[])
+            return sub
         text = "Python files of your own to run first, which register samplers, objectives, data sources or configs"
         sub.add_argument("--import", nargs="+", default=[], type=Path, metavar="FILE.py", dest="imports", help=text)
         return sub
@@ -53,23 +142,24 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_model(sub)
     sub.add_argument("--prompt", nargs="+", required=True, help="one or more texts")
     sub.add_argument("--negative-prompt", default="", help="text to guide away from")
-    sub.add_argument("--steps", type=int, default=4, help="solver steps")
+    sub.add_argument("--steps", type=int, help="solver steps; the sampler's usual number by default, 4 for a student")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sub.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
     _add_size(sub)
     sub.add_argument("--image", type=Path, help="start from this picture (image-to-image)")
     sub.add_argument("--strength", type=float, help="share of the way to noise, in (0, 1]; 0.6, or 1 with --mask")
     sub.add_argument("--mask", type=Path, help="redraw only where this picture is white (inpainting)")
-    sub.add_argument("--t5-tokens", type=int, help="SD3: length of a prompt for T5; 256 by default")
-    sub.add_argument("--shift", type=float, help="SD3: shift of the noise levels; the model's own by default")
-    sub.add_argument("--single-shift", action="store_true", help="SD3: shift once, not twice as the references do")
-    sub.add_argument("--skip-layers", type=int, nargs="+", default=[], help="SD3: skip-layer guidance, such as 7 8 9")
-    sub.add_argument("--skip-scale", type=float, default=2.8, help="scale of skip-layer guidance")
-    sub.add_argument(
+    sd3 = sub.add_argument_group("Stable Diffusion 3")
+    sd3.add_argument("--t5-tokens", type=int, help="length of a prompt for T5; 256 by default")
+    sd3.add_argument("--shift", type=float, help="shift of the noise levels; the model's own by default")
+    sd3.add_argument("--single-shift", action="store_true", help="shift once, not twice as the references do")
+    sd3.add_argument("--skip-layers", type=int, nargs="+", default=[], help="skip-layer guidance, such as 7 8 9")
+    sd3.add_argument("--skip-scale", type=float, default=2.8, help="scale of skip-layer guidance")
+    sd3.add_argument(
         "--skip-interval", type=float, nargs=2, default=(0.01, 0.2), help="first and last fraction of the steps with it"
     )
     sub.add_argument("--compiled", type=Path, metavar="FILE", help="draw with a program that lcm-jax compile wrote")
-    sub.add_argument("--out", type=Path, default=Path("out"), help="a .png file for one picture, or a folder")
+    sub.add_argument("--out", type=Path, default=Path("out"), help="a .png or .jpg file for one picture, or a folder")
     _add_devices(sub, None)
 
     sub = command("compile", "Write a program that draws, from prompt to picture, for sample --compiled.")
@@ -117,6 +207,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         "--part", metavar="P/N", help="this is process P of N processes that are not connected, such as 0/4"
     )
     sub.add_argument("--mesh", default="", help="mesh of a process's devices: fsdp=4 cuts a large T5 over four")
+    sub.add_argument(
+        "--digest",
+        action="store_true",
+        help="know pictures by their bytes, all of which are read first, and not by path, size and time",
+    )
     _add_job(sub)
 
     text = (
@@ -183,10 +278,11 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_model(sub)
     sub.add_argument("--prompt", default="cat face", help="prompt at the start of a session")
     sub.add_argument("--steps", type=int, default=2, help="steps at the start of a session")
-    sub.add_argument("--strength", type=float, default=0.6, help="strength at the start of a session")
+    sub.add_argument("--strength", type=float, default=0.5, help="strength at the start of a session")
     _add_size(sub)
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     sub.add_argument("--port", type=int, default=7860, help="port; 0 for any that is free")
+    sub.add_argument("--open", action="store_true", help="open the page in the browser of this machine")
     sub.add_argument("--max-sessions", type=int, default=4, help="sessions that stream at the same time")
     sub.add_argument("--max-waiting", type=int, default=16, help="sessions that wait for a place")
     sub.add_argument("--idle-timeout", type=float, default=60.0, help="seconds without a frame that end a session")
@@ -201,12 +297,28 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of floating tensors; unchanged by default")
     sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
+    _add_scheduler(sub)
     sub.add_argument("--base", help="for LoRA: the model it is for; to extract one: the model SRC was made from")
     sub.add_argument("--rank", type=int, default=64, help="rank of an extracted LoRA")
+
+    command("configs", "List the configs that train, distill and plan take.")
+    command("models", "List the bundled models; a folder, a single file or a hub id is a model too.")
+    command("samplers", "List the samplers.")
+    sub = command("completion", "Write a script for tab completion; pip install 'lcm-jax[completion]' brings shtab.")
+    sub.add_argument("shell", choices=SHELLS)
+
+    lines = [f"  {name:10}  {texts[name].partition('. ')[0].rstrip('.')}" for name in texts]
+    by_name = dict(zip(texts, lines, strict=True))
+    parts = [
+        "\n".join([f"to {group}:", *(by_name[name] for name in group_names)]) for group, group_names in GROUPS.items()
+    ]
+    more = "lcm-jax COMMAND --help shows a command's options and examples."
+    commands_parser.epilog = "\n\n".join([*parts, more, EXIT_CODES]) + "\n"
     return commands_parser
 
 
-def _add_job(sub: argparse.ArgumentParser) -> None:
+def _add_job(command_parser: argparse.ArgumentParser) -> None:
+    sub = command_parser.add_argument_group("processes of a job")
     sub.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
@@ -232,24 +344,37 @@ def _add_devices(sub: argparse.ArgumentParser, mesh: str | None) -> None:
 
 
 def _add_size(sub: argparse.ArgumentParser, default: str = "own") -> None:
-    text = f"pixels; the model's {default} by default"
-    sub.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help=text)
+    text = f"the model's {default} by default"
+    sub.add_argument(
+        "--size", type=int, nargs="+", metavar="PIXELS", help=f"height and width, or one for a square; {text}"
+    )
 
 
-def _add_quantize(sub: argparse.ArgumentParser, what: str) -> None:
+def _add_scheduler(sub: Any) -> None:
+    text = "keys of the scheduler config to replace: prediction_type=v_prediction rescale_betas_zero_snr=true"
+    sub.add_argument("--scheduler", nargs="+", default=[], metavar="KEY=VALUE", help=text)
+
+
+def _add_quantize(sub: Any, what: str) -> None:
     known = f"{what}: {', '.join(quantization.KINDS)} (int8w: kernels only); also text=KIND and vae=KIND"
     sub.add_argument("--quantize", nargs="+", default=[], metavar="[PART=]KIND", help=known)
 
 
-def _add_model(sub: argparse.ArgumentParser) -> None:
+def _add_model(command_parser: argparse.ArgumentParser) -> None:
+    sub = command_parser.add_argument_group("the model")
     sub.add_argument("--model", default="openmoji", help="bundled name, diffusers or orbax folder, single file, hub id")
     sub.add_argument("--variant", help='which files of a folder to read, such as "fp16"')
     sub.add_argument("--config", help="folder or hub id with the configs and tokenizers of a single file")
+    _add_scheduler(sub)
     sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in place of the autoencoder")
     sub.add_argument("--no-t5", dest="t5", action="store_false", help="SD3: leave out the third text encoder")
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
     known = ", ".join(sorted(SAMPLERS))
     sub.add_argument("--sampler", help=f"the model's own by default; {known}, or FILE.py:NAME of your own")
-    sub.add_argument("--guidance", type=float, help=f"guidance scale; {demo.GUIDANCE} by default, 1 with an LCM-LoRA")
+    sub.add_argument(
+        "--guidance",
+        type=float,
+        help=f"guidance scale; {demo.GUIDANCE:g} by default, 1 with an LCM-LoRA or a student without one",
+    )
     sub.add_argument("--dtype", default="float32", choices=DTYPES, help="precision of the networks")
     _add_quantize(sub, "the denoiser in 8 bits")

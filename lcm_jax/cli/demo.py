@@ -11,14 +11,16 @@ import numpy as np
 from jaxtyping import UInt8
 from safetensors.numpy import load_file
 
+from lcm_jax.diffusion.samplers import get_sampler
 from lcm_jax.evaluation.evaluate import ClipMetric, generate
+from lcm_jax.inference.call_options import GUIDANCE
 from lcm_jax.inference.pipeline import Pipeline, load
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.image_grid import labelled_grid
+from lcm_jax.runtime.image_io import write_picture
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.safetensors_files import read_json
 
-GUIDANCE = 4.0
 # Of the compositional hold-out: role and skin tone both occur in training, never together.
 UNSEEN = (
     "man farmer, medium skin tone",
@@ -30,8 +32,7 @@ SEEN = (
     "red heart", "grinning face", "victory hand", "waving hand", "handshake", "santa claus", "ninja", "woman astronaut",
 )  # fmt: skip
 PROMPTS = UNSEEN + SEEN
-# A teacher's sampler -> its name, and the steps it is usually given: SD's DDIM, SD3's Euler.
-USUAL = {"ddim": ("DDIM", 50), "euler": ("Euler", 28)}
+TITLES = {"ddim": "DDIM", "euler": "Euler"}  # of a teacher's sampler: SD's, SD3's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Column:
 
 def columns(guidance: float, sampler: str = "ddim") -> list[Column]:
     """Return the columns: the teacher at 1, 2, 4, 8 and its usual steps, LCM at 1, 2, 4, 8, LCM-LoRA at 4."""
-    name, most = USUAL[sampler]
+    name, most = TITLES[sampler], get_sampler(sampler).usual_steps
     teacher = [
         Column(title=f"teacher\n{name} {n}", model="teacher", sampler=sampler, steps=n, guidance=guidance)
         for n in (1, 2, 4, 8, most)
@@ -90,7 +91,7 @@ def draw_demo(out: Path, *, model: str = "openmoji", guidance: float = GUIDANCE,
         rows.append({"method": title, **options, "seconds_per_image": seconds, **scores})
         strips.append(made[: len(PROMPTS)])
     out.mkdir(parents=True, exist_ok=True)
-    labelled_grid([c.title for c in shown], labels, strips).save(out / "grid.png")
+    write_picture(out / "grid.png", labelled_grid([c.title for c in shown], labels, strips))
     write_json(out / "scores.json", {"model": model, "seed": seed, "pictures": len(captions), "rows": rows})
     return rows
 

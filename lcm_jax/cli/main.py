@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import logging
 import os
 import sys
 import time
@@ -15,12 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
-from PIL import Image as PILImage
+from tqdm import tqdm
 
 from lcm_jax import bench
-from lcm_jax.cli import demo
-from lcm_jax.cli.arguments import parser
+from lcm_jax.cli import demo, listings, picture_files
+from lcm_jax.cli.arguments import Parser, parser
 from lcm_jax.diffusion.samplers import Sampler, register, sampler_name
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, shard
 from lcm_jax.inference.ahead_of_time import Exported, write_program
@@ -30,39 +33,54 @@ from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
+from lcm_jax.runtime.hardware import check_platform
 from lcm_jax.runtime.image_io import read_picture
+from lcm_jax.runtime.messages import LESS_MEMORY, is_out_of_memory
 from lcm_jax.runtime.optional_deps import require
+from lcm_jax.runtime.progress import phase
 from lcm_jax.runtime.user_code import import_file, is_reference, load_object
 from lcm_jax.train.overrides import override
 from lcm_jax.weights.convert import LORAS, convert, convert_lora
 
+SAID_IN_ONE_LINE = (ValueError, OSError, FloatingPointError, ModuleNotFoundError, MemoryError)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; bad input is one line on standard error and exit code 2."""
+    """Run one command; bad input is one line on standard error and exit code 2, Ctrl-C one line and 130."""
     if argv is None:  # a process of its own: what the imports made stays, and the collector need not visit it again
         gc.freeze()
         gc.set_threshold(50_000, 20, 20)
         warnings.showwarning = _show_warning
         warnings.filterwarnings("default", category=DeprecationWarning, module="lcm_jax")  # of names the user typed
+        _show_phases()
     use_compilation_cache()
-    arguments, rest = parser(RUNS).parse_known_args(argv)
+    commands = parser(RUNS)
+    arguments, rest = commands.parse_known_args(argv)
     try:
         for path in arguments.imports:
             import_file(path, option="--import")
         if rest and arguments.run not in (_train, _plan):
-            raise ValueError(f"unknown argument {rest[0]}; see lcm-jax {arguments.command} --help")
+            hint = _command_parser(commands, arguments.command).unknown(rest[0])
+            raise ValueError(f"{hint}{'' if hint.endswith('?') else ';'} see lcm-jax {arguments.command} --help")
         if "coordinator" in arguments:
             job = (arguments.coordinator, arguments.processes, arguments.process)
             distributed.initialize(*job, timeout=arguments.peer_timeout)
+        check_platform()
         arguments.run(arguments, rest)
     except distributed.Preempted:
-        code = 0
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError, jax.errors.JaxRuntimeError) as error:
-        said = distributed.peer_failure_message(error) or error
-        if os.environ.get("LCM_JAX_TRACEBACK") or (said is error and isinstance(error, jax.errors.JaxRuntimeError)):
+        code = distributed.SAVED
+    except KeyboardInterrupt:
+        print("lcm-jax: stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    except (*SAID_IN_ONE_LINE, JaxRuntimeError) as error:
+        said: Any = distributed.peer_failure_message(error) or error
+        lost = said is not error
+        if is_out_of_memory(error):
+            said = f"out of memory: {LESS_MEMORY} ({str(error).splitlines()[0]:.200})"
+        if os.environ.get("LCM_JAX_TRACEBACK") or (said is error and isinstance(error, JaxRuntimeError)):
             raise
         print(f"lcm-jax: {' '.join(str(said).split())}", file=sys.stderr)
-        code = 2
+        code = 1 if lost else 2  # a job of which a process is gone may well go on when it is started again
     else:
         code = 0
     distributed.leave_job(code)
@@ -77,6 +95,38 @@ def _show_warning(
         print(f"lcm-jax: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
+def _show_phases() -> None:
+    """Write the names of long phases (loading, compiling, drawing, ...) to standard error, each once in a row."""
+    last = ""
+
+    def is_new(record: logging.LogRecord) -> bool:
+        nonlocal last
+        before, last = last, record.getMessage()
+        return last != before
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(f"lcm-jax: {record.getMessage()}", file=sys.stderr)  # above a bar, if there is one
+
+    handler, log = Lines(), logging.getLogger("lcm_jax")
+    handler.addFilter(is_new)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def _say_next(command: str) -> None:
+    """Say what to type next, on standard error: standard output is for scripts."""
+    if distributed.is_main():
+        print(f"next: {command}", file=sys.stderr)
+
+
+def _command_parser(commands: argparse.ArgumentParser, name: str) -> Parser:
+    action = next(action for action in commands._actions if isinstance(action, argparse._SubParsersAction))
+    command: Parser = action.choices[name]
+    return command
+
+
 def _mesh(arguments: argparse.Namespace) -> Mesh | None:
     """Return the mesh to draw on: the devices of --mesh, without it all of a job; None is one device."""
     text = "" if arguments.mesh is None and jax.process_count() > 1 else arguments.mesh
@@ -87,13 +137,13 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """Return the pipeline, and the sampler and guidance to call it with."""
     parts = [_lora_part(text) for text in arguments.lora]
     options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae", "t5")}
+    options["scheduler"] = parse_changes(arguments.scheduler)
     kinds = quantization.parse(arguments.quantize)
-    pipe = load(arguments.model, lora=parts or None, **options)
-    for part, kind in kinds.items():
-        pipe = pipe.quantized(kind, part)
-    sampler = _sampler(arguments.sampler) or ("lcm" if parts else pipe.default_sampler)
-    plain = sampler == "lcm" and not pipe.model.embeds_guidance
-    guidance = arguments.guidance if arguments.guidance is not None else (1.0 if plain else demo.GUIDANCE)
+    with phase(f"loading {arguments.model}"):
+        pipe = load(arguments.model, lora=parts or None, **options)
+        for part, kind in kinds.items():
+            pipe = pipe.quantized(kind, part)
+    _, guidance, sampler = pipe.settings(guidance=arguments.guidance, sampler=_sampler(arguments.sampler))
     return pipe, {"sampler": sampler, "guidance": guidance}
 
 
@@ -120,25 +170,41 @@ def _lora_part(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the keys and values of --scheduler KEY=VALUE ...; a value is JSON, or else a text."""
+    changes = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--scheduler {text}: give KEY=VALUE, such as prediction_type=v_prediction")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:
+            changes[key] = value
+    return changes
+
+
 def _demo(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     start = time.perf_counter()
     rows = demo.draw_demo(arguments.out, model=arguments.model, guidance=arguments.guidance, seed=arguments.seed)
     print(demo.table(rows))
     print(f"{arguments.out / 'grid.png'} and scores.json in {time.perf_counter() - start:.0f} s on {_device()}")
+    _say_next(f'lcm-jax sample --model {arguments.model} --prompt "red heart" --out heart.png')
 
 
 def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.num_images < 1:
         raise ValueError(f"--num-images {arguments.num_images}: it must be at least 1")
+    paths = picture_files.names(arguments.out, arguments.prompt, arguments.num_images, arguments.seed)
     image = None if arguments.image is None else read_image(arguments.image)
     mask = None if arguments.mask is None else read_image(arguments.mask, "--mask").mean(axis=-1).astype(np.uint8)
     mesh = _mesh(arguments)
     pipe, options = _load(arguments)
     if mesh is not None:
         pipe.shard(mesh)
-    size = None if arguments.size is None else tuple(arguments.size)
+    size = None if arguments.size is None else pipe.check_size(arguments.size)
     if arguments.compiled is not None:
-        _write_pictures(arguments, _sample_compiled(arguments, pipe, size, options))
+        _write_pictures(arguments, paths, _sample_compiled(arguments, pipe, size, options))
         return
     pictures = pipe(
         arguments.prompt, negative_prompt=arguments.negative_prompt, steps=arguments.steps, seed=arguments.seed,
@@ -148,7 +214,7 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         skip_interval=tuple(arguments.skip_interval), **options,
     )  # fmt: skip
     if distributed.is_main():
-        _write_pictures(arguments, pictures)
+        _write_pictures(arguments, paths, pictures)
 
 
 def _sample_compiled(
@@ -167,7 +233,7 @@ def _sample_compiled(
                 f"{name} is {asked}, and {arguments.compiled} was compiled for {compiled_for}: leave it out"
             )
     names = ("prompt", "negative_prompt", "steps", "seed", "num_images")
-    return exported(guidance=options["guidance"], **{name: getattr(arguments, name) for name in names})
+    return exported(guidance=arguments.guidance, **{name: getattr(arguments, name) for name in names})
 
 
 def _compile(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -180,24 +246,16 @@ def _compile(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     print(
         f"{arguments.out}: {size}, for {header.platform} and jax {header.jax}, in {time.perf_counter() - start:.0f} s"
     )
+    prompts = '"red heart" ' * header.batch
+    _say_next(f"lcm-jax sample --model {arguments.model} --compiled {arguments.out} --prompt {prompts.rstrip()}")
 
 
-def _write_pictures(arguments: argparse.Namespace, pictures: np.ndarray) -> None:
-    for path, picture in zip(_names(arguments.out, arguments.prompt, arguments.num_images), pictures, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PILImage.fromarray(picture).save(path)
+def _write_pictures(arguments: argparse.Namespace, paths: Sequence[Path], pictures: np.ndarray) -> None:
+    written = picture_files.write(paths, pictures, replace=paths == [arguments.out])
+    for path in written:
         print(path)
-
-
-def _names(out: Path, prompts: Sequence[str], num_images: int) -> list[Path]:
-    if out.suffix.lower() == ".png":
-        if len(prompts) * num_images > 1:
-            raise ValueError(f"--out {out}: {len(prompts) * num_images} pictures do not fit in one file; name a folder")
-        return [out]
-    slugs = [
-        "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60] or "picture" for prompt in prompts
-    ]
-    return [out / f"{slug}-{i}.png" for slug in slugs for i in range(num_images)]
+    if arguments.seed == 0:
+        _say_next("another --seed N draws other pictures; lcm-jax sample --help shows --image, --size and the rest")
 
 
 def read_image(path: Path, option: str = "--image") -> np.ndarray:
@@ -217,9 +275,10 @@ def _encode(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         if not (slash and index.isdecimal() and count.isdecimal()):
             raise ValueError(f"--part {arguments.part}: give P/N, such as 0/4 for the first of four")
         part = int(index), int(count)
-    names = ("split", "size", "shards", "batch", "mesh")
+    names = ("split", "size", "shards", "batch", "mesh", "digest")
     options = {name: getattr(arguments, name) for name in names}
     encode(arguments.model, arguments.data, arguments.out, part=part, **options)
+    _say_next(f"lcm-jax train --config NAME --task.data.name {arguments.out}   (lcm-jax configs lists the names)")
 
 
 def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
@@ -263,7 +322,7 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     controls = {name: getattr(arguments, name) for name in plain} | {"scale": options["guidance"]}
     said = run_stream(
         pipe, arguments.source, arguments.out, arguments.prompt,
-        size=None if arguments.size is None else tuple(arguments.size), count=arguments.count,
+        size=None if arguments.size is None else pipe.check_size(arguments.size), count=arguments.count,
         seconds=arguments.seconds, rate=arguments.rate, sampler=options["sampler"],
         controls=controls | parse_controls(arguments.set),
     )  # fmt: skip
@@ -273,6 +332,7 @@ def _stream(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 def _bench(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     if arguments.device is not None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(arguments.device, arguments.device))
+        check_platform()
     settings = {name: getattr(arguments, name) for name in ("model", "dtype", "scale", "side")}
     settings |= {"quantize": quantization.parse(arguments.quantize), "batches": tuple(arguments.batch)}
     options = bench.Options(peer=arguments.against, **settings)
@@ -296,18 +356,25 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         "controls": controls,
         "origins": tuple(arguments.origin),
     }
-    serve(pipe, Config(**settings, **options, together=arguments.together or arguments.max_sessions))
+    config = Config(**settings, **options, together=arguments.together or arguments.max_sessions)
+    serve(pipe, config, browser=arguments.open)
 
 
 def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
     options = {"dtype": dtype, "config": arguments.config}
+    scheduler = parse_changes(arguments.scheduler)
     if arguments.to in LORAS:
+        if scheduler:
+            raise ValueError(f"--scheduler is an option of models, and --to {arguments.to} writes a LoRA: leave it out")
         options |= {"base": arguments.base, "rank": arguments.rank}
         summary = convert_lora(arguments.source, arguments.target, arguments.to, **options)
     else:
-        summary = convert(arguments.source, arguments.target, arguments.to, variant=arguments.variant, **options)
+        options |= {"variant": arguments.variant, "scheduler": scheduler}
+        summary = convert(arguments.source, arguments.target, arguments.to, **options)
     print(f"{arguments.target}: {summary}")
+    if arguments.to not in LORAS:
+        _say_next(f'lcm-jax sample --model {arguments.target} --prompt "a cat"')
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -315,7 +382,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     import lcm_jax.configs as configs
 
     asked = ["--help"] if arguments.help else []
-    config, name = configs.get(arguments.config), arguments.config.rpartition(":")[2]
+    config, name = configs.get(arguments.config), configs.run_name(arguments.config)
     if getattr(arguments, "objective", None) is not None:
         config = configs.with_method(config, arguments.objective, name)
         name = f"{name}_{arguments.objective.rpartition(':')[2]}"
@@ -324,6 +391,44 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config.run(workdir)
     if distributed.is_main():
         print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
+        _say_next(_use_of(workdir / "export", getattr(config.task, "model", None)))
+
+
+def _use_of(export: Path, model: str | None) -> str:
+    """Return the command that draws with the export of a training, or shows its curves where it does not draw."""
+    if (export / "model_index.json").is_file():
+        return f'lcm-jax sample --model {export} --prompt "red heart"'
+    if any(export.glob("*lora*.safetensors")) and model is not None:
+        return f'lcm-jax sample --model {model} --lora {export} --prompt "red heart"'
+    return f"tensorboard --logdir {export.parent / 'tensorboard'}"
+
+
+def _configs(_: argparse.Namespace, __: Sequence[str]) -> None:
+    require("train")
+    import lcm_jax.configs as configs
+
+    print(listings.list_configs(configs.CONFIGS))
+    _say_next("lcm-jax train --config NAME --help   (its keys), lcm-jax train --config NAME")
+
+
+def _models(_: argparse.Namespace, __: Sequence[str]) -> None:
+    print(listings.list_models())
+    _say_next('lcm-jax sample --model NAME --prompt "red heart"')
+
+
+def _samplers(_: argparse.Namespace, __: Sequence[str]) -> None:
+    print(listings.list_samplers())
+    _say_next('lcm-jax sample --sampler NAME --prompt "red heart"')
+
+
+def _completion(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    names: list[str] = []
+    with contextlib.suppress(ModuleNotFoundError):  # without the extra there is nothing to train
+        require("train")
+        import lcm_jax.configs as configs
+
+        names = [*configs.CONFIGS]
+    print(listings.completion(parser(RUNS), arguments.shell, names))
 
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
@@ -355,4 +460,8 @@ RUNS = {
     "bench": _bench,
     "serve": _serve,
     "convert": _convert,
+    "configs": _configs,
+    "models": _models,
+    "samplers": _samplers,
+    "completion": _completion,
 }

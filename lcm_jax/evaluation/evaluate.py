@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
-from tqdm import tqdm
 
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.metrics import (
@@ -30,6 +29,7 @@ from lcm_jax.metrics import (
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import BatchedMap, batch_parts, batch_sharding, make_mesh, put_on_mesh, replicated
 from lcm_jax.precision.context import precision_context
+from lcm_jax.runtime.progress import progress
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.hub import locate
@@ -136,7 +136,7 @@ def generate(
     pictures: list[np.ndarray] = []
     seconds = 0.0
     batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    for i, batch in enumerate(tqdm(batches, title, unit="batch", leave=False, disable=None)):
+    for i, batch in enumerate(progress(batches, title or "drawing", "batch")):
         padded = batch + [""] * (batch_size - len(batch))
         if i == 0:
             pipe(padded, seed=seed, **options)

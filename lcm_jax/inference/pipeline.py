@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -16,20 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image as PILImage
 
 from lcm_jax.diffusion.parameterization import add_noise
 from lcm_jax.diffusion.samplers import Sampler, get_sampler, time_grid
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
+from lcm_jax.inference.call_options import GUIDANCE, Settings, real_number, refuse, two_numbers, whole_number
 from lcm_jax.lora import Adapters, merge
-from lcm_jax.models.image_inputs import check_pictures, check_size, latent_mask
+from lcm_jax.models.image_inputs import check_pictures, check_size, fit_masks, latent_mask
 from lcm_jax.models.latent_diffusion import BoundDenoiser, LatentDiffusion, SkipLayers
 from lcm_jax.models.text_conditioning import Prompts, pair_texts
 from lcm_jax.parallel.sharding import constrain_batch_sharding, gather_to_host, put_on_mesh, shard_batch, tree_shardings
 from lcm_jax.precision.context import is_low_precision
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.runtime.compiler_options import compiler_options
+from lcm_jax.runtime.hardware import check_platform
+from lcm_jax.runtime.messages import LESS_MEMORY, did_you_mean, out_of_memory
+from lcm_jax.runtime.progress import phase
 from lcm_jax.typing import Array, Cond, Image, Key, Params
 from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_folder, to_folder
 from lcm_jax.weights.hub import locate
@@ -37,12 +43,14 @@ from lcm_jax.weights.lora.files import load_loras
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.model_files import lora_networks, read_model
 from lcm_jax.weights.registry import class_name
-from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of
+from lcm_jax.weights.scheduler_config import read_scheduler, reads, sampler_of
 from lcm_jax.weights.taesd import load_tiny
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Picture = UInt8[np.ndarray, "_ _ 3"] | PILImage.Image  # of any size
+Mask = UInt8[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"] | PILImage.Image
 
 
 class Parameters(MutableMapping[str, Params]):
@@ -87,11 +95,13 @@ class Pipeline:
 
     >>> import lcm_jax
     >>> pipe = lcm_jax.load("openmoji")
-    >>> pipe.size, pipe.default_sampler
-    ((64, 64), 'lcm')
-    >>> pipe("red heart", steps=1, guidance=4.0).shape
+    >>> pipe
+    <Pipeline LatentConsistencyModelPipeline: unet, vae, text_encoder; 64x64 pixels, lcm, 4 steps, guidance 4>
+    >>> pipe("red heart", steps=1).shape
     (1, 64, 64, 3)
     """
+
+    adapted = False  # adapters were merged by `load`
 
     def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
         """Bind a model's folder. source: the scheduler config's name in errors."""
@@ -100,7 +110,7 @@ class Pipeline:
         self.mesh: Mesh | None = None
         self.rounded: dict[str, str] = {}  # part -> how it is in 8 bits: `quantized`
         config = dict(folder.scheduler)
-        if folder.pipeline in SD and "steps_offset" in config:
+        if folder.pipeline in SD and reads(config, "steps_offset"):
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
         schedule, kind = read_scheduler(config, source=source)
         self.spacing = Spacing.from_config(config, source=source)
@@ -147,25 +157,55 @@ class Pipeline:
 
     @property
     def default_sampler(self) -> str:
-        """The sampler that the folder's scheduler config names; a warning where another has to stand in for it."""
-        return sampler_of(self.folder.scheduler, source=self.scheduler_source)
+        """The sampler that the folder's scheduler config names; a warning where another has to stand in for it.
+
+        With an adapter that `load` merged it is "lcm", as for an LCM-LoRA: files of adapters do not say their sampler.
+        """
+        return "lcm" if self.adapted else sampler_of(self.folder.scheduler, source=self.scheduler_source)
+
+    def settings(
+        self, *, steps: int | None = None, guidance: float | None = None, sampler: str | Sampler | None = None
+    ) -> Settings:
+        """Return the settings of a call: those given, and the model's own where one is None.
+
+        A model's sampler is `default_sampler`, its steps are those that the sampler usually takes (4 of a student, 50
+        of DDIM, 28 of Euler), and its guidance is 4, or 1, none, for a student without a w-embedding.
+        """
+        if sampler is None:
+            sampler = self.default_sampler
+        if not isinstance(sampler, (str, Sampler)):
+            raise ValueError(f"sampler is {sampler!r:.80}: give a name, or a diffusion.samplers.Sampler")
+        spec = get_sampler(sampler)
+        if guidance is None:
+            guidance = 1.0 if spec.few_steps and not self.model.embeds_guidance else GUIDANCE
+        steps = spec.usual_steps if steps is None else whole_number("steps", steps, 1)
+        return Settings(steps, real_number("guidance", guidance), sampler)
+
+    def __repr__(self) -> str:
+        names, size = ", ".join(self.params), self.model.net.config.sample_size and "x".join(map(str, self.size))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a sampler that stands in for another: said where pictures are drawn
+            steps, guidance, sampler = self.settings()
+        bits = "".join(f", {part} in {kind}" for part, kind in self.rounded.items())
+        own = f"{sampler}, {steps} steps, guidance {guidance:g}"
+        return f"<Pipeline {self.folder.pipeline}: {names}{bits}; {f'{size} pixels, ' if size else ''}{own}>"
 
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
-        steps: int = 4,
-        guidance: float = 1.0,
-        sampler: str | Sampler = "lcm",
+        negative_prompt: str | Sequence[str] | None = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | Sampler | None = None,
         gamma: float | None = None,
         seed: int = 0,
-        size: tuple[int, int] | None = None,
+        size: int | Sequence[int] | None = None,
         num_images: int = 1,
         latents: Float[Array | np.ndarray, "n h2 w2 c"] | None = None,
-        image: UInt8[np.ndarray, "*n h w 3"] | None = None,
+        image: Picture | Sequence[Picture] | UInt8[np.ndarray, "_ _ _ 3"] | None = None,
         strength: float | None = None,
-        mask: UInt8[np.ndarray, "*m h w"] | Bool[np.ndarray, "*m h w"] | None = None,
+        mask: Mask | Sequence[Mask] | UInt8[np.ndarray, "_ _ _"] | Bool[np.ndarray, "_ _ _"] | None = None,
         t5_tokens: int | None = None,
         shift: float | None = None,
         double_shift: bool | None = None,
@@ -175,16 +215,19 @@ class Pipeline:
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
+        **unknown: Any,
     ) -> UInt8[np.ndarray, "n h w 3"]:
         """Draw images of the prompts, `num_images` for each, as uint8.
 
-        prompt, negative_prompt: one text or a list. steps: solver steps, each of as many network evaluations as the
-        sampler's solver declares. guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding
-        receives w = guidance - 1. sampler: a name in `diffusion.samplers.SAMPLERS`, or a `Sampler`. gamma: for tcd, the
-        share of a step that is noise, 0.3 by default. seed: the seed of the noise. size: (height, width) in pixels, the
-        model's own by default. latents: the initial unit noise, for parity with other systems.
-        image, strength: image-to-image; the image is noised up to `strength` (0.6 by default) of the way and redrawn.
-        mask: inpainting; only white (128 and above) or true pixels are redrawn, from pure noise without a strength.
+        prompt, negative_prompt: one text or a list. steps, guidance, sampler: the model's own for None, which
+        `settings` returns. steps: solver steps, each of as many network evaluations as the sampler's solver declares.
+        guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding receives w = guidance - 1.
+        sampler: a name in `diffusion.samplers.SAMPLERS`, or a `Sampler`. gamma: for tcd, the share of a step that is
+        noise, 0.3 by default. seed: the seed of the noise, from 0 to 2**32 - 1. size: (height, width) in pixels, or one
+        number for a square; the model's own by default. latents: the initial unit noise, for parity with other systems.
+        image, strength: image-to-image; the image (uint8 or of PIL, scaled to `size` and cut to its middle) is noised
+        up to `strength` (0.6 by default) of the way and redrawn. mask: inpainting; only white (128 and above) or true
+        pixels are redrawn, from pure noise without a strength.
 
         For SD3: t5_tokens of a prompt (256 by default, at most 512). shift of the noise levels, the folder's by
         default, and double_shift, whether it is applied twice as in both references (it is by default). skip_layers
@@ -194,9 +237,14 @@ class Pipeline:
         default, and crop, the (top, left) that was cut off, (0, 0) by default; for its refiner aesthetic_score (1 to
         10), 6 by default. With the negative prompt the refiner's score is 2.5 and its crop (0, 0).
 
-        ValueError, before anything is drawn, for options that do not fit the model or one another.
+        ValueError, before anything is drawn, for options that do not fit the model or one another; TypeError for an
+        option that there is not; MemoryError where the device has too little memory.
         """
-        prompts, negatives = pair_texts(prompt, negative_prompt, num_images)
+        if unknown:
+            refuse("pipe", unknown, CALL_OPTIONS)
+        prompts, negatives = pair_texts(prompt, negative_prompt, whole_number("num_images", num_images))
+        seed = whole_number("seed", seed, 0, 2**32 - 1)  # jax.random.key wraps larger ones around
+        steps, guidance, sampler = self.settings(steps=steps, guidance=guidance, sampler=sampler)
         spec = get_sampler(sampler)
         for name, value in (("strength", strength), ("mask", mask)):
             if value is not None and image is None:
@@ -205,37 +253,48 @@ class Pipeline:
             raise ValueError("this is SDXL's refiner, which redraws pictures: give it an image, and a strength")
         if strength is None:
             strength = 0.6 if image is not None and mask is None else 1.0
+        strength = real_number("strength", strength)
         model, spacing = self._on_shift(shift, double_shift)
-        size = self.check_size(image.shape[-3:-1] if image is not None and size is None else size)
+        size = self.check_size(size)
+        pictures = None if image is None else check_pictures(image, size, len(prompts))
+        redrawn = None
+        if mask is not None:
+            redrawn = latent_mask(fit_masks(mask, size), size, len(prompts), model.vae.config.downsample_factor)
         sizes = self.size_conditioning(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
         spec = spec.at(steps, spacing)
         if gamma is not None:
             if sampler != "tcd":
                 raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")
-            spec = replace(spec, solver=TCD(gamma=gamma))
+            spec = replace(spec, solver=TCD(gamma=real_number("gamma", gamma)))
         times = self.times(model, spec, steps, spacing, strength)
         guided = (guidance != 1.0 or bool(skip_layers)) and not model.embeds_guidance
         skip = None
         if skip_layers:
-            skip = SkipLayers.in_steps(times, self._check_skip(skip_layers), skip_scale, skip_interval)
+            interval = two_numbers("skip_interval", skip_interval)
+            scale = real_number("skip_scale", skip_scale)
+            skip = SkipLayers.in_steps(times, self._check_skip(skip_layers), scale, interval)
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
         noise = self.noise(noise_key, len(prompts), size, latents)
-        x, inpaint_target = noise * spec.init_noise_sigma(model.schedule, times, spacing), None
-        if image is not None:
-            pictures = check_pictures(image, size, len(noise))
-            x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
-            if mask is not None:
-                factor = model.vae.config.downsample_factor
-                inpaint_target = InpaintTarget(mask=latent_mask(mask, size, len(noise), factor), x0=x0, eps=noise)
-            if mask is None or strength < 1.0:
-                x = add_noise(model.schedule, x0, noise, times[0])
-        empty = negative_prompt == ""
-        cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
-        if self.mesh is not None:
-            cond, null, x, inpaint_target = shard_batch((cond, null, x, inpaint_target), self.mesh)
-        parts = (self.net_params, self.params["vae"], cond, null, x, pad(times), jnp.float32(guidance), sample_key)
-        made = self._draw(*parts, skip, inpaint_target, model=model, sampler=spec, guided=guided)
-        return gather_to_host(made)[: len(prompts)]
+        empty = negative_prompt is None or negative_prompt == ""
+        what = f"{len(prompts)} picture{'s' * (len(prompts) > 1)} of {size[0]}x{size[1]} pixels"
+        with out_of_memory(f"{what} in {_precision(self)}", LESS_MEMORY):
+            with phase("reading the weights and encoding the prompts"):
+                cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
+                x, inpaint_target = noise * spec.init_noise_sigma(model.schedule, times, spacing), None
+                if pictures is not None:
+                    x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
+                    if redrawn is not None:
+                        inpaint_target = InpaintTarget(mask=redrawn, x0=x0, eps=noise)
+                    if mask is None or strength < 1.0:
+                        x = add_noise(model.schedule, x0, noise, times[0])
+                if self.mesh is not None:
+                    cond, null, x, inpaint_target = shard_batch((cond, null, x, inpaint_target), self.mesh)
+                params = self.net_params, self.params["vae"]
+            parts = (*params, cond, null, x, pad(times), jnp.float32(guidance), sample_key)
+            with phase(f"compiling the program for {what}"):  # returns once the device has begun
+                made = self._draw(*parts, skip, inpaint_target, model=model, sampler=spec, guided=guided)
+            with phase(f"drawing {what} in {steps} step{'s' * (steps > 1)}"):
+                return gather_to_host(made)[: len(prompts)]
 
     def encode_prompt(
         self,
@@ -263,19 +322,26 @@ class Pipeline:
         return self._encode_image(self.params["vae"], jnp.asarray(image))
 
     def denoiser(
-        self, prompt: str | Sequence[str], *, guidance: float = 1.0, negative_prompt: str = ""
+        self,
+        prompt: str | Sequence[str],
+        *,
+        guidance: float | None = 1.0,
+        negative_prompt: str | Sequence[str] | None = "",
     ) -> BoundDenoiser:
         """Return the denoiser (x_t, t) -> Prediction(x0, eps) of prompts, on which solvers and new ideas are built.
 
-        It is a tree whose leaves are parameters, conditioning and guidance, so it can be an argument of a jitted
-        function. `lcm_jax.jit` compiles such a function as the library compiles its own programs:
+        guidance: 1 for the network alone, None for the model's own scale. The denoiser is compiled when it is first
+        called. It is a tree whose leaves are parameters, conditioning and guidance, so it can be an argument of a
+        jitted function. `lcm_jax.jit` compiles such a function as the library compiles its own programs:
 
             denoise = pipe.denoiser("red heart", guidance=4.0)
             x0 = lcm_jax.jit(lambda denoise, x, t: denoise(x, t).x0)(denoise, x, t)
         """
         prompts, negatives = pair_texts(prompt, negative_prompt, 1)
+        guidance = self.settings(guidance=guidance).guidance
         guided, sizes = guidance != 1.0, self.size_conditioning(self.size) if self.folder.is_sdxl else (None, None)
-        cond, null = self.conditions(prompts, negatives, sizes, empty=negative_prompt == "", guided=guided)
+        empty = negative_prompt is None or negative_prompt == ""
+        cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided)
         scale = jnp.float32(guidance)
         return BoundDenoiser(
             model=self.model, params=self.net_params, cond=cond, null=null, guidance=scale, guided=guided
@@ -337,7 +403,7 @@ class Pipeline:
             return self.model, self.spacing
         if not isinstance(schedule, RectifiedFlow):
             raise ValueError(f"shift and double_shift are options of SD3, and this is a {self.folder.pipeline}")
-        schedule = schedule if shift is None else RectifiedFlow(shift=shift)
+        schedule = schedule if shift is None else RectifiedFlow(shift=real_number("shift", shift))
         spacing = self.spacing if double is None else replace(self.spacing, double_shift=double)
         return replace(self.model, schedule=schedule), spacing
 
@@ -345,9 +411,10 @@ class Pipeline:
         if self.folder.family != "sd3" or self.model.embeds_guidance:
             raise ValueError("skip_layers is an option of SD3 without a w-embedding: leave it out")
         depth = self.model.net.config.num_layers
-        if any(i not in range(depth) for i in layers):
-            raise ValueError(f"skip_layers={tuple(layers)}: this model has the layers 0 to {depth - 1}")
-        return tuple(layers)
+        indices = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+        if any(i not in range(depth) for i in indices):
+            raise ValueError(f"skip_layers={indices}: this model has the layers 0 to {depth - 1}")
+        return indices
 
     def times(
         self, model: LatentDiffusion, spec: Sampler, steps: int, spacing: Spacing, strength: float
@@ -364,7 +431,10 @@ class Pipeline:
         """Return unit noise of the latents' shape, or the given latents; ValueError if those do not fit."""
         config = self.model.vae.config
         shape = (n, *(side // config.downsample_factor for side in size), config.latent_channels)
-        noise = jax.random.normal(key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
+        try:
+            noise = jax.random.normal(key, shape) if latents is None else jnp.asarray(latents, jnp.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"latents is a {type(latents).__name__}: give an array of shape {shape}") from None
         if noise.shape != shape:
             raise ValueError(f"latents have shape {noise.shape}; {shape} is needed for {n} pictures of this size")
         return noise
@@ -376,6 +446,8 @@ class Pipeline:
             fits, whose = (refiner, "SDXL's refiner") if name == "aesthetic_score" else (sdxl, "SDXL")
             if value is not None and not fits:
                 raise ValueError(f"{name} is an option of {whose}, and this is a {self.folder.pipeline}: leave it out")
+            if value is not None:
+                options[name] = (real_number if name == "aesthetic_score" else two_numbers)(name, value)
         return size_pair(size, refiner=refiner, **options) if sdxl else (None, None)
 
     def conditions(
@@ -399,7 +471,7 @@ class Pipeline:
             return cond, zero_prompt(cond | {"time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
         return cond, self.encode_prompt(negatives, sizes=sizes[1], t5_tokens=t5_tokens)
 
-    def check_size(self, size: Sequence[int] | None) -> tuple[int, int]:
+    def check_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         """Return a size in pixels that fits the network's patches and position grid; ValueError for another."""
         config = self.model.net.config
         factor = self.model.vae.config.downsample_factor * getattr(config, "patch_size", 1)
@@ -436,48 +508,90 @@ class Pipeline:
 def load(
     name: str | Path,
     *,
-    dtype: str = "float32",
-    lora: str | Path | Sequence[tuple[str | Path, float]] | None = None,
+    dtype: str | Any = "float32",
+    lora: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] | None = None,
     tiny_vae: str | Path | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
     t5: bool = True,
+    scheduler: Mapping[str, Any] | None = None,
+    **unknown: Any,
 ) -> Pipeline:
     """Load a pipeline from a bundled name ("openmoji"), a folder, a single .safetensors file or a hub id.
 
     name: a bundled name ("openmoji", "openmoji-teacher"), a diffusers or orbax folder, a single file, or a hub id.
     dtype: "float32", "bfloat16" or "float16", of parameters and computation. lora: an adapter file, folder or bundled
-    name ("openmoji-lcm-lora"), or a list of (adapter, weight) pairs, merged into UNet and text encoders. tiny_vae: a
-    TAESD in place of the autoencoder. variant: the precision to read, such as "fp16", where files are kept in several.
-    config: the diffusers folder or hub id with the configs, tokenizers and scheduler of a single file; the published
-    one of its family by default. t5: False leaves out SD3's third text encoder, most of its memory.
+    name ("openmoji-lcm-lora"), an (adapter, weight) pair, or a list of these, merged into UNet and text encoders; the
+    pipeline then draws by LCM unless a call names another sampler. tiny_vae: a TAESD in place of the autoencoder.
+    variant: the precision to read, such as "fp16", where files are kept in several. config: the diffusers folder or hub
+    id with the configs, tokenizers and scheduler of a single file; by default those in its header, or the published one
+    of its family. t5: False leaves out SD3's third text encoder, most of its memory. scheduler: keys that replace those
+    of the scheduler config, such as {"prediction_type": "v_prediction"}.
 
     Raises FileNotFoundError or ValueError at once, in one line, for all that does not fit; the values stay in the
     files, mapped, until a network is first used.
 
     >>> import lcm_jax
-    >>> pipe = lcm_jax.load("openmoji-teacher", lora="openmoji-lcm-lora")
-    >>> pipe.model.schedule.timesteps
-    1000
+    >>> lcm_jax.load("openmoji-teacher", lora=("openmoji-lcm-lora", 1.0)).settings()
+    Settings(steps=4, guidance=1.0, sampler='lcm')
     """
-    model = read_model(name, config=config, variant=variant, t5=t5)
-    folder = to_folder(model, dtype=_dtype(dtype))
+    if unknown:
+        refuse("load", unknown, LOAD_OPTIONS)
+    if not isinstance(name, (str, Path)):
+        raise ValueError(f"model {name!r:.80}: give a name or a path")
+    kind = _dtype(dtype)
+    adapters = [(locate(path, what="LoRA").path, weight) for path, weight in _adapters(lora)]
+    check_platform()
+    model = read_model(name, config=config, variant=variant, t5=t5, scheduler=scheduler)
+    folder = to_folder(model, dtype=kind)
     if tiny_vae is not None:
-        tiny = load_tiny(locate(tiny_vae).path, dtype=_dtype(dtype))
+        tiny = load_tiny(locate(tiny_vae).path, dtype=kind)
         folder = replace(folder, components={**folder.components, "vae": tiny})
-    pipe = Pipeline(folder, source=str(model.small["scheduler"] / "scheduler_config.json"))
-    if lora is not None:
+    pipe = Pipeline(folder, source=model.scheduler_source)
+    if adapters:
         networks = pipe.networks
-        for path, weight in [(lora, 1.0)] if isinstance(lora, (str, Path)) else lora:
-            pipe.add_lora(load_loras(locate(path).path, networks), weight)
+        for path, weight in adapters:
+            pipe.add_lora(load_loras(path, networks), weight)
+        pipe.adapted = True
     return pipe
+
+
+CALL_OPTIONS, LOAD_OPTIONS = (
+    tuple(name for name in inspect.signature(function).parameters if name not in ("self", "unknown"))
+    for function in (Pipeline.__call__, load)
+)
+
+
+def _adapters(lora: Any) -> list[tuple[str | Path, float]]:
+    """Return (adapter, weight) pairs from one adapter, a pair, or a list of either."""
+    if lora is None:
+        return []
+    is_pair = isinstance(lora, tuple) and len(lora) == 2 and not isinstance(lora[1], (str, Path, tuple))
+    given = [lora] if is_pair or not isinstance(lora, (list, tuple)) else lora
+    pairs = [one if isinstance(one, (list, tuple)) and len(one) == 2 else (one, 1.0) for one in given]
+    for path, _ in pairs:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(f"lora is {lora!r:.80}: give a path, a pair (path, weight), or a list of these")
+    return [(path, real_number(f"lora: the weight of {path}", weight)) for path, weight in pairs]
 
 
 def _quantized(part: Component, transform: Callable[[str, Array], Any], kind: str) -> Quantized:
     return Quantized(params=part.map_params(transform), kind=kind)
 
 
-def _dtype(name: str) -> Any:
+def _precision(pipe: Pipeline) -> str:
+    name = jnp.dtype(getattr(pipe.model.net, "dtype", jnp.float32)).name
+    return pipe.rounded.get("denoiser", name)
+
+
+def _dtype(dtype: Any) -> Any:
+    """Return a dtype of `DTYPES`, from its name or from any form of it that NumPy takes, such as jnp.bfloat16."""
+    name = dtype
+    if not isinstance(dtype, str):
+        with contextlib.suppress(TypeError):
+            name = jnp.dtype(dtype).name
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown; known are {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype {name!r:.80} is unknown{did_you_mean(str(name), DTYPES)}; known are {', '.join(DTYPES)}"
+        )
     return DTYPES[name]

@@ -22,8 +22,9 @@ from lcm_jax.diffusion.solvers import Inpaint, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.lora import Adapted, branches
 from lcm_jax.nets.attention_hooks import Memory, extended_attention, keys_values, use_keys_values
-from lcm_jax.precision.context import precision_context
+from lcm_jax.precision.context import is_low_precision, precision_context
 from lcm_jax.precision.quantization import Quantized
+from lcm_jax.runtime.jit import jit
 from lcm_jax.typing import Apply, Cond, Denoiser, Image, Key, Kind, Params, Prediction, Schedule, Time
 from vae16 import AutoencoderKL, AutoencoderTiny, scale, unscale
 
@@ -214,8 +215,27 @@ class BoundDenoiser:
     guided: bool
 
     def __call__(self, x: Image, t: Time, s: Time | None = None, /) -> Prediction:
-        """Predict x0 and eps from x at time t. s: end time of the step, for networks with a span embedding; None: t."""
-        return self.model.denoiser(self.params, self.cond, self.null, self.guidance, guided=self.guided)(x, t, s)
+        """Predict x0 and eps from x at time t. s: end time of the step, for networks with a span embedding; None: t.
+
+        Outside of another transformation it is compiled once for each shape. ValueError for an x of another shape.
+        """
+        config, rows = self.model.net.config, next(iter(self.cond.values())).shape[0]
+        channels = getattr(config, "in_channels", self.model.vae.config.latent_channels)
+        patch = getattr(config, "patch_size", 1)
+        shape = np.shape(x)
+        if len(shape) != 4 or shape[0] != rows or shape[3] != channels or shape[1] % patch or shape[2] % patch:
+            sides = f", height and width multiples of {patch}" if patch > 1 else ""
+            raise ValueError(f"x has the shape {shape}, and this denoiser takes ({rows}, h, w, {channels}){sides}")
+        return _predict[is_low_precision(self.params)](self, x, t, s)
+
+
+def _bound(denoise: BoundDenoiser, x: Image, t: Time, s: Time | None) -> Prediction:
+    model = denoise.model
+    denoiser = model.denoiser(denoise.params, denoise.cond, denoise.null, denoise.guidance, guided=denoise.guided)
+    return denoiser(x, t, s)
+
+
+_predict = {low: jit(_bound, low_precision=low) for low in (False, True)}
 
 
 @cache

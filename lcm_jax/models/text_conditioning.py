@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -133,22 +133,32 @@ class Prompts:
 
 
 def pair_texts(
-    prompt: str | Sequence[str], negative_prompt: str | Sequence[str], num_images: int
+    prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None, num_images: int
 ) -> tuple[list[str], list[str]]:
-    """Return one prompt and one negative prompt for each image; ValueError where their numbers do not fit.
+    """Return one prompt and one negative prompt for each image; ValueError where they or their numbers do not fit.
+
+    negative_prompt: None is none, "".
 
     >>> from lcm_jax.models.text_conditioning import pair_texts
     >>> pair_texts(["a cat", "a dog"], "blurry", 1)
     (['a cat', 'a dog'], ['blurry', 'blurry'])
     """
-    prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
+    prompts = [text for text in _texts("prompt", prompt) for _ in range(num_images)]
     if not prompts:
         raise ValueError(f"nothing to draw: {'prompt is empty' if num_images > 0 else f'num_images={num_images}'}")
-    if isinstance(negative_prompt, str):
-        return prompts, [negative_prompt] * len(prompts)
-    negatives = list(negative_prompt)
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return prompts, [negative_prompt or ""] * len(prompts)
+    negatives = _texts("negative_prompt", negative_prompt)
     if len(negatives) * num_images == len(prompts):
         negatives = [text for text in negatives for _ in range(num_images)]
     if len(negatives) != len(prompts):
         raise ValueError(f"negative_prompt: {len(negatives)} texts for {len(prompts) // num_images} prompts")
     return prompts, negatives
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    texts = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is {given!r:.80}: give a text or a list of texts")
+    return texts

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import jax
+
 GIB = 2**30
 
 
@@ -61,3 +63,21 @@ def chip_of(kind: str) -> Chip | None:
     if maker == "TPU":
         return CHIPS.get(_KINDS.get(model, ""))
     return next((CHIPS[name] for name in GPUS if maker == "NVIDIA" and name in model.lower()), None)
+
+
+def check_platform() -> None:
+    """Raise ValueError, in one line, if JAX was told to run on a platform (JAX_PLATFORMS) that is not here.
+
+    >>> from lcm_jax.runtime.hardware import check_platform
+    >>> check_platform()
+    """
+    asked = jax.config.values["jax_platforms"]
+    if not asked:
+        return  # JAX takes what there is
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second, without a text, where a plug-in is not installed
+        why = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()) or "no plug-in for it is installed"
+        raise ValueError(
+            f"JAX_PLATFORMS is {asked}, and JAX finds no such device ({why:.200}): unset it, or install what it needs"
+        ) from None

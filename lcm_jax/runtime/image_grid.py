@@ -14,7 +14,7 @@ from PIL import ImageDraw, ImageFont
 def labelled_grid(
     titles: Sequence[str], labels: Sequence[str], strips: Sequence[UInt8[np.ndarray, "n h w 3"]], zoom: int = 2
 ) -> PILImage.Image:
-    """Return a table of square pictures, one row for each label and one column for each title and strip.
+    """Return a table of pictures of one size, one row for each label and one column for each title and strip.
 
     strips: for each column its pictures from top to bottom. zoom: the factor by which pictures are enlarged.
 
@@ -23,19 +23,19 @@ def labelled_grid(
     >>> labelled_grid(["teacher", "student"], ["red heart", "cat face"], [strip, strip]).size
     (366, 124)
     """
-    side = strips[0].shape[1] * zoom
+    height, width = (side * zoom for side in strips[0].shape[1:3])
     font = ImageFont.load_default(size=15)
     gap, left, top = 6, 290, 48
-    canvas = PILImage.new("RGB", (left + len(strips) * (side + gap), top + len(labels) * (side + gap)), "white")
+    canvas = PILImage.new("RGB", (left + len(strips) * (width + gap), top + len(labels) * (height + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     for j, (title, strip) in enumerate(zip(titles, strips, strict=True)):
-        x = left + j * (side + gap)
-        draw.multiline_text((x + side / 2, top / 2), title, fill="black", font=font, anchor="mm", align="center")
+        x = left + j * (width + gap)
+        draw.multiline_text((x + width / 2, top / 2), title, fill="black", font=font, anchor="mm", align="center")
         for i, picture in enumerate(strip):
-            tile = PILImage.fromarray(picture).resize((side, side), PILImage.Resampling.LANCZOS)
-            canvas.paste(tile, (x, top + i * (side + gap)))
+            tile = PILImage.fromarray(picture).resize((width, height), PILImage.Resampling.LANCZOS)
+            canvas.paste(tile, (x, top + i * (height + gap)))
     for i, label in enumerate(labels):
-        y = top + i * (side + gap) + side / 2
+        y = top + i * (height + gap) + height / 2
         draw.multiline_text((left - 12, y), label, fill="black", font=font, anchor="rm", align="right")
     return canvas
 

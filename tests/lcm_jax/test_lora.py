@@ -381,7 +381,7 @@ def test_training_adapters_holds_the_network_once() -> None:
     optimizer = optax.adam(1e-3)
 
     def bytes_of_step(adapt: Any) -> int:
-        def loss(adapter: Any, ema: Any, frozen: Any, batch: Any, key: Any, step: Any) -> Any:
+        def loss(adapter: Any, ema: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
             teacher, null = frozen
             return objective(Nets(as_apply(net), adapt(teacher, adapter), teacher=teacher, null=null), batch, key)
 

@@ -31,6 +31,13 @@ def test_grid_holds_every_picture() -> None:
         assert (picture == (value, 0, 0)).all(axis=-1).sum() == 3 * 16 * 16
 
 
+def test_grid_keeps_the_shape_of_pictures() -> None:
+    strips = [np.full((2, 8, 16, 3), (value, 0, 0), np.uint8) for value in (50, 100)]
+    picture = np.asarray(demo.labelled_grid(["a", "b"], ["x", "y"], strips, zoom=3))
+    rows, columns = ((picture == (50, 0, 0)).all(axis=-1).any(axis=axis).sum() for axis in (1, 0))
+    assert (rows, columns) == (2 * 24, 48)
+
+
 def test_table_has_a_line_for_each_row() -> None:
     row = {
         "method": "LCM 4",

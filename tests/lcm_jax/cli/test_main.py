@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_jax import Pipeline, configs
+from lcm_jax import Pipeline, configs, load
 from lcm_jax.cli import main as cli
+from lcm_jax.cli.arguments import EXAMPLES, parser
 from lcm_jax.train.overrides import flatten, override
 
 
@@ -72,6 +80,168 @@ def test_sample_takes_the_options_of_sd3(
         assert {name: asked[name] for name in expected} == expected
 
 
+@pytest.fixture
+def tiny_pipe(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """The pipeline that the command line loads, so that one compiled program serves it and Python."""
+    global _TINY
+    _TINY = _TINY or load(tiny_model)
+    monkeypatch.setattr(cli, "load", lambda *_, **__: _TINY)
+    return _TINY
+
+
+_TINY: Pipeline | None = None
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 3, "guidance": 1.5, "seed": 4}])
+def test_python_and_the_shell_draw_the_same_pixels(
+    options: dict[str, Any], tiny_pipe: Pipeline, tmp_path: Path
+) -> None:
+    typed = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    out = tmp_path / "a.png"
+    assert cli.main(["sample", "--prompt", "dog face", "--out", str(out), *typed]) == 0
+    (drawn,) = tiny_pipe("dog face", **options)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), drawn)
+    own = {"steps": 50, "guidance": 4.0, "sampler": "ddim", "seed": 0}
+    np.testing.assert_array_equal(drawn, tiny_pipe("dog face", **own | options)[0])
+
+
+@pytest.mark.filterwarnings("ignore:mask is 37x50")
+def test_an_image_of_any_size_is_fitted(tiny_pipe: Pipeline, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    photo, mask = (Image.fromarray(random.integers(0, 255, (37, 50, 3), np.uint8)) for _ in range(2))
+    photo.save(tmp_path / "photo.bmp")
+    mask.save(tmp_path / "mask.png")
+    asked = ["sample", "--prompt", "dog face", "--out", str(tmp_path / "own.png")]
+    files = ["--image", str(tmp_path / "photo.bmp"), "--mask", str(tmp_path / "mask.png")]
+    with pytest.warns(UserWarning, match="image is 37x50 and its middle becomes 16x16"):
+        assert cli.main([*asked, *files]) == 0
+    with pytest.warns(UserWarning, match="image is 37x50 and its middle becomes 16x16"):
+        (drawn,) = tiny_pipe("dog face", image=photo, mask=mask)
+    assert drawn.shape == (16, 16, 3)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "own.png")), drawn)
+
+
+def test_sample_names_do_not_collide(
+    tiny_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pipeline, "__call__", lambda pipe, prompt, **_: np.zeros((len(prompt), 8, 8, 3), np.uint8))
+    for seed in ("0", "0", "5"):
+        assert cli.main(["sample", "--out", str(tmp_path), "--seed", seed, "--prompt", "dog face", "dog face?"]) == 0
+    said = capsys.readouterr()
+    assert len(list(tmp_path.iterdir())) == 6
+    assert sorted(map(Path, said.out.splitlines())) == sorted(tmp_path.iterdir()), "stdout has the paths alone"
+    assert "next: " in said.err
+
+
+def test_every_phase_has_a_name(tiny_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        said.append(name)
+        yield
+
+    monkeypatch.setattr(cli, "phase", phase)
+    monkeypatch.setattr("lcm_jax.inference.pipeline.phase", phase)
+    assert cli.main(["sample", "--prompt", "dog face", "--out", str(tmp_path)]) == 0
+    assert [name.split()[0] for name in said] == ["loading", "reading", "compiling", "drawing"]
+    assert said[-1] == "drawing 1 picture of 16x16 pixels in 50 steps"
+
+
+def test_phases_are_lines_of_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("lcm_jax")
+    before = (log.level, log.propagate, [*log.handlers])
+    try:
+        cli._show_phases()
+        for text in ("compiling", "drawing", "drawing", "compiling"):
+            log.info(text)
+        assert capsys.readouterr().err.splitlines() == [f"lcm-jax: {t}" for t in ("compiling", "drawing", "compiling")]
+    finally:
+        log.level, log.propagate, log.handlers[:] = before
+
+
+def test_ctrl_c_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", stopped)
+    for command in (["sample", "--prompt", "x"], ["evaluate"], ["compile", "-o", "a"], ["serve"]):
+        assert cli.main(command) == 130
+        assert capsys.readouterr().err == "lcm-jax: stopped by Ctrl-C\n"
+
+
+def test_ctrl_c_before_the_command_begins() -> None:
+    code = "import importlib, signal, time; import lcm_jax.cli.__main__ as m; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # which a job in the background ignores
+    code += "importlib.import_module = lambda _: (signal.raise_signal(signal.SIGINT), time.sleep(60)); m.run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "lcm-jax: stopped by Ctrl-C\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore"), "dtype bfloat16"),
+        (MemoryError("Unable to allocate 1. TiB"), "Unable to allocate"),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load", fail)
+    assert cli.main(["sample", "--prompt", "x"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_an_absent_platform_is_said_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> None:
+        raise ValueError("JAX_PLATFORMS is cuda, and JAX finds no such device")
+
+    monkeypatch.setattr(cli, "check_platform", absent)
+    assert cli.main(["sample", "--model", "nothing", "--prompt", "x"]) == 2
+    assert capsys.readouterr().err == "lcm-jax: JAX_PLATFORMS is cuda, and JAX finds no such device\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("sampel", "COMMAND sampel is unknown; did you mean sample?"),
+        ("Sample --prompt x", "did you mean sample?"),
+        ("sample --prompt x --Steps 4", "unknown argument --Steps; did you mean --steps?"),
+        ("sample --prompt x --num_images 4", "did you mean --num-images?"),
+        ("sample --promt x", "unknown argument --promt; did you mean --prompt?"),
+        ("sample --prompt x --num-inference-steps 4", "it is called --steps here"),
+        ("sample --prompt x --guidance_scale 4", "it is called --guidance here"),
+        ("sample --prompt x --height 64", "it is called --size HEIGHT WIDTH here"),
+        ("sample --prompt x --steps many", "argument --steps: invalid int value"),
+        ("sample --prompt x --dtype Float32", "did you mean float32?"),
+        ("sample --prompt x --model OpenMoji-Teacher", "did you mean openmoji-teacher?"),
+        ("sample --prompt x --sampler DDIM", "did you mean ddim?"),
+        ("train --config OpenMoji_LCM", "did you mean openmoji_lcm?"),
+        ("evaluate --batchsize 3", "did you mean --batch-size?"),
+    ],
+)
+def test_a_slip_is_one_line_with_the_name_that_was_meant(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = cli.main(typed.split())
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lcm-jax: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_evaluate_writes_scores(
     tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +274,9 @@ def test_every_config_takes_overrides(name: str) -> None:
     config = configs.get(name)
     assert override(config, [], name) == config
     assert override(config, ["--seed", "5"], name).loop.seed == 5
-    free = re.compile(r"(?!task)|task\.objective\.(?!schedule)|task\.lora")  # sizes of a network depend on each other
+    free = re.compile(
+        r"(?!task|ema$|b1|b2)|task\.objective\.(?!schedule)|task\.lora"
+    )  # sizes of a network depend on each other
     doubled = {key: 2 * value for key, value in flatten(config) if type(value) in (int, float) and free.match(key)}
     changed = override(config, [text for key, value in doubled.items() for text in (f"--{key}", str(value))], name)
     assert {key: value for key, value in flatten(changed) if key in doubled} == doubled
@@ -117,6 +289,9 @@ def test_every_config_takes_overrides(name: str) -> None:
         (["sample", "--model", "TINY", "--prompt", "x", "--steps", "0"], "steps is 0"),
         (["sample", "--model", "TINY", "--prompt", "x", "--steps", "-3"], "steps is -3"),
         (["sample", "--model", "TINY", "--prompt", "x", "--size", "15", "16"], "multiples of 2"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--size", "1", "2", "3"], "size is [1, 2, 3]: give"),
+        (["sample", "--model", "TINY", "--prompt", "x", "--seed", "4294967296"], "seed is 4294967296"),
+        (["sample", "--model", "TINY", "--prompt", "x", "y", "--out", "a.jpg"], "2 pictures do not fit"),
         (["sample", "--model", "TINY", "--prompt", "x", "--image", "none.png"], "none.png"),
         (["sample", "--model", "TINY", "--prompt", "x", "--mask", "none.png"], "--mask none.png"),
         (["sample", "--model", "TINY", "--prompt", "x", "--skip-layers", "1"], "skip_layers is an option of SD3"),
@@ -128,6 +303,9 @@ def test_every_config_takes_overrides(name: str) -> None:
         (["train", "--config", "openmoji_vae", "--steps", "-1"], "steps"),
         (["train", "--config", "openmoji_vae", "--task.data.name", "folder:nowhere"], "nowhere"),
         (["train", "--config", "openmoji_teacher", "--task.vae", "nowhere"], "nowhere"),
+        (["train", "--config", "openmoji_teacher", "--task.dtype", "cuda"], "--task.dtype"),
+        (["train", "--config", "openmoji_outline", "--task.preview-steps", "0"], "task.preview_steps is 0"),
+        (["train", "--config", "openmoji_vae", "--mesh", "data=3,fsdp=5"], "data=3"),
         (["evaluate", "--model", "TINY", "--steps", "0"], "--steps 0"),
         (["evaluate", "--model", "TINY", "--inception", "none.safetensors"], "none.safetensors"),
     ],
@@ -192,10 +370,34 @@ def test_help_is_of_the_command_or_of_the_config(
     assert words in capsys.readouterr().out
 
 
-def test_help_tells_the_defaults_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_tells_the_defaults_there_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
         cli.main(["sample", "--help"])
     expected = re.findall(r"\(default: ([^)]*)\)", capsys.readouterr().out)
     assert "openmoji" in expected
     assert "0" in expected, "zero is a default"
+    assert "0.01 0.2" in expected, "several values are shown as they are typed"
     assert not {"None", "", "[]", "False"} & set(expected)
+
+
+def test_help_groups_commands_with_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--help"], ("to draw:", *cli.RUNS)),
+        (["sample", "--help"], ("examples:", "the model:")),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        said = capsys.readouterr().out
+        assert all(word in said for word in (*words, "exit codes: 0 done", "130 stopped by Ctrl-C"))
+
+
+@pytest.mark.parametrize("command", sorted(EXAMPLES))
+def test_the_examples_of_the_help_parse(command: str) -> None:
+    """Every option of an example is one of the command; what follows --config is the config's own."""
+    for line in EXAMPLES[command]:
+        for part in line.partition("   #")[0].split(" && "):
+            words = shlex.split(re.sub(r'eval "\$\((.*)\)"', r"\1", part))
+            if "--help" not in words:
+                _, rest = parser(cli.RUNS).parse_known_args(words[1:])
+                assert not rest or "--config" in words

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import lcm_jax
 from lcm_jax import Pipeline, lora
 from lcm_jax.cli.main import main
+from lcm_jax.diffusion.samplers import get_sampler
 from lcm_jax.nets import RULES_UNET, UNet
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.weights.diffusers_folder import Component, Folder
@@ -31,6 +35,130 @@ def test_shape_type_and_number(pipe: Pipeline) -> None:
     images = pipe(["red heart", "dog face"], steps=2, sampler="ddim", num_images=2)
     assert images.shape == (4, 16, 16, 3)
     assert images.dtype == np.uint8
+
+
+def test_none_is_the_models_own(pipe: Pipeline) -> None:
+    assert pipe.settings() == (50, 4.0, "ddim")
+    assert pipe.settings(sampler="lcm") == (4, 1.0, "lcm")
+    assert pipe.settings(steps=3, guidance=2.0, sampler="heun") == (3, 2.0, "heun")
+    student = lcm_jax.load("openmoji")  # nothing is read before it draws
+    assert student.settings() == (4, 4.0, "lcm"), "a w-embedding takes the scale"
+    assert lcm_jax.load("openmoji-sd3-teacher").settings() == (28, 4.0, "euler")
+    assert repr(pipe) == (
+        "<Pipeline StableDiffusionPipeline: unet, vae, text_encoder; 16x16 pixels, ddim, 50 steps, guidance 4>"
+    )
+
+
+def test_a_call_without_options_draws_the_models_own(pipe: Pipeline) -> None:
+    np.testing.assert_array_equal(pipe("dog face"), pipe("dog face", steps=50, guidance=4.0, sampler="ddim"))
+
+
+def test_pictures_may_be_of_pil_and_of_any_size(pipe: Pipeline) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    white = np.zeros((16, 16), bool)
+    white[4:, 2:] = True
+    drawn = pipe("dog face", steps=4, image=pixels, mask=white)
+    for image, mask in (
+        (Image.fromarray(pixels), Image.fromarray(white)),
+        ([pixels], [white]),
+        (pixels[None], np.where(white, 255, 0).astype(np.uint8)),
+    ):
+        np.testing.assert_array_equal(drawn, pipe("dog face", steps=4, image=image, mask=mask))
+    big = Image.fromarray(pixels).resize((48, 48), Image.Resampling.NEAREST)
+    assert pipe("dog face", steps=4, image=big, mask=Image.fromarray(white)).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None}, "prompt is None: give a text or a list of texts"),
+        ({"prompt": 5}, "prompt is 5"),
+        ({"prompt": ["a", 1]}, r"prompt is \['a', 1\]"),
+        ({"negative_prompt": 3}, "negative_prompt is 3"),
+        ({"steps": "4"}, "steps is '4': give a whole number"),
+        ({"steps": 4.0}, "steps is 4.0: give a whole number"),
+        ({"steps": True}, "steps is True"),
+        ({"guidance": "4"}, "guidance is '4': give a number"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": [1.0, 2.0]}, "guidance is"),
+        ({"sampler": 7}, "sampler is 7: give a name"),
+        ({"sampler": "DDIM"}, "did you mean ddim"),
+        ({"seed": "a"}, "seed is 'a': give a whole number"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": 2**32}, "seed is 4294967296: it must be between 0 and 4294967295"),
+        ({"seed": -1}, "seed is -1"),
+        ({"num_images": "2"}, "num_images is '2'"),
+        ({"size": "big"}, "size is 'big': give"),
+        ({"size": (16, 16, 16)}, "size is"),
+        ({"size": 16.5}, "size is 16.5"),
+        ({"latents": "x"}, "latents is a str"),
+        ({"image": "photo.png"}, "image: expected uint8 .* or a PIL image; got str"),
+        ({"image": []}, "image: the list of pictures is empty"),
+        ({"image": np.zeros((0, 4, 3), np.uint8)}, "image: it has no pixels"),
+        ({"image": np.zeros((16, 16, 3), np.uint8), "mask": np.zeros((16, 16, 3))}, "mask: expected uint8 or bool"),
+        ({"image": np.zeros((16, 16, 3), np.uint8), "strength": "half"}, "strength is 'half'"),
+        ({"gamma": "a", "sampler": "tcd"}, "gamma is 'a'"),
+    ],
+)
+def test_wrong_kinds_are_one_line(pipe: Pipeline, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(**{"prompt": "dog face"} | options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.wrong_types
+def test_numbers_of_numpy_and_a_square_size_are_taken(pipe: Pipeline) -> None:
+    plain = pipe("dog face", steps=2, seed=3)
+    numbers = {"steps": np.int64(2), "seed": np.uint32(3), "size": 16, "negative_prompt": None}
+    np.testing.assert_array_equal(plain, pipe("dog face", **numbers))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("num_inference_steps", "it is called steps here"),
+        ("guidance_scale", "it is called guidance here"),
+        ("generator", "it is called seed here"),
+        ("height", "size="),
+        ("step", "did you mean steps?"),
+        ("zzz", "known are prompt, negative_prompt, steps"),
+    ],
+)
+def test_names_of_diffusers_get_a_hint(pipe: Pipeline, name: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"has no option {name}") as caught:
+        pipe("dog face", **{name: 4})
+    assert hint in str(caught.value)
+
+
+@pytest.mark.wrong_types
+def test_load_takes_what_is_meant_and_refuses_the_rest(tiny_model: Path) -> None:
+    assert lcm_jax.load(tiny_model, dtype=jnp.bfloat16).model.net.dtype == jnp.bfloat16
+    for options, message in (
+        ({"dtype": "Float32"}, "did you mean float32"),
+        ({"dtype": int}, "dtype 'int.*' is unknown"),
+        ({"lora": 5}, "lora is 5: give a path"),
+        ({"lora": [("a", "b")]}, "the weight of a is 'b'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lcm_jax.load(tiny_model, **options)
+    with pytest.raises(ValueError, match="model None: give a name or a path"):
+        lcm_jax.load(None)
+    with pytest.raises(TypeError, match="torch_dtype; it is called dtype here"):
+        lcm_jax.load(tiny_model, torch_dtype="float16")
+    with pytest.raises(FileNotFoundError, match="did you mean openmoji-teacher"):
+        lcm_jax.load("OpenMoji-Teacher")
+
+
+def test_too_little_memory_says_what_needs_less(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    pipe = lcm_jax.load(tiny_model)
+    monkeypatch.setitem(pipe.__dict__, "_draw", exhausted)
+    with pytest.raises(MemoryError, match=r"3 pictures of 16x24 pixels in float32: .*smaller size.*int8") as caught:
+        pipe("dog face", num_images=3, size=(16, 24))
+    assert "\n" not in str(caught.value)
 
 
 def test_same_seed_same_pictures(pipe: Pipeline) -> None:
@@ -86,7 +214,10 @@ def test_lora_is_merged_with_its_weight(pipe: Pipeline, tiny_model: Path, tmp_pa
     adapters = lora.init(jax.random.key(0), pipe.params["unet"], rank=2, targets=r"to_[qk]/kernel$")
     adapters = jax.tree.map(lambda a: a + 0.3, adapters)
     save_lora(tmp_path / "pytorch_lora_weights.safetensors", adapters, RULES_UNET)
-    merged = lcm_jax.load(tiny_model, lora=[(tmp_path, 0.5)]).params["unet"]
+    pipes = [lcm_jax.load(tiny_model, lora=given) for given in ([(tmp_path, 0.5)], (tmp_path, 0.5))]
+    merged, pair = (made.params["unet"] for made in pipes)
+    jax.tree.map(np.testing.assert_array_equal, merged, pair)
+    assert pipes[0].settings() == (4, 1.0, "lcm"), "drawn as with an LCM-LoRA"
     want = lora.merge(pipe.params["unet"], adapters, 0.5)
     for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -97,6 +228,45 @@ def test_denoiser_is_what_the_sampler_sees(pipe: Pipeline) -> None:
     prediction = jax.jit(pipe.denoiser("dog face"))(x, 500.0)
     alpha, sigma = (float(f(500.0)) for f in (pipe.model.schedule.alpha, pipe.model.schedule.sigma))
     np.testing.assert_allclose(alpha * prediction.x0 + sigma * prediction.eps, x, atol=1e-5)
+
+
+def test_an_eager_denoiser_is_compiled_once(pipe: Pipeline) -> None:
+    denoise = pipe.denoiser("dog face", guidance=3.0)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+    first = denoise(x, 500.0)
+    compiled: list[str] = []
+
+    def listen(name: str, *_: Any, **__: Any) -> None:
+        if "backend_compile" in name:
+            compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    again = denoise(x, 400.0), pipe.denoiser("cat face", guidance=2.0)(x, 500.0)
+    jax.block_until_ready(again)
+    assert not compiled
+    jax.jit(lambda x: x * 1.2345)(x)
+    assert compiled, "the listener sees compilations"
+    assert (np.asarray(again[0].x0) != np.asarray(first.x0)).any()
+
+
+@pytest.mark.parametrize("compile_", [jax.jit, lcm_jax.jit])
+def test_the_users_own_jit_holds_no_weights(pipe: Pipeline, compile_: Any) -> None:
+    denoise = pipe.denoiser("dog face", guidance=3.0)
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+    step = lambda denoise, x, t: denoise(x, t).x0  # noqa: E731
+    np.testing.assert_allclose(compile_(step)(denoise, x, 500.0), denoise(x, 500.0).x0, atol=1e-5)
+    constants = jax.make_jaxpr(step)(denoise, x, 500.0).consts
+    assert sum(np.size(constant) for constant in constants) < 5000, "tables of the schedule alone"
+    assert sum(leaf.size for leaf in jax.tree.leaves(denoise)) > 5000
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("shape", [(1, 8, 8, 3), (8, 8, 4), (2, 8, 8, 4), (1, 8, 8, 4, 1)])
+def test_a_denoiser_names_both_shapes(pipe: Pipeline, shape: tuple[int, ...]) -> None:
+    expected = rf"x has the shape {re.escape(str(shape))}, and this denoiser takes \(1, h, w, 4\)"
+    with pytest.raises(ValueError, match=expected) as caught:
+        pipe.denoiser("dog face")(jnp.zeros(shape), 500.0)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -225,13 +395,32 @@ def test_a_scheduler_that_another_sampler_stands_in_for_is_a_warning(tiny_compon
         assert bare(tiny_components, _class_name="PNDMScheduler").default_sampler == "ddim"
 
 
-@pytest.mark.parametrize("key", ["use_karras_sigmas", "clip_sample", "thresholding"])
+def test_a_missing_steps_offset_is_corrected_where_the_class_has_one(tiny_components: dict[str, Component]) -> None:
+    assert bare(tiny_components, _class_name="DDIMScheduler").spacing.steps_offset == 1  # diffusers' default, 0, too
+    assert bare(tiny_components, _class_name="DPMSolverSinglestepScheduler").spacing.steps_offset == 0
+
+
+def test_a_wrong_scheduler_value_is_overridden(tiny_model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    write_json(file, read_json(file) | {"thresholding": True, "use_karras_sigmas": True})
+    pipe = lcm_jax.load(copy, scheduler={"thresholding": False, "prediction_type": "v_prediction"})
+    assert pipe.model.kind == "v_prediction"
+    times = pipe.times(pipe.model, get_sampler("ddim"), 2, pipe.spacing, 1.0)  # as diffusers' DDIM, without Karras
+    assert times.tolist() == [999.0, 499.0, -1.0]
+    with pytest.raises(ValueError, match=r"use_karras_sigmas, which the sampler euler reads"):
+        pipe("dog face", sampler="euler", steps=1)
+    with pytest.raises(ValueError, match=r"scheduler: 'predicton_type' is no key .*, did you mean prediction_type\?"):
+        lcm_jax.load(copy, scheduler={"predicton_type": "sample"})
+
+
+@pytest.mark.parametrize("key", ["solver_order", "thresholding"])
 def test_scheduler_values_with_another_result_name_key_value_and_file(
     tiny_model: Path, tmp_path: Path, key: str
 ) -> None:
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     file = copy / "scheduler" / "scheduler_config.json"
-    write_json(file, read_json(file) | {key: True})
-    with pytest.raises(ValueError, match=rf"{file}: {key}.*True") as caught:
+    write_json(file, read_json(file) | {"_class_name": "DPMSolverMultistepScheduler", key: True})
+    with pytest.raises(ValueError, match=rf"{file}: {key}.*True.*--scheduler {key}=") as caught:
         lcm_jax.load(copy)
     assert "\n" not in str(caught.value)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from lcm_jax.models.image_inputs import check_pictures, check_size, latent_mask
+from lcm_jax.models.image_inputs import check_pictures, check_size, fit_masks, latent_mask
 
 
 def test_the_first_pixel_decides_for_a_latent() -> None:
@@ -69,3 +70,34 @@ def test_sizes_that_the_network_cannot_draw(size: tuple[int, int], message: str)
 def test_sizes_that_it_can() -> None:
     assert check_size([96, 16], 16, 6) == (96, 16)
     assert check_size((16, 1600), 16, None) == (16, 1600)
+    assert check_size(96, 16, 6) == check_size(np.array([96, 96]).tolist(), 16, 6) == (96, 96)
+
+
+@pytest.mark.wrong_types
+@pytest.mark.parametrize("size", ["64", None, (), (16, 16, 16), (16, "16"), 16.0])
+def test_no_size(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"size is .*: give \(height, width\) in pixels"):
+        check_size(size, 16, None)
+
+
+def test_pictures_of_other_shapes_keep_their_middle() -> None:
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:, 4:12] = 200
+    with pytest.warns(UserWarning, match="image is 8x16 and its middle becomes 8x8"):
+        assert (check_pictures(image, (8, 8), 1) == 200).all()
+    with pytest.warns(UserWarning, match="mask is 8x16 and its middle becomes 4x4"):
+        assert (fit_masks(image[..., 0] > 0, (4, 4)) >= 128).all()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_of_the_same_shape_is_scaled_without_a_word() -> None:
+    for sides in ((32, 48), (33, 49), (4, 6)):
+        assert check_pictures(np.full((*sides, 3), 7, np.uint8), (16, 24), 1).tolist() == [[[[7] * 3] * 24] * 16]
+
+
+def test_a_pil_picture_is_upright_in_rgb_and_stays_as_it_was() -> None:
+    photo = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    photo.getexif()[0x0112] = 6  # turned by a quarter
+    assert (check_pictures(photo, (8, 4), 1) == 255).all(), "transparency is white"
+    assert photo.size == (8, 4)
+    assert photo.getexif()[0x0112] == 6
