@@ -79,11 +79,11 @@ def open_folder(folder: Path, split: str, sizes: Sequence[Size], *, check: bool 
     texts = _texts_from_table(table, names) if table.is_file() else _texts_beside(folder, names, files)
     if not names:
         raise ValueError(f"{folder}: empty dataset; put pictures ({', '.join(sorted(SUFFIXES))}) with captions in it")
-    place = folder.resolve()
+    root = folder.resolve()
     items: list[Item] = [
         PictureFile(
             path=folder / name,
-            folder=str((place / name).parent),
+            folder=str((root / name).parent),
             size=files[name].st_size,
             modified=files[name].st_mtime_ns,
             captions=texts[name],

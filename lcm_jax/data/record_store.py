@@ -54,10 +54,10 @@ class Known:
 
     def find(self, key: str = "", digest: str = "") -> Made | None:
         """Return the record of a key or of a digest; None if there is none, or if its file is damaged."""
-        place = self._keys.get(key) or self._digests.get(digest)
-        if place is None:
+        found = self._keys.get(key) or self._digests.get(digest)
+        if found is None:
             return None
-        number, row = place
+        number, row = found
         if not self._is_whole(number):
             return None
         try:

@@ -120,19 +120,19 @@ class OnDemand:
         return _digest(json.dumps(self.items[index].stamp()).encode())
 
 
-def record_keys(source: Source, place: str, count: int | None = None, *, by_bytes: bool = False) -> list[str]:
+def record_keys(source: Source, name: str, count: int | None = None, *, by_bytes: bool = False) -> list[str]:
     """Return a key for each of the first `count` records, or for all: two that are equal are of the same content.
 
     For a source without `key`, and with `by_bytes`, the records are read.
 
-    place: the name of the source and its split, which a source's own `key` need not repeat.
+    name: that of the source and its split, which a source's own `key` need not repeat.
     """
     count = len(source) if count is None else count
     if isinstance(source, OnDemand) and not by_bytes:
         return [source.key(index) for index in range(count)]
     key = getattr(source, "key", None)
     if callable(key) and not by_bytes:
-        return [_digest(json.dumps([place, str(key(index))]).encode()) for index in range(count)]
+        return [_digest(json.dumps([name, str(key(index))]).encode()) for index in range(count)]
     indices = progress(range(count), "reading", "picture")
     if isinstance(source, OnDemand):
         return [_content(item.read(), item.texts()) for item in map(source.items.__getitem__, indices)]
@@ -145,11 +145,11 @@ def read_digested(source: Source, index: int) -> tuple[Record, str]:
     Raises ValueError for a picture that cannot be read, and for one that has changed since the source was opened.
     """
     if not isinstance(source, OnDemand):
-        whole: Record = source[index]
-        return whole, _record_digest(whole)
+        record: Record = source[index]
+        return record, _record_digest(record)
     item = source.items[index]
     data, texts = item.read(), item.texts()
-    record: Record = {"image": read_picture(data, source.size, item.name), **texts}
+    record = {"image": read_picture(data, source.size, item.name), **texts}
     item.check()
     return record, _content(data, texts)
 

@@ -35,10 +35,10 @@ _BLOCK = 512
 
 
 class Tar(NamedTuple):
-    """A tar file as it was when it was listed; `place` is its path without links."""
+    """A tar file as it was when it was listed; `location` is its path without links."""
 
     path: Path
-    place: str
+    location: str
     size: int  # bytes
     modified: int  # nanoseconds
 
@@ -97,8 +97,8 @@ class Sample(NamedTuple):
         tar, caption = self.picture.tar, b""
         with contextlib.suppress(ValueError):  # a caption that cannot be used is an error when it is read
             caption = self.texts()["caption"].encode()
-        place = [self.picture.name, self.picture.start, self.picture.size, self.text.start, self.text.size]
-        return [tar.place, tar.size, tar.modified, *place, hashlib.sha256(caption).hexdigest()]
+        location = [self.picture.name, self.picture.start, self.picture.size, self.text.start, self.text.size]
+        return [tar.location, tar.size, tar.modified, *location, hashlib.sha256(caption).hexdigest()]
 
     def check(self) -> None:
         """Raise ValueError if the tar has changed since it was listed."""

@@ -187,8 +187,8 @@ class Pipeline:
             warnings.simplefilter("ignore")  # of a sampler that stands in for another: said where pictures are drawn
             steps, guidance, sampler = self.settings()
         bits = "".join(f", {part} in {kind}" for part, kind in self.rounded.items())
-        own = f"{sampler}, {steps} steps, guidance {guidance:g}"
-        return f"<Pipeline {self.folder.pipeline}: {names}{bits}; {f'{size} pixels, ' if size else ''}{own}>"
+        settings_text = f"{sampler}, {steps} steps, guidance {guidance:g}"
+        return f"<Pipeline {self.folder.pipeline}: {names}{bits}; {f'{size} pixels, ' if size else ''}{settings_text}>"
 
     def __call__(
         self,

@@ -31,8 +31,8 @@ class Heads(nn.Module):
     >>> import jax, jax.numpy as jnp
     >>> from lcm_jax.nets.discriminator_heads import Heads
     >>> maps = [jax.ShapeDtypeStruct((2, 4, 4, 8), jnp.float32), jax.ShapeDtypeStruct((2, 6, 8), jnp.float32)]
-    >>> told = jnp.zeros(2), jnp.zeros((2, 5))
-    >>> logits, _ = jax.eval_shape(Heads(width=4).init_with_output, jax.random.key(0), maps, *told)
+    >>> condition = jnp.zeros(2), jnp.zeros((2, 5))
+    >>> logits, _ = jax.eval_shape(Heads(width=4).init_with_output, jax.random.key(0), maps, *condition)
     >>> logits.shape
     (2, 22)
     """
@@ -48,8 +48,8 @@ class Heads(nn.Module):
         for i, feature in enumerate(features):
             x = nn.LayerNorm(use_bias=False, use_scale=False)(feature.astype(jnp.float32))
             x = nn.silu(nn.Dense(self.width, dot_general=flat_dot, name=f"hidden_{i}")(x))
-            told = nn.Dense(self.width, name=f"condition_{i}")(nn.silu(condition))
-            agreement = jnp.einsum("b...d,bd->b...", x, told) / self.width**0.5
+            condition_vector = nn.Dense(self.width, name=f"condition_{i}")(nn.silu(condition))
+            agreement = jnp.einsum("b...d,bd->b...", x, condition_vector) / self.width**0.5
             logit = nn.Dense(1, dot_general=flat_dot, name=f"logit_{i}")(x)[..., 0] + agreement
             logits.append(logit.reshape(len(feature), -1))
         return jnp.concatenate(logits, axis=1)

@@ -74,9 +74,9 @@ def check_checksums(folder: Path, *, part: int = 0, parts: int = 1) -> bool:
             raise ValueError(
                 f"{files[name]}: damaged, {size} bytes where {CHECKSUMS} says {listed[name][0]}; copy the folder again"
             )
-    mine = sorted(files)[part::parts]
+    names = sorted(files)[part::parts]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for name, digest in zip(mine, pool.map(sha256, (files[name] for name in mine)), strict=True):
+        for name, digest in zip(names, pool.map(sha256, (files[name] for name in names)), strict=True):
             if digest != listed[name][1]:
                 raise ValueError(
                     f"{files[name]}: damaged, its SHA-256 is not that in {CHECKSUMS}; copy the folder again"

@@ -83,14 +83,16 @@ def _check(name: str, value: Any, hint: Any, source: str) -> None:
 def _fits(value: Any, hint: Any, name: str) -> bool:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, each, name) for each in arguments)
+        return any(_fits(value, option, name) for option in arguments)
     if origin is typing.Literal:
-        return any(type(value) is type(each) and value == each for each in arguments)
+        return any(type(value) is type(option) and value == option for option in arguments)
     if origin is tuple:
         if not isinstance(value, (list, tuple)) or len(value) > MOST_ENTRIES:
             return False
-        each = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
-        return len(value) == len(each) and all(_fits(item, kind, name) for item, kind in zip(value, each, strict=True))
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        return len(value) == len(kinds) and all(
+            _fits(item, kind, name) for item, kind in zip(value, kinds, strict=True)
+        )
     if hint is int or hint is float:
         bounds = _BOUNDS.get(name, _WHOLE if hint is int else _REAL)
         right = type(value) is int or (hint is float and type(value) is float and math.isfinite(value))
@@ -104,9 +106,9 @@ def _wanted(hint: Any, name: str) -> str:
     """Return what a field takes, in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_wanted(each, name) for each in arguments))
+        return " or ".join(dict.fromkeys(_wanted(option, name) for option in arguments))
     if origin is typing.Literal:
-        return " or ".join(repr(each) for each in arguments)
+        return " or ".join(repr(option) for option in arguments)
     if origin is tuple:
         if arguments[1:] == (...,):
             return f"a list of {_wanted(arguments[0], name)}"

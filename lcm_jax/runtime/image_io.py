@@ -230,13 +230,13 @@ def _without_metadata(data: Path | bytes) -> bytes | None:
         data = read_bytes(data)
     if not data.startswith(_PNG):
         return None
-    kept, start = [_PNG], len(_PNG)
+    chunks, start = [_PNG], len(_PNG)
     while start < len(data):  # each chunk: length of its data, type, data, checksum
         end = start + 12 + int.from_bytes(data[start : start + 4])
         if data[start + 4 : start + 8] not in _METADATA:
-            kept.append(data[start:end])
+            chunks.append(data[start:end])
         start = end
-    plain = b"".join(kept)
+    plain = b"".join(chunks)
     return plain if len(plain) < len(data) else None
 
 

@@ -203,10 +203,10 @@ class Images:
 
 def _with_own_programs(pipe: Pipeline) -> Pipeline:
     """Return a copy of a pipeline that compiles for itself, so that its programs are freed with it."""
-    own = copy.copy(pipe)
+    copied = copy.copy(pipe)
     for program in ("_draw", "_encode_image"):
-        own.__dict__.pop(program, None)
-    return own
+        copied.__dict__.pop(program, None)
+    return copied
 
 
 def _draw(pipe: Pipeline, options: dict[str, Any]) -> np.ndarray:

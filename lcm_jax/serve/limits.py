@@ -46,25 +46,25 @@ class Limited(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         """Begin, or cut a connection that is one too many."""
-        self.reading, self.writing = Deadline(transport), Deadline(transport)
+        self.read_deadline, self.write_deadline = Deadline(transport), Deadline(transport)
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
 
     def pause_writing(self) -> None:
         """Begin to wait for a client that does not read."""
-        self.writing.begin(UNREAD_SECONDS)
+        self.write_deadline.begin(UNREAD_SECONDS)
         super().pause_writing()
 
     def resume_writing(self) -> None:
         """Go on, as the client reads."""
-        self.writing.call_off()
+        self.write_deadline.call_off()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection."""
-        self.reading.call_off()
-        self.writing.call_off()
+        self.read_deadline.call_off()
+        self.write_deadline.call_off()
         super().connection_lost(exc)
 
 
@@ -74,16 +74,16 @@ class HTTP(Limited, H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Begin, and wait for the first request."""
         super().connection_made(transport)
-        self.reading.begin(HEAD_SECONDS)
+        self.read_deadline.begin(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
         """Read, and wait for the rest of a head."""
         last = self.cycle
         if last is None or last.response_complete:
-            self.reading.begin(HEAD_SECONDS)
+            self.read_deadline.begin(HEAD_SECONDS)
         super().data_received(data)
         if self.cycle is not last or self.transport.get_protocol() is not self:  # a request has come, or a WebSocket
-            self.reading.call_off()
+            self.read_deadline.call_off()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the connection, and keep nothing of a body: what is left may wait long for the garbage collector."""
@@ -112,9 +112,9 @@ class WebSockets(Limited, WebSocketsSansIOProtocol):
         if self._messages == 0 and self._bytes > MOST_HELLO:
             return self._fail(TOO_BIG, f"the first message may have at most {MOST_TEXT} characters")
         if self.frames or self.conn.reader.buffer:
-            self.reading.begin(MESSAGE_SECONDS)
+            self.read_deadline.begin(MESSAGE_SECONDS)
         else:
-            self.reading.call_off()
+            self.read_deadline.call_off()
 
     def handle_events(self) -> None:
         """Count the frames that have been read, and handle them."""
@@ -126,7 +126,7 @@ class WebSockets(Limited, WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         """Pass on a message that is complete."""
         self._messages += 1
-        self.reading.call_off()
+        self.read_deadline.call_off()
         if self.curr_msg_data_type == "text":
             try:
                 b"".join(self.frames).decode()

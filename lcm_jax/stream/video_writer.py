@@ -142,10 +142,12 @@ class Output:
         sound, subtitles, others = _tracks(video, CONTAINERS[target.suffix.lower()][0])
         odd = [f"{height}x{width} has an odd side, which gets its last line twice"
                for height, width in [video.size] if height % 2 or width % 2]  # fmt: skip
-        for kept in [subtitles, {}] if subtitles else [{}]:
-            lost = [] if kept else [f"subtitles ({codec}) are left out" for codec in dict.fromkeys(subtitles.values())]
+        for copied in [subtitles, {}] if subtitles else [{}]:
+            lost = (
+                [] if copied else [f"subtitles ({codec}) are left out" for codec in dict.fromkeys(subtitles.values())]
+            )
             notes = (*video.notes, *odd, *lost, *others)
-            output = cls(video=video, target=target, tracks=(*sound, *kept), notes=notes)
+            output = cls(video=video, target=target, tracks=(*sound, *copied), notes=notes)
             try:
                 output._try()
             except (FFmpegError, ValueError) as error:
@@ -292,15 +294,15 @@ def _grid(
 
 def _even(times: Sequence[int], time_base: Fraction, base: Fraction) -> list[int]:
     """Return the nearest places in units of `base`, each later than the one before it."""
-    places: list[int] = []
+    ticks: list[int] = []
     for time in times:
-        place = round(time * time_base / base)
-        places.append(max(place, places[-1] + 1) if places else place)
-    return places
+        tick = round(time * time_base / base)
+        ticks.append(max(tick, ticks[-1] + 1) if ticks else tick)
+    return ticks
 
 
-def _farthest(times: Sequence[int], time_base: Fraction, base: Fraction, places: Sequence[int]) -> Fraction:
-    return max(abs(time * time_base - place * base) for time, place in zip(times, places, strict=True))
+def _farthest(times: Sequence[int], time_base: Fraction, base: Fraction, ticks: Sequence[int]) -> Fraction:
+    return max(abs(time * time_base - tick * base) for time, tick in zip(times, ticks, strict=True))
 
 
 def _broken(path: Path) -> Any:

@@ -126,17 +126,17 @@ def _newest_whole(workdir: Path) -> int | None:
 def _damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, as far as this process's part of its files tells; "" for nothing."""
     part = {"part": jax.process_index(), "parts": jax.process_count()}
-    kept = [folder / name for name in ITEMS if (folder / name).is_dir()]
+    items = [folder / name for name in ITEMS if (folder / name).is_dir()]
     try:
-        checked = [check_checksums(item, **part) for item in kept]
-        if not any(checked) and {item.name for item in kept} == {"state", "data"}:
+        checked = [check_checksums(item, **part) for item in items]
+        if not any(checked) and {item.name for item in items} == {"state", "data"}:
             if is_main():
                 warnings.warn(f"{folder}: an earlier version wrote it, without checksums: taken as it is", stacklevel=2)
             return ""
         for name in ITEMS:
-            if folder / name not in kept:
+            if folder / name not in items:
                 return f"{folder / name}: missing"
-        for item, is_listed in zip(kept, checked, strict=True):
+        for item, is_listed in zip(items, checked, strict=True):
             if not is_listed:
                 return f"{item}: damaged, its checksums are missing"
         read_json(folder / "_CHECKPOINT_METADATA")  # orbax writes its time when all else is done

@@ -277,8 +277,8 @@ def _check_same(out: Path, produced_by: Mapping[str, Any]) -> None:
 
 
 def _remove_old(out: Path, parts: Sequence[Part], say: Callable[[str], None]) -> None:
-    kept = {path for part in parts for path in (part.data, part.described)}
-    old = [path for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name) and path not in kept]
+    current = {path for part in parts for path in (part.data, part.described)}
+    old = [path for path in out.iterdir() if _SHARD_FILE.fullmatch(path.name) and path not in current]
     for path in old:
         path.unlink(missing_ok=True)
     shards = sum(path.suffix == ".array_record" for path in old)

@@ -130,9 +130,9 @@ def make_train_step(
         else:
             with contextlib.nullcontext() if placement is None else constrain_batch_sharding(placement.mesh):
                 grads, metrics = gradients(state, frozen, batch, key, progress)
-        told = {} if run is None else {"steps": run.steps}
+        extra = {} if run is None else {"steps": run.steps}
         updates, opt_state = optax.with_extra_args_support(optimizer).update(
-            grads, state.opt_state, state.params, **told
+            grads, state.opt_state, state.params, **extra
         )
         params = optax.apply_updates(state.params, updates)
         due = (state.step + 1) % ema_every == 0

@@ -65,11 +65,11 @@ class _Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _pickle_error(path: Path, place: Path | None = None) -> ValueError:
-    """Return the error for a pickle, with the command that converts it, or all pickles in the folder `place`."""
+def _pickle_error(path: Path, convert: Path | None = None) -> ValueError:
+    """Return the error for a pickle, with the command that converts it, or all pickles in the folder `convert`."""
     return ValueError(
         f"{path}: a pickle, which can run code when it is read, so it is refused; where you trust it, convert it with "
-        f"python -m lcm_jax.weights.from_pickle {shlex.quote(str(place or path))} (PyTorch is needed), and load again"
+        f"python -m lcm_jax.weights.from_pickle {shlex.quote(str(convert or path))} (PyTorch is needed), and load again"
     )
 
 
@@ -219,8 +219,8 @@ def _find(folder: Path, stem: str, variant: str | None) -> Path:
     others = sorted(p.name for p in folder.glob("*") if re.search(r"\.safetensors(\.index(\.\w+)?\.json)?$", p.name))
     pickles = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICKLES)
     if pickles and not others:
-        whole = (folder.parent / "model_index.json").is_file()
-        raise _pickle_error(pickles[0], folder.parent if whole else folder)
+        is_pipeline = (folder.parent / "model_index.json").is_file()
+        raise _pickle_error(pickles[0], folder.parent if is_pipeline else folder)
     hint = f"it has {few('other files', others)}; choose by variant= or by path" if others else "it has no safetensors"
     raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name}; {hint}")
 

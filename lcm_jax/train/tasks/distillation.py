@@ -320,7 +320,7 @@ def partitioned_optimizer(
 
     return optax.GradientTransformationExtraArgs(
         lambda params: pick(params).init(params),
-        lambda grads, state, params=None, **told: pick(grads).update(grads, state, params, **told),
+        lambda grads, state, params=None, **extra: pick(grads).update(grads, state, params, **extra),
     )
 
 

@@ -52,14 +52,14 @@ def read_header(metadata: Mapping[str, str], *, source: str) -> Header | None:
         pairs = [value for value in header.index.values() if isinstance(value, list)]
         texts = [text for files in header.tokenizers.values() for text in files.values()]
         texts += [name for pair in pairs for name in pair if name is not None]
-        whole = (
+        is_complete = (
             all(isinstance(table, dict) for table in (*tables, *nested))
             and all(isinstance(text, str) for text in texts)
             and all(len(pair) == 2 for pair in pairs)
         )
     except (ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
+        is_complete = False
+    if not is_complete:
         raise ValueError(
             f"{source}: the description in its header ({KEY}) cannot be read; without config= it is needed"
         )

@@ -101,8 +101,8 @@ def test_python_and_the_shell_draw_the_same_pixels(
     assert cli.main(["sample", "--prompt", "dog face", "--out", str(out), *typed]) == 0
     (drawn,) = tiny_pipe("dog face", **options)
     np.testing.assert_array_equal(np.asarray(Image.open(out)), drawn)
-    own = {"steps": 50, "guidance": 4.0, "sampler": "ddim", "seed": 0}
-    np.testing.assert_array_equal(drawn, tiny_pipe("dog face", **own | options)[0])
+    defaults = {"steps": 50, "guidance": 4.0, "sampler": "ddim", "seed": 0}
+    np.testing.assert_array_equal(drawn, tiny_pipe("dog face", **defaults | options)[0])
 
 
 @pytest.mark.filterwarnings("ignore:mask is 37x50")

@@ -129,7 +129,9 @@ def test_the_heads_are_told_the_time_and_the_text() -> None:
     heads, text = Heads(width=4), jnp.ones((2, 5))
     params = filled(jax.eval_shape(heads.init, jax.random.key(0), maps, jnp.zeros(2), text)["params"])
     run = jit(lambda t, text: heads.apply({"params": params}, maps, t, text))
-    logits = [run(*told) for told in ((jnp.zeros(2), text), (jnp.full(2, 500.0), text), (jnp.zeros(2), 2.0 * text))]
+    logits = [
+        run(*condition) for condition in ((jnp.zeros(2), text), (jnp.full(2, 500.0), text), (jnp.zeros(2), 2.0 * text))
+    ]
     assert float(jnp.abs(logits[0] - logits[1]).min()) > 0.0
     assert float(jnp.abs(logits[0] - logits[2]).min()) > 0.0
 

@@ -364,19 +364,19 @@ def test_guidance_from_data_has_the_guided_flow_as_its_fixed_point(name: str) ->
     A shift of its output, up for one class and down for the other, has no gradient in the mean over the data; that of a
     student of another guidance has one.
     """
-    n, w, m, spread = 20_000, 1.5, 1.0, 0.5
+    n, w, m, deviation = 20_000, 1.5, 1.0, 0.5
     label = jnp.where(jnp.arange(n) % 4 == 0, -1.0, 1.0)
     noise = jax.random.normal(jax.random.key(0), (n, 1, 1, 1))
-    batch = {"x0": m * label[:, None, None, None] + spread * noise, "cond": {"context": label[:, None]}}
+    batch = {"x0": m * label[:, None, None, None] + deviation * noise, "cond": {"context": label[:, None]}}
 
     def velocity(x: Image, t: Array, mean: Array | float) -> Image:
-        a, variance = 1 - t, ((1 - t) * spread) ** 2 + t**2
-        return t / variance * (x - a * mean) - mean - a * spread**2 / variance * (x - a * mean)
+        a, variance = 1 - t, ((1 - t) * deviation) ** 2 + t**2
+        return t / variance * (x - a * mean) - mean - a * deviation**2 / variance * (x - a * mean)
 
     def network(params: Params, x: Image, t: Array, cond: Cond) -> Image:
         """The guided flow; the unconditional one is that of the mixture, three quarters of it at +m."""
         t, label = (jnp.broadcast_to(v, x.shape[:1])[:, None, None, None] for v in (t / 1000.0, cond["context"][:, 0]))
-        plus = jax.nn.sigmoid(2 * (1 - t) * m * x / (((1 - t) * spread) ** 2 + t**2) + jnp.log(3.0))
+        plus = jax.nn.sigmoid(2 * (1 - t) * m * x / (((1 - t) * deviation) ** 2 + t**2) + jnp.log(3.0))
         uncond = plus * velocity(x, t, m) + (1 - plus) * velocity(x, t, -m)
         guided = uncond + (1.0 + params["w"]) * (velocity(x, t, m * label) - uncond)
         return jnp.where(label == 0.0, uncond, guided) + params["shift"] * label

@@ -33,8 +33,8 @@ def test_a_folder_without_checksums_is_not_checked(folder: Path) -> None:
 
 
 def test_every_single_bit_counts(folder: Path) -> None:
-    whole = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for path, data in whole.items():
+    contents = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path, data in contents.items():
         for bit in range(0, 8 * len(data), 7):
             changed = bytearray(data)
             changed[bit // 8] ^= 1 << bit % 8

@@ -238,9 +238,9 @@ def test_the_last_programs_stay_compiled_and_those_in_use(
     changes.draw(moving[:1])
 
     def change(**controls: Any) -> None:
-        told = len(changes.of(Now))
+        changes_before = len(changes.of(Now))
         engine.set(changes.session, changes.session.wanted.changed(**controls))
-        changes.wait(Now, told + 1)
+        changes.wait(Now, changes_before + 1)
         changes.draw(moving[:1])
         stays.draw(moving[:1])  # a turn has gone by
 

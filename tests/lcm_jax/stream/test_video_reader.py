@@ -251,11 +251,11 @@ def test_avi_has_even_times(tmp_path: Path, encoder: str) -> None:
 @pytest.mark.parametrize("encoder", ["libx264", "mjpeg"])
 def test_a_gap_of_an_avi_stays(tmp_path: Path, encoder: str) -> None:
     """A frame that is not there is an empty packet, which shows the last one for longer."""
-    kept = [0, 1, 2, 5, 6, 9]
-    whole = film(tmp_path / "whole.avi", blocks(10), encoder=encoder, **({"bf": "0"} if encoder == "libx264" else {}))
-    path = film(tmp_path / "a.avi", blocks(6), encoder=encoder, times=[40 * i for i in kept], setup=even)
-    assert len(shown(whole)) == 10
-    np.testing.assert_allclose(seconds(path), np.array(kept) / 25)
+    numbers = [0, 1, 2, 5, 6, 9]
+    intact = film(tmp_path / "whole.avi", blocks(10), encoder=encoder, **({"bf": "0"} if encoder == "libx264" else {}))
+    path = film(tmp_path / "a.avi", blocks(6), encoder=encoder, times=[40 * i for i in numbers], setup=even)
+    assert len(shown(intact)) == 10
+    np.testing.assert_allclose(seconds(path), np.array(numbers) / 25)
 
 
 def even(stream: Any) -> None:

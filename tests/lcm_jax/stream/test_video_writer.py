@@ -310,8 +310,8 @@ def test_a_damaged_film_is_redrawn_to_its_end_and_again(
     video = Video.open(source)
     with pytest.warns(UserWarning, match=r"in\.avi: 3 damaged packets or frames"):
         assert restyle(made(light_pipe), video, tmp_path / "whole.mp4", segment=8, progress=False) == 21
-    kept = [i / 25 for i in range(24) if i not in (10, 11, 20)]
-    np.testing.assert_allclose(seconds(tmp_path / "whole.mp4"), kept, atol=1e-4)
+    times = [i / 25 for i in range(24) if i not in (10, 11, 20)]
+    np.testing.assert_allclose(seconds(tmp_path / "whole.mp4"), times, atol=1e-4)
     make, calls = module._make_segment, []
 
     def killed(*arguments: Any) -> int:

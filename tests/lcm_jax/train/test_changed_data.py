@@ -42,16 +42,16 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def encoded_captions(conditioner: Conditioner, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The captions of the records that are encoded, in the order in which that happens."""
-    seen: list[str] = []
+    encoded_captions: list[str] = []
     original = Conditioner.encode
 
     def counting(self: Conditioner, records: Any, batch: int, **options: Any) -> Iterator[dict[str, np.ndarray]]:
-        seen.extend(record["caption"] for record in records)
+        encoded_captions.extend(record["caption"] for record in records)
         return original(self, records, batch, **options)
 
     monkeypatch.setattr(Conditioner, "encode", counting)
     monkeypatch.setattr(Conditioner, "load", lambda *_: conditioner)
-    return seen
+    return encoded_captions
 
 
 def png(color: str) -> bytes:
@@ -65,20 +65,20 @@ class Data:
     """Files of a data set, in a folder, in a tar, or in the first with a table of captions."""
 
     kind: str
-    place: Path
+    folder: Path
     files: dict[str, tuple[str, str]] = field(
         default_factory=lambda: {f"{i}.png": (color, text) for i, (text, color) in enumerate(COLORS.items())}
     )  # file -> colour, caption
 
     @property
     def name(self) -> str:
-        return f"tar:{self.place}/a.tar" if self.kind == "tar" else f"folder:{self.place}"
+        return f"tar:{self.folder}/a.tar" if self.kind == "tar" else f"folder:{self.folder}"
 
     def write(self, files: dict[str, tuple[str, str]] | None = None) -> None:
         """Write what differs from `files`, which are there."""
         if self.kind == "tar":
-            self.place.mkdir(exist_ok=True)
-            with tarfile.open(self.place / "a.tar", "w") as tar:
+            self.folder.mkdir(exist_ok=True)
+            with tarfile.open(self.folder / "a.tar", "w") as tar:
                 for name, (color, text) in self.files.items():
                     for member, data in ((name, png(color)), (f"{name[:-4]}.txt", text.encode())):
                         info = tarfile.TarInfo(member)  # of the time 0
@@ -87,10 +87,10 @@ class Data:
             return
         files = files or {}
         for name in files.keys() - self.files.keys():
-            (self.place / name).unlink()
-            (self.place / name).with_suffix(".txt").unlink()
+            (self.folder / name).unlink()
+            (self.folder / name).with_suffix(".txt").unlink()
         for name, (color, text) in self.files.items():
-            path = self.place / name
+            path = self.folder / name
             path.parent.mkdir(exist_ok=True)
             if files.get(name, ("", ""))[0] != color:
                 path.write_bytes(png(color))
@@ -185,11 +185,11 @@ def test_another_projects_folder_of_the_same_name(
         (tmp_path / project).mkdir()
         monkeypatch.chdir(tmp_path / project)
         data = Data("folder", Path("pictures"), {"0.png": (COLORS[text], "a square"), "1.png": ("white", "white")})
-        data.place.mkdir()
+        data.folder.mkdir()
         data.write()
-        for path in data.place.iterdir():
+        for path in data.folder.iterdir():
             os.utime(path, ns=(0, 0))
-        records = train(Data("folder", data.place, data.files)) if project == "a" else None
+        records = train(Data("folder", data.folder, data.files)) if project == "a" else None
     encoded_captions.clear()
     records = train(data)
     assert encoded_captions == ["a square"]
@@ -204,11 +204,11 @@ def test_files_that_were_moved_or_touched_are_not_encoded_again(
     data.write()
     train(data)
     encoded_captions.clear()
-    for path in data.place.iterdir():
+    for path in data.folder.iterdir():
         os.utime(path)
     touched = train(data)
-    (data.place / "0.png").rename(data.place / "6.png")
-    (data.place / "0.txt").rename(data.place / "6.txt")
+    (data.folder / "0.png").rename(data.folder / "6.png")
+    (data.folder / "0.txt").rename(data.folder / "6.txt")
     data.files = {**{k: v for k, v in data.files.items() if k != "0.png"}, "6.png": data.files["0.png"]}
     renamed = train(data)
     assert encoded_captions == []
@@ -231,7 +231,7 @@ def test_unchanged_pictures_are_not_read_again(
 def test_bytes_of_the_same_size_and_time_are_told_apart_where_that_is_asked(tmp_path: Path) -> None:
     data = Data("folder", tmp_path / "data")
     data.write()
-    path = data.place / "0.png"
+    path = data.folder / "0.png"
     time = path.stat().st_mtime_ns
 
     def keys(*, by_bytes: bool) -> list[str]:
@@ -243,7 +243,7 @@ def test_bytes_of_the_same_size_and_time_are_told_apart_where_that_is_asked(tmp_
     assert keys(by_bytes=False) == plain
     assert [old != new for old, new in zip(by_bytes, keys(by_bytes=True), strict=True)] == [True] + [False] * 5
     for name in data.files:  # copies of other times
-        os.utime(data.place / name)
+        os.utime(data.folder / name)
     assert keys(by_bytes=True)[1:] == by_bytes[1:]
     assert not set(keys(by_bytes=False)) & set(plain)
 
@@ -255,12 +255,12 @@ def test_what_was_encoded_before_an_error_stays(
     data = Data("folder", tmp_path / "data")
     data.write()
     source = load_source(data.name, "train", 16)
-    (data.place / "3.png").write_bytes(png("white")[:400])
+    (data.folder / "3.png").write_bytes(png("white")[:400])
     with pytest.raises(ValueError, match=r"3\.png: not a readable picture"):
         conditioner.encode_source(source, {})
     assert encoded_captions == list(COLORS)[:3]
     encoded_captions.clear()
-    (data.place / "3.png").write_bytes(png("white"))
+    (data.folder / "3.png").write_bytes(png("white"))
     found = conditioner.encode_source(load_source(data.name, "train", 16), {})
     assert encoded_captions == list(COLORS)[3:]
     assert len(found) == 6
@@ -272,7 +272,7 @@ def test_a_picture_that_changes_while_it_is_read_is_not_taken_for_the_one_before
     data = Data("folder", tmp_path / "data")
     data.write()
     source = load_source(data.name, "train", 16)
-    (data.place / "1.png").write_bytes(png("navy"))
+    (data.folder / "1.png").write_bytes(png("navy"))
     with pytest.raises(ValueError, match=r"1\.png: has changed since the folder was opened; start again"):
         conditioner.encode_source(source, {})
 
@@ -285,14 +285,14 @@ def test_encode_leaves_shards_that_are_as_they_were(
     data.write()
     encode("tiny", data.name, out, shards=3, size=16, say=said.append)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    (data.place / "5.txt").write_text("oil")
+    (data.folder / "5.txt").write_text("oil")
     assert encode("tiny", data.name, out, shards=3, size=16, part=(0, 2), say=said.append) is not None
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     same = [name for name in after if before.get(name) == after[name]]
     assert len(same) == 4
     assert len(after) == len(before) == 7
     assert said[-2] == f"{out}: 1 shards of pictures or captions that have changed are removed"
-    (data.place / "5.txt").write_text("oil paint")
+    (data.folder / "5.txt").write_text("oil paint")
     assert encode("tiny", data.name, out, shards=3, size=16, part=(1, 2), say=said.append) is None
     assert not (out / "manifest.json").exists()
     with pytest.raises(ValueError, match="was made with shards=3, not 2"):

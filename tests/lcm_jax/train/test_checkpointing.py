@@ -23,7 +23,7 @@ from .test_loop import LOOP, OPTIMIZER, line_task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class LineTask:
     """The config of `line_task`, killed after `stop_at` batches; the width changes nothing but the config."""
 
     width: int = 1
@@ -33,12 +33,12 @@ class Line:
         return line_task(self.stop_at)
 
     @property
-    def resolved(self) -> Line:
+    def resolved(self) -> LineTask:
         return replace(self, stop_at=None)  # of no interest to what a run depends on
 
 
 def config(**options: Any) -> TrainConfig:
-    return TrainConfig(task=Line(**options), loop=LOOP, optimizer=OPTIMIZER)
+    return TrainConfig(task=LineTask(**options), loop=LOOP, optimizer=OPTIMIZER)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def test_a_run_can_be_made_longer_and_says_what_that_means(
 
 
 def test_a_mesh_that_does_not_fit_is_said_before_data_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Line, "build", None)
+    monkeypatch.setattr(LineTask, "build", None)
     with pytest.raises(ValueError, match="data=3"):
         replace(config(), loop=replace(LOOP, mesh=f"data=3,fsdp={jax.device_count()}")).run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -201,7 +201,7 @@ def test_what_a_memory_does_not_hold_is_one_line(tmp_path: Path, monkeypatch: py
         return value, {"loss": value}
 
     task = line_task()
-    monkeypatch.setattr(Line, "build", lambda self: replace(task, loss=loss))
+    monkeypatch.setattr(LineTask, "build", lambda self: replace(task, loss=loss))
     with pytest.raises(MemoryError, match=r"out of memory: batches of 8 on .*: give a smaller --batch-size") as error:
         config().run(tmp_path / "run")
     assert "\n" not in str(error.value)

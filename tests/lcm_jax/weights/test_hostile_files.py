@@ -345,8 +345,8 @@ def test_an_orbax_folder_without_checksums_loads_and_shows_what_does_not_fit(
 ) -> None:
     plain = linked(orbax_folder, tmp_path / "plain")
     (plain / "params" / "checksums.json").unlink()
-    whole, loaded = read_model(orbax_folder), read_model(plain)
-    for name, part in whole.parts.items():
+    checked, loaded = read_model(orbax_folder), read_model(plain)
+    for name, part in checked.parts.items():
         for key, tensor in part.tensors.items():
             np.testing.assert_array_equal(tensor, loaded.parts[name].tensors[key])
     changed(plain / "text_encoder" / "config.json", num_hidden_layers=900)

@@ -100,9 +100,9 @@ def test_a_training_never_sees_what_it_validates_on(
     built.preview({}, built.frozen, BatchedMap(mesh=make_mesh(), most=1))
     (held,) = validated[0]
     batches = built.batches(1, 0)
-    seen = {next(batches)["mean"].tobytes() for _ in range(10)}
-    assert len(seen) == 5
-    assert held.tobytes() not in seen
+    trained = {next(batches)["mean"].tobytes() for _ in range(10)}
+    assert len(trained) == 5
+    assert held.tobytes() not in trained
     assert len(shown) == len(set(shown)) == 6
     assert list(built.captions) == shown
 

@@ -356,7 +356,7 @@ def test_a_file_without_configs_takes_its_familys_scheduler_and_its_own_marks(
         read_model(tmp_path / "y.safetensors")
 
 
-@pytest.mark.parametrize(("spread", "kind"), [(0.2, "v_prediction"), (0.01, "epsilon")])
-def test_sd2_tells_its_prediction_by_its_weights(spread: float, kind: str) -> None:
-    bias = np.random.default_rng(0).normal(0.0, spread, 640).astype(np.float16)
+@pytest.mark.parametrize(("deviation", "kind"), [(0.2, "v_prediction"), (0.01, "epsilon")])
+def test_sd2_tells_its_prediction_by_its_weights(deviation: float, kind: str) -> None:
+    bias = np.random.default_rng(0).normal(0.0, deviation, 640).astype(np.float16)
     assert _guessed({"model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias": bias}) == kind
