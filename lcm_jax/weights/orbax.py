@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -61,7 +62,7 @@ def load_params(folder: Path, names: Mapping[str, str], *, shardings: Any = None
             target = jax.tree.map(
                 lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), like, shardings
             )
-        params = _reading(source, lambda: checkpointer.restore(source.absolute(), target))
+        params = _reading(source, lambda: jax.tree.map(jnp.asarray, checkpointer.restore(source.absolute(), target)))
     flat = {} if is_checked else traverse_util.flatten_dict(params)
     if broken := ["/".join(path) for path, leaf in flat.items() if not all(map(is_finite, _shards(leaf)))]:
         raise ValueError(f"{source}: {few('parameters', broken)} hold infinity or NaN; copy the folder again")
