@@ -112,7 +112,7 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
     if match is None or _looks_like_path(text):
         known = [name for name, (folder, _) in BUNDLED.items() if folder.endswith("/lora") == (what == "LoRA")]
         hint = did_you_mean(text, known) or f"; bundled {what}s are {', '.join(known)}"
-        on_hub = f"; a repository of the hub by this name is {text}@main" if match and not match[3] else ""
+        on_hub = f" (a repository of the hub by this name is {text}@main)" if match and not match[3] else ""
         raise FileNotFoundError(f"{what} {shown(text)}: no such file or folder{hint}{on_hub}")
     repository, file, revision = match.groups()
     patterns = wanted(variant) if weights else list(_BESIDE_WEIGHTS)

@@ -153,7 +153,7 @@ def share(source: Source, name: str) -> tuple[Subset, Subset]:
         )
     most = min(HELD_OUT, max(1, count // SHARE))
     apart = [(2 * i + 1) * count // (2 * most) for i in range(most)]  # evenly over the data, in their order
-    say(f"{name} has no split for the validation: {most} of its {count} pictures are held out of the training")
+    say(f"{name} has no split for the validation: the training leaves out {most} of its {count} pictures for it")
     return Subset(source, sorted(set(range(count)) - set(apart))), Subset(source, apart)
 
 
