@@ -58,7 +58,8 @@ def test_a_share_is_apart_and_evenly_taken(capfd: pytest.CaptureFixture[str]) ->
         texts = [[part[i]["caption"] for i in range(len(part))] for part in (rest, apart)]
         assert sorted(texts[0] + texts[1], key=int) == list(captions)
         assert len(apart) == most
-        assert f"folder:x has no split for the validation: the training leaves out {most} of its {count} pictures" in capfd.readouterr().err
+        said = f"folder:x has no split for the validation: the training leaves out {most} of its {count} pictures"
+        assert said in capfd.readouterr().err
         gaps = np.diff([int(text) for text in texts[1]])
         assert np.ptp(gaps) <= 1 if len(gaps) else True
     one = InMemory(images=np.zeros((1, 1, 1, 3), np.uint8), captions=("a",))
