@@ -39,7 +39,7 @@ def openmoji_vae() -> TrainConfig:
             model=model,
             loss=LossConfig(reduction="mean", perceptual_weight=0.0, kl_weight=1e-3, gan_weight=0.0, gan_start=0),
         ),
-        loop=LoopConfig(steps=5000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
+        loop=LoopConfig(steps=5000, batch_size=16, ema=0.998, ema_warmup=True, save_every=500, preview_every=1000),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
     )
 
@@ -57,7 +57,7 @@ def openmoji_tiny_vae() -> TrainConfig:
     loss = PictureLossConfig(reconstruction="l2", reduction="mean", perceptual_weight=0.0, gan_weight=0.0)
     return TrainConfig(
         task=TinyAutoencoderTask(model=model, loss=loss),
-        loop=LoopConfig(steps=9000, batch_size=16, ema=0.998, save_every=500, preview_every=1000),
+        loop=LoopConfig(steps=9000, batch_size=16, ema=0.998, ema_warmup=True, save_every=500, preview_every=1000),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup=50, decay="cosine", b2=0.99),
     )
 
@@ -86,7 +86,7 @@ def openmoji_clip() -> TrainConfig:
     )
     return TrainConfig(
         task=ContrastiveTask(text=text, vision=vision),
-        loop=LoopConfig(steps=500, batch_size=128, ema=0.99, save_every=100, preview_every=100),
+        loop=LoopConfig(steps=500, batch_size=128, ema=0.99, ema_warmup=True, save_every=100, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=50, decay="cosine", weight_decay=0.1, b2=0.98),
     )
 
@@ -112,7 +112,7 @@ def openmoji_teacher() -> TrainConfig:
             net=net,
             objective=Diffusion(schedule=SCHEDULE, kind="v_prediction", caption_dropout=0.1, min_snr_gamma=5.0),
         ),
-        loop=LoopConfig(steps=5000, batch_size=64, ema=0.998, save_every=100, preview_every=500),
+        loop=LoopConfig(steps=5000, batch_size=64, ema=0.998, ema_warmup=True, save_every=100, preview_every=500),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.01, b2=0.99),
     )
 
@@ -130,7 +130,7 @@ def openmoji_lcm() -> TrainConfig:
     )
     return TrainConfig(
         task=DistillationTask(objective=objective),
-        loop=LoopConfig(steps=1800, batch_size=32, ema=0.98, save_every=100, preview_every=300),
+        loop=LoopConfig(steps=1800, batch_size=32, ema=0.98, ema_warmup=True, save_every=100, preview_every=300),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=100, decay="cosine", b2=0.99),
     )
 
@@ -143,7 +143,7 @@ def openmoji_lcm_lora() -> TrainConfig:
     )
     return TrainConfig(
         task=DistillationTask(objective=objective, lora=LoraConfig(rank=32)),
-        loop=LoopConfig(steps=1000, batch_size=32, ema=0.98, save_every=100, preview_every=250),
+        loop=LoopConfig(steps=1000, batch_size=32, ema=0.98, ema_warmup=True, save_every=100, preview_every=250),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=50, decay="cosine", b2=0.99),
     )
 
@@ -154,7 +154,7 @@ def openmoji_lcf() -> TrainConfig:
     objective = LatentConsistencyFinetuning(schedule=SCHEDULE, w_min=0.0, w_max=5.0, loss="huber", huber_c=1e-2)
     return TrainConfig(
         task=DistillationTask(objective=objective),
-        loop=LoopConfig(steps=1000, batch_size=32, ema=0.99, save_every=100, preview_every=250),
+        loop=LoopConfig(steps=1000, batch_size=32, ema=0.99, ema_warmup=True, save_every=100, preview_every=250),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=50, decay="cosine", b2=0.99),
     )
 
@@ -165,7 +165,7 @@ def openmoji_outline() -> TrainConfig:
     objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.1, min_snr_gamma=5.0)
     return TrainConfig(
         task=FinetuneTask(data=DataConfig(name="openmoji-outline"), objective=objective),
-        loop=LoopConfig(steps=400, batch_size=32, ema=0.98, save_every=100, preview_every=100),
+        loop=LoopConfig(steps=400, batch_size=32, ema=0.98, ema_warmup=True, save_every=100, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup=20, decay="cosine", b2=0.99),
     )
 
@@ -185,6 +185,6 @@ def openmoji_dreambooth() -> TrainConfig:
     )
     return TrainConfig(
         task=task,
-        loop=LoopConfig(steps=200, batch_size=4, ema=0.98, save_every=100, preview_every=100),
+        loop=LoopConfig(steps=200, batch_size=4, ema=0.98, ema_warmup=True, save_every=100, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=20, b2=0.99),
     )

@@ -35,7 +35,7 @@ def openmoji_clip2() -> TrainConfig:
     )
     return TrainConfig(
         task=LockedImageTask(text=text),
-        loop=LoopConfig(steps=1000, batch_size=128, ema=0.99, save_every=250, preview_every=100),
+        loop=LoopConfig(steps=1000, batch_size=128, ema=0.99, ema_warmup=True, save_every=250, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=50, decay="cosine", weight_decay=0.1, b2=0.98),
     )
 
@@ -46,7 +46,7 @@ def openmoji_t5() -> TrainConfig:
     net = T5Config(d_model=WIDTH, d_kv=64, d_ff=640, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu")
     return TrainConfig(
         task=MaskedTask(net=net, tokens=TOKENS),
-        loop=LoopConfig(steps=1500, batch_size=128, ema=0.99, save_every=250, preview_every=100),
+        loop=LoopConfig(steps=1500, batch_size=128, ema=0.99, ema_warmup=True, save_every=250, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=0.01, b2=0.98),
     )
 
@@ -75,7 +75,7 @@ def openmoji_sd3() -> TrainConfig:
     )
     return TrainConfig(
         task=DiffusionTask(text="openmoji-sd3", net=net, objective=objective, preview_steps=28),
-        loop=LoopConfig(steps=4000, batch_size=64, ema=0.998, save_every=100, preview_every=500),
+        loop=LoopConfig(steps=4000, batch_size=64, ema=0.998, ema_warmup=True, save_every=100, preview_every=500),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=200, decay="cosine", weight_decay=0.01, b2=0.99),
     )
 
@@ -103,7 +103,7 @@ def openmoji_sd3_lcm() -> TrainConfig:
     """Latent consistency distillation of the mini SD3, with a w-embedding."""
     return TrainConfig(
         task=DistillationTask(text="openmoji-sd3", teacher="openmoji-sd3-teacher", objective=consistency(0.0, 5.0)),
-        loop=LoopConfig(steps=1500, batch_size=32, ema=0.98, save_every=100, preview_every=300),
+        loop=LoopConfig(steps=1500, batch_size=32, ema=0.98, ema_warmup=True, save_every=100, preview_every=300),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup=100, decay="cosine", b2=0.99),
     )
 
@@ -118,6 +118,6 @@ def openmoji_sd3_lcm_lora() -> TrainConfig:
             objective=consistency(3.0, 3.0),
             lora=LoraConfig(rank=16, targets=MMDIT_TARGETS),
         ),
-        loop=LoopConfig(steps=600, batch_size=32, ema=0.98, save_every=100, preview_every=200),
+        loop=LoopConfig(steps=600, batch_size=32, ema=0.98, ema_warmup=True, save_every=100, preview_every=200),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=50, decay="cosine", b2=0.99),
     )

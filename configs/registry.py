@@ -70,8 +70,7 @@ def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig
     """Return a distillation config with another method, at its published defaults.
 
     A method with a teacher keeps the config's range of w if its student takes w as an input, or if the range is one
-    value. In progressive distillation the moving average is a copy of the student, taken at the end of each stage, and
-    there are as many stages as lead to the steps of the preview.
+    value.
 
     method_name: a method of `lcm_jax.objectives`, or FILE.py:CLASS of your own. name: the config's name, for messages.
     Raises ValueError if the config is no distillation.
@@ -85,6 +84,5 @@ def with_method(config: TrainConfig, method_name: str, name: str) -> TrainConfig
     objective = method(method_name, schedule=old.schedule, kind=old.kind)
     if objective.needs_teacher and (objective.embed_w or old.w_min == old.w_max):
         objective = replace(objective, w_min=old.w_min, w_max=old.w_max)
-    objective = objective.for_run(steps=config.loop.steps, student_steps=task.preview_steps)
     loop = replace(config.loop, **objective.moving_average)
     return replace(config, task=replace(task, objective=objective), loop=loop)

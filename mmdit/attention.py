@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from mmdit import cpu_attention, tpu_attention
+from mmdit import cpu_attention, tpu_attention, tpu_attention_jvp
 
 Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _halved: ContextVar[bool] = ContextVar("halved", default=False)
+_forward_mode: ContextVar[bool] = ContextVar("forward_mode", default=False)
 _mesh_axes: ContextVar[tuple[Mesh | AbstractMesh, tuple[str, ...], str] | None] = ContextVar("mesh_axes", default=None)
 
 
@@ -53,6 +54,27 @@ def bfloat16_attention() -> Iterator[None]:
         yield
     finally:
         _halved.reset(token)
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Choose kernels that `jax.jvp` can differentiate in everything that is traced inside the `with` block.
+
+    That is `mmdit.tpu_attention_jvp` on a TPU for long sequences, and "xla" elsewhere.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from mmdit.attention import attention, forward_mode
+    >>> q = jnp.ones((1, 2, 1, 8))
+    >>> with forward_mode():
+    ...     _, tangent = jax.jvp(lambda q: attention(q, q, q), (q,), (q,))
+    >>> tangent.shape
+    (1, 2, 1, 8)
+    """
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
 
 
 @contextmanager
@@ -92,7 +114,7 @@ def attention(
     - "cpu", `mmdit.cpu_attention`, on a CPU without causal, mask and bias;
     - "tpu", `mmdit.tpu_attention`, on a TPU without causal, mask and bias for long sequences, where the process has
       one device or `attention_mesh` names the mesh;
-    - "xla" for everything else.
+    - "xla" for everything else, and within `forward_mode` for all but "tpu".
 
     Raises ValueError if the implementation asked for does not support these inputs.
 
@@ -112,6 +134,7 @@ def attention(
         plain = not causal and mask is None and bias is None
         implementation = "cudnn" if half and fits and target == "gpu" else "xla"
         implementation = "cpu" if plain and target == "cpu" else implementation
+        implementation = "xla" if _forward_mode.get() else implementation
         flash_on_tpu = plain and target == "tpu" and tpu_attention.fits(query, key) and _can_shard(query)
         implementation = "tpu" if flash_on_tpu else implementation
     if query.dtype == jnp.float16 and target != "gpu":
@@ -125,7 +148,8 @@ def attention(
         if implementation == "cpu":
             return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _on_each_device(partial(tpu_attention.attend, scale=scale), query, key, value).astype(dtype)
+        attend = tpu_attention_jvp.attend if _forward_mode.get() else tpu_attention.attend
+        return _on_each_device(lambda *qkv: attend(*qkv, scale), query, key, value).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
     if implementation == "cudnn" and not _has_gradient(query, key):
         if mask is not None or bias is not None:

@@ -68,9 +68,10 @@ class MMDiT(nn.Module):
         """Return the raw output (b, h, w, out_channels) for a noisy latent x, in the dtype of x.
 
         t: scalar or (b,), 1000 times the time of the rectified flow, 0..1000. cond: "context" (b, l, d) and "pooled"
-        (b, p); "guidance" (b,), the w of the w-embedding, if the config has time_cond_proj_dim; "span" (b,), the length
-        of the step in t's unit, if the config has span_embedding (without it 0, the velocity at t). skip_layers: blocks
-        to leave out, for skip-layer guidance; static. Raises ValueError for inputs that do not fit the config.
+        (b, p); "guidance" (b,), the w of the w-embedding, or (b, 3) with an interval, if the config has
+        time_cond_proj_dim; "span" (b,), the length of the step in t's unit, if the config has span_embedding (without
+        it 0, the velocity at t). skip_layers: blocks to leave out, for skip-layer guidance; static. Raises
+        ValueError for inputs that do not fit the config.
         """
         config, types = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         check_inputs(config, x, cond)
@@ -117,9 +118,9 @@ def embed_condition(
     config: MMDiTConfig, batch: int, t: Array, cond: Mapping[str, Array], types: dict[str, Any]
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b d"]]:
     """Return the text's tokens and the activated modulation vector; the layers belong to the calling module."""
+    guidance, span = (None if cond.get(name) is None else jnp.asarray(cond[name]) for name in ("guidance", "span"))
     guidance, span = (
-        None if cond.get(name) is None else jnp.broadcast_to(jnp.asarray(cond[name]), (batch,))
-        for name in ("guidance", "span")
+        value if value is None or value.ndim == 2 else jnp.broadcast_to(value, (batch,)) for value in (guidance, span)
     )
     embed = TimeTextEmbed(
         config.width, config.time_cond_proj_dim, types["param_dtype"], config.span_embedding, name="time_text_embed"

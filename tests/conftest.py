@@ -46,7 +46,7 @@ from mmdit.text import (
 from vae16 import AutoencoderConfig, AutoencoderKL
 
 # The method of docs/examples, a file outside the library, is tested as the library's own are.
-load_object(f"{Path(__file__).parents[1]}/docs/examples/own_method.py:Reflow", option="tests")
+load_object(f"{Path(__file__).parents[1]}/docs/examples/own_method.py:KnowledgeDistillation", option="tests")
 
 # Tiny networks take longer to compile than to run, and twice as long with XLA's newer emitters, whose results differ in
 # rounding alone. XLA reads the flags when a first device is used; it ends a process whose flags it does not know.

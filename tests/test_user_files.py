@@ -43,20 +43,18 @@ def test_a_method_of_80_lines_trains_from_the_command_line(
     assert len(METHOD.read_text().splitlines()) <= 80
     monkeypatch.setenv("LCM_JAX_CACHE", str(tmp_path / "cache"))
     run, short = tmp_path / "run", ["--task.objective.solver-steps", "1"]
-    assert (
-        cli.main(["distill", "--config", f"{METHOD}:reflow_openmoji", "--workdir", str(run), *tiny_keys, *short]) == 0
-    )
+    assert cli.main(["distill", "--config", f"{METHOD}:kd_openmoji", "--workdir", str(run), *tiny_keys, *short]) == 0
     student = lcm_jax.load(run / "export")
-    assert student.default_sampler == "ddim"  # as the method says
+    assert student.default_sampler == "flow_map"  # as the method says
     trained, start = (lcm_jax.load(path).net_params["conv_in"]["kernel"] for path in (run / "export", tiny_model))
     assert bool(jnp.any(trained != start))
 
 
 def test_a_registered_method_is_known_by_its_name() -> None:
-    load_object(f"{METHOD}:Reflow", option="--objective")
-    assert "reflow" in METHODS
-    config = configs.with_method(configs.get("openmoji_lcm"), "reflow", "openmoji_lcm")
-    assert type(config.task.objective).__name__ == "Reflow"
+    load_object(f"{METHOD}:KnowledgeDistillation", option="--objective")
+    assert "kd" in METHODS
+    config = configs.with_method(configs.get("openmoji_lcm"), "kd", "openmoji_lcm")
+    assert type(config.task.objective).__name__ == "KnowledgeDistillation"
 
 
 def test_a_solver_draws_from_the_command_line_and_from_python(tiny_model: Path, tmp_path: Path) -> None:

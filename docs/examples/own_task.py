@@ -66,4 +66,4 @@ class CountTask:
         )
 
 
-count_dark = TrainConfig(task=CountTask(), loop=LoopConfig(steps=200, batch_size=8))
+count_dark = TrainConfig(task=CountTask(), loop=LoopConfig(steps=200, batch_size=8, ema=0.95))

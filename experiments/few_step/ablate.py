@@ -45,7 +45,7 @@ OPTIONS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "ctm": lambda steps: PAIRS,
     "tcd": lambda steps: PAIRS,
     "pcm": lambda steps: PAIRS,
-    "progressive": lambda steps: {"first_steps": 8, "stage_steps": max(steps // 4, 1)},
+    "progressive": lambda steps: {"first_steps": 8, "last_steps": 1},
 }
 
 
@@ -54,7 +54,7 @@ def variant(name: str, scale: str) -> TrainConfig:
     config = configs.get("openmoji_lcm_lora" if name == "lcm-lora" else "openmoji_lcm")
     if name != "lcm-lora":
         config = configs.with_method(config, name, "openmoji_lcm")
-    loop = replace(config.loop, steps=1, ema_every=1, preview_every=10**6, save_every=100)
+    loop = replace(config.loop, steps=1, preview_every=10**6, save_every=100)
     optimizer = replace(config.optimizer, warmup=10)
     if scale == "gpu":
         loop, optimizer = replace(loop, batch_size=128, save_every=1000), replace(optimizer, warmup=100)
@@ -74,8 +74,6 @@ def prepare(name: str, scale: str, config: TrainConfig) -> TrainConfig:
     if steps == variant(name, scale).loop.steps:
         steps = max(round(BUDGETS[scale] / step_cost(config, compile=False).flops), 4)
     loop = replace(config.loop, steps=steps)
-    if name == "progressive":  # four stages; the student is copied at the end of each
-        loop = replace(loop, steps=steps - steps % 4, ema_every=max(steps // 4, 1))
     options = OPTIONS[name](loop.steps) if name in OPTIONS else {}
     return replace(config, task=replace(config.task, objective=replace(config.task.objective, **options)), loop=loop)
 

@@ -43,7 +43,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "loss l2": {"loss": "l2"},
     "loss huber, c = 0.001": {"huber_c": 1e-3},
 }
-AVERAGES = {"ema 0": 0.0, "ema 0.5": 0.5}  # in 30 steps the rate never rises above 0.78 (`ema_decay`)
+AVERAGES = {"ema 0": 0.0, "ema 0.5": 0.5}  # in 30 steps the decay never rises above 0.78 (`ema_decay`)
 
 
 def cell(name: str, scale: str) -> TrainConfig:

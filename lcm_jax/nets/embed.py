@@ -33,17 +33,29 @@ def sinusoidal(
     return jnp.pad(jnp.concatenate([first(angles), second(angles)], axis=-1), ((0, 0), (0, dim % 2)))
 
 
-def guidance_embedding(w: Float[Array, " b"], dim: int = 256) -> Float[Array, "b dim"]:
+def guidance_embedding(w: Float[Array, " b"] | Float[Array, "b 3"], dim: int = 256) -> Float[Array, "b dim"]:
     """Return the w-embedding, the classifier-free guidance embedding of LCM (arXiv:2310.04378, section 4.3).
 
-    w = guidance - 1 is the guidance scale of each example; the embedding is the sinusoid of 1000 w.
+    w = guidance - 1 is the guidance scale of each example; the embedding is the sinusoid of 1000 w. With (w, start,
+    end) the network is guided within an interval of times, as shares of the way from clean to noise, and the embedding
+    is that of w plus what the ends add to it: nothing for the whole interval, (w, 0, 1).
 
     >>> import jax.numpy as jnp
     >>> from lcm_jax.nets import guidance_embedding
     >>> guidance_embedding(jnp.array([0.0, 7.5])).shape
     (2, 256)
+    >>> whole = guidance_embedding(jnp.array([[7.5, 0.0, 1.0]]), 256)
+    >>> bool(jnp.allclose(whole, guidance_embedding(jnp.array([7.5]), 256)))
+    True
     """
-    return sinusoidal(1000.0 * w.astype(jnp.float32), dim)
+    w = 1000.0 * w.astype(jnp.float32)
+    if w.ndim == 1:
+        return sinusoidal(w, dim)
+    w, start, end = w.T
+    zero = sinusoidal(jnp.zeros_like(w), dim)
+    # the end's frequencies are in the other order, so that it is not taken for the start
+    ends = sinusoidal(start, dim) - zero + (sinusoidal(1000.0 - end, dim) - zero)[:, ::-1]
+    return sinusoidal(w, dim) + ends
 
 
 class TimestepEmbedding(nn.Module):

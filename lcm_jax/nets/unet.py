@@ -59,9 +59,9 @@ class UNet(nn.Module):
         """Return the raw output (b, h, w, out_channels) for a noisy latent x, in the dtype of x.
 
         t: scalar or (b,), in DDPM timesteps 0..999, fractions allowed. cond: "context" (b, l, d); "guidance" (b,), the
-        w of the w-embedding, if the config has time_cond_proj_dim; "span" (b,), the length of the step in t's unit, if
-        the config has span_embedding (without it 0); "pooled" (b, p) and "time_ids" (b, 6) in pixels, if the config has
-        addition_embed_type. Raises ValueError for conditioning that does not fit the config.
+        w of the w-embedding, or (b, 3) with an interval, if the config has time_cond_proj_dim; "span" (b,), the length
+        of the step in t's unit, if the config has span_embedding (without it 0); "pooled" (b, p) and "time_ids" (b, 6)
+        in pixels, if the config has addition_embed_type. Raises ValueError for conditioning that does not fit.
         """
         config = self.config
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -124,7 +124,8 @@ class UNet(nn.Module):
                     "cond has 'guidance', but the UNet config has no time_cond_proj_dim: leave it out, or set "
                     "time_cond_proj_dim=256 for a network with a w-embedding"
                 )
-            guidance = jnp.broadcast_to(jnp.asarray(cond["guidance"]), (batch,))
+            guidance = jnp.asarray(cond["guidance"])
+            guidance = guidance if guidance.ndim == 2 else jnp.broadcast_to(guidance, (batch,))
             guidance = guidance_embedding(guidance, config.time_cond_proj_dim)
 
         def sinusoid(values: Array, dim: int) -> Array:

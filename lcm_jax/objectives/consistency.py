@@ -6,7 +6,7 @@ Both are d(f(z_t, w, c, t), f^-(z_s, w, c, s)) for a pair of times t > s and dif
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -56,7 +56,9 @@ class LatentConsistency(FewStep):
     skip: s = max(t - skip, 0), in the schedule's time (table steps for DDPM): the paper's k. It need not be the grid's.
         None: a fiftieth of the way, the paper's 20 of 1000.
     pairs: another rule for (t, s); None is that of grid_points and skip.
-    target: f^- is `nets.target`, the moving average ("ema"), or the student behind a stop_gradient ("online").
+    target: f^- is `nets.target`, a moving average ("ema"), or the student behind a stop_gradient ("online").
+    target_ema: the decay of that average, where it is not to be the product's (CD); None: that of `pairs` (CT), if it
+        has one, or the product.
     loss, huber_c: see `terms.distance`; the paper has l2, the released scripts l2 or huber.
     weight: "gap" divides by the difference of the two noise levels sigma / alpha (iCT, ECT).
     """
@@ -65,6 +67,7 @@ class LatentConsistency(FewStep):
     skip: float | None = None
     pairs: KarrasPairs | CTPairs | ICTPairs | ECTPairs | None = None
     target: Target = "ema"
+    target_ema: float | None = None
     loss: Distance = "l2"
     huber_c: float = 1e-3
     weight: Weight = "one"
@@ -76,6 +79,8 @@ class LatentConsistency(FewStep):
         check_choice("loss", self.loss, Distance)
         check_choice("target", self.target, Target)
         check_choice("weight", self.weight, Weight)
+        if self.target_ema is not None and not 0.0 <= self.target_ema <= 1.0:
+            raise ValueError(f"target_ema={self.target_ema} must be from 0 to 1")
         if self.grid_points < 1 or (self.skip is not None and self.skip <= 0):
             raise ValueError(f"grid_points={self.grid_points} and skip={self.skip} must be positive")
         length = self.schedule.t_max - self.schedule.t_min
@@ -85,6 +90,15 @@ class LatentConsistency(FewStep):
     @property
     def needs_target(self) -> bool:
         return self.target == "ema"
+
+    @property
+    def target_decay(self) -> Callable[[Array | float, Array | float], Array] | None:
+        if not self.needs_target:
+            return None
+        if self.target_ema is not None:
+            return lambda step, steps: jnp.float32(self.target_ema)
+        pairs = self.pairs
+        return (lambda step, steps: pairs.target_decay(step / steps)) if isinstance(pairs, CTPairs) else None
 
     @abstractmethod
     def earlier(self, nets: Nets, x0: Image, eps: Image, z: Image, t: Array, s: Array, cond: Cond, w: Array) -> Image:
@@ -100,7 +114,9 @@ class LatentConsistency(FewStep):
         skip = (end - start) / 50 if self.skip is None else self.skip
         return t, jnp.maximum(t - skip, 0.0)
 
-    def end(self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"]) -> Float[Array, " n"]:
+    def end(
+        self, key: Key, t: Float[Array, " n"], s: Float[Array, " n"], progress: Array | float = 0.0
+    ) -> Float[Array, " n"]:
         """Return the time to which both points are mapped, s at the latest: here the clean time."""
         return jnp.full_like(t, self.schedule.t_min)
 
@@ -109,10 +125,19 @@ class LatentConsistency(FewStep):
         return target, end
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        loss, student, critic, metrics = self.parts(nets, batch, key)
+        if self.adversarial:
+            loss, metrics = loss + self.adversarial * student + critic, {**metrics, "critic": critic}
+        return loss, {"loss": loss, **metrics}
+
+    def parts(
+        self, nets: Nets, batch: dict[str, Any], key: Key
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""], dict[str, Array]]:
+        """Return the consistency loss, the adversarial losses of student and critic (0 where unused), and metrics."""
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
         keys = RandomKeys.of(key)
         t, s = self.times(keys.time, len(x0), nets.progress)
-        end = self.end(keys.end, t, s)
+        end = self.end(keys.end, t, s, nets.progress)
         z = add_noise(self.schedule, x0, eps, t)
         z_s = self.earlier(nets, x0, eps, z, t, s, cond, w)
         slow = nets.student if self.target == "online" else nets.target
@@ -127,11 +152,11 @@ class LatentConsistency(FewStep):
             "error": jnp.mean(jnp.abs(difference.astype(jnp.float32))),
             **by_quarter(per_example, self.position(t)),
         }
+        student = critic = jnp.float32(0.0)
         if self.adversarial:
             real, there = self.real(x0, target, end)
             student, critic = self.adversarial_losses(nets, real, prediction, cond, keys.discriminator, there)
-            loss, metrics = loss + self.adversarial * student + critic, {**metrics, "critic": critic}
-        return loss, {"loss": loss, **metrics}
+        return loss, student, critic, metrics
 
     def solution(
         self, nets: Nets, params: Params, student_cond: Cond, z: Image, t: Array, end: Float[Array, " n"]

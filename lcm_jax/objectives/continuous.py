@@ -1,30 +1,38 @@
-"""Continuous-time objectives: forward-mode derivatives along the trajectory (sCM, MeanFlow), or half steps (Shortcut).
+"""Continuous-time objectives: the velocity that they follow, sCM, and sCM with another loss beside it.
 
 Each is written in its paper's time; `on_schedule` takes any teacher and student there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from lcm_jax.diffusion.parameterization import add_noise, expand, flow_map, on_schedule
-from lcm_jax.diffusion.schedules import RectifiedFlow, TrigFlow, log_snr, round_to_timestep
+from lcm_jax.diffusion.parameterization import add_noise, expand, on_schedule
+from lcm_jax.diffusion.schedules import RectifiedFlow, TrigFlow
+from lcm_jax.objectives.distribution import DistributionMatching
 from lcm_jax.objectives.few_step import Draw, FewStep, RandomKeys
-from lcm_jax.objectives.terms import check_choice, frozen, without_caption
-from lcm_jax.objectives.time_densities import LogitNormal
+from lcm_jax.objectives.terms import check_choice, frozen, jvp, without_caption
 from lcm_jax.typing import Array, Cond, Denoiser, Image, Key, Nets, Params, Prediction, Schedule, Time
 
 Velocity = Literal["teacher", "data"]
 FLOW = RectifiedFlow()
 
 
-def _velocity(denoise: Denoiser, x: Image, t: Time, s: Time | None = None) -> Image:
-    """Return dx/dt = eps - x0 on the straight path; with a span embedding the mean velocity from t to s."""
+def velocity(denoise: Denoiser, x: Image, t: Time, s: Time | None = None) -> Image:
+    """Return dx/dt = eps - x0 on the straight path; with a span embedding the mean velocity from t to s.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.continuous import velocity
+    >>> from lcm_jax.typing import Prediction
+    >>> float(velocity(lambda x, t, s: Prediction(x, 3.0 * x), jnp.ones((1, 1, 1, 1)), 0.5).squeeze())
+    2.0
+    """
     prediction = denoise(x, t, s)
     return prediction.eps - prediction.x0
 
@@ -111,8 +119,6 @@ class ContinuousConsistency(Continuous):
     (True, 'lcm')
     """
 
-    forward_mode: ClassVar[bool] = True
-
     mean: float = -1.0
     std: float = 1.4
     sigma_data: float = 1.0
@@ -150,7 +156,7 @@ class ContinuousConsistency(Continuous):
         v = slope(*self.trajectory_prediction(nets, draw, schedule, x, t, keys), cos, sin)
         still = frozen(nets.student)
         tangent = (cos * sin * v, jnp.cos(t) * jnp.sin(t))
-        before, derivative = jax.jvp(lambda x, t: F(still, x, t), (x, t), tangent)
+        before, derivative = jvp(lambda x, t: F(still, x, t), (x, t), tangent)
         r = self.tangent_weight(nets.step, nets.steps)
         g = -(cos**2) * (scale * before - v) - r * (cos * sin * x + scale * derivative)
         rms = jnp.sqrt(jnp.mean(g**2, axis=(1, 2, 3), keepdims=True))
@@ -173,125 +179,97 @@ def _waves(t: Float[Array, " b"]) -> Float[Array, "b w"]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanFlow(Continuous):
-    """MeanFlow (Geng et al. 2025, 2505.13447 eq. 10, 11): the network is the mean velocity u(x, r, t) on the flow,
+class ScoreRegularizedConsistency(ContinuousConsistency):
+    """rCM (Zheng et al. 2025, 2510.08431): sCM, whose student also follows DMD2's difference of scores.
 
-    u_target = v - (t - r) (v d/dx + d/dt) u, one forward-mode product with the tangent (v, r: 0, t: 1); loss
-    |u - u_target|^2 / (|u - u_target|^2 + c)^power, the denominator without gradient. t and r are the larger and the
-    smaller of two logit-normal draws, r = t in all but `share` of the examples. The sampler "flow_map" draws with it.
-    It trains from data with a guidance of 2, for which one caption in ten is dropped; see `Continuous` for a teacher.
+    sCM covers what the teacher draws, the difference of scores on the student's own pictures makes them sharp; there is
+    no discriminator. matching: the weight of DMD2's loss, that of sCM being 1. The student learns in one of `every`
+    steps, the fake score in all. steps: those in which the student draws its pictures. The defaults are the released
+    ones, whose levels are for data of a standard deviation of 1.
 
     >>> import jax
-    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.schedules import DDPM
     >>> from lcm_jax.objectives import method, toy_batch, toy_nets
-    >>> objective = method("meanflow", schedule=RectifiedFlow(), kind="flow")
+    >>> objective = method("rcm", schedule=DDPM())
     >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
     >>> bool(loss >= 0.0), objective.sampler
-    (True, 'flow_map')
+    (True, 'lcm')
     """
 
-    spans: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = True
-    sampler: ClassVar[str] = "flow_map"
+    mean: float = -1.493  # -0.8 - log 2: -0.8 for data of a standard deviation of 1
+    std: float = 1.6
+    warmup: int = 1
+    adaptive: bool = False
+    matching: float = 0.01
+    steps: int = 4
+    every: int = 5
 
-    velocity: Velocity = "data"
-    w_min: float = 1.0
-    w_max: float = 1.0
-    embed_w: bool = False
-    caption_dropout: float = 0.1
-    mean: float = -0.4
-    std: float = 1.0
-    share: float = 0.25
-    power: float = 1.0
-    c: float = 1e-3
+    @property
+    def scores(self) -> DistributionMatching:
+        """DMD2's objective, without its discriminator."""
+        shared = {name: getattr(self, name) for name in ("schedule", "kind", "w_min", "w_max", "embed_w", "steps")}
+        return DistributionMatching(**shared, every=self.every, adversarial=0.0)
+
+    def others(self, key: Key, teacher: Params) -> dict[str, Params]:
+        """Return the fake score, which starts as the teacher, and what sCM has."""
+        return {**super().others(key, teacher), **self.scores.others(key, teacher)}
+
+    @property
+    def updates(self) -> Mapping[str, int]:
+        return {"student": self.every, "weight": self.every}
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
-        draw, keys = self.draw(nets, batch, key), RandomKeys.of(key)
-        n = len(draw.x0)
-        first, second, third = jax.random.split(keys.time, 3)
-        density = LogitNormal(mean=self.mean, std=self.std)
-        one, two = density(first, n), density(second, n)
-        t = jnp.maximum(one, two)
-        r = jnp.where(jax.random.bernoulli(third, self.share, (n,)), jnp.minimum(one, two), t)
-        x = add_noise(FLOW, draw.x0, draw.eps, t)
-        x0, eps = self.trajectory_prediction(nets, draw, FLOW, x, t, keys)
-        v = eps - x0
+        def consistency() -> tuple[Array, Array]:
+            loss, metrics = super(ScoreRegularizedConsistency, self).__call__(nets, batch, key)
+            return loss, metrics["error"]
 
-        def u(x: Image, t: Array) -> Image:
-            return _velocity(self.student_on(nets, nets.student, draw, FLOW), x, t, r)
-
-        mean, derivative = jax.jvp(u, (x, t), (v, jnp.ones_like(t)))
-        target = frozen(v - expand(t - r, x) * derivative)
-        square = jnp.sum((mean - target) ** 2, axis=(1, 2, 3))
-        loss = jnp.mean(square / frozen(square + self.c) ** self.power)
-        return loss, {"loss": loss, "error": jnp.mean(jnp.abs(mean - target))}
+        learns = jnp.asarray(nets.step) % self.every == 0
+        loss, error = jax.lax.cond(learns, consistency, lambda: (jnp.float32(0.0), jnp.float32(0.0)))
+        scores, metrics = self.scores(nets, batch, RandomKeys.of(key).second)
+        total = loss + self.matching * metrics["student"] + (scores - metrics["student"])
+        return total, {**metrics, "loss": total, "consistency": loss, "error": error}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortcut(Continuous):
-    """Shortcut models (Frans et al. 2024, 2410.12557 eq. 5): one step of 2d goes where two steps of d go, d = 2^-k.
+class SanaSprint(ContinuousConsistency):
+    """SANA-Sprint (Chen et al. 2025, 2503.09641): sCM with LADD's discriminator, on any teacher's exact TrigFlow.
 
-    A step of d is a share d of the way in the time of `schedule`, from a multiple of d to the next: these are the steps
-    that "flow_map" takes. For `share` of the batch the mean velocity over 2d is that of two steps of d by the moving
-    average. The rest learns the velocity at the start of the finest steps, d = 1 / `finest`, as their mean velocity.
-    It trains from data with a guidance of 2, for which one caption in ten is dropped; see `Continuous` for a teacher.
-    ValueError for a `finest` that is no power of two.
+    The discriminator's heads read the teacher's features of the student's pictures, noised to a level whose logarithm
+    is N(critic_mean, critic_std^2) (hinge loss, weight `adversarial`). These pictures are drawn from sCM's times, half
+    of them (`largest`) from pure noise. The levels are for data of a standard deviation of 0.5, and move with it.
 
     >>> import jax
-    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.schedules import DDPM
     >>> from lcm_jax.objectives import method, toy_batch, toy_nets
-    >>> objective = method("shortcut", schedule=RectifiedFlow(), kind="flow")
+    >>> objective = method("sana-sprint", schedule=DDPM())
     >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
-    >>> bool(loss >= 0.0), objective.sampler
-    (True, 'flow_map')
+    >>> bool(loss == loss), objective.sampler
+    (True, 'lcm')
     """
 
-    spans: ClassVar[bool] = True
-    sampler: ClassVar[str] = "flow_map"
+    w_min: float = 3.0
+    w_max: float = 4.0
+    mean: float = 0.2
+    std: float = 1.6
+    warmup: int = 4000
+    adversarial: float = 0.5
+    largest: float = 0.5
+    critic_mean: float = -0.6
+    critic_std: float = 1.0
 
-    velocity: Velocity = "data"
-    w_min: float = 1.0
-    w_max: float = 1.0
-    embed_w: bool = False
-    caption_dropout: float = 0.1
-    share: float = 0.25
-    finest: int = 128
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.finest < 2 or self.finest & (self.finest - 1):
-            raise ValueError(f"finest={self.finest} must be a power of two")
-
-    @property
-    def needs_target(self) -> bool:
-        return True
-
-    def steps(self, key: Key, n: int) -> tuple[Float[Array, " n"], Float[Array, " n"], Bool[Array, " n"]]:
-        """Draw n steps: the share of the way at the start, the length, and whether two halves teach the step."""
-        first, second, third = jax.random.split(key, 3)
-        # a batch of one or two holds a pair as often as a larger one, on average
-        pairs = jnp.arange(n) < jnp.floor(self.share * n + jax.random.uniform(first))
-        levels = self.finest.bit_length() - 1
-        level = jnp.where(pairs, jax.random.randint(second, (n,), 0, levels), levels)
-        length = 2.0 ** -level.astype(jnp.float32)
-        start = length * jnp.floor(1.0 + jax.random.uniform(third, (n,)) / length)
-        return jnp.minimum(start, 1.0), length, pairs
+    def critic_times(self, key: Key, since: Float[Array, " b"]) -> Float[Array, " b"]:
+        """Draw the log-normal levels, as times of the schedule."""
+        mean = self.critic_mean + jnp.log(self.sigma_data / 0.5)
+        return self.schedule.time_at(-mean - self.critic_std * jax.random.normal(key, since.shape))
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
+        loss, metrics = super().__call__(nets, batch, key)
         draw, keys = self.draw(nets, batch, key), RandomKeys.of(key)
-        start, length, pairs = self.steps(keys.time, len(draw.x0))
-        stops = [round_to_timestep(self.schedule, self.at(start - part * length)) for part in (0.0, 0.5, 1.0)]
-        t, middle, end = (FLOW.time_at(log_snr(self.schedule, stop)) for stop in stops)
-        x = add_noise(FLOW, draw.x0, draw.eps, t)
-        x0, eps = self.trajectory_prediction(nets, draw, FLOW, x, t, keys, end)
-        slow = self.student_on(nets, nets.target, draw, FLOW)
-        last = flow_map(slow, FLOW, flow_map(slow, FLOW, x, t, middle), middle, end)
-        target = frozen(jnp.where(expand(pairs, x), (x - last) / expand(t - end, x), eps - x0))
-        u = _velocity(self.student_on(nets, nets.student, draw, FLOW), x, t, end)
-        per_example = jnp.mean((u - target) ** 2, axis=(1, 2, 3))
-        loss = jnp.mean(per_example)
-        return loss, {
-            "loss": loss,
-            "error": jnp.mean(jnp.abs(u - target)),
-            "pairs": jnp.mean(jnp.where(pairs, per_example, 0.0)),
-        }
+        times, noise, first = jax.random.split(keys.student, 3)
+        schedule, n = TrigFlow(sigma_data=self.sigma_data), len(draw.x0)
+        t = jnp.where(jax.random.bernoulli(first, self.largest, (n,)), schedule.t_max, self.times(times, n))
+        x = add_noise(schedule, draw.x0, jax.random.normal(noise, draw.x0.shape), t)
+        picture = self.student_on(nets, nets.student, draw, schedule)(x, t).x0
+        student, critic = self.adversarial_losses(nets, draw.x0, picture, draw.cond, keys.discriminator)
+        total = loss + self.adversarial * student + critic
+        return total, {**metrics, "loss": total, "student": student, "critic": critic}

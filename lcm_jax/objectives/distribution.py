@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ from lcm_jax.diffusion.samplers import SAMPLERS, time_grid
 from lcm_jax.diffusion.schedules import RectifiedFlow, log_snr
 from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.objectives.few_step import FewStep, RandomKeys
-from lcm_jax.objectives.terms import frozen
+from lcm_jax.objectives.terms import check_choice, frozen
 from lcm_jax.objectives.time_densities import LogitNormal
 from lcm_jax.typing import Array, Cond, Image, Key, Nets, Params
+
+Divergence = Literal["reverse_kl", "kl", "js", "jeffreys", "hellinger"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,10 @@ class DistributionMatching(AdversarialStudent):
             z = jnp.where(expand(i < number, z), following, z)
         return jax.lax.stop_gradient(z)
 
+    def weigh(self, nets: Nets, x_t: Image, t: Array, cond: Cond) -> Float[Array, "b 1 1 1"] | float:
+        """Return the factor of each example's gradient: 1, which is that of the reverse KL divergence."""
+        return 1.0
+
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         real, noise, cond, student_cond, w = self.draw(nets, batch, key)
         keys = jax.random.split(RandomKeys.of(key).student, 8)
@@ -118,7 +124,7 @@ class DistributionMatching(AdversarialStudent):
             x0_real = self.teacher(nets, cond, w)(x_t, t).x0
             x0_fake = score(frozen(fake))(x_t, t).x0
             size = jnp.mean(jnp.abs(x - x0_real), axis=(1, 2, 3), keepdims=True)
-            direction = frozen((x0_fake - x0_real) / (size + 1e-6))
+            direction = frozen(self.weigh(nets, x_t, t, cond) * (x0_fake - x0_real) / (size + 1e-6))
             loss = 0.5 * jnp.mean((x - frozen(x - direction)) ** 2)
             if self.adversarial:
                 logits = self.discriminator_logits(nets, frozen(nets.others["heads"]), frozen(fake), x, cond, keys[4])
@@ -141,6 +147,50 @@ class DistributionMatching(AdversarialStudent):
             critic = jnp.mean(jax.nn.softplus(-verdict[0])) + jnp.mean(jax.nn.softplus(verdict[1]))
             total, metrics = total + self.critic * critic, {**metrics, "critic": critic}
         return total, {"loss": total, **metrics}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceDistillation(DistributionMatching):
+    """f-distill (Xu et al. 2025, 2502.15681 eq. 4): DMD2 for any f-divergence, whose gradient is DMD2's times h(r).
+
+    r is the ratio of the densities of real and student's noised pictures, the exponential of the heads' logit, cut to
+    0.1 ... 20 and divided by its mean over the examples of a like time (ten bins). h is r^2 f''(r), whose mean over a
+    batch is made 1: r for "kl", 1 for "reverse_kl" (DMD2), r / (1 + r) for "js", 1 + r for "jeffreys", sqrt(r) for
+    "hellinger". ValueError for another divergence, or without a discriminator.
+
+    >>> import jax
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.objectives import method, toy_batch, toy_nets
+    >>> objective = method("f-distill", schedule=DDPM())
+    >>> loss, metrics = objective(toy_nets(), toy_batch(), jax.random.key(0))
+    >>> bool(loss >= 0.0), objective.divergence
+    (True, 'js')
+    """
+
+    divergence: Divergence = "js"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("divergence", self.divergence, Divergence)
+        if not self.adversarial:
+            raise ValueError("adversarial=0: f-distill weighs by its discriminator, so give it a weight")
+
+    def weigh(self, nets: Nets, x_t: Image, t: Array, cond: Cond) -> Float[Array, "b 1 1 1"]:
+        """Return h(r)."""
+        assert nets.critic is not None
+        heads, fake = frozen(nets.others["heads"]), frozen(nets.others["fake"])
+        logits = jnp.mean(nets.critic(heads, fake, x_t, self.schedule.network_time(t), cond), axis=1)
+        ratio = jnp.clip(jnp.exp(jnp.clip(logits, -10.0, 10.0)), 0.1, 20.0)
+        bins = jax.nn.one_hot(jnp.clip(10 * self.position(t), 0, 9).astype(jnp.int32), 10)
+        ratio = ratio / (bins @ (ratio @ bins / jnp.maximum(jnp.sum(bins, axis=0), 1.0)))
+        h = {
+            "reverse_kl": jnp.ones_like(ratio),
+            "kl": ratio,
+            "js": ratio / (1.0 + ratio),
+            "jeffreys": 1.0 + ratio,
+            "hellinger": jnp.sqrt(ratio),
+        }[self.divergence]
+        return expand(h / jnp.mean(h), x_t)
 
 
 @dataclass(frozen=True, kw_only=True)

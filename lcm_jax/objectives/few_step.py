@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +26,7 @@ class RandomKeys(NamedTuple):
 
     time: the training times. noise: eps. guidance: w. captions: which captions are dropped. end: the end of the step
     (TCD, PCM, CTM). denoising: CTM's denoising loss. student: simulated inputs of adversarial students.
-    discriminator: the noise that a discriminator's inputs get.
+    discriminator: the noise that a discriminator's inputs get. second: all draws of a second loss (rCM).
 
     >>> import jax
     >>> from lcm_jax.objectives import RandomKeys
@@ -42,6 +42,7 @@ class RandomKeys(NamedTuple):
     denoising: Key
     student: Key
     discriminator: Key
+    second: Key
 
     @classmethod
     def of(cls, key: Key) -> RandomKeys:
@@ -79,9 +80,8 @@ class FewStep(ABC):
     Its own facts are class attributes, which the task, the command line and the exported folder read:
     spans: the student receives the length of the step, cond["span"]. needs_teacher: it evaluates `nets.teacher`.
     builds_in_guidance: the student draws guided pictures in one evaluation, as what it learns from is guided.
-    needs_w: a range of w is meaningful only if w is an input of the student. forward_mode: it takes a forward-mode
-    derivative of the network, which flash-attention kernels do not have. judges_pictures: the discriminator's input is
-    clean pictures, not noised latents. sampler: the sampler that draws with the student. Random numbers come from
+    needs_w: a range of w is meaningful only if w is an input of the student. judges_pictures: the discriminator's input
+    is clean pictures, not noised latents. sampler: the sampler that draws with the student. Random numbers come from
     `RandomKeys`.
 
     >>> import jax
@@ -108,7 +108,6 @@ class FewStep(ABC):
     needs_teacher: ClassVar[bool] = True
     needs_w: ClassVar[bool] = False
     builds_in_guidance: ClassVar[bool] = True
-    forward_mode: ClassVar[bool] = False
     judges_pictures: ClassVar[bool] = False
     sampler: ClassVar[str] = "lcm"
 
@@ -136,20 +135,27 @@ class FewStep(ABC):
         return False
 
     @property
+    def target_decay(self) -> Callable[[Array | float, Array | float], Array] | None:
+        """(step, steps) -> the decay of nets.target, where it is another average than the product; None: it is that."""
+        return None
+
+    @property
     def updates(self) -> Mapping[str, int]:
-        """The number of steps between two updates of a tree ("student", "others"), where that is not 1."""
+        """The number of steps between two updates of a tree ("student", "fake", "heads"), where that is not 1."""
+        return {}
+
+    @property
+    def optimizers(self) -> Mapping[str, Mapping[str, Any]]:
+        """The fields of a tree's optimizer ("heads": {"b1": 0.0}) that the method changes."""
         return {}
 
     @property
     def moving_average(self) -> Mapping[str, Any]:
-        """The settings of the run's moving average ("ema", "ema_every") that the method requires, if any."""
+        """The settings of the product's average ("ema") that the method requires, if any."""
         return {}
 
-    def for_run(self, *, steps: int, student_steps: int) -> FewStep:
-        """Return the objective with the lengths of its own that follow from the run's.
-
-        steps: the training steps of the run. student_steps: the steps in which the student is to draw.
-        """
+    def drawn_in(self, steps: int) -> FewStep:
+        """Return the objective of a student that is to draw in `steps` steps, for what was left open until then."""
         return self
 
     def others(self, key: Key, teacher: Params) -> dict[str, Params]:
@@ -162,9 +168,13 @@ class FewStep(ABC):
         cond = batch["cond"]
         if self.caption_dropout:
             cond = replace_captions(self.dropped(keys, len(x0)), cond, nets.null)
-        w = jax.random.uniform(keys.guidance, x0.shape[:1], minval=self.w_min, maxval=self.w_max)
+        w = self.guidance(keys.guidance, len(x0))
         eps = jax.random.normal(keys.noise, x0.shape, x0.dtype)
         return Draw(x0, eps, cond, {**cond, "guidance": w} if self.embed_w else cond, w)
+
+    def guidance(self, key: Key, n: int) -> Float[Array, " n"]:
+        """Draw w of n examples."""
+        return jax.random.uniform(key, (n,), minval=self.w_min, maxval=self.w_max)
 
     def dropped(self, keys: RandomKeys, n: int) -> Bool[Array, " n"]:
         """Return for which of n examples `draw` gives the empty prompt."""

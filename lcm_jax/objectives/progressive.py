@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -65,9 +65,10 @@ class ProgressiveDistillation(GuidedDistillation):
     """Salimans & Ho 2022 (2202.00512, Alg. 2), with guidance as in stage two of Meng et al. 2022.
 
     Stage i has first_steps / 2^i steps: the student's one DDIM step goes where two of half its length by the last
-    stage's student go, in the first stage those of the guided teacher. The last stage's student is `nets.target`, a
-    moving average of decay 0 that is updated every `stage_steps` steps (`moving_average`). It is drawn on even times,
-    as it is trained. ValueError for a `first_steps` that is no power of two.
+    stage's student go, in the first stage those of the guided teacher. The run is cut into as many stages of equal
+    length as lead to `last_steps` (None: those in which the student is drawn). The last stage's student is
+    `nets.target`, which becomes the student at the end of a stage. It is drawn on even times, as it is trained.
+    ValueError for a `first_steps` that is no power of two.
 
     >>> import jax
     >>> from lcm_jax.diffusion.schedules import DDPM
@@ -81,12 +82,14 @@ class ProgressiveDistillation(GuidedDistillation):
     sampler: ClassVar[str] = "flow_map"
 
     first_steps: int = 16
-    stage_steps: int = 1000
+    last_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.first_steps < 1 or self.first_steps & (self.first_steps - 1):
             raise ValueError(f"first_steps={self.first_steps} must be a power of two")
+        if self.last_steps is not None and self.last_steps < 1:
+            raise ValueError(f"last_steps={self.last_steps} must be positive")
 
     @property
     def needs_target(self) -> bool:
@@ -94,16 +97,30 @@ class ProgressiveDistillation(GuidedDistillation):
 
     @property
     def moving_average(self) -> Mapping[str, Any]:
-        return {"ema": 0.0, "ema_every": self.stage_steps}
+        return {"ema": 0.0}  # an average would hold students of the stage before
 
-    def for_run(self, *, steps: int, student_steps: int) -> ProgressiveDistillation:
-        """Return it with stages of equal length, as many as lead from `first_steps` to `student_steps`."""
-        stages = 1 + max(0, (self.first_steps // student_steps).bit_length() - 1)
-        return replace(self, stage_steps=max(1, steps // stages))
+    def drawn_in(self, steps: int) -> ProgressiveDistillation:
+        """Return it with a last stage of `steps` steps, where none is given."""
+        return self if self.last_steps is not None else replace(self, last_steps=steps)
+
+    @property
+    def stages(self) -> int:
+        """The number of stages."""
+        return 1 + max(0, (self.first_steps // (self.last_steps or 1)).bit_length() - 1)
+
+    def stage(self, step: Array | float, steps: Array | float) -> Float[Array, ""]:
+        """Return the number of the stage of a step, from 0."""
+        length = jnp.maximum(jnp.floor(jnp.float32(steps) / self.stages), 1.0)
+        return jnp.minimum(jnp.floor(jnp.float32(step) / length), self.stages - 1.0)
+
+    @property
+    def target_decay(self) -> Callable[[Array | float, Array | float], Array]:
+        """0 at the last step of a stage, where the teacher of the next becomes the student, and else 1."""
+        return lambda step, steps: jnp.float32(self.stage(step, steps) == self.stage(step + 1, steps))
 
     def __call__(self, nets: Nets, batch: dict[str, Any], key: Key) -> tuple[Float[Array, ""], dict[str, Array]]:
         x0, eps, cond, student_cond, w = self.draw(nets, batch, key)
-        stage = jnp.floor(jnp.asarray(nets.step, jnp.float32) / self.stage_steps)
+        stage = self.stage(nets.step, nets.steps)
         steps = jnp.maximum(self.first_steps / 2.0**stage, 1.0)
         number = jnp.floor(1.0 + jax.random.uniform(RandomKeys.of(key).time, x0.shape[:1]) * steps)
         t, middle, end = (self.at(jnp.maximum(number - part, 0.0) / steps) for part in (0.0, 0.5, 1.0))

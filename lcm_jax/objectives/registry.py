@@ -8,16 +8,25 @@ from functools import partial
 from typing import Any
 
 from lcm_jax.objectives.consistency import LatentConsistencyDistillation, LatentConsistencyFinetuning
-from lcm_jax.objectives.continuous import ContinuousConsistency, MeanFlow, Shortcut
-from lcm_jax.objectives.distribution import AdversarialDistillation, DistributionMatching, LatentAdversarialDistillation
+from lcm_jax.objectives.continuous import ContinuousConsistency, SanaSprint, ScoreRegularizedConsistency
+from lcm_jax.objectives.distribution import (
+    AdversarialDistillation,
+    DistributionMatching,
+    DivergenceDistillation,
+    LatentAdversarialDistillation,
+)
 from lcm_jax.objectives.few_step import FewStep
+from lcm_jax.objectives.mean_velocity import AlignYourFlow, AlphaFlow, ImprovedMeanFlow, MeanFlow, Shortcut
 from lcm_jax.objectives.progressive import GuidedDistillation, ProgressiveDistillation
+from lcm_jax.objectives.reflow import PiecewiseReflow
 from lcm_jax.objectives.time_pairs import CTPairs, ECTPairs, ICTPairs, KarrasPairs
 from lcm_jax.objectives.trajectory import (
     ConsistencyTrajectory,
     PhasedConsistency,
+    SegmentedConsistency,
     TrajectoryConsistencyDistillation,
 )
+from lcm_jax.objectives.twin_flow import TwinFlow
 from lcm_jax.runtime.user_code import is_same_definition
 
 _FROM_DATA: dict[str, Any] = {"w_min": 0.0, "w_max": 0.0, "embed_w": False}
@@ -32,19 +41,29 @@ _IMPROVED: dict[str, Any] = {
 METHODS: dict[str, Callable[..., FewStep]] = {
     "lcm": LatentConsistencyDistillation,
     "lcf": LatentConsistencyFinetuning,
-    "cd": partial(LatentConsistencyDistillation, pairs=KarrasPairs(), solver="heun"),
+    "cd": partial(LatentConsistencyDistillation, pairs=KarrasPairs(), solver="heun", target_ema=0.95),
     "ct": partial(LatentConsistencyFinetuning, pairs=CTPairs(), **_FROM_DATA),
     "ict": partial(LatentConsistencyFinetuning, pairs=ICTPairs(), **_IMPROVED),
     "ect": partial(LatentConsistencyFinetuning, pairs=ECTPairs(), **_IMPROVED),
     "ctm": ConsistencyTrajectory,
     "tcd": TrajectoryConsistencyDistillation,
     "pcm": PhasedConsistency,
+    "hyper-sd": SegmentedConsistency,
     "scm": ContinuousConsistency,
+    "rcm": ScoreRegularizedConsistency,
+    "sana-sprint": SanaSprint,
+    "ayf": AlignYourFlow,
     "meanflow": MeanFlow,
+    "imf": ImprovedMeanFlow,
+    "alphaflow": AlphaFlow,
+    "twinflow": TwinFlow,
     "shortcut": Shortcut,
     "guided": GuidedDistillation,
     "progressive": ProgressiveDistillation,
+    "reflow": partial(PiecewiseReflow, windows=1, solver_steps=25),
+    "perflow": PiecewiseReflow,
     "dmd2": DistributionMatching,
+    "f-distill": DivergenceDistillation,
     "add": AdversarialDistillation,
     "ladd": LatentAdversarialDistillation,
 }

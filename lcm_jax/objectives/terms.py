@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from jaxtyping import Bool, Float
 
 from lcm_jax.diffusion.parameterization import expand
 from lcm_jax.typing import Array, Cond, Key
+from mmdit.attention import forward_mode
 
 Distance = Literal["l2", "huber", "huber_whole"]
 
@@ -202,3 +204,17 @@ def frozen(tree: Any) -> Any:
     3.0
     """
     return jax.tree.map(jax.lax.stop_gradient, tree)
+
+
+def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Return `jax.jvp`: the value of a function of networks and its derivative along the tangents.
+
+    Their attention is computed by kernels that have a forward mode, which flash attention's usual ones have not.
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.objectives.terms import jvp
+    >>> [float(y) for y in jvp(jnp.square, (3.0,), (1.0,))]
+    [9.0, 6.0]
+    """
+    with forward_mode():
+        return jax.jvp(function, primals, tangents)

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lcm_jax.diffusion.schedules import log_snr
 from lcm_jax.typing import Key, Schedule, Time
@@ -78,14 +78,20 @@ class Levels:
         return jnp.maximum(self.low * self.unit, first), top
 
     def neighbours(self, schedule: Schedule, index: Array, points: Array | int) -> Pair:
-        """Return the times of levels number index + 1 and index of `points`; number 0 is the clean time."""
+        """Return the times of levels number index + 1 and index of `points`."""
+        return self.time(schedule, index + 1, points), self.time(schedule, index, points)
+
+    def time(self, schedule: Schedule, index: Array, points: Array | int) -> Float[Array, " n"]:
+        """Return the time of level number `index` of `points`; number 0 is the clean time."""
         low, high = (x ** (1 / self.rho) for x in self.bounds(schedule))
+        at = (low + index / (points - 1) * (high - low)) ** self.rho
+        return at_level(schedule, jnp.where(index == 0, 0.0, at))
 
-        def time(index: Array) -> Array:
-            at = (low + index / (points - 1) * (high - low)) ** self.rho
-            return at_level(schedule, jnp.where(index == 0, 0.0, at))
-
-        return time(index + 1), time(index)
+    def index(self, schedule: Schedule, t: Float[Array, " n"], points: Array | int) -> Int[Array, " n"]:
+        """Return the number of the level at a time of the grid: the inverse of `time`."""
+        low, high = (x ** (1 / self.rho) for x in self.bounds(schedule))
+        root = level(schedule, t) ** (1 / self.rho)
+        return jnp.round(jnp.maximum(root - low, 0.0) / (high - low) * (points - 1)).astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ def toy_network(params: Params, x: Image, t: Time, cond: Cond) -> Image:
     >>> toy_network(jnp.float32(2.0), jnp.ones((1, 1, 1, 1)), 0.0, {"context": jnp.zeros((1, 1, 4))}).item()
     2.0
     """
-    extra = sum(jnp.sin(cond[name]) for name in ("guidance", "span") if name in cond)
+    extra = sum(jnp.sin(cond[name].reshape(len(x), -1).sum(1)) for name in ("guidance", "span") if name in cond)
     shift = cond["context"].mean((1, 2)) + 0.1 * extra
     return params * x + shift[:, None, None, None] + 1e-4 * jnp.asarray(t).reshape(-1, 1, 1, 1)
 

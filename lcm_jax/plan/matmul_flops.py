@@ -16,7 +16,10 @@ _FLASH = {
     "flash_attention": 2,
     "flash_mha_bwd_dq": 3,
     "flash_mha_bwd_dkv": 4,
-}  # products in jax's kernels for TPUs
+    "flash_tangent_fwd": 6,
+    "flash_tangent_bwd_q": 9,
+    "flash_tangent_bwd_k": 12,
+}  # products in jax's kernels for TPUs, and in those of mmdit.tpu_attention_jvp
 _FLASH_NAME = re.compile("|".join(_FLASH))
 
 # Matrix products in cuDNN's attention: logits, and weights times values; backward, logits again and four gradients.

@@ -12,7 +12,8 @@ def flops(jaxpr: Any) -> float:
     """Return the floating-point operations of a jaxpr, closed or not; a multiplication with its addition counts as two.
 
     The body of a scan counts once for each iteration, that of a while loop once, what is mapped over devices (`pmap`,
-    `shard_map`) once for each device, and of the branches of a `cond` the one with the most.
+    `shard_map`) once for each device, that of a Pallas kernel once for each point of its grid, and of the branches of a
+    `cond` the one with the most.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -57,6 +58,8 @@ def _repetitions(name: str, params: dict[str, Any]) -> int:
             return params["global_axis_size"]
         case "shard_map":
             return params["mesh"].size
+        case "pallas_call":
+            return math.prod(params["grid_mapping"].grid)
     return 1
 
 

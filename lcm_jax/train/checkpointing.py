@@ -197,7 +197,7 @@ class Checkpoints:
 
         Raises OSError if this checkpoint, or the one before it, could not be written.
         """
-        tree = ocp.args.PyTreeSave(state._asdict())
+        tree = ocp.args.PyTreeSave(_present(state))
         args = ocp.args.Composite(
             state=tree, data=ocp.args.JsonSave(batches.get_state()), config=ocp.args.JsonSave(self._config)
         )
@@ -239,11 +239,12 @@ class Checkpoints:
 
         like: the state's shapes. placement: its shardings. Raises ValueError if it cannot be read, or does not fit.
         """
-        target = jax.tree.map(
+        shapes = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             like,
             placement.state,
-        )._asdict()
+        )
+        target = _present(shapes)
         restore_args = ocp.checkpoint_utils.construct_restore_args(target)
         args = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(target, restore_args=restore_args), data=ocp.args.JsonRestore()
@@ -260,6 +261,11 @@ class Checkpoints:
             ) from error
         batches.set_state(saved["data"])
         return TrainState(**saved["state"])
+
+
+def _present(state: Any) -> dict[str, Any]:
+    """Return the trees of a state by name, without a second average where there is none."""
+    return {name: tree for name, tree in state._asdict().items() if tree is not None}
 
 
 def check_writable(workdir: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +41,7 @@ from lcm_jax.train.meter import Meter, Profile
 from lcm_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from lcm_jax.train.task import Batches, Task
 from lcm_jax.train.train_step import Metrics, Parallel, Step, TrainState, make_train_step
+from lcm_jax.typing import Key
 from lcm_jax.weights.safetensors_files import read_json
 
 
@@ -63,6 +65,7 @@ class LoopConfig:
     accumulate: int = 1  # micro-batches in a step
     ema: float = 0.999  # decay of the moving average
     ema_every: int = 1  # steps from one update of the average to the next
+    ema_warmup: bool = False  # the decay rises from 0.1 to `ema`, so that a short run's average forgets its start
     seed: int = 0  # of the parameters, the order of the data and the noise
     log_every: int = 20  # steps from one logging of the scalars to the next
     save_every: int = 200  # steps from one checkpoint to the next
@@ -136,9 +139,7 @@ def fit(
     batches = task.batches(loop.batch_size, loop.seed, rows if jax.process_count() > 1 else None)
     with Watchdog(loop.hang_timeout) as watchdog, Checkpoints(folder, keep=loop.keep, config=config) as checkpoints:
         if folder.step is None:
-            state = init_sharded(
-                lambda key: TrainState.create(task.init(key), tx), jax.random.key(loop.seed), placement.state
-            )
+            state = init_sharded(lambda key: create_state(task, tx, key), jax.random.key(loop.seed), placement.state)
         else:
             state = checkpoints.restore(initial_shapes(task, tx), placement, batches)
             if start == loop.steps:
@@ -146,6 +147,7 @@ def fit(
             else:
                 say(f"{workdir}: goes on from step {start} of {loop.steps}")
         frozen = put_on_mesh(task.frozen, placement.frozen)
+        say_memory(loop)
 
         meter = Meter(start, mesh.size)
 
@@ -175,6 +177,16 @@ def fit(
     return state
 
 
+def say_memory(loop: LoopConfig) -> None:
+    """Say it if the moving average, which is the result, ends with more than a tenth of the first parameters in it."""
+    share = 0.0 if loop.ema_warmup else loop.ema ** (loop.steps // loop.ema_every)
+    if share > 0.1:
+        say(
+            f"after {loop.steps} steps at a decay of {loop.ema} the moving average, which is the result, still holds "
+            f"{share:.0%} of the parameters before the first step: give a lower --ema, or --ema-warmup"
+        )
+
+
 def check_length(done: int, loop: LoopConfig, workdir: Path) -> None:
     """Raise ValueError if a folder holds a later step than the loop's last."""
     if done > loop.steps:
@@ -192,16 +204,21 @@ def check_devices(loop: LoopConfig) -> Mesh:
     return mesh
 
 
+def create_state(task: Task, tx: optax.GradientTransformation, key: Key) -> TrainState:
+    """Return the state before the first step."""
+    return TrainState.create(task.init(key), tx, own_target=task.target_decay is not None)
+
+
 def initial_shapes(task: Task, tx: optax.GradientTransformation) -> TrainState:
     """Return the shapes of the initial state, without computing anything."""
-    return jax.eval_shape(lambda key: TrainState.create(task.init(key), tx), jax.random.key(0))
+    return jax.eval_shape(lambda key: create_state(task, tx, key), jax.random.key(0))
 
 
 def optimizer_and_step(
     task: Task, loop: LoopConfig, optimizer: OptimizerConfig, mesh: Mesh
 ) -> tuple[optax.GradientTransformation, Placement, Step]:
     """Return the optimizer of a run, the shardings of its trees, and its compiled step."""
-    tx = task.optimizer(make_optimizer(optimizer, loop.steps))
+    tx = task.optimizer(partial(make_optimizer, optimizer, loop.steps))
     state = initial_shapes(task, tx)
     if loop.parallel == "pmap":
         placement = pmap_placement(state, task.frozen, mesh)
@@ -215,6 +232,8 @@ def optimizer_and_step(
         seed=loop.seed,
         accumulate=loop.accumulate,
         ema_every=loop.ema_every,
+        ema_warmup=loop.ema_warmup,
+        target_decay=task.target_decay,
         placement=placement,
         parallel=loop.parallel,
         steps=loop.steps,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -106,15 +109,71 @@ def _scale_by_learning_rate(config: OptimizerConfig, length: int) -> optax.Gradi
 _RULES = {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor}
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+MakeOptimizer = Callable[..., optax.GradientTransformation]
+"""make(field=value, ...) -> the run's optimizer, with these fields of its `OptimizerConfig` changed."""
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, **changes: Any) -> optax.GradientTransformation:
     """Return the optimizer of `config`: clip, scale by the rule, decay the weights, times the learning rate.
 
     steps: the length of the run. Its `update` takes another one as `steps=`, which may be data of a compiled program:
-    then the program is the same for every length.
+    then the program is the same for every length. changes: fields of `config` to replace.
     """
+    config = replace(config, **changes)
     rule = optax.chain(
         _RULES[config.algorithm](config),
         optax.add_decayed_weights(config.weight_decay, _decays),
         _scale_by_learning_rate(config, steps),
     )
     return optax.chain(optax.clip_by_global_norm(config.clip), rule) if config.clip else rule
+
+
+def partitioned(
+    make: MakeOptimizer,
+    names: Sequence[str],
+    *,
+    periods: Mapping[str, int] = MappingProxyType({}),
+    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    rates: Mapping[str, float] = MappingProxyType({}),
+) -> optax.GradientTransformation:
+    """Return an optimizer that gives each of several trees its own moments, clipping and learning rate.
+
+    So no tree's gradient, however large, changes the step of another.
+
+    names: the keys of the trees, in the parameters or in a dict in them. periods: tree -> k: it is updated in every
+    k-th step, and its learning rate counts its own updates, of which there are a k-th part of the run's steps. changes:
+    tree -> fields of its `OptimizerConfig`. rates: tree -> its learning rate, divided by the run's.
+
+    >>> import jax.numpy as jnp
+    >>> from functools import partial
+    >>> from lcm_jax.train.optimizer import OptimizerConfig, make_optimizer, partitioned
+    >>> make = partial(make_optimizer, OptimizerConfig(warmup=0, learning_rate=1.0), 10)
+    >>> params = {"student": jnp.zeros(1), "others": {"critic": jnp.zeros(1)}}
+    >>> tx = partitioned(make, ("student", "critic"), rates={"critic": 0.5})
+    >>> gradients = {"student": jnp.ones(1), "others": {"critic": jnp.ones(1)}}
+    >>> updates, _ = tx.update(gradients, tx.init(params), params)
+    >>> float(updates["student"][0].round(4)), float(updates["others"]["critic"][0].round(4))
+    (-1.0, -0.5)
+    """
+
+    def optimizer_of(name: str) -> optax.GradientTransformation:
+        tx = make(**changes.get(name, {}))
+        tx = optax.chain(tx, optax.scale(rates[name])) if name in rates else tx
+        return _every(tx, periods[name]) if periods.get(name, 1) > 1 else tx
+
+    def label(path: Any, _: Any) -> str:
+        return next(key.key for key in path if key.key in names)
+
+    return optax.partition({n: optimizer_of(n) for n in names}, partial(jax.tree.map_with_path, label))
+
+
+def _every(tx: optax.GradientTransformation, period: int) -> optax.GradientTransformation:
+    """Return `tx` for a tree that is updated in every `period`-th step, the first one included."""
+    inner = optax.with_extra_args_support(tx)
+
+    def update(grads: Params, state: Any, params: Params | None = None, *, steps: Any = None, **extra: Any) -> Any:
+        own = {} if steps is None else {"steps": (steps + period - 1) // period}
+        return inner.update(grads, state, params, **own, **extra)
+
+    own_clock = optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.conditionally_mask(own_clock, lambda step: step % period == 0)

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lcm_jax.runtime.flops import flops
 from mmdit import attention as module
-from mmdit import tpu_attention
+from mmdit import tpu_attention, tpu_attention_jvp
 from mmdit.attention import attention
 
 near = partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
@@ -73,6 +73,67 @@ def test_long_ones_take_it_on_a_tpu_and_masks_do_not(monkeypatch: pytest.MonkeyP
             assert taken("tpu", *long) is qkv
     with pytest.raises(ValueError, match="implementation 'tpu' has no causal"):
         attention(*long, causal=True, implementation="tpu")
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 2, 8), (1, 150, 270, 1, 16)])
+def test_its_derivative_along_a_direction_has_values_and_gradients(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output and tangent in one pass, and the gradients of both: against XLA's, over several tiles, with padding."""
+    monkeypatch.setattr(tpu_attention_jvp, "QUERIES", 128)
+    monkeypatch.setattr(tpu_attention_jvp, "KEYS", 128)
+    directions = [jnp.cos(3.0 * x) for x in arrays(*shape)]
+
+    def everything(implementation: str, *six: jax.Array) -> object:
+        def both(*six: jax.Array) -> tuple[jax.Array, jax.Array]:
+            attend = partial(attention, scale=0.3, implementation=implementation)  # type: ignore[arg-type]
+            with module.forward_mode():
+                return jax.jvp(attend, six[:3], six[3:])
+
+        def loss(*six: jax.Array) -> jax.Array:
+            o, tangent = both(*six)
+            return jnp.sin(o).sum() + jnp.cos(1.3 * tangent).sum()
+
+        def of_a_target(*six: jax.Array) -> jax.Array:
+            o, tangent = both(*six)
+            return jnp.square(o + jax.lax.stop_gradient(tangent)).sum()
+
+        return both(*six), jax.grad(loss, range(6))(*six), jax.grad(of_a_target, range(3))(*six)
+
+    six = (*arrays(*shape), *directions)
+    with pltpu.force_tpu_interpret_mode():
+        ours = jax.jit(partial(everything, "tpu"))(*six)
+    jax.tree.map(partial(near, rtol=1e-5, atol=1e-5), ours, jax.jit(partial(everything, "xla"))(*six))
+
+
+def test_forward_mode_chooses_kernels_that_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tpu_attention, "LOGITS", 64)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    qkv = arrays(1, 8, 8, 1, 8)
+
+    def program(platform: str) -> str:
+        with module.lowering_for(platform), module.forward_mode():
+            return str(jax.make_jaxpr(lambda *qkv: jax.jvp(attention, qkv, qkv))(*qkv))
+
+    assert "flash_tangent_fwd" in program("tpu")
+    assert "pallas_call" not in program("cpu")
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    with module.lowering_for("gpu"):
+        with pytest.raises(RuntimeError, match="cuDNN"):  # it is asked for, and not here
+            jax.make_jaxpr(attention)(*half)
+        with module.forward_mode():
+            jax.make_jaxpr(attention)(*half)
+
+
+def test_the_products_of_the_derivative_are_counted() -> None:
+    """6 in the pass, 9 and 12 in its gradients, over whole tiles."""
+    b, n, h, d = 2, 512, 3, 64
+    six = [jax.ShapeDtypeStruct((b, n, h, d), jnp.float32)] * 6
+    once = 2.0 * b * h * n * n * d
+    both = partial(tpu_attention_jvp.attend_with_tangent, scale=0.3)
+    assert flops(jax.make_jaxpr(both)(*six)) == 6 * once
+    gradient = jax.grad(lambda *six: sum(x.sum() for x in both(*six)), range(6))
+    assert flops(jax.make_jaxpr(gradient)(*six)) == (6 + 9 + 12) * once
 
 
 ON_A_MESH = """

@@ -16,6 +16,7 @@ from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.models.text_conditioning import Prompts
 from lcm_jax.nets import SD15, SDXL
 from lcm_jax.runtime.image_io import Size
+from lcm_jax.train.optimizer import MakeOptimizer
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.conditioner import FAMILY_OF
 from lcm_jax.train.train_step import Loss
@@ -152,7 +153,7 @@ def abstract_task(
     loss: Loss,
     frozen: Shapes,
     batch: Callable[[int], Shapes],
-    optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda tx: tx,
+    optimizer: Callable[[MakeOptimizer], optax.GradientTransformation] = lambda make: make(),
 ) -> Task:
     """Return a task whose step can be compiled but not run: its frozen trees and batches are shapes.
 

@@ -11,12 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from lcm_jax.data import Source
 from lcm_jax.metrics import psnr
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import BatchedMap, param_sharding
 from lcm_jax.runtime.image_grid import grid
+from lcm_jax.train.optimizer import MakeOptimizer, partitioned
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.common import DataConfig, held_out, loader, open_with_held_out, resolved_config
 from lcm_jax.train.tasks.conditioner import decode_batch, local_mesh
@@ -108,6 +110,9 @@ class PictureTask:
             quality = float(jnp.mean(psnr(jnp.asarray(pictures), jnp.asarray(decoded), data_range=255.0)))
             return {"validation": grid(np.concatenate([pictures, decoded]), 8), "validation_psnr": quality}
 
+        def optimizer(make: MakeOptimizer) -> optax.GradientTransformation:
+            return make() if critic is None else partitioned(make, ("vae", "discriminator"))
+
         return Task(
             init=init,
             loss=batch_loss,
@@ -115,6 +120,7 @@ class PictureTask:
             batches=loader(source, transform=lambda record: {"image": record["image"]}),
             preview=preview,
             export=lambda ema, folder: export(ema, folder, source),
+            optimizer=optimizer,
             separable=critic is None,  # the discriminator's weight depends on gradients of the full batch
         )
 

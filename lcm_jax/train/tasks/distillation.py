@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from lcm_jax import lora
 from lcm_jax.diffusion.schedules import DDPM
@@ -19,6 +18,7 @@ from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.nets.discriminator_heads import features
 from lcm_jax.objectives import FewStep, LatentConsistencyDistillation
 from lcm_jax.parallel.sharding import param_sharding
+from lcm_jax.train.optimizer import MakeOptimizer, partitioned
 from lcm_jax.train.task import Task
 from lcm_jax.train.tasks.abstract_step import (
     abstract_task,
@@ -34,7 +34,7 @@ from lcm_jax.train.tasks.discriminator import Discriminator
 from lcm_jax.train.tasks.latent import LatentTask, draw_latents, export_folder, preview
 from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.train.train_step import Metrics, Progress
-from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule
+from lcm_jax.typing import Array, Cond, Image, Key, Kind, Nets, Params, Schedule, Shapes
 from lcm_jax.weights.diffusers_folder import Component
 from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import save_lora
@@ -68,6 +68,7 @@ class DistillationTask(LatentTask):
     preview_steps: int = 4  # sampling steps of a preview
     scan: bool = False  # compile blocks of one shape once, as a scan; see the network
     remat: Remat = False  # what the backward pass recomputes: nothing, all of a block, or what a policy does not keep
+    attention: Implementation | None = None  # the student's attention kernel; None chooses by platform and precision
     dtype: Dtype = "float32"  # of the computation; parameters, norms and losses are float32
     teacher_dtype: Dtype = "float32"  # of the teacher's parameters
 
@@ -109,7 +110,7 @@ class DistillationTask(LatentTask):
         def init(key: Key) -> Params:
             return learner.init_params(key, first, frozen)
 
-        jax.eval_shape(init, jax.random.key(0))  # raises what does not fit before the pictures are encoded
+        shapes = jax.eval_shape(init, jax.random.key(0))  # raises what does not fit before the pictures are encoded
         batches = self.batches(sources, self.encode(conditioner, sources))
         model = LatentDiffusion(
             net=net,
@@ -147,7 +148,8 @@ class DistillationTask(LatentTask):
             batches=batches,
             preview=lambda ema, frozen, batched_map: show(learner.student(ema, frozen), frozen["vae"], batched_map),
             export=export,
-            optimizer=partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others),
+            optimizer=student_optimizer(objective, self.rate_of_others, shapes),
+            target_decay=learner.target_decay,
             captions=shown,
         )
 
@@ -172,13 +174,13 @@ class DistillationTask(LatentTask):
             shapes = jax.eval_shape(learner.init_params, key, first, frozen)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-        optimizer = partial(partitioned_optimizer, every=objective.updates, rate=self.rate_of_others)
-        return abstract_task(init, learner.loss, frozen, batch, optimizer)
+        optimizer = student_optimizer(objective, self.rate_of_others, jax.eval_shape(init, jax.random.key(0)))
+        return replace(abstract_task(init, learner.loss, frozen, batch, optimizer), target_decay=learner.target_decay)
 
     def _objective(self, schedule: Schedule, kind: Kind) -> FewStep:
         """Return the objective on the teacher's schedule; raise ValueError if it does not fit teacher or LoRA."""
         embed_w = self.objective.embed_w and self.lora is None
-        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w)
+        objective = replace(self.objective, schedule=schedule, kind=kind, embed_w=embed_w).drawn_in(self.preview_steps)
         if kind == "epsilon" and float(schedule.alpha(schedule.t_max)) == 0.0:
             raise ValueError(
                 f"{self.teacher} predicts epsilon, which at the end of a schedule of zero terminal SNR does not "
@@ -203,8 +205,7 @@ class DistillationTask(LatentTask):
         if objective.embed_w and config.time_cond_proj_dim is None:
             config = replace(config, time_cond_proj_dim=self.guidance_dim)
         config = replace(config, span_embedding=config.span_embedding or objective.spans)
-        kernel: Implementation | None = "xla" if objective.forward_mode else None
-        return build_net(config, dtype=self.dtype, remat=self.remat, scan=self.scan, attention=kernel)
+        return build_net(config, dtype=self.dtype, remat=self.remat, scan=self.scan, attention=self.attention)
 
     def critic(self, objective: FewStep, net: Any, around: Component) -> Discriminator:
         """Return the discriminator: heads on the teacher's blocks, or on an image tower if it judges pictures.
@@ -225,7 +226,7 @@ class DistillationTask(LatentTask):
         return Discriminator(features=image_features, net=net, frozen={"eyes": frozen})
 
 
-def split(params: Params) -> tuple[Params, Any]:
+def split(params: Params | Shapes) -> tuple[Any, Any]:
     """Return the student's parameters, and the trees that are trained beside it, or None."""
     pair = isinstance(params, dict) and params.keys() == {"student", "others"}
     return (params["student"], params["others"]) if pair else (params, None)
@@ -247,6 +248,12 @@ class Learner:
     def frozen(self) -> dict[str, Params]:
         """The frozen trees that the loss needs besides "teacher" and "null"."""
         return {} if self.critic is None else self.critic.frozen
+
+    @property
+    def target_decay(self) -> Callable[[Progress], Array] | None:
+        """The decay of the objective's own average, or None where the product's serves."""
+        decay = self.objective.target_decay
+        return None if decay is None else lambda progress: decay(progress.step, jnp.asarray(progress.steps))
 
     def init_params(self, key: Key, first: Params, frozen: Params) -> Params:
         """Return the trained trees before the first step: the student, or {"student", "others"}.
@@ -275,14 +282,14 @@ class Learner:
         return lora.Adapted(frozen["teacher"], student, dropout)
 
     def loss(
-        self, params: Params, ema: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
+        self, params: Params, average: Params, frozen: Params, batch: dict[str, Array], key: Key, progress: Progress
     ) -> tuple[Array, Metrics]:
         """Return (loss, metrics) of a batch of encoded records; a `Loss` of the training step."""
         draw, rest = jax.random.split(key)
         nets = Nets(
             as_apply(self.net),
             self.student(params, frozen, jax.random.fold_in(key, 2)),
-            self.student(ema, frozen) if self.objective.needs_target else None,
+            self.student(average, frozen) if self.objective.needs_target else None,
             frozen["teacher"],
             frozen["null"],
             others=split(params)[1],
@@ -293,39 +300,19 @@ class Learner:
         return self.objective(nets, draw_latents(draw, batch), rest)
 
 
-def partitioned_optimizer(
-    tx: optax.GradientTransformation, *, every: Mapping[str, int], rate: float
-) -> optax.GradientTransformation:
-    """Return the optimizer of {"student", "others"}, each with a state and gradient clipping of its own.
+def student_optimizer(
+    objective: FewStep, rate: float, params: Params | Shapes
+) -> Callable[[MakeOptimizer], optax.GradientTransformation]:
+    """Return what makes the optimizer of a student and of the trees beside it, each with its own; see `partitioned`.
 
-    For parameters that are a student alone it is `tx`.
-
-    every: tree -> k: it is updated in every k-th step; 1 if it is missing. rate: the learning rate of the others,
-    divided by the student's.
+    rate: the learning rate of the others, divided by the student's. params: the trained trees, or their shapes.
     """
-
-    def optimizer_of(name: str) -> optax.GradientTransformation:
-        optimizer = tx if name == "student" else optax.chain(tx, optax.scale(rate))
-        period = every.get(name, 1)
-        return optimizer if period == 1 else optax.conditionally_mask(optimizer, partial(_is_due, period))
-
-    def label(params: Params) -> PyTree[str]:
-        return {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()}
-
-    both = optax.partition({name: optimizer_of(name) for name in ("student", "others")}, label)
-
-    def pick(params: Params) -> optax.GradientTransformationExtraArgs:
-        pair = isinstance(params, dict) and params.keys() == {"student", "others"}
-        return optax.with_extra_args_support(both if pair else tx)
-
-    return optax.GradientTransformationExtraArgs(
-        lambda params: pick(params).init(params),
-        lambda grads, state, params=None, **extra: pick(grads).update(grads, state, params, **extra),
-    )
-
-
-def _is_due(period: int, step: Array, **_: Any) -> Array:
-    return step % period == 0
+    others = split(params)[1]
+    if others is None:
+        return lambda make: make()
+    names = ("student", *others)
+    rates = {} if rate == 1.0 else dict.fromkeys(others, rate)
+    return partial(partitioned, names=names, periods=objective.updates, changes=objective.optimizers, rates=rates)
 
 
 def merge_pretrained(fresh: Params, trained: Params) -> Params:

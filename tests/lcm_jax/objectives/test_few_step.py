@@ -72,8 +72,10 @@ def setting(n: int = 64, seed: int = 0) -> tuple[dict[str, Any], Nets]:
 FIXED: dict[str, tuple[dict[str, Any], float]] = {
     "lcm": ({"grid_points": 100, "skip": 0.01, "sigma_data": 1e-6}, 1e-7),
     "cd": ({"pairs": KarrasPairs(points=200), "sigma_data": 1e-6}, 5e-8),
-    "ctm": ({"grid_points": 100, "skip": 0.01, "solver_steps": 64, "denoising": 0.0, "loss": "l2"}, 2e-5),
+    "ctm": ({"pairs": KarrasPairs(points=50), "denoising": 0.0}, 1e-7),
     "scm": ({}, 1e-6),
+    "ayf": ({"largest": 1.0}, 1e-6),
+    "ayf, lagrangian": ({"derivative": "lagrangian", "largest": 1.0}, 1e-6),
     "meanflow": ({"power": 0.0, "velocity": "teacher"}, 1e-5),
     "shortcut": ({"finest": 512, "velocity": "teacher"}, 1e-5),  # its finest step is Euler's
 }
@@ -83,7 +85,7 @@ FIXED: dict[str, tuple[dict[str, Any], float]] = {
 def test_an_exact_student_has_no_loss(name: str) -> None:
     options, tolerance = FIXED[name]
     batch, nets = setting()
-    objective = method(name, **{**PLAIN, **options})
+    objective = method(name.split(",")[0], **{**PLAIN, **options})
     nets = nets._replace(others=objective.others(jax.random.key(0), TEACHER))
     loss = jit(lambda p: objective(nets._replace(student=p, target=p), batch, jax.random.key(1))[0])
     assert abs(float(loss(EXACT))) < tolerance
@@ -203,7 +205,7 @@ def some(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", cases)
 
 
-@some("lcm", "scm", "dmd2", "add", "reflow")
+@some("lcm", "scm", "dmd2", "add", "kd")
 def test_gradients_are_finite_and_reach_the_student_alone(name: str) -> None:
     batch, nets = setting(16)
     objective = method(name, **PLAIN)
@@ -228,30 +230,40 @@ LIVE: dict[str, list[str]] = {
     "pcm": ["teacher", "student", "student*"],
     **{name: ["target", "student*"] for name in ("lcf", "ct")},
     **{name: ["student", "student*"] for name in ("ict", "ect")},
-    "ctm": ["teacher", "teacher", "student", "student", "student*", "student*", "student*"],
+    "ctm": ["teacher", "teacher", "student", "target", "student*", "target*", "student*"],
+    "hyper-sd": ["teacher", "student", "student*"],
     "scm": ["teacher", "student", "student*"],
+    "rcm": ["teacher", "student", "student*", *["student"] * 3, "student*", "teacher", "fake", "student", "fake*"],
+    "sana-sprint": ["teacher", "student", "student*", "student*"],
+    "ayf": ["teacher", "student", "student*"],
     "meanflow": ["student*"],
+    "imf": ["student", "student", "student*"],
+    "alphaflow": ["student", "student*"],
+    "twinflow": [*["student", "target", "target", "student*"], *["target"] * 2, *["student"] * 2],
     "shortcut": ["target", "target", "student*"],
     "guided": ["teacher", "student*"],
     "progressive": ["teacher", "teacher", "student*"],
-    "dmd2": [*["student"] * 3, "student*", "teacher", "fake", "student", "fake*"],
+    "reflow": ["teacher", "student*"],
+    "perflow": ["teacher", "student*"],
+    **{name: [*["student"] * 3, "student*", "teacher", "fake", "student", "fake*"] for name in ("dmd2", "f-distill")},
     "add": ["student*", "teacher"],
     "ladd": ["student*"],
-    "reflow": [*["teacher"] * 4, "student*"],  # the method of docs/examples/own_method.py
+    "kd": [*["teacher"] * 4, "student*"],  # the method of docs/examples/own_method.py
 }
 
 
-@some("lcm", "pcm", "ict", "ctm", "scm", "shortcut", "progressive", "dmd2", "add", "reflow")
+@some("lcm", "pcm", "ict", "ctm", "scm", "shortcut", "imf", "twinflow", "progressive", "dmd2", "add", "kd")
 def test_gradient_is_the_difference_quotient_with_what_is_stopped_held(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against central differences in m and v, in which every value that was stopped is put back as it was.
 
     What is stopped is one thing to get wrong, and LIVE says it: a nudge of an output has a gradient where, and only
-    where, the gradient goes through that output. The two loops of DMD2 and of progressive distillation are in their
-    first branch at step 0.
+    where, the gradient goes through that output. The branches of DMD2 and of progressive distillation are the
+    first at step 0; a loop of the teacher's steps is taken once.
     """
     options = {"loss": "l2"} if "loss" in method(name, schedule=FLOW).__dataclass_fields__ else {}  # it has no kinks
+    options |= {"adaptive": False} if name == "ctm" else {}  # its weights are gradients
     batch, nets = setting(8)
     objective = method(name, **{**PLAIN, **options})
     if name == "cd":  # one question in place of Heun's two
@@ -259,6 +271,7 @@ def test_gradient_is_the_difference_quotient_with_what_is_stopped_held(
     off = {**OFF, "map": jnp.float32(0.0)}
     others = {"heads": jnp.ones(3), **objective.others(jax.random.key(0), off)}
     monkeypatch.setattr(jax.lax, "cond", lambda _, first, other: first())
+    monkeypatch.setattr(jax.lax, "fori_loop", lambda first, last, step, x: step(0, x))
     stop = jax.lax.stop_gradient
 
     def evaluate(theta: Array, nudges: Array, tape: list[Array] | None = None) -> tuple[Array, tuple[list, list]]:
@@ -288,7 +301,7 @@ def test_gradient_is_the_difference_quotient_with_what_is_stopped_held(
         return loss, stopped
 
     calls: list[str] = []
-    theta, none, h = jnp.stack([OFF["m"], OFF["v"]]), jnp.zeros(9), 3e-3
+    theta, none, h = jnp.stack([OFF["m"], OFF["v"]]), jnp.zeros(12), 3e-3
 
     def both(theta: Array) -> tuple[Array, Array, Array]:
         (slope, nudged), tape = jax.grad(evaluate, argnums=(0, 1), has_aux=True)(theta, none)
@@ -323,8 +336,10 @@ def test_one_phase_is_lcm() -> None:
 
 @pytest.mark.parametrize("name", ["tcd", "ctm"])
 def test_with_the_clean_time_as_end_trajectories_are_lcm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {**SHARED, **({"solver_steps": 1, "denoising": 0.0, "target": "ema"} if name == "ctm" else {})}
-    objective, lcm = method(name, **options), method("lcm", **SHARED)
+    own, both = {}, SHARED
+    if name == "ctm":
+        own, both = {"denoising": 0.0, "target": "ema"}, {**SHARED, "pairs": KarrasPairs(), "solver": "heun"}
+    objective, lcm = method(name, **both, **own), method("lcm", **both)
     monkeypatch.setattr(type(objective), "end", type(lcm).end)
     if name == "ctm":
         monkeypatch.setattr(type(objective), "times", type(lcm).times)
@@ -357,7 +372,7 @@ def test_phases_do_not_cross_an_edge() -> None:
         assert len(np.unique(np.asarray(edge))) == 4
 
 
-@pytest.mark.parametrize("name", ["meanflow", "shortcut"])
+@pytest.mark.parametrize("name", ["meanflow", "shortcut", "imf", "alphaflow"])
 def test_guidance_from_data_has_the_guided_flow_as_its_fixed_point(name: str) -> None:
     """Two classes, Gaussians around +m and -m: the student whose velocity is v(0) + (1 + w) (v(c) - v(0)) is at rest.
 
@@ -381,8 +396,8 @@ def test_guidance_from_data_has_the_guided_flow_as_its_fixed_point(name: str) ->
         guided = uncond + (1.0 + params["w"]) * (velocity(x, t, m * label) - uncond)
         return jnp.where(label == 0.0, uncond, guided) + params["shift"] * label
 
-    options = {"meanflow": {"share": 0.0, "power": 0.0}, "shortcut": {"share": 0.0}}[name]
-    options |= {"velocity": "data", "kappa": 0.6, "caption_dropout": 0.1, "w_min": w, "w_max": w}
+    options = {"share": 0.0, "velocity": "data", "kappa": 0.6, "caption_dropout": 0.1, "w_min": w, "w_max": w}
+    options |= {} if name == "shortcut" else {"power": 0.0}
     objective = method(name, **{**PLAIN, **options})
 
     def slope(guidance: Array) -> Array:
@@ -430,6 +445,219 @@ def test_a_small_batch_of_shortcut_holds_pairs_too() -> None:
         pairs = jax.vmap(lambda key, n=n: method("shortcut", **PLAIN).steps(key, n)[2])
         share = jnp.mean(pairs(jax.random.split(jax.random.key(0), 2000)))
         assert abs(share - 0.25) < 0.03
+
+
+def test_an_average_that_is_wrong_below_the_end_changes_nothing_in_ctm() -> None:
+    """Both points are mapped from the end on by the same average, so an exact student has no loss with any of them."""
+    batch, nets = setting()
+    objective = method("ctm", **{**PLAIN, "pairs": KarrasPairs(points=50), "denoising": 0.0})
+    loss = jit(lambda student: objective(nets._replace(student=student, target=OFF), batch, jax.random.key(1))[0])
+    assert float(loss(EXACT)) < 1e-7
+    assert float(loss(OFF)) > 1e-3
+
+
+def test_the_teacher_of_ctm_takes_as_many_steps_of_the_grid_as_were_drawn() -> None:
+    objective = method("ctm", **PLAIN)
+    lengths = set()
+    for seed in range(40):
+        t, u = objective.times(jax.random.key(seed), 256)
+        index, below = (objective.pairs.index(FLOW, v, objective.pairs.points) for v in (t, u))
+        steps = int(jnp.max(index - below))
+        np.testing.assert_array_equal(below, jnp.maximum(index - steps, 0))  # one number for a batch, to the clean end
+        lengths.add(steps)
+    assert min(lengths) == 1
+    assert max(lengths) == objective.solver_steps == 17
+
+
+def test_the_weights_of_ctm_are_ratios_of_gradients() -> None:
+    """A loss whose gradient is large is weighed down; both weights stay within 0.01 and 10."""
+    batch, nets = setting(16)
+    terms = {}
+    for scale in (1.0, 1e3):
+        heads = {"heads": jnp.full(3, scale)}
+        objective = method("ctm", **PLAIN, adversarial=1.0, denoising=0.0)
+        plain = replace(objective, adaptive=False)
+        arguments = (nets._replace(student=OFF, others=heads), batch, jax.random.key(1))
+        parts = jit(lambda arguments=arguments, plain=plain: plain.parts(*arguments)[:3])()
+        weighed = jit(lambda arguments=arguments, objective=objective: objective(*arguments)[0])()
+        terms[scale] = (float(weighed) - float(parts[0]) - float(parts[2])) / float(parts[1])
+    assert 0.01 <= terms[1e3] < terms[1.0] <= 10.0
+
+
+def test_segments_grow_from_eight_to_one() -> None:
+    for schedule in (FLOW, DDPM()):
+        objective = method("hyper-sd", schedule=schedule, grid_points=48)
+        for progress, segments in ((0.0, 8), (0.3, 4), (0.6, 2), (0.99, 1)):
+            t, s = objective.times(jax.random.key(0), 4096, progress)
+            end = objective.end(jax.random.key(1), t, s, progress)
+            low = objective.edge(t, progress)
+            assert len(np.unique(np.asarray(low))) == segments
+            assert bool(jnp.all((low <= end) & (end <= s) & (s < t)))
+
+
+def test_alpha_flow_goes_from_flow_matching_to_mean_flow() -> None:
+    """With a = 1 the target is the velocity; an exact student's loss falls with a as the finest step's square."""
+    batch, nets = setting()
+    start = method("alphaflow", **PLAIN, velocity="teacher", power=0.0)
+    assert [float(start.alpha(p)) for p in (0.0, 1.0)] == [1.0, pytest.approx(0.005)]
+    mean = method("meanflow", **PLAIN, velocity="teacher", power=0.0, share=0.5)
+    losses = []
+    for last in (0.2, 0.02):
+        objective = replace(start, last=last)
+        now = nets._replace(step=1.0, steps=1.0)
+        losses.append(float(jit(lambda o=objective, n=now: o(n, batch, jax.random.key(1))[0])()) / last)
+    assert losses[1] < 0.03 * losses[0]  # error O(a), square O(a^2)
+
+    def slope(objective: Any, scale: float, progress: float) -> Array:
+        nets_then = nets._replace(step=progress, steps=1.0)
+        loss = lambda p: objective(nets_then._replace(student=p), batch, jax.random.key(1))[0] / scale  # noqa: E731
+        return jit(jax.grad(loss))(OFF)["m"]
+
+    first = replace(start, share=1.0)
+    matching = method("meanflow", **PLAIN, velocity="teacher", power=0.0, share=1.0)
+    assert abs(float(slope(first, 1.0, 0.0)) - float(slope(matching, 1.0, 0.0))) > 1e-3
+    last, limit = slope(replace(first, last=0.002), 0.002**2, 1.0), slope(replace(mean, share=1.0), 1.0, 1.0)
+    np.testing.assert_allclose(last, limit, rtol=0.05)
+
+
+@pytest.mark.parametrize("windows", [1, 4])
+def test_an_exact_student_of_reflow_has_no_loss(windows: int) -> None:
+    """On a Gaussian the end of a window is a multiple of its start, so the straight lines between them do not cross."""
+    name = {1: "reflow", 4: "perflow"}[windows]
+    objective = method(name, **PLAIN, solver_steps=128)
+    batch, nets = setting()
+    centred = {"m": jnp.float32(0.0), "v": EXACT["v"], "map": jnp.float32(0.0)}
+
+    def straight(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        t = jnp.broadcast_to(jnp.asarray(t) / 1000.0, x.shape[:1])
+        end = jnp.ceil(t * windows - 1e-4) / windows - 1.0 / windows
+        start = end + 1.0 / windows
+        ratio = deviation(params["v"], end) / deviation(params["v"], start)
+        here = ((t - end) + (start - t) * ratio) * windows
+        return x * ((1.0 - ratio) * windows / here).reshape(-1, 1, 1, 1)
+
+    def apply(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        return straight(params, x, t, cond) if "straight" in params else network(params, x, t, cond)
+
+    centred_batch = {**batch, "x0": batch["x0"] - EXACT["m"]}
+
+    def loss(v: Array) -> Array:
+        trees = {"student": {"v": v, "straight": v}, "teacher": centred}
+        return objective(nets._replace(apply=apply, **trees), centred_batch, jax.random.key(1))[0]
+
+    assert float(jit(loss)(EXACT["v"])) < 2e-4
+    assert float(jit(loss)(jnp.float32(0.4))) > 1e-2
+
+
+def test_divergences_weigh_the_gradient_of_distribution_matching() -> None:
+    """Pictures that look real weigh more in "kl" than in "js", and the mean is 1; with one logit for all it is DMD2."""
+    batch, nets = setting(64)
+    nets = nets._replace(others={"fake": TEACHER, "heads": jnp.full(3, 2.0)})
+    x_t, t = batch["x0"], jnp.linspace(0.1, 0.9, 64)
+    weights = {}
+    for divergence in ("reverse_kl", "kl", "js", "jeffreys", "hellinger"):
+        objective = method("f-distill", **PLAIN, divergence=divergence)
+        weights[divergence] = objective.weigh(nets, x_t, t, batch["cond"])[:, 0, 0, 0]
+        np.testing.assert_allclose(jnp.mean(weights[divergence]), 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(weights["reverse_kl"], jnp.ones(64))
+    looks_real = jnp.argmax(jnp.mean(x_t, axis=(1, 2, 3)))
+    assert weights["kl"][looks_real] > weights["js"][looks_real] > 1.0
+    flat = nets._replace(others={"fake": OFF, "heads": jnp.zeros(3)})
+    losses = [method(name, **PLAIN)(flat, batch, jax.random.key(1))[0] for name in ("dmd2", "f-distill")]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_the_regularized_consistency_is_both_of_its_parts() -> None:
+    """At its student's steps rCM is sCM plus DMD2 by its weight, and the fake score alone at the others."""
+    batch, nets = setting(16)
+    objective = method("rcm", **PLAIN)
+    fakes = {"fake": {**OFF, "map": jnp.float32(0.0)}, "heads": jnp.ones(3)}
+    key = jax.random.key(1)
+
+    def losses(step: float) -> dict[str, float]:
+        now = nets._replace(student=OFF, others=fakes, step=step)
+        return {k: float(v) for k, v in jit(lambda: objective(now, batch, key)[1])().items()}
+
+    learns, rests = losses(0.0), losses(1.0)
+    assert learns["consistency"] > 0.0
+    assert learns["loss"] == pytest.approx(learns["consistency"] + 0.01 * learns["student"] + learns["fake"], rel=1e-5)
+    assert (rests["consistency"], rests["student"]) == (0.0, 0.0)
+    assert rests["loss"] == pytest.approx(rests["fake"], rel=1e-6)
+
+
+def test_half_of_the_pictures_of_sana_sprint_are_drawn_from_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = method("sana-sprint", schedule=FLOW, kind="flow", w_min=0.0, w_max=0.0, embed_w=False)
+    times = []
+
+    def record(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        if "learns" in params:
+            times.append(np.asarray(t))
+        return 0.0 * x
+
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
+    monkeypatch.setattr(jax, "jvp", lambda f, primals, tangents: (f(*primals), f(*primals)))
+    n = 2000
+    batch = {"x0": jnp.zeros((n, 1, 1, 1)), "cond": {"context": jnp.zeros((n, 1))}}
+    others = {"heads": jnp.ones(3), "weight": jnp.zeros(9)}
+    with jax.disable_jit():
+        objective(Nets(record, {"learns": jnp.float32(0.0)}, {}, {}, NULL, others, critic), batch, jax.random.key(1))
+    assert abs(np.mean(times[-1] > 999.0) - 0.5) < 0.05
+    t = objective.critic_times(jax.random.key(0), jnp.zeros(4000))
+    levels = np.log(np.asarray(level(FLOW, t)))
+    np.testing.assert_allclose([levels.mean(), levels.std()], [-0.6 + np.log(2.0), 1.0], atol=0.06)
+
+
+def test_the_twin_is_asked_at_negative_times_alone_and_learns_what_the_network_draws() -> None:
+    """A quarter of the batch each; where twin and network agree, no difference of scores moves the student."""
+    objective = method("twinflow", **{k: v for k, v in PLAIN.items() if k not in ("w_min", "w_max", "embed_w")})
+    for n in (1, 4, 7, 256):
+        parts = np.asarray(
+            jax.vmap(lambda key, n=n: objective.quarters(key, n))(jax.random.split(jax.random.key(0), 999))
+        )
+        np.testing.assert_allclose([np.mean(parts == i) for i in range(4)], 0.25, atol=0.05)
+    batch, nets = setting()
+    even = nets._replace(apply=lambda params, x, t, cond: network(params, x, jnp.abs(t), cond))
+    metrics = jit(lambda: objective(even, batch, jax.random.key(1))[1])()
+    assert float(metrics["matching"]) < 1e-6
+    odd = nets._replace(apply=lambda params, x, t, cond: network(params, x, jnp.abs(t), cond) + 1e-3 * jnp.min(t))
+    assert float(jit(lambda: objective(odd, batch, jax.random.key(1))[1])()["matching"]) > 1e-3
+
+
+def test_the_recursive_aim_of_an_exact_map_is_the_map() -> None:
+    objective = method("twinflow", schedule=FLOW, kind="flow")
+    batch, nets = setting()
+    draw = objective.draw(nets, batch, jax.random.key(1))
+    t, s = jnp.linspace(0.1, 1.0, 64), jnp.linspace(0.0, 0.7, 64)
+    x = jax.random.normal(jax.random.key(2), batch["x0"].shape)
+    x0, eps = bind(network, TEACHER, {}, FLOW, "flow")(x, t)
+    mean = objective.u(nets, EXACT, draw, x, t, s)
+    np.testing.assert_allclose(objective.recursive(nets, draw, mean, eps - x0, x, t, s), mean, atol=0.1)
+    wrong = objective.u(nets, OFF, draw, x, t, s)
+    aim = objective.recursive(nets, draw, wrong, eps - x0, x, t, s)
+    assert float(jnp.mean(jnp.sign(aim - wrong) == jnp.sign(mean - wrong))) > 0.9
+
+
+def test_the_scale_and_the_interval_of_improved_mean_flow_are_inputs() -> None:
+    """The scale is log-uniform; an instant's interval is whole, and the network is told (w, start, end)."""
+    objective = method("imf", schedule=FLOW, kind="flow")
+    omega = 1.0 + np.asarray(objective.guidance(jax.random.key(0), 4000))
+    assert omega.min() > 0.999
+    assert omega.max() < 8.001
+    np.testing.assert_allclose(np.log(omega).mean(), np.log(8.0) / 2, rtol=0.03)
+    t, r = objective.times(jax.random.key(1), 4000)
+    start, end = objective.interval(jax.random.key(2), t, r)
+    assert bool(jnp.all((start[r == t] == 0.0) & (end[r == t] == 1.0)))
+    np.testing.assert_allclose([jnp.mean(start[r < t]), jnp.mean(end[r < t])], [0.25, 0.75], atol=0.01)
+    asked = []
+
+    def record(params: Params, x: Image, t: Array, cond: Cond) -> Image:
+        asked.append(cond["guidance"].shape)
+        return 0.0 * x
+
+    batch = {"x0": jnp.zeros((4, 1, 1, 1)), "cond": {"context": jnp.zeros((4, 1))}}
+    with jax.disable_jit():
+        objective(Nets(record, {}, {}, {}, NULL), batch, jax.random.key(1))
+    assert set(asked) == {(4, 3)}
 
 
 # -- Forward mode is the difference quotient.
@@ -624,12 +852,43 @@ def test_every_draw_has_a_gradient(name: str, schedule: Any) -> None:
         assert float((level(schedule, t) - level(schedule, s)).min()) > 0.0
 
 
+# -- Averages and the clocks of a run.
+
+
+def test_the_stages_of_progressive_distillation_end_at_the_steps_that_are_drawn() -> None:
+    """log2(first / last) + 1 stages over the run, whatever its length; the teacher changes at the end of each."""
+    objective = method("progressive", schedule=FLOW).drawn_in(4)
+    assert (objective.stages, method("progressive", schedule=FLOW, last_steps=1).drawn_in(4).stages) == (3, 5)
+    for steps in (30, 31, 1000):
+        stages = [int(objective.stage(k, steps)) for k in range(steps)]
+        assert sorted(set(stages)) == [0, 1, 2]
+        assert stages == sorted(stages)
+        changes = [k for k in range(steps) if float(objective.target_decay(k, steps)) == 0.0]
+        assert changes == [k for k in range(steps - 1) if stages[k] != stages[k + 1]]
+
+
+def test_targets_have_decays_of_their_own() -> None:
+    decays = {name: method(name, schedule=FLOW).target_decay for name in METHODS}
+    own = {name: float(decay(0, 100)) for name, decay in decays.items() if decay is not None}
+    assert own == pytest.approx({"cd": 0.95, "ct": 0.9, "ctm": 0.999, "twinflow": 0.99, "progressive": 1.0})
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("pcm", {"phases": 0}, "phases=0"),
         ("shortcut", {"finest": 3}, "power of two"),
         ("progressive", {"first_steps": 12}, "power of two"),
+        ("progressive", {"last_steps": 0}, "last_steps=0"),
+        ("ctm", {"solver_steps": 0}, "solver_steps=0"),
+        ("hyper-sd", {"segments": (8, 0)}, "segments"),
+        ("cd", {"target_ema": 1.5}, "target_ema=1.5"),
+        ("perflow", {"windows": 0}, "windows=0"),
+        ("alphaflow", {"last": 0.0}, "last=0.0"),
+        ("imf", {"velocity": "teacher"}, "from data alone"),
+        ("twinflow", {"velocity": "teacher"}, "from data alone"),
+        ("twinflow", {"order": 0}, "order=0"),
+        ("f-distill", {"adversarial": 0.0}, "give it a weight"),
         ("dmd2", {"steps": 0}, "steps=0"),
         pytest.param("meanflow", {"velocity": "other"}, "velocity='other' is unknown", marks=pytest.mark.wrong_types),
         ("lcm", {"w_min": 3.0, "w_max": 1.0}, "w_min=3.0 is above"),
