@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
-from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.metrics import (
     FeatureExtractor,
     Moments,
@@ -125,13 +124,19 @@ def captioned(source: Any, most: int | None = None) -> tuple[Pictures, list[str]
 
 
 def generate(
-    pipe: Pipeline, prompts: Sequence[str], *, batch_size: int = 32, seed: int = 0, title: str = "", **options: Any
+    pipe: Callable[..., Pictures],
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    title: str = "",
+    **options: Any,
 ) -> tuple[Pictures, float]:
     """Return a picture for each prompt, and the seconds per picture without compilation.
 
     The first batch is drawn twice, the first time only to compile. Batch i has the seed `seed` + i. The last batch is
-    filled up with empty prompts, so that one program serves all. title: of the progress bar. options: of the pipeline's
-    call.
+    filled up with empty prompts, so that one program serves all. pipe: a pipeline, or what draws in its place. title:
+    of the progress bar. options: of the pipeline's call.
     """
     pictures: list[np.ndarray] = []
     seconds = 0.0
@@ -147,7 +152,7 @@ def generate(
 
 
 def evaluate(
-    pipe: Pipeline,
+    pipe: Callable[..., Pictures],
     clip: ClipMetric,
     images: Pictures,
     captions: Sequence[str],

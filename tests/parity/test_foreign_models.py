@@ -97,7 +97,7 @@ def test_a_marked_single_file_draws_as_the_scheduler_that_diffusers_is_given(tin
     want = draw(plain, 4)
     assert np.abs(want - draw(oracle(tiny_model), 4)).mean() > 5, "the markers must show"
     np.testing.assert_array_equal(draw(oracle(tmp_path / "folder"), 4), want)
-    ours = lcm_jax.load(tmp_path / "folder")("red heart", steps=4, sampler="ddim", latents=NOISE)
+    ours = lcm_jax.load(tmp_path / "folder")("red heart", steps=4, sampler="ddim", guidance=1.0, latents=NOISE)
     assert np.abs(ours - want).max() <= 1
 
 
