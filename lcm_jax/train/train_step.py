@@ -82,7 +82,7 @@ def ema_decay(update: Array | int, decay: float, *, warmup: bool = False) -> Arr
     return jnp.minimum(decay, (1.0 + update) / (10.0 + update)) if warmup else jnp.float32(decay)
 
 
-def _moved(average: Params, params: Params, rate: Array) -> Params:
+def _moved(average: Params, params: Params, rate: Array | float) -> Params:
     return jax.tree.map(lambda e, p: (e + rate * (p - e)).astype(e.dtype), average, params)
 
 

@@ -143,6 +143,7 @@ def trained(name: str, schedule_name: str) -> tuple[Any, Params]:
         seed=2,
         steps=STEPS,
     )
+    params = jax.tree.map(jnp.copy, params)  # the step is given the memory of the state
     state = TrainState.create(params, tx, own_target=decay is not None)
     for _ in range(STEPS):
         state, _ = step(state, {}, jnp.float32(0.0))

@@ -185,9 +185,57 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
     np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
 
 
-def test_the_average_forgets_its_start() -> None:
-    assert float(ema_decay(jnp.int32(0), 0.999)) == pytest.approx(0.1)
-    assert float(ema_decay(jnp.int32(10**6), 0.999)) == pytest.approx(0.999)
+def test_the_average_forgets_its_start_where_it_is_told_to() -> None:
+    assert float(ema_decay(jnp.int32(0), 0.999, warmup=True)) == pytest.approx(0.1)
+    assert float(ema_decay(jnp.int32(10**6), 0.999, warmup=True)) == pytest.approx(0.999)
+    assert float(ema_decay(jnp.int32(0), 0.999943)) == pytest.approx(0.999943, abs=1e-7)
+
+
+def climbing(params: Any, average: Any, frozen: Any, batch: Any, key: Any, progress: Any) -> Any:
+    """Gradient -1, so that with a rate of 1 the parameter is k after k steps; a metric shows the average."""
+    return -jnp.sum(params), {"loss": jnp.sum(params), "average": jnp.sum(average)}
+
+
+def test_a_fixed_decay_is_that_decay_at_every_step() -> None:
+    """The average of a ramp in closed form: n - d (1 - d^n) / (1 - d)."""
+    tx, decay = optax.sgd(1.0), 0.9
+    step = make_train_step(climbing, tx, decay=decay, seed=0)
+    state = TrainState.create(jnp.float32(0.0), tx)
+    for n in range(1, 12):
+        state, _ = step(state, {}, jnp.float32(0.0))
+        assert float(state.ema) == pytest.approx(n - decay * (1 - decay**n) / (1 - decay), rel=1e-5)
+
+
+def test_the_loss_is_given_its_own_average_and_the_product_keeps_its_own() -> None:
+    tx = optax.sgd(1.0)
+    step = make_train_step(climbing, tx, decay=0.9, target_decay=lambda progress: 0.5, seed=0, steps=20)
+    state, given = TrainState.create(jnp.float32(0.0), tx, own_target=True), []
+    for n in range(1, 12):
+        state, metrics = step(state, {}, jnp.float32(0.0))
+        given.append(float(metrics["average"]))
+        for average, decay in ((state.ema, 0.9), (state.target, 0.5)):
+            assert float(average) == pytest.approx(n - decay * (1 - decay**n) / (1 - decay), rel=1e-5)
+    assert given[-1] == pytest.approx(10 - 0.5 * (1 - 0.5**10) / 0.5, rel=1e-5)
+
+
+def test_a_run_with_two_averages_resumes_exactly(tmp_path: Path) -> None:
+    def task(**options: Any) -> Task:
+        return replace(line_task(**options), target_decay=lambda progress: 0.5 + 0.01 * progress.step)
+
+    uninterrupted = fit(task(), LOOP, OPTIMIZER, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(task(stop_at=17), LOOP, OPTIMIZER, tmp_path / "killed")
+    resumed = fit(task(), LOOP, OPTIMIZER, tmp_path / "killed")
+    for one, other in zip(jax.tree.leaves(uninterrupted), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert float(resumed.target["a"]) != float(resumed.ema["a"])
+
+
+def test_an_average_of_the_start_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fit(line_task(), replace(LOOP, ema=0.999), OPTIMIZER, tmp_path / "long")
+    assert "still holds 97% of the parameters before the first step: give a lower --ema" in capfd.readouterr().err
+    fit(line_task(), replace(LOOP, ema=0.999, ema_warmup=True), OPTIMIZER, tmp_path / "warm")
+    assert "still holds" not in capfd.readouterr().err
 
 
 def test_the_average_of_every_third_step() -> None:
@@ -197,7 +245,7 @@ def test_the_average_of_every_third_step() -> None:
         return jnp.sum(params * batch), {"loss": jnp.sum(params)}
 
     tx = optax.sgd(1.0)
-    step = make_train_step(loss, tx, decay=0.3, seed=0, ema_every=3)
+    step = make_train_step(loss, tx, decay=0.3, seed=0, ema_every=3, ema_warmup=True)
     state, ema, want = TrainState.create(jnp.float32(0.0), tx), [], 0.0
     for i in range(9):
         state, _ = step(state, {}, jnp.float32(-1.0))  # the parameter is i + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +20,13 @@ from lcm_jax.cli import main as cli
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.objectives import METHODS, FewStep, LatentConsistencyDistillation, LatentConsistencyFinetuning, method
 from lcm_jax.parallel.sharding import BatchedMap, make_mesh
-from lcm_jax.train.loop import create_state
+from lcm_jax.train.loop import LoopConfig, create_state, fit
 from lcm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.distillation import DistillationTask, merge_pretrained
 from lcm_jax.train.tasks.lora_config import LoraConfig
-from lcm_jax.train.train_step import Progress, make_train_step
+from lcm_jax.train.train_step import Progress, TrainState, make_train_step
 from lcm_jax.weights.diffusers_folder import load_component
 
 Train = Callable[[object, Path], Path]
@@ -193,3 +194,46 @@ def test_every_method_takes_a_step(
 
 def moves(after: object, before: object) -> bool:
     return any(np.any(a != b) for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"), [("pcm", {"adversarial": 0.1}), ("ctm", {"adversarial": 0.1}), ("dmd2", {"every": 2})]
+)
+def test_critics_and_second_averages_resume_exactly(
+    name: str, options: dict[str, Any], tiny_model: Path, data: DataConfig, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Killed in the middle and started again, every tree of the state has the bits of a run that was not."""
+    monkeypatch.setattr("lcm_jax.train.tasks.distillation.preview", lambda *_, **__: lambda *_: {})
+    loop = LoopConfig(steps=5, batch_size=4, log_every=5, save_every=2, preview_every=5)
+    objective = method(name, schedule=DDPM(), **options)
+
+    def state(workdir: Path, stop_at: int | None = None) -> TrainState:
+        task = distillation(tiny_model, data, objective).build()
+
+        def batches(*arguments: Any) -> Any:
+            made = task.batches(*arguments)
+            following, count = type(made).__next__, itertools.count(1)
+
+            def stop(self: Any) -> Any:
+                if next(count) == stop_at:
+                    raise KeyboardInterrupt
+                return following(self)
+
+            monkeypatch.setattr(type(made), "__next__", stop)
+            return made
+
+        try:
+            return fit(replace(task, batches=batches), loop, OptimizerConfig(warmup=1), workdir)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr("lcm_jax.train.tasks.distillation.preview", lambda *_, **__: lambda *_: {})
+
+    whole = state(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        state(tmp_path / "killed", stop_at=4)
+    again = state(tmp_path / "killed")
+    for (path, one), other in zip(jax.tree.leaves_with_path(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other, err_msg=jax.tree_util.keystr(path))
+    assert (again.target is not None) == (name == "ctm")
