@@ -13,7 +13,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcm_jax.inference.pipeline import Pipeline, load
+    from lcm_jax.inference.loading import load
+    from lcm_jax.inference.pipeline import Pipeline
     from lcm_jax.runtime.jit import jit
     from lcm_jax.weights.lora.files import load_lora, save_lora
 
@@ -21,7 +22,7 @@ __all__ = ["Pipeline", "__version__", "jit", "load", "load_lora", "save_lora"]
 
 _MODULE_OF = {
     "Pipeline": "lcm_jax.inference.pipeline",
-    "load": "lcm_jax.inference.pipeline",
+    "load": "lcm_jax.inference.loading",
     "jit": "lcm_jax.runtime.jit",
     "load_lora": "lcm_jax.weights.lora.files",
     "save_lora": "lcm_jax.weights.lora.files",

@@ -27,7 +27,8 @@ from lcm_jax.bench.networks import Titled
 from lcm_jax.bench.stream import moving_scene, open_model, peer_rows, with_tiny_vae
 from lcm_jax.bench.text_to_image import PROMPT, pictures
 from lcm_jax.bench.training import steps as training_steps
-from lcm_jax.inference.pipeline import Pipeline, load
+from lcm_jax.inference.loading import load
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.stream import Stream
 

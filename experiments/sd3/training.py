@@ -45,7 +45,9 @@ def tiny(kind: type[MMDiTConfig], objective: Diffusion) -> TrainConfig:
     """Return the training of the scale "tiny", which takes minutes on two CPU cores."""
     return TrainConfig(
         task=DiffusionTask(text="openmoji-sd3", net=network(kind, 4, 2), objective=objective),
-        loop=LoopConfig(steps=600, batch_size=32, ema=0.99, ema_warmup=True, log_every=50, save_every=300, preview_every=150),
+        loop=LoopConfig(
+            steps=600, batch_size=32, ema=0.99, ema_warmup=True, log_every=50, save_every=300, preview_every=150
+        ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup=60, decay="cosine", weight_decay=0.01, b2=0.99),
     )
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from lcm_jax.inference.pipeline import DTYPES, Pipeline
+from lcm_jax.inference.parameters import DTYPES
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.nets.presets import SD15, SD_TURBO, SDXL
 from lcm_jax.typing import Array, Params, Shapes
 from lcm_jax.weights.abstract_params import abstract_params

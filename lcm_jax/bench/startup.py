@@ -13,7 +13,7 @@ import jax
 
 from lcm_jax.bench.measure import Row
 from lcm_jax.bench.networks import Options, Titled
-from lcm_jax.inference.pipeline import load
+from lcm_jax.inference.loading import load
 
 
 def loading(options: Options) -> Iterator[Titled]:

@@ -14,7 +14,8 @@ from PIL import Image as PILImage
 from lcm_jax.bench import models, peers
 from lcm_jax.bench.measure import Row
 from lcm_jax.bench.networks import Options, Titled
-from lcm_jax.inference.pipeline import Pipeline, load
+from lcm_jax.inference.loading import load
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.stream import Stream
 from vae16 import AutoencoderTiny, TinyConfig
 

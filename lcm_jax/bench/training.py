@@ -20,7 +20,7 @@ from lcm_jax.bench.models import GEOMETRIES, PREFIX, at_scale, component
 from lcm_jax.bench.networks import Options, Titled
 from lcm_jax.bench.torch_training import DECAY, Distillation
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.inference.pipeline import load
+from lcm_jax.inference.loading import load
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import LatentConsistencyDistillation
 from lcm_jax.runtime.compiler_options import memory_of

@@ -15,7 +15,7 @@ from lcm_jax.cli.listings import SHELLS
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.call_options import DIFFUSERS_OPTIONS
-from lcm_jax.inference.pipeline import DTYPES
+from lcm_jax.inference.parameters import DTYPES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter, did_you_mean
 from lcm_jax.runtime.optional_deps import version_of

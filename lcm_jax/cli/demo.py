@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from lcm_jax.diffusion.samplers import get_sampler
 from lcm_jax.evaluation.evaluate import ClipMetric, generate
 from lcm_jax.inference.call_options import GUIDANCE
-from lcm_jax.inference.pipeline import Pipeline, load
+from lcm_jax.inference.loading import load
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.image_grid import labelled_grid
 from lcm_jax.runtime.image_io import write_picture

@@ -27,7 +27,9 @@ from lcm_jax.cli.arguments import Parser, parser
 from lcm_jax.diffusion.samplers import Sampler, register, sampler_name
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, shard
 from lcm_jax.inference.ahead_of_time import Exported, write_program
-from lcm_jax.inference.pipeline import DTYPES, Pipeline, load
+from lcm_jax.inference.loading import load
+from lcm_jax.inference.parameters import DTYPES
+from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.metrics.inception import inception_features
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh

@@ -1,4 +1,4 @@
-"""`lcm_jax.load` and `Pipeline`: text in, uint8 images out; one compiled program from noise to image."""
+"""`Pipeline`: text in, uint8 images out; one compiled program from noise to image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
 from lcm_jax.inference.call_options import GUIDANCE, Settings, real_number, refuse, two_numbers, whole_number
+from lcm_jax.inference.parameters import Parameters, named_dtype
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.models.image_inputs import check_pictures, check_size, fit_masks, latent_mask
 from lcm_jax.models.latent_diffusion import BoundDenoiser, LatentDiffusion, SkipLayers
@@ -33,58 +34,19 @@ from lcm_jax.parallel.sharding import constrain_batch_sharding, gather_to_host, 
 from lcm_jax.precision.context import is_low_precision
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.runtime.compiler_options import compiler_options
-from lcm_jax.runtime.hardware import check_platform
-from lcm_jax.runtime.messages import LESS_MEMORY, did_you_mean, out_of_memory
+from lcm_jax.runtime.messages import LESS_MEMORY, out_of_memory
 from lcm_jax.runtime.progress import phase
 from lcm_jax.typing import Array, Cond, Image, Key, Params
-from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_folder, to_folder
-from lcm_jax.weights.hub import locate
-from lcm_jax.weights.lora.files import load_loras
+from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_folder
 from lcm_jax.weights.lora.modules import Network
-from lcm_jax.weights.model_files import lora_networks, read_model
+from lcm_jax.weights.model_files import lora_networks
 from lcm_jax.weights.registry import class_name
 from lcm_jax.weights.scheduler_config import read_scheduler, reads, sampler_of
-from lcm_jax.weights.taesd import load_tiny
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 Picture = UInt8[np.ndarray, "_ _ 3"] | PILImage.Image  # of any size
 Mask = UInt8[np.ndarray, "_ _"] | Bool[np.ndarray, "_ _"] | PILImage.Image
-
-
-class Parameters(MutableMapping[str, Params]):
-    """The parameter trees of a model by component; each is put on the device when it is first read.
-
-    >>> import lcm_jax
-    >>> sorted(lcm_jax.load("openmoji").params)
-    ['text_encoder', 'unet', 'vae']
-    """
-
-    def __init__(self, components: Mapping[str, Component]) -> None:
-        self.components = dict(components)
-
-    def __getitem__(self, name: str) -> Params:
-        return self.components[name].params
-
-    def __setitem__(self, name: str, params: Params | Callable[..., Params]) -> None:
-        self.components[name] = Component(self.components[name].module, params)
-
-    def __delitem__(self, name: str) -> None:
-        del self.components[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.components)
-
-    def __len__(self) -> int:
-        return len(self.components)
-
-
-jax.tree_util.register_pytree_node(
-    Parameters,
-    lambda tree: (tuple(tree.values()), tuple((name, part.module) for name, part in tree.components.items())),
-    lambda parts, trees: Parameters({name: Component(m, tree) for (name, m), tree in zip(parts, trees, strict=True)}),
-)
 
 
 class Pipeline:
@@ -377,7 +339,7 @@ class Pipeline:
         variant: a part of the files' names such as "fp16", as hubs have that keep several precisions side by side.
         """
         self.plain("save")
-        kind = None if dtype is None else _dtype(dtype)
+        kind = None if dtype is None else named_dtype(dtype)
         save_folder(Path(path), replace(self.folder, components=self.params.components), dtype=kind, variant=variant)
 
     @property
@@ -505,74 +467,7 @@ class Pipeline:
         return jax.jit(self.model.encode, compiler_options=options)
 
 
-def load(
-    name: str | Path,
-    *,
-    dtype: str | Any = "float32",
-    lora: str | Path | tuple[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]] | None = None,
-    tiny_vae: str | Path | None = None,
-    variant: str | None = None,
-    config: str | Path | None = None,
-    t5: bool = True,
-    scheduler: Mapping[str, Any] | None = None,
-    **unknown: Any,
-) -> Pipeline:
-    """Load a pipeline from a bundled name ("openmoji"), a folder, a single .safetensors file or a hub id.
-
-    name: a bundled name ("openmoji", "openmoji-teacher"), a diffusers or orbax folder, a single file, or a hub id.
-    dtype: "float32", "bfloat16" or "float16", of parameters and computation. lora: an adapter file, folder or bundled
-    name ("openmoji-lcm-lora"), an (adapter, weight) pair, or a list of these, merged into UNet and text encoders; the
-    pipeline then draws by LCM unless a call names another sampler. tiny_vae: a TAESD in place of the autoencoder.
-    variant: the precision to read, such as "fp16", where files are kept in several. config: the diffusers folder or hub
-    id with the configs, tokenizers and scheduler of a single file; by default those in its header, or the published one
-    of its family. t5: False leaves out SD3's third text encoder, most of its memory. scheduler: keys that replace those
-    of the scheduler config, such as {"prediction_type": "v_prediction"}.
-
-    Raises FileNotFoundError or ValueError at once, in one line, for all that does not fit; the values stay in the
-    files, mapped, until a network is first used.
-
-    >>> import lcm_jax
-    >>> lcm_jax.load("openmoji-teacher", lora=("openmoji-lcm-lora", 1.0)).settings()
-    Settings(steps=4, guidance=1.0, sampler='lcm')
-    """
-    if unknown:
-        refuse("load", unknown, LOAD_OPTIONS)
-    if not isinstance(name, (str, Path)):
-        raise ValueError(f"model {name!r:.80}: give a name or a path")
-    kind = _dtype(dtype)
-    adapters = [(locate(path, what="LoRA").path, weight) for path, weight in _adapters(lora)]
-    check_platform()
-    model = read_model(name, config=config, variant=variant, t5=t5, scheduler=scheduler)
-    folder = to_folder(model, dtype=kind)
-    if tiny_vae is not None:
-        tiny = load_tiny(locate(tiny_vae).path, dtype=kind)
-        folder = replace(folder, components={**folder.components, "vae": tiny})
-    pipe = Pipeline(folder, source=model.scheduler_source)
-    if adapters:
-        networks = pipe.networks
-        for path, weight in adapters:
-            pipe.add_lora(load_loras(path, networks), weight)
-        pipe.adapted = True
-    return pipe
-
-
-CALL_OPTIONS, LOAD_OPTIONS = (
-    tuple(name for name in inspect.signature(function).parameters if name not in ("self", "unknown"))
-    for function in (Pipeline.__call__, load)
-)
-
-
-def _adapters(lora: Any) -> list[tuple[str | Path, float]]:
-    """Return (adapter, weight) pairs from one adapter, a pair, or a list of either."""
-    if lora is None:
-        return []
-    is_pair = isinstance(lora, tuple) and len(lora) == 2 and not isinstance(lora[1], (str, Path, tuple))
-    given = [lora] if is_pair or not isinstance(lora, (list, tuple)) else lora
-    pairs = [one if isinstance(one, (list, tuple)) and len(one) == 2 else (one, 1.0) for one in given]
-    for path, _ in pairs:
-        if not isinstance(path, (str, Path)):
-            raise ValueError(f"lora is {lora!r:.80}: give a path, a pair (path, weight), or a list of these")
-    return [(path, real_number(f"lora: the weight of {path}", weight)) for path, weight in pairs]
+CALL_OPTIONS = tuple(inspect.signature(Pipeline.__call__).parameters)[1:-1]  # without self and unknown
 
 
 def _quantized(part: Component, transform: Callable[[str, Array], Any], kind: str) -> Quantized:
@@ -582,16 +477,3 @@ def _quantized(part: Component, transform: Callable[[str, Array], Any], kind: st
 def _precision(pipe: Pipeline) -> str:
     name = jnp.dtype(getattr(pipe.model.net, "dtype", jnp.float32)).name
     return pipe.rounded.get("denoiser", name)
-
-
-def _dtype(dtype: Any) -> Any:
-    """Return a dtype of `DTYPES`, from its name or from any form of it that NumPy takes, such as jnp.bfloat16."""
-    name = dtype
-    if not isinstance(dtype, str):
-        with contextlib.suppress(TypeError):
-            name = jnp.dtype(dtype).name
-    if name not in DTYPES:
-        raise ValueError(
-            f"dtype {name!r:.80} is unknown{did_you_mean(str(name), DTYPES)}; known are {', '.join(DTYPES)}"
-        )
-    return DTYPES[name]

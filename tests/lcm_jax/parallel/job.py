@@ -28,7 +28,7 @@ import numpy as np
 from lcm_jax.data import Loader
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lcm_jax.evaluation.evaluate import generate
-from lcm_jax.inference.pipeline import load
+from lcm_jax.inference.loading import load
 from lcm_jax.lora import DEFAULT_TARGETS, MMDIT_TARGETS
 from lcm_jax.nets import UNet, UNetConfig
 from lcm_jax.objectives import Diffusion, LatentConsistencyDistillation
