@@ -9,6 +9,7 @@ from typing import Any
 
 def run() -> int:
     """Run the command line; Ctrl-C while it is still imported, which takes seconds, is one line too."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's own lines, such as of a compilation that is slow
     usual = signal.getsignal(signal.SIGINT)
     if usual is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)

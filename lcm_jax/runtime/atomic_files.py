@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,33 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
         dump_json(temporary, value)
 
 
+def check_replaceable(path: Path, parts: Collection[str], what: str) -> None:
+    """Raise ValueError if `path` is a file, or a folder that holds anything but `parts`, the entries of a `what`.
+
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from lcm_jax.runtime.atomic_files import check_replaceable
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     characters = (Path(folder) / "notes.txt").write_text("mine")
+    ...     check_replaceable(Path(folder), ("unet", "vae"), "model")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: ... holds notes.txt, which is no part of a model: name a new folder, or an empty one
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: name a folder")
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in parts) if path.exists() else []
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise ValueError(
+            f"{path} holds {others[0]}{more}, which is no part of a {what}: name a new folder, or an empty one"
+        )
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new, empty folder that replaces the folder `path` at the end, or is removed on failure.
+
+    All that `path` held is gone then: where a user names it, call `check_replaceable` first.
 
     >>> import tempfile
     >>> from pathlib import Path

@@ -51,7 +51,22 @@ def progress(
 
 
 class _Lines(tqdm):
-    """A bar for a log: every time it is shown it is one more line, without control characters."""
+    """A bar for a log: every time it is shown it is one more line, without control characters.
+
+    The first line comes after LINE_SECONDS, whether anything is done by then or not.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._first = threading.Timer(LINE_SECONDS, self.display)
+        self._first.daemon = True
+        if not self.disable:
+            self._first.start()
+
+    def close(self) -> None:
+        """Write no more lines but the last."""
+        self._first.cancel()
+        super().close()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Write a line if none was written lately, and the last one when the bar closes."""

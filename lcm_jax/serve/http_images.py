@@ -69,7 +69,7 @@ class Order:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} is {value!r:.80}: it must be from {low:g} to {high:g}")
+                raise ValueError(f"{name} is {value!r:.80}: it must be from {low:.10g} to {high:.10g}")
         for name in ("strength", "mask"):
             if getattr(self, name) is not None and self.image is None:
                 raise ValueError(f"{name} is given without an image")

@@ -76,6 +76,10 @@ def run_stream(
         return _redraw(stream, map(read_picture, files), [file.stem for file in files], target, rate)
     if target.suffix == "":
         raise ValueError(f"--out {target}: a video becomes a video; name a video file such as {target.name}.mp4")
+    if target.resolve() == path.resolve():
+        raise ValueError(f"--out {target}: is the video to be redrawn; name another file")
+    if target.exists():
+        print(f"lcm-jax: {target} is replaced", file=sys.stderr)
     video = Video.open(path)
     size = size or working_size(pipe.size, video.size, _factor(pipe))
     stream = _stream(pipe, prompts, size, controls, sampler)
@@ -83,7 +87,7 @@ def run_stream(
     number = restyle(stream, video, target)
     elapsed = time.perf_counter() - start
     saved = "" if stream.filter is None else f"; {100 * stream.filter.saved:.0f} % of them skipped as still"
-    return f"{target}: {number} frames of {size[0]}x{size[1]} in {elapsed:.0f} s, with compiling{saved}"
+    return f"{target}: {number} frames, redrawn {size[0]} high and {size[1]} wide, in {elapsed:.0f} s, with compiling{saved}"
 
 
 def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:

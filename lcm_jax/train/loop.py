@@ -296,6 +296,7 @@ class _Run:
                 bar.update()
                 if step == start + 1 < loop.steps:  # the first step includes compilation, which is not training time
                     self.meter.restart(step)
+                    bar.initial, bar.start_t = bar.n, bar._time()  # nor is it in the bar's rate
                 last, ending = step == loop.steps, preemption(step)
                 if pending is not None and (last or ending or step % loop.preview_every == 0):
                     self.write(*pending, bar)  # before the preview, which must not count as training time

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax.lora import CLIP_TARGETS, DEFAULT_TARGETS, MMDIT_TARGETS, extract
-from lcm_jax.runtime.atomic_files import replacing, write_json
+from lcm_jax.runtime.atomic_files import check_replaceable, replacing, write_json
 from lcm_jax.runtime.messages import few
 from lcm_jax.weights import orbax
 from lcm_jax.weights.abstract_params import abstract_params
@@ -32,7 +32,7 @@ from lcm_jax.weights.hub import locate
 from lcm_jax.weights.lora.files import is_lora, load_lora, load_loras, lora_components, save_loras
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.lora.names import Format
-from lcm_jax.weights.model_files import Model, lora_networks, read_model
+from lcm_jax.weights.model_files import ENTRIES, Model, lora_networks, read_model
 from lcm_jax.weights.registry import FAMILIES, UNUSED
 from lcm_jax.weights.safetensors_files import read_safetensors
 from lcm_jax.weights.scheduler_config import not_held_by_single_files
@@ -85,7 +85,8 @@ def convert(
     The scheduler config of the source, with all that a single file declares, goes with the model in every direction;
     what other programs do not read of it in a single file is in `Summary.dropped`. dtype: that of the floating tensors;
     None keeps each one's. config, variant, scheduler: see `read_model`. Raises ValueError for an unknown format, a
-    target whose name does not suit the format, and a network that does not fit its config.
+    target whose name does not suit the format or that holds anything but a model, and a network that does not fit its
+    config.
     """
     if to not in MODELS:
         raise ValueError(f"--to {to}: expected one of {', '.join(FORMATS)}")
@@ -93,6 +94,8 @@ def convert(
         raise ValueError(
             f"{target}: {'a single file is named *.safetensors' if to == 'single' else f'{to} is a folder'}"
         )
+    if to != "single":
+        check_replaceable(target, ENTRIES, "model")
     model = read_model(source, config=config, variant=variant, scheduler=scheduler)
     for part in model.parts.values():
         check_part(part)

@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from lcm_jax.models.text_conditioning import Prompts
-from lcm_jax.runtime.atomic_files import replacing, write_json
+from lcm_jax.runtime.atomic_files import check_replaceable, replacing, write_json
 from lcm_jax.runtime.messages import shortened, shown
 from lcm_jax.weights.component import Component, read_part, to_component, to_part, write_part
 from lcm_jax.weights.hub import Location
-from lcm_jax.weights.model_files import Model, hint_if_optional, read_folder
+from lcm_jax.weights.model_files import ENTRIES, Model, hint_if_optional, read_folder
 from lcm_jax.weights.registry import DENOISERS
 from lcm_jax.weights.torch_params import Shardings
 from mmdit.text import Tokenizer
@@ -207,8 +207,9 @@ def save_folder(path: Path, folder: Folder, *, dtype: Any = None, variant: str |
     """Write a diffusers folder under another name and then rename it: a failure leaves `path` as it was.
 
     dtype: that of the files; None keeps the parameters'. variant: such as "fp16", added to the files' names. Warns if
-    diffusers would generate different images from the folder.
+    diffusers would generate different images from the folder. ValueError if `path` holds anything but a model.
     """
+    check_replaceable(path, ENTRIES, "model")
     if folder.family == "sd3" and folder.components["transformer"].module.config.time_cond_proj_dim is not None:
         warnings.warn(
             f"{path}: its transformer takes the guidance scale as an input (time_cond_proj_dim); lcm_jax uses that "

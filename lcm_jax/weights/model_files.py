@@ -31,6 +31,15 @@ PUBLISHED: Mapping[str, str] = {
 }
 T5 = ("text_encoder_3", "tokenizer_3")  # optional: SD3 also works without them
 
+# What a folder may hold that a model replaces: all that is written here, and what hubs and other programs add.
+ENTRIES = frozenset(
+    {
+        *(*DENOISERS, "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "scheduler", "model_index.json"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3", "image_encoder", "feature_extractor", "safety_checker"),
+        *("unet_ema", "params", "README.md", ".gitattributes", ".cache"),
+    }
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:

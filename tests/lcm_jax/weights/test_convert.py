@@ -160,3 +160,25 @@ def test_a_model_that_does_not_fit_its_config_is_refused(tiny_model: Path, tmp_p
     with pytest.raises(ValueError, match=r"unet: does not fit the network: 1 missing \(conv_in\.bias\)"):
         convert(folder, tmp_path / "out", "diffusers")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["diffusers", "orbax", "save"])
+def test_a_folder_of_other_things_is_never_replaced(tiny_model: Path, tmp_path: Path, to: str) -> None:
+    target = tmp_path / "thesis"
+    (target / "chapters").mkdir(parents=True)
+    (target / "notes.txt").write_text("important")
+
+    def write() -> None:
+        if to == "save":
+            load(tiny_model).save(target)
+        else:
+            convert(tiny_model, target, to)
+
+    with pytest.raises(ValueError, match=r"holds chapters and 1 more, which is no part of a model: name a new folder"):
+        write()
+    assert (target / "notes.txt").read_text() == "important"
+    (target / "chapters").rmdir()
+    (target / "notes.txt").unlink()
+    for _ in range(2):  # into an empty folder, and over the model that is there now
+        write()
+    assert (target / "model_index.json").is_file()
