@@ -37,6 +37,7 @@ from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.hardware import check_platform
 from lcm_jax.runtime.image_io import read_picture
+from lcm_jax.runtime.json_text import parse_json
 from lcm_jax.runtime.messages import LESS_MEMORY, is_out_of_memory
 from lcm_jax.runtime.optional_deps import require
 from lcm_jax.runtime.progress import phase
@@ -180,7 +181,7 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
         if not (key and equals):
             raise ValueError(f"--scheduler {text}: give KEY=VALUE, such as prediction_type=v_prediction")
         try:
-            changes[key] = json.loads(value)
+            changes[key] = parse_json(value)
         except ValueError:
             changes[key] = value
     return changes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from lcm_jax.data.records import (
     split_folder,
 )
 from lcm_jax.runtime.image_io import SUFFIXES, Size, read_bytes
+from lcm_jax.runtime.json_text import parse_json
 
 _MOST_LINE = 16 * MOST_CAPTION  # characters of a line of metadata.jsonl, which may hold more than captions
 
@@ -148,10 +148,9 @@ def _texts_from_table(table: Path, names: Sequence[Path]) -> dict[Path, Texts]:
     texts: dict[Path, Texts] = {}
     for number, line in _lines(table):
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
-            raise ValueError(f"{table}:{number}: not JSON ({reason}); write one object a line") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{table}:{number}: not JSON ({error!s:.200}); write one object a line") from error
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str) or not name:
             raise ValueError(f'{table}:{number}: needs text values for "file_name" and "text"; add them')

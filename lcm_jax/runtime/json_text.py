@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
 MOST_NESTED = 64  # objects and lists within each other; tokenizer.json, the deepest that is read, has about ten
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, *, finite: bool = False) -> Any:
     """Return the value of a JSON text; ValueError if it is not valid, names a key twice or is nested too deeply.
 
-    What is nested more than `MOST_NESTED` times would end Python's recursion wherever it is walked later.
+    What is nested more than `MOST_NESTED` times would end Python's recursion wherever it is walked later. A byte-order
+    mark before the text, as Windows writes it, is passed over.
+
+    finite: whether NaN, Infinity and numbers that are too large for a float are refused, which Python reads and some
+    files of diffusers hold.
 
     >>> from lcm_jax.runtime.json_text import parse_json
     >>> parse_json(b'{"steps": [4, 8]}')
@@ -22,7 +27,9 @@ def parse_json(text: bytes | str) -> Any:
     ValueError: it has 'steps' twice
     """
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=_unique)
+        text = (text.decode("utf-8") if isinstance(text, bytes) else text).removeprefix("\ufeff")
+        numbers: dict[str, Any] = {"parse_float": _finite, "parse_constant": _finite} if finite else {}
+        value = json.loads(text, object_pairs_hook=_unique, **numbers)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     inner = [value]
@@ -37,6 +44,12 @@ def parse_json(text: bytes | str) -> Any:
             if isinstance(child, (dict, list))
         ]
     raise ValueError("it is nested too deeply")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it has the number {text:.80}, which is not finite")
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -20,6 +19,7 @@ from lcm_jax.diffusion.samplers import get_sampler
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.serve.codec import decode, encode, from_base64
 from lcm_jax.serve.engine import Busy
+from lcm_jax.serve.protocol import parse_object
 from lcm_jax.serve.service import Service
 from lcm_jax.stream.controls import check_text
 
@@ -162,11 +162,8 @@ class Images:
 
     def _options(self, body: bytes) -> dict[str, Any]:
         """Return the pipeline's arguments from a request; called in a worker thread, as pictures are decoded."""
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError):
-            raise ValueError("the request must be JSON") from None
-        if not isinstance(request, dict) or "prompt" not in request:
+        request = parse_object(body, "the request", '{"prompt": "red heart"}')
+        if "prompt" not in request:
             raise ValueError('the request must be a JSON object with a "prompt"')
         known = [field.name for field in fields(Order)]
         for key in request:

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
+from lcm_jax.runtime.json_text import parse_json
 from lcm_jax.serve.codec import Form
 from lcm_jax.stream.controls import Controls
 
@@ -98,12 +99,7 @@ def parse(text: str) -> Message:
     """
     if len(text) > MOST_TEXT:
         raise ValueError(f"a text message may have at most {MOST_TEXT} characters, and this one has {len(text)}")
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("a text message must be JSON, and this is not") from None
-    if not isinstance(fields, dict):
-        raise ValueError('a text message must be a JSON object, such as {"v": 1, "type": "set", "controls": {}}')
+    fields = parse_object(text, "a text message", '{"v": 1, "type": "set", "controls": {}}')
     _check_version(fields.pop("v", None))
     kind = fields.pop("type", None)
     if not isinstance(kind, str) or kind not in _KEYS:
@@ -117,6 +113,25 @@ def parse(text: str) -> Message:
     if form not in get_args(Form):
         raise ValueError(f"format is {form!r:.80}: known are {', '.join(get_args(Form))}")
     return Message(kind, controls, form)
+
+
+def parse_object(text: bytes | str, what: str, example: str) -> dict[str, Any]:
+    """Return the object of a client's JSON, by HTTP or WebSocket; raise ValueError, which says what is wrong with it.
+
+    what: its name, and example: an object that is right, for messages.
+
+    >>> parse_object(b'{"steps": 1e400}', "the request", '{"prompt": "red heart"}')
+    Traceback (most recent call last):
+    ValueError: the request must be JSON: it has the number 1e400, which is not finite
+    """
+    try:
+        value = parse_json(text, finite=True)
+    except ValueError as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise ValueError(f"{what} must be JSON: {reason:.200}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a JSON object, such as {example}")
+    return value
 
 
 def message(kind: str, **fields: Any) -> str:

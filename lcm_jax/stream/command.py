@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import warnings
@@ -18,6 +17,7 @@ from jaxtyping import UInt8
 
 from lcm_jax.inference.pipeline import Pipeline
 from lcm_jax.runtime.image_io import SUFFIXES, check_picture, read_picture, write_picture
+from lcm_jax.runtime.json_text import parse_json
 from lcm_jax.runtime.progress import progress
 from lcm_jax.stream.colours import Converter
 from lcm_jax.stream.queues import BackgroundWriter, Latest, prefetch
@@ -102,8 +102,8 @@ def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--set {pair}: give KEY=VALUE, such as feedback=0.2")
         try:
-            controls[key] = json.loads(value)
-        except json.JSONDecodeError:
+            controls[key] = parse_json(value, finite=True)
+        except ValueError:
             controls[key] = value
     return controls
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_jax.runtime.atomic_files import written_aside
+from lcm_jax.weights.safetensors_files import read_json
 
 SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _STATE = re.compile(r"optimizer|scheduler|scaler|training_args|random_states|rng_state")  # of a training, no weights
@@ -99,8 +100,13 @@ def write(path: Path) -> Path:
 
 def _write_index(path: Path) -> Path:
     """Write the index of the converted shards that a pickles' index, such as pytorch_model.bin.index.json, names."""
-    index = json.loads(path.read_text(encoding="utf-8"))
-    names = {key: target_of(path.with_name(shard)).name for key, shard in index["weight_map"].items()}
+    index = read_json(path)
+    shards = index.get("weight_map")
+    if not (
+        isinstance(shards, dict) and all(isinstance(name, str) and Path(name).name == name for name in shards.values())
+    ):
+        raise ValueError(f"{path}: its weight_map is no object of names of files beside it")
+    names = {key: target_of(path.with_name(shard)).name for key, shard in shards.items()}
     stem, _, rest = path.name.partition(".bin.index")
     target = target_of(path.with_name(f"{stem}.bin"))
     target = target.with_name(f"{target.name}.index{rest}")
@@ -133,7 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{file}: {' '.join(str(error).split())[:300]}", file=sys.stderr)
                 return 2
         for index in sorted({i for file in found for i in file.parent.glob("*.bin.index*.json")}):
-            print(_write_index(index))
+            try:
+                print(_write_index(index))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
     return 0
 
 

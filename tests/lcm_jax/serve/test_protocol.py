@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import ExifTags, Image
 
 from lcm_jax.serve import protocol
 from lcm_jax.serve.codec import MOST_PIXELS, decode, encode
+from lcm_jax.serve.http_images import Images
 from lcm_jax.serve.protocol import Bye
 from lcm_jax.stream.controls import Controls
 from lcm_jax.stream.stream import fit
@@ -97,6 +100,40 @@ def test_bad_text_messages_are_refused_in_one_short_line(text: str, why: str) ->
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"prompt": "a", "steps": 1e400}', "the number 1e400, which is not finite"),
+        ('{"prompt": "a", "steps": -1e999}', "the number -1e999"),
+        ('{"prompt": "a", "steps": NaN}', "the number NaN"),
+        ('{"prompt": "a", "steps": [[Infinity]]}', "the number Infinity"),
+        ('{"prompt": "a", "steps": -Infinity}', "the number -Infinity"),
+        ('{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
+        ('{"prompt": ' + "[" * 70 + "]" * 70 + "}", "nested too deeply"),
+        ('{"a":' * 20_000 + "1" + "}" * 20_000, "nested too deeply"),
+        ('{"prompt": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"prompt": "\udc80"}', "not UTF-8"),
+        ("{'prompt': 1}", "Expecting property name"),
+        ("7", "JSON object"),
+    ],
+)
+def test_http_and_websocket_refuse_the_same_json(text: str, why: str) -> None:
+    refused = []
+    for read in (partial(protocol.parse_object, what="x", example="{}"), Images.__new__(Images)._options):
+        with pytest.raises(ValueError, match=re.escape(why)) as raised:
+            read(text.encode(errors="surrogateescape"))
+        assert len(str(raised.value)) < 300
+        refused.append(str(raised.value).split(":", 1)[-1])
+    assert refused[0] == refused[1] or why == "JSON object"
+    if len(text) <= protocol.MOST_TEXT and why != "not UTF-8":
+        with pytest.raises(ValueError, match=re.escape(why)):
+            protocol.parse(text)
+
+
+def test_a_byte_order_mark_before_json_is_passed_over() -> None:
+    assert protocol.parse('\ufeff{"v": 1, "type": "bye"}').type == "bye"
+
+
 def test_controls_come_back_from_their_json() -> None:
     controls = Controls(prompt=[("a cat", 1.0), ("a dog", 0.5)], steps=3, similarity=0.9, seed=[(3, 1.0), (4, 2.0)])
     text = protocol.message("set", controls=protocol.as_json(controls))
@@ -105,7 +142,7 @@ def test_controls_come_back_from_their_json() -> None:
 
 @pytest.mark.parametrize("changes", [{"strength": 10**400}, {"strength": math.nan}, {"prompt": [["a", 10**400]]}])
 def test_numbers_that_no_control_can_hold(changes: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"strength|prompt"):
+    with pytest.raises(ValueError, match=r"strength|prompt|NaN"):
         Controls().changed(**protocol.parse(json.dumps({"v": 1, "type": "set", "controls": changes})).controls)
 
 
