@@ -41,7 +41,7 @@ from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_fo
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.model_files import lora_networks
 from lcm_jax.weights.registry import class_name
-from lcm_jax.weights.scheduler_config import read_scheduler, reads, sampler_of
+from lcm_jax.weights.scheduler_config import followed, read_scheduler, reads, sampler_of
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
 
@@ -75,7 +75,7 @@ class Pipeline:
         if folder.pipeline in SD and reads(config, "steps_offset"):
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
         schedule, kind = read_scheduler(config, source=source)
-        self.spacing = Spacing.from_config(config, source=source)
+        self.spacing = Spacing.from_config(followed(config), source=source)
         net, vae = folder.components[folder.denoiser].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
         spans = getattr(net.config, "span_embedding", False)

@@ -17,7 +17,14 @@ from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.lora.names import COMPONENTS
 from lcm_jax.weights.registry import DENOISERS, FAMILIES, NETWORKS, TOKENIZERS, UNUSED, check_components
 from lcm_jax.weights.safetensors_files import read_json
-from lcm_jax.weights.scheduler_config import check_scheduler_values, overridden, prediction_of, with_zero_terminal_snr
+from lcm_jax.weights.scheduler_config import (
+    check_scheduler_values,
+    followed,
+    has_zero_terminal_snr,
+    overridden,
+    prediction_of,
+    with_zero_terminal_snr,
+)
 from lcm_jax.weights.single_file.header import Header, unpack_tokenizer
 from lcm_jax.weights.single_file.reader import Single, layout_of, read_single
 
@@ -294,10 +301,10 @@ def _declared_scheduler(
     changed = config
     if declared.get("prediction_type", prediction_of(config)) != prediction_of(config):
         changed = {**changed, "prediction_type": declared["prediction_type"]}
-    if declared.get("rescale_betas_zero_snr") and not config.get("rescale_betas_zero_snr"):
+    if declared.get("rescale_betas_zero_snr") and not has_zero_terminal_snr(config):
         changed = with_zero_terminal_snr(changed)
     if given and changed is not config:
-        differing = [f"{key}={value!r}" for key, value in declared.items() if config.get(key) != value]
+        differing = [f"{key}={value!r}" for key, value in declared.items() if followed(config).get(key) != value]
         warnings.warn(
             f"{path}: the file declares {', '.join(differing)}, the scheduler config says otherwise: the file is "
             "followed; scheduler= (--scheduler) overrides both",

@@ -32,7 +32,10 @@ _LATENT = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_li
 _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LCMScheduler": _LATENT,
     "TCDScheduler": _LATENT,
-    "HeunDiscreteScheduler": _LATENT | {"beta_schedule": "linear"},
+    **dict.fromkeys(
+        ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
+        _LATENT | {"beta_schedule": "linear"},
+    ),
 }
 _FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
@@ -47,6 +50,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "interpolation_type": ("EulerDiscreteScheduler",),
     "invert_sigmas": _FLOWS,
     "lambda_min_clipped": _MULTISTEP,
+    "prediction_type": _NOT_FLOW,
     "rescale_betas_zero_snr": (
         *(*_CLIPS, "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
         *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
@@ -58,6 +62,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     "steps_offset": tuple(name for name in _NOT_FLOW if name != "DPMSolverSinglestepScheduler"),
     "stochastic_sampling": ("FlowMatchEulerDiscreteScheduler",),
     "thresholding": (*_CLIPS, *_SOLVER_ORDER),
+    "timestep_spacing": tuple(name for name in _NOT_FLOW if name != "DPMSolverSinglestepScheduler"),
     "timestep_scaling": ("LCMScheduler", "TCDScheduler"),
     "timestep_type": ("EulerDiscreteScheduler",),
     "trained_betas": _NOT_FLOW,
@@ -85,7 +90,15 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "timestep_type": ("discrete",),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
-_CHOOSE_SCHEDULE = ("trained_betas", "use_dynamic_shifting", "use_flow_sigmas")
+# Keys that are followed where the class reads them, with the values that change nothing where it does not.
+_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+    "prediction_type": ("flow", "flow_prediction", None),
+    "rescale_betas_zero_snr": (False, None),
+    "timestep_spacing": ("linspace", None),
+    "trained_betas": (None,),
+    "use_dynamic_shifting": (False, None),
+    "use_flow_sigmas": (False, None),
+}
 _TEXTS = (
     "_class_name",
     "prediction_type",
@@ -159,8 +172,11 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
                 warnings.warn(f"{source}: {key}={shown(value)} is passed over, as by diffusers' {name}", stacklevel=2)
             else:
                 raise ValueError(f"{source}: {key}={shown(value)} is not supported; {_instead(key, _FIXED[key][0])}")
-        if key in _CHOOSE_SCHEDULE and value and not reads(config, key):
-            warnings.warn(f"{source}: {key} is passed over, as by diffusers' {name}", stacklevel=2)
+        if key in _FOLLOWED and value not in _FOLLOWED[key] and not reads(config, key):
+            text = f"{source}: {key}={shown(value)} is passed over, as by diffusers' {name}"
+            if key == "rescale_betas_zero_snr":
+                text += f"; to follow it {_with('_class_name', 'DDIMScheduler')}"
+            warnings.warn(text, stacklevel=2)
         if key not in _FIXED and key not in _READ | _IDLE and not key.startswith("_"):
             warnings.warn(f"{source}: {shortened(key, 160)}={shown(value)} is not known and is ignored", stacklevel=2)
 
@@ -172,13 +188,33 @@ def reads(config: Mapping[str, Any], key: str) -> bool:
     >>> reads({"_class_name": "PNDMScheduler"}, "rescale_betas_zero_snr")
     False
     """
-    return key not in READERS or config.get("_class_name", READERS[key][0]) in READERS[key]
+    name = config.get("_class_name", CONTINUOUS)
+    return key not in READERS or name == CONTINUOUS or name not in SCHEDULERS or name in READERS[key]
+
+
+def followed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler config without the keys that diffusers' class passes over, see `reads`.
+
+    >>> from lcm_jax.weights.scheduler_config import followed
+    >>> followed({"_class_name": "HeunDiscreteScheduler", "steps_offset": 1, "rescale_betas_zero_snr": True})
+    {'_class_name': 'HeunDiscreteScheduler', 'steps_offset': 1}
+    """
+    return {key: value for key, value in config.items() if reads(config, key)}
+
+
+def has_zero_terminal_snr(config: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler config ends in pure noise, as its class of diffusers follows it."""
+    return bool(followed(config).get("rescale_betas_zero_snr"))
 
 
 def _instead(key: str, value: Any) -> str:
+    return f"{_with(key, value)}, or change the file"
+
+
+def _with(key: str, value: Any) -> str:
     """Return how to load a model with another value in its scheduler config, for messages."""
     text = json.dumps(value) if not isinstance(value, str) else value
-    return f"load with scheduler={{{key!r}: {value!r}}} (--scheduler {key}={text}), or change the file"
+    return f"load with scheduler={{{key!r}: {value!r}}} (--scheduler {key}={text})"
 
 
 def overridden(config: Mapping[str, Any], changes: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -219,11 +255,12 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
     does not have, names one of CONTINUOUS_SCHEDULES. Raises ValueError for betas given as a list, for
     resolution-dependent shifting and for an unknown beta_schedule.
     """
+    config = followed(config)
     name = str(config.get("_class_name", ""))
-    if config.get("trained_betas") is not None and reads(config, "trained_betas"):
+    if config.get("trained_betas") is not None:
         hint = f"give beta_start, beta_end and beta_schedule instead, and {_instead('trained_betas', None)}"
         raise ValueError(f"{source}: trained_betas is set: {hint}")
-    if config.get("use_dynamic_shifting") and reads(config, "use_dynamic_shifting"):
+    if config.get("use_dynamic_shifting"):
         hint = f"give a fixed shift and {_instead('use_dynamic_shifting', False)}"
         raise ValueError(f"{source}: use_dynamic_shifting is unsupported: {hint}")
     if "schedule" in config:
@@ -234,7 +271,7 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
         return made(**{k: v for k, v in config.items() if k in made.__dataclass_fields__})
     if name.startswith("FlowMatch"):
         return RectifiedFlow(shift=float(config.get("shift", 1.0)))
-    if config.get("use_flow_sigmas") and reads(config, "use_flow_sigmas"):
+    if config.get("use_flow_sigmas"):
         return RectifiedFlow(shift=float(config.get("flow_shift", 1.0)))
     fields = {k: v for k, v in (*_CLASS_DEFAULTS.get(name, {}).items(), *config.items()) if k in _FIELDS}
     try:
@@ -254,7 +291,7 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
     """
     check_config(config, source=source)
     schedule = from_config(config, source=source)
-    kind = config.get("prediction_type", schedule.usual_kind)
+    kind = followed(config).get("prediction_type", schedule.usual_kind)
     kind = {"flow_prediction": "flow"}.get(kind, kind)  # as the DPM solvers call it
     known = [name for name in get_args(Kind) if name != "edm" or "schedule" in config]  # diffusers has none of its own
     if kind not in known:
@@ -264,8 +301,8 @@ def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config
 
 def prediction_of(config: Mapping[str, Any]) -> str:
     """Return the network's output as a scheduler config declares it: "epsilon", "v_prediction", "sample" or "flow"."""
-    flow_sigmas = config.get("use_flow_sigmas") and reads(config, "use_flow_sigmas")
-    flow = "FlowMatch" in str(config.get("_class_name", "")) or bool(flow_sigmas)
+    config = followed(config)
+    flow = "FlowMatch" in str(config.get("_class_name", "")) or bool(config.get("use_flow_sigmas"))
     kind = str(config.get("prediction_type") or ("flow" if flow else "epsilon"))
     return {"flow_prediction": "flow"}.get(kind, kind)
 

@@ -15,7 +15,14 @@ import lcm_jax
 from lcm_jax.weights.convert import convert
 from lcm_jax.weights.model_files import read_model
 from lcm_jax.weights.safetensors_files import read_json, read_safetensors, save_tensors
-from lcm_jax.weights.scheduler_config import READERS, SCHEDULERS, with_zero_terminal_snr
+from lcm_jax.weights.scheduler_config import (
+    READERS,
+    SCHEDULERS,
+    followed,
+    has_zero_terminal_snr,
+    read_scheduler,
+    with_zero_terminal_snr,
+)
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -55,6 +62,30 @@ def test_zero_terminal_snr_is_followed_by_the_class_that_is_written(name: str) -
     assert float(made.alphas_cumprod[-1]) < 1e-6
     made.set_timesteps(4)
     assert int(made.timesteps[0]) == 999
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if hasattr(diffusers, name)])
+def test_keys_that_the_class_does_not_read_are_passed_over_as_by_diffusers(name: str) -> None:
+    if name == "DPMSolverSDEScheduler":
+        pytest.skip("needs torchsde")
+    keys = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    config = {"_class_name": name, **keys}  # betas are left out: they are the class's own
+    made = getattr(diffusers, name).from_config(config)
+    read = inspect.signature(getattr(diffusers, name).__init__).parameters
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        schedule, kind = read_scheduler(config, source="file")
+    said = " ".join(str(warning.message) for warning in caught)
+    for key, value in keys.items():
+        assert (f"{key}={value!r} is passed over, as by diffusers' {name}" in said) == (key not in read)
+        assert (key in followed(config)) == (key in read)
+    assert has_zero_terminal_snr(config) == ("rescale_betas_zero_snr" in read)
+    assert kind == ("flow" if "Flow" in name else "v_prediction")
+    if "Flow" not in name:
+        ours, theirs = np.asarray(schedule.alpha(np.arange(1000.0))) ** 2, made.alphas_cumprod.numpy()
+        # some classes of diffusers keep the last entry above 0; ours is 0 there
+        np.testing.assert_allclose(ours[:-1], theirs[:-1], rtol=2e-4, atol=1e-9)
+        assert (ours[-1] < 1e-6) == (theirs[-1] < 1e-6) == ("rescale_betas_zero_snr" in read)
 
 
 def test_a_folder_in_half_precision_is_drawn_by_diffusers_as_it_stands(tiny_model: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from lcm_jax.weights.lora.files import save_loras
 from lcm_jax.weights.model_files import lora_networks
 from lcm_jax.weights.registry import DENOISERS, class_name
 from lcm_jax.weights.safetensors_files import read_json
-from lcm_jax.weights.scheduler_config import read_scheduler, sampler_of
+from lcm_jax.weights.scheduler_config import followed, read_scheduler, sampler_of
 from mmdit.blocks import Remat
 from mmdit.text import T5Encoder
 
@@ -193,7 +193,7 @@ class FinetuneTask:
 
         weights: the digest of all weights that draw them.
         """
-        spec, spacing = get_sampler(sampler_of(scheduler)), Spacing.from_config(scheduler)
+        spec, spacing = get_sampler(sampler_of(scheduler)), Spacing.from_config(followed(scheduler))
         times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
         parts = batch_parts(conditioner.batched_map.mesh)
         drawn = min(DRAWN, parts * decode_batch((self.data.size, self.data.size)))

@@ -21,7 +21,7 @@ from lcm_jax.runtime.messages import few, shown
 from lcm_jax.weights.component import Lazy, Part, cast, check_part, names_of, parse_config
 from lcm_jax.weights.registry import TOWER
 from lcm_jax.weights.safetensors_files import read_metadata, read_safetensors, save_tensors
-from lcm_jax.weights.scheduler_config import prediction_of
+from lcm_jax.weights.scheduler_config import has_zero_terminal_snr, prediction_of
 from lcm_jax.weights.single_file import moving_average
 from lcm_jax.weights.single_file.header import Header, read_header
 from lcm_jax.weights.single_file.infer_config import clip_config, mmdit_config, t5_config, unet_config, vae_config
@@ -364,7 +364,7 @@ def write_single(
     marker = partial(np.zeros, 0, np.float32)
     if prediction == "v_prediction":
         makers[V_PREDICTION] = marker
-    if scheduler.get("rescale_betas_zero_snr"):
+    if has_zero_terminal_snr(scheduler):
         makers[ZERO_TERMINAL_SNR] = marker
     metadata = {} if header is None else header.to_metadata()
     spelt = {name: spelling for spelling, name in _PREDICTIONS.items()}

@@ -358,7 +358,7 @@ def test_keys_that_the_class_does_not_read_are_passed_over_with_a_warning(name: 
 
 def test_a_flow_does_not_read_betas() -> None:
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "trained_betas": [0.1]}
-    with pytest.warns(UserWarning, match="trained_betas is passed over"):
+    with pytest.warns(UserWarning, match=r"trained_betas=\[0.1\] is passed over"):
         assert read_scheduler(config) == (RectifiedFlow(shift=3.0), "flow")
 
 
