@@ -48,7 +48,8 @@ class Source(Protocol):
     """Random access to records, which a Loader shuffles; a Cache of encoded records is one too.
 
     A source may also have `key(index)`, a text that changes whenever the record does. Without it all records are read
-    to know which of them have been encoded before.
+    to know which of them have been encoded before. And it may have `texts(index)`, the record's captions as `Texts`:
+    without it a record is read, and its picture decoded, for its captions alone.
     """
 
     def __len__(self) -> int: ...
@@ -94,6 +95,10 @@ class InMemory:
     def __getitem__(self, index: int, /) -> Record:
         return {"image": self.images[index], "caption": self.captions[index]}
 
+    def texts(self, index: int) -> Texts:
+        """Return the caption of a record."""
+        return {"caption": self.captions[index]}
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnDemand:
@@ -114,6 +119,10 @@ class OnDemand:
             raise IndexError(f"record {index} of {len(self)}")
         item = self.items[index]
         return {"image": read_picture(item.read(), self.size, item.name), **item.texts()}
+
+    def texts(self, index: int) -> Texts:
+        """Return the captions of a record, without reading its picture."""
+        return self.items[index].texts()
 
     def key(self, index: int) -> str:
         """Return a text that changes whenever the record does, from the file's path, size and time and the captions."""
@@ -137,6 +146,19 @@ def record_keys(source: Source, name: str, count: int | None = None, *, by_bytes
     if isinstance(source, OnDemand):
         return [_content(item.read(), item.texts()) for item in map(source.items.__getitem__, indices)]
     return [_record_digest(source[index]) for index in indices]
+
+
+def read_texts(source: Source, index: int) -> Texts:
+    """Return the captions of a record: by the source's own `texts` where it has one, else from the whole record.
+
+    >>> import numpy as np
+    >>> from lcm_jax.data.records import InMemory, read_texts
+    >>> read_texts(InMemory(images=np.zeros((1, 2, 2, 3), np.uint8), captions=("a dog",)), 0)
+    {'caption': 'a dog'}
+    """
+    texts = getattr(source, "texts", None)
+    read: Texts = texts(index) if callable(texts) else source[index]
+    return read
 
 
 def read_digested(source: Source, index: int) -> tuple[Record, str]:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,13 @@ _TURNS = {
 }  # by EXIF orientation
 _TAIL = 64  # bytes at the end of a file, in which its end mark must be
 _PNG = b"\x89PNG\r\n\x1a\n"
-_METADATA = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf"})  # chunks of a PNG that do not change its pixels
+_TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+_METADATA = frozenset({*_TEXTS, b"iCCP", b"eXIf"})  # chunks of a PNG that do not change its pixels
+_ORIENTATION = (
+    b"Raw profile type exif\0",
+    b"Raw profile type APP1\0",
+    b"XML:com.adobe.xmp\0",
+)  # texts that may hold it
 
 # Pillow warns of damaged metadata, which is left out here, and of many pixels, for which it has an error too.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -74,12 +80,13 @@ def check_picture(data: Path | bytes, source: str = "") -> Size:
         check_file_size(data.stat().st_size, source)
 
     def measure(picture: Image.Image) -> Size:
-        is_whole = _ends_as_whole(picture)
-        if picture.format != "PNG" and not is_whole:
+        is_png = picture.format == "PNG"
+        is_loaded = _has_late_metadata(picture) if is_png else not _ends_as_whole(picture)
+        if is_loaded:
             picture.load()
         is_sideways = sideways(picture)
         size = picture.size if is_sideways else (picture.height, picture.width)
-        if picture.format == "PNG":
+        if is_png and not is_loaded:
             picture.verify()
         return size
 
@@ -89,7 +96,7 @@ def check_picture(data: Path | bytes, source: str = "") -> Size:
 def read_picture(data: Path | bytes, size: Size | None = None, source: str = "") -> UInt8[np.ndarray, "h w 3"]:
     """Return a picture's pixels as it is `shown`, scaled and cropped to `size` (height, width) if that is given.
 
-    Metadata that is damaged or too large (EXIF, texts, colour profiles) is left out.
+    Metadata that is damaged or too large (texts, colour profiles, EXIF) is left out; a whole EXIF beside it counts.
 
     data: a file or its bytes. source: the name of the picture in errors. Raise ValueError if it is not a readable
     picture, OSError if the file itself cannot be read.
@@ -194,6 +201,23 @@ def _ends_as_whole(picture: Image.Image) -> bool:
     return end.endswith(ends[picture.format])
 
 
+def _has_late_metadata(picture: Image.Image) -> bool:
+    """Return whether a PNG may have its orientation behind its pixels, where Pillow reads it after them."""
+    stream: Any = picture.fp  # type: ignore[attr-defined]
+    position = stream.tell()
+    start, found, is_behind = len(_PNG), False, False
+    while not found:
+        stream.seek(start)
+        head = stream.read(8)
+        if len(head) < 8:
+            break
+        is_behind = is_behind or head[4:] == b"IDAT"
+        found = is_behind and head[4:] in _TEXTS | {b"eXIf"}
+        start += 12 + int.from_bytes(head[:4])
+    stream.seek(position)
+    return found
+
+
 def check_file_size(number: int, source: str) -> None:
     """Raise ValueError for a file of no bytes, or of more than any picture has."""
     if number == 0:
@@ -203,12 +227,11 @@ def check_file_size(number: int, source: str) -> None:
 
 
 def _opened(data: Path | bytes, source: str, use: Callable[[Image.Image], T]) -> T:
-    """Return use(picture); a PNG that cannot be read as it is is read once more without its metadata."""
+    """Return use(picture); a PNG that cannot be read as it is is read with as much of its metadata as can be."""
     try:
         return _use(data, use)
     except Exception as error:  # on damaged bytes a decoder may raise anything
-        plain = _without_metadata(data)
-        if plain is not None:
+        for plain in _with_less_metadata(data):
             with contextlib.suppress(Exception):
                 return _use(plain, use)
         raise ValueError(f"{source}: {_reason(error)}") from error
@@ -221,23 +244,32 @@ def _use(data: Path | bytes, use: Callable[[Image.Image], T]) -> T:
         return use(picture)
 
 
-def _without_metadata(data: Path | bytes) -> bytes | None:
-    """Return a PNG without the chunks of its metadata; None if there are none, or if it is no PNG."""
+def _with_less_metadata(data: Path | bytes) -> Iterator[bytes]:
+    """Yield a PNG with what may hold its orientation alone, with its EXIF alone, and without any metadata.
+
+    Nothing is yielded for a file without metadata, and for one that is no PNG.
+    """
     if isinstance(data, Path):
         with data.open("rb") as stream:
             if stream.read(len(_PNG)) != _PNG:
-                return None
+                return
         data = read_bytes(data)
     if not data.startswith(_PNG):
-        return None
-    chunks, start = [_PNG], len(_PNG)
+        return
+    chunks, start = [(b"", _PNG)], len(_PNG)
     while start < len(data):  # each chunk: length of its data, type, data, checksum
         end = start + 12 + int.from_bytes(data[start : start + 4])
-        if data[start + 4 : start + 8] not in _METADATA:
-            chunks.append(data[start:end])
+        chunks.append((data[start + 4 : start + 8], data[start:end]))
         start = end
-    plain = b"".join(chunks)
-    return plain if len(plain) < len(data) else None
+    metadata = [(kind, chunk) for kind, chunk in chunks if kind in _METADATA]
+    exif = {chunk for kind, chunk in metadata if kind == b"eXIf"}
+    texts = {chunk for kind, chunk in metadata if kind in _TEXTS and chunk[8:].startswith(_ORIENTATION)}
+    last = len(metadata)
+    for kept in (exif | texts, exif, set[bytes]()):
+        less = [chunk for kind, chunk in chunks if kind not in _METADATA or chunk in kept]
+        if (number := len(less) - len(chunks) + len(metadata)) < last:
+            last = number
+            yield b"".join(less)
 
 
 class _TooDeepError(ValueError):

@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 
 from lcm_jax.runtime.messages import did_you_mean, shown
 from lcm_jax.weights.component import Component, read_part, to_component
+from lcm_jax.weights.safetensors_files import pickles_of_hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,11 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
         plain = [part.name for part in sorted(folder.iterdir()) if _lacks_weights(part)]
         if plain and any(folder.glob("*/*.safetensors")):  # a variant that no component has is an error, not a download
             _snapshot(called, repository, revision, [f"{part}/{pattern}" for part in plain for pattern in wanted()])
+    if file is None and weights and not any(folder.rglob("*.safetensors")):
+        raise FileNotFoundError(
+            f"{called}: nothing was downloaded as weights (variant={variant}); a single file is given as "
+            f"{repository}/NAME.safetensors; {pickles_of_hub(repository)}"
+        )
     if file is not None and not (folder / file).is_file():
         raise FileNotFoundError(f"{called}: the repository {repository} has no {file}")
     return Location(path=folder if file is None else folder / file)

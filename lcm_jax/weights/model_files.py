@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lcm_jax.runtime.messages import few
 from lcm_jax.weights import orbax
 from lcm_jax.weights.component import Part, config_of, has_weights, read_part, to_part
 from lcm_jax.weights.hub import Location, locate
@@ -16,7 +17,7 @@ from lcm_jax.weights.lora.files import is_lora
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.lora.names import COMPONENTS
 from lcm_jax.weights.registry import DENOISERS, FAMILIES, NETWORKS, TOKENIZERS, UNUSED, check_components
-from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.safetensors_files import check_no_pickles, read_json
 from lcm_jax.weights.scheduler_config import (
     check_scheduler_values,
     followed,
@@ -121,6 +122,8 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
     config is not supported.
     """
     source = location.path / location.subpath("model_index.json")
+    if not source.is_file():
+        raise _no_model(source)
     index = _read_index(source, t5=t5)
     named = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
     if "scheduler" not in named:
@@ -148,6 +151,17 @@ def read_folder(location: Location, *, variant: str | None = None, t5: bool = Tr
         index=index,
         dropped=tuple(name for name in UNUSED if name in named),
     )
+
+
+def _no_model(source: Path) -> FileNotFoundError:
+    """Return the error for a folder without model_index.json; raise that of pickles if it has these alone."""
+    singles = sorted(path.name for path in source.parent.glob("*.safetensors"))
+    if not singles:
+        check_no_pickles(source.parent)
+    hint = f"; it has {few('single files', singles, 3)}: give one of them by its path" if singles else ""
+    if (source.parent.parent / source.name).is_file():
+        hint = "; the folder above has one: load that"
+    return FileNotFoundError(f"{source}: no such file, so this is no folder of a model{hint}")
 
 
 def _with_averages(location: Location, networks: list[str]) -> Location:

@@ -13,7 +13,7 @@ import mmap
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,12 +217,32 @@ def _find(folder: Path, stem: str, variant: str | None) -> Path:
         return found
     single, index = _names(folder, stem, variant)
     others = sorted(p.name for p in folder.glob("*") if re.search(r"\.safetensors(\.index(\.\w+)?\.json)?$", p.name))
-    pickles = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICKLES)
-    if pickles and not others:
+    if not others:
+        check_no_pickles(folder)
+    hint = f"it has {few('other files', others)}; choose by variant= or by path" if others else "it has no safetensors"
+    if not others and (cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", folder.as_posix())):
+        hint += f"; {pickles_of_hub('/'.join(cached.groups()))}"
+    raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name}; {hint}")
+
+
+def check_no_pickles(folder: Path, stems: Collection[str] = ()) -> None:
+    """Raise ValueError, with the command that converts them, if a folder without safetensors has pickles of weights.
+
+    stems: the names of the weights without their ending; empty: any.
+    """
+    pickles = sorted(p for p in folder.glob("*") if p.suffix.lower() in _PICKLES and (not stems or p.stem in stems))
+    if pickles:
         is_pipeline = (folder.parent / "model_index.json").is_file()
         raise _pickle_error(pickles[0], folder.parent if is_pipeline else folder)
-    hint = f"it has {few('other files', others)}; choose by variant= or by path" if others else "it has no safetensors"
-    raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name}; {hint}")
+
+
+def pickles_of_hub(repository: str) -> str:
+    """Return what to do about a repository of the hub whose weights may be pickles, which are not downloaded."""
+    return (
+        "pickles (.bin, .ckpt) are not downloaded: where you trust them, "
+        f"hf download {shlex.quote(repository)} --local-dir DIR, python -m lcm_jax.weights.from_pickle DIR (PyTorch is "
+        "needed), and load DIR"
+    )
 
 
 def load_tensors(

@@ -18,6 +18,7 @@ from lcm_jax.data import (
     load_source,
 )
 from lcm_jax.data.loader import Augment, Transform
+from lcm_jax.data.records import Texts, read_texts
 from lcm_jax.parallel.distributed import say
 from lcm_jax.runtime.image_io import Size
 
@@ -139,6 +140,10 @@ class Subset:
     def __getitem__(self, index: int, /) -> Any:
         return self.source[self.indices[index]]
 
+    def texts(self, index: int) -> Texts:
+        """Return the captions of a record."""
+        return read_texts(self.source, self.indices[index])
+
 
 def share(source: Source, name: str) -> tuple[Subset, Subset]:
     """Return a data set in two parts: what is trained on, and every `SHARE`-th picture, which is held out.
@@ -174,9 +179,9 @@ class StartBatches(Protocol):
 
 
 def captions(source: Source, most: int | None = None) -> list[str]:
-    """Return the first `most` captions of a source, or all."""
+    """Return the first `most` captions of a source, or all; no picture is decoded for them (`read_texts`)."""
     count = len(source) if most is None else min(most, len(source))
-    return [source[i]["caption"] for i in range(count)]
+    return [read_texts(source, i)["caption"] for i in range(count)]
 
 
 def loader(*sources: Any, transform: Transform | None = None, augment: Augment | None = None) -> StartBatches:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax.data import Record
+from lcm_jax.data.records import Texts
 from lcm_jax.objectives.masked_language_model import hide, masked_loss
 from lcm_jax.parallel.sharding import BatchedMap
 from lcm_jax.train.task import Task
@@ -46,8 +46,9 @@ class MaskedTask:
     def build(self) -> Task:
         """Return the task; the tokenizer is trained first."""
         source, validation = open_with_held_out(self.data, self.validation)
+        texts = captions(source)
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = train_unigram(captions(source), self.vocabulary, folder, self.tokens)
+            tokenizer = train_unigram(texts, self.vocabulary, folder, self.tokens)
         config = replace(self.net, vocab_size=tokenizer.vocab_size)
         net = T5Encoder(config)
 
@@ -79,14 +80,14 @@ class MaskedTask:
             save_component(folder, "text_encoder_3", Component(net, jax.device_get(ema)))
             tokenizer.save(folder / "tokenizer_3")
 
-        def transform(record: Record) -> dict[str, np.ndarray]:
+        def transform(record: Texts) -> dict[str, np.ndarray]:
             return {"ids": ids(record["caption"])}
 
         return Task(
             init=lambda key: net.init(key, jnp.zeros((1, 1), jnp.int32))["params"],
             loss=loss,
             frozen={},
-            batches=loader(source, transform=transform),
+            batches=loader([{"caption": text} for text in texts], transform=transform),  # no picture is decoded
             preview=preview,
             export=export,
             separable=False,  # a mean over the hidden tokens

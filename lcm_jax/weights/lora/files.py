@@ -57,7 +57,7 @@ from lcm_jax.weights.lora.names import (
 )
 from lcm_jax.weights.lora.peft_config import FOLDER_NAME, HEADER_KEY, alpha_of, check_alpha, read_config, write_config
 from lcm_jax.weights.registry import DENOISERS
-from lcm_jax.weights.safetensors_files import read_safetensors, save_tensors
+from lcm_jax.weights.safetensors_files import check_no_pickles, read_safetensors, save_tensors
 from lcm_jax.weights.single_file.layouts import Layout, Slot
 from lcm_jax.weights.torch_params import Rules
 
@@ -158,6 +158,7 @@ def _find(path: str | Path) -> Path:
     for name in FILE_NAMES:
         if (path / name).is_file():
             return path / name
+    check_no_pickles(path, [Path(name).stem for name in FILE_NAMES])
     raise FileNotFoundError(f"{path}: holds no LoRA file ({' or '.join(FILE_NAMES)})")
 
 
@@ -188,7 +189,10 @@ def _fit(groups: Mapping[str, Group], config: Mapping[str, Any], network: Networ
             incomplete.append(module)
         else:
             down, up = (np.asarray(group[half], np.float32) for half in ("down", "up"))
-            alpha = group["alpha"].item() if "alpha" in group else alpha_of(config, module, len(down))
+            if "scale" in group:
+                alpha = group["scale"].item() * len(down)
+            else:
+                alpha = group["alpha"].item() if "alpha" in group else alpha_of(config, module, len(down))
             check_alpha(alpha, f"{path}: {shown(module)}: its alpha")
             alpha *= group["scalar"].item() if "scalar" in group else 1.0
             for slot, destination in destinations.values():

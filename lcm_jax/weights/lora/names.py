@@ -4,8 +4,9 @@ peft        unet.mid_block.attentions.0.proj_in.lora_A.weight      lora_B.weight
 diffusers   unet.mid_block.attentions.0.proj_in.lora.down.weight   lora.up.weight   (text: lora_linear_layer.down)
 kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight   .lora_up.weight   .alpha
 
-Read as well: the prefixes of PEFT alone, ComfyUI and LyCORIS (`COMPONENTS`), LyCORIS' learned `.scalar`, and the oldest
-spellings of diffusers. The textual inversions that A1111 reads from a LoRA's file (`bundle_emb.*`) are left out.
+Read as well: the prefixes of PEFT alone, ComfyUI and LyCORIS (`COMPONENTS`), LyCORIS' learned `.scalar`, A1111's
+`.scale`, which goes before alpha, and the oldest spellings of diffusers. The textual inversions that A1111 reads from a
+LoRA's file (`bundle_emb.*`) are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lcm_jax.runtime.messages import few
 from lcm_jax.weights.safetensors_files import is_finite
 
 Format = Literal["peft", "diffusers", "kohya"]
-Group = dict[str, np.ndarray]  # the tensors of one module in a file: "down", "up", "alpha", "scalar"
+Group = dict[str, np.ndarray]  # the tensors of one module in a file: "down", "up", "alpha", "scalar", "scale"
 
 # Component of a pipeline -> prefixes of its keys other than its own name. The first is kohya's, which is written.
 COMPONENTS: dict[str, tuple[str, ...]] = {
@@ -49,6 +50,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"(\.lora_(B|up)(\.\w+)?|[._]lora\.up|\.lora_linear_layer\.up)\.weight$", "up"),
     (r"\.alpha$", "alpha"),
     (r"\.scalar$", "scalar"),  # LyCORIS: a learned factor of the whole difference
+    (r"\.scale$", "scale"),  # A1111: in the place of alpha / rank
 )
 # Old spellings of modules.
 _SPELLINGS: tuple[tuple[str, str], ...] = (
@@ -166,7 +168,7 @@ def _bad_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
     """Return fault -> the keys of the tensors that have it."""
     faults: dict[str, list[str]] = {}
     for key, tensor in sorted(tensors.items()):
-        is_alpha = key.endswith((".alpha", ".scalar"))
+        is_alpha = key.endswith((".alpha", ".scalar", ".scale"))
         if not is_alpha and not jnp.issubdtype(tensor.dtype, jnp.floating):  # an alpha may be an integer
             faults.setdefault("tensors that are not floating", []).append(f"{key}: {tensor.dtype.name}")
         elif not is_finite(tensor):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import struct
 import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lcm_jax.data import load_source
+from lcm_jax.data import InMemory, load_source, records
 from lcm_jax.data.sources import open_tfds
+from lcm_jax.train.tasks.common import Subset, captions
 
 
 def picture(path, mode="RGB", size=(12, 8), color=None):
@@ -256,3 +259,33 @@ def test_tars_of_samples(tmp_path):
 def test_bad_tars_are_refused(tmp_path, spoil, words):
     spoil(tar(tmp_path / "a.tar", "a.txt", "a.png"))
     refused((ValueError, FileNotFoundError), words, f"tar:{tmp_path / 'a.tar'}")
+
+
+def test_captions_are_read_without_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of folders, tables, tars, OpenMoji, parts of them and sources with `texts` of their own; others read records."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, path.name)
+    table = shutil.copytree(folder, tmp_path / "table")
+    lines = [json.dumps({"file_name": f"{number}.png", "text": f"picture {number}"}) for number in range(3)]
+    (table / "metadata.jsonl").write_text("\n".join(lines))
+    sources = [
+        load_source(name, "train", 8) for name in (f"folder:{folder}", f"folder:{table}", f"tar:{tmp_path / 'a.tar'}")
+    ]
+    sources.append(Subset(sources[0], [0, 1, 2]))
+    sources.append(InMemory(images=np.zeros((3, 8, 8, 3), np.uint8), captions=tuple(captions(sources[0]))))
+    plain = [dict(sources[0][index]) for index in range(3)]
+
+    def decoded(*_: object) -> None:
+        pytest.fail("a picture is decoded")
+
+    monkeypatch.setattr(records, "read_picture", decoded)
+    for source in sources:
+        assert captions(source) == ["picture 0", "picture 1", "picture 2"]
+        assert captions(source, 2) == ["picture 0", "picture 1"]
+    assert captions(plain) == ["picture 0", "picture 1", "picture 2"]

@@ -146,14 +146,68 @@ def test_damaged_metadata_prints_nothing(tmp_path: Path) -> None:
 
 
 def test_an_orientation_beside_damaged_metadata_counts_where_it_can_be_read() -> None:
-    """What is damaged behind the orientation does not matter; a PNG that has to be read without metadata lies flat."""
+    """What is damaged behind the orientation does not matter."""
     entries = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHII", 0x8769, 4, 1, 0x7FFFFFFF)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     for form in ("PNG", "JPEG", "WEBP"):
         assert read_picture(encoded(form, exif=exif)).shape == (40, 24, 3)
         assert check_picture(encoded(form, exif=exif)) == (40, 24)
-    data = encoded("PNG", exif=SIDEWAYS.tobytes(), pnginfo=text("zTXt"))
-    assert read_picture(data).shape == (*check_picture(data), 3)
+
+
+def raw_profile(large: str = "") -> PngImagePlugin.PngInfo:
+    """EXIF as ImageMagick writes it: hex digits in a text of a PNG; and another text, which is too large."""
+    info = PngImagePlugin.PngInfo()
+    exif = SIDEWAYS.tobytes()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif):8}\n{exif.hex()}\n", zip=True)
+    info.add_text("workflow", large)
+    return info
+
+
+def xmp(large: str = "") -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    info.add_text("workflow", large)
+    return info
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        *(("PNG", {"exif": SIDEWAYS, "pnginfo": text(kind)}) for kind in ("tEXt", "zTXt", "iTXt")),
+        *((form, {"exif": SIDEWAYS, "icc_profile": GARBAGE}) for form in ("PNG", "WEBP", "JPEG")),
+        *((form, {"exif": SIDEWAYS, "icc_profile": b"none"}) for form in ("PNG", "WEBP", "JPEG")),
+        ("PNG", {"exif": SIDEWAYS, "icc_profile": GARBAGE, "pnginfo": text("zTXt")}),
+        ("WEBP", {"exif": SIDEWAYS, "xmp": GARBAGE}),
+        ("WEBP", {"exif": SIDEWAYS, "xmp": b"x" * 2_000_000, "icc_profile": GARBAGE}),
+        ("PNG", {"pnginfo": raw_profile("x" * 2_000_000)}),
+        ("PNG", {"pnginfo": xmp("x" * 2_000_000)}),
+        ("PNG", {"exif": SIDEWAYS, "pnginfo": xmp("x" * 2_000_000), "icc_profile": GARBAGE}),
+    ],
+)
+def test_a_whole_exif_counts_beside_metadata_that_is_too_large(
+    form: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    data = encoded(form, **options)
+    upright = by_pillow(encoded(form, exif=SIDEWAYS))
+    assert upright.shape == (40, 24, 3)
+    (tmp_path / "a").write_bytes(data)
+    for source in (data, tmp_path / "a"):
+        assert np.array_equal(read_picture(source), upright)
+        assert check_picture(source) == (40, 24)
+
+
+@pytest.mark.parametrize("large", ["", "x" * 2_000_000])
+def test_an_orientation_behind_the_pixels_counts(large: str, tmp_path: Path) -> None:
+    """A PNG may have its eXIf behind its pixels."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", large)
+    data = encoded("PNG", exif=SIDEWAYS, pnginfo=info)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    (tmp_path / "a").write_bytes(moved)
+    assert read_picture(moved).shape == (40, 24, 3)
+    assert check_picture(moved) == check_picture(tmp_path / "a") == (40, 24)
 
 
 @pytest.mark.parametrize("form", OFFERED)

@@ -303,6 +303,7 @@ def test_what_looks_like_a_path_asks_no_hub(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_revision_says_that_a_name_is_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     assert locate("here/model@main").path == tmp_path

@@ -78,6 +78,54 @@ def test_of_the_hub_the_plain_files_are_downloaded_where_the_variant_is_not(
     assert not list(snapshot.rglob("*.safetensors"))
 
 
+COMMAND = r"python -m lcm_jax.weights.from_pickle"
+
+
+def pickled(folder: Path) -> None:
+    """Every file of weights is a pickle, as in folders before safetensors."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        file.unlink()
+        file.with_suffix(".bin").write_bytes(b"PK\x03\x04")
+
+
+def test_a_folder_of_pickles_alone_says_how_it_is_converted(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="the folder above has one: load that"):
+        read_model(copy / "unet")
+    pickled(copy / "vae")
+    with pytest.raises(ValueError, match=rf"vae.*\.bin: a pickle.*{COMMAND} {copy} "):
+        read_model(copy)
+    pickled(copy)
+    with pytest.raises(ValueError, match=rf"{COMMAND} {copy} "):
+        read_model(copy)
+    single = tmp_path / "single"
+    single.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no such file, so this is no folder of a model$"):
+        read_model(single)
+    (single / "v1.ckpt").touch()
+    with pytest.raises(ValueError, match=rf"v1.ckpt: a pickle.*{COMMAND} {single} "):
+        read_model(single)
+    (single / "v1.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"it has 1 single files \(v1.safetensors\): give one of them"):
+        read_model(single)
+
+
+@pytest.mark.parametrize("parts", [("vae",), ("unet", "vae", "text_encoder")])
+def test_a_repository_of_pickles_says_how_it_is_converted(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[str, ...]
+) -> None:
+    """They are not downloaded, so that the folder in the hub's cache has configs alone."""
+    snapshot = tmp_path / "models--some-one--name" / "snapshots" / "0123"
+    shutil.copytree(copy, snapshot)
+    for part in parts:
+        for file in (snapshot / part).glob("*.safetensors"):
+            file.unlink()
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    with pytest.raises(FileNotFoundError, match=rf"hf download some-one/name --local-dir DIR, {COMMAND} DIR") as raised:
+        read_model("some-one/name")
+    assert "\n" not in str(raised.value)
+    assert hub.locate("some-one/name", weights=False).path == snapshot
+
+
 def test_settings_of_a_moving_average_in_a_config_are_passed_over(copy: Path) -> None:
     for name in ("unet", "vae"):
         write_json(copy / name / "config.json", read_json(copy / name / "config.json") | EMA)

@@ -429,6 +429,39 @@ def test_a_scalar_that_is_none_is_refused(tmp_path, params, value, said):
         load_lora(tmp_path / "x.safetensors", params)
 
 
+@pytest.mark.parametrize("more", [{}, {"alpha": 64.0}, {"scalar": -2.0}])
+def test_the_scale_of_a1111_goes_before_alpha(tmp_path, params, more):
+    """NetworkModule.calc_scale of A1111: scale, else alpha / rank, else 1."""
+    tensors = kohya("lora_unet_", scale=0.25, **more)
+    save_file(tensors, tmp_path / "x.safetensors")
+    down, up = (tensors[f"lora_unet_{KOHYA}.lora_{half}.weight"] for half in ("down", "up"))
+    found = load_lora(tmp_path / "x.safetensors", params)[TO_Q]
+    np.testing.assert_allclose(lora.delta(found)[0].T, 0.25 * more.get("scalar", 1.0) * up @ down, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("value", "said"), [(np.inf, "NaN or infinity"), ([1.0, 2.0], "shape"), (1e30, "its alpha")])
+def test_a_scale_that_is_none_is_refused(tmp_path, params, value, said):
+    save_file(kohya("lora_unet_", scale=value), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=said):
+        load_lora(tmp_path / "x.safetensors", params)
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "adapter_model.bin"])
+def test_a_folder_of_a_pickled_lora_says_how_it_is_converted(tmp_path, params, name):
+    (tmp_path / name).write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=rf"{name}: a pickle.*python -m lcm_jax.weights.from_pickle {tmp_path} "):
+        load_lora(tmp_path, params)
+
+
+@pytest.mark.parametrize("word", ["a\nb", "x" * 4000, "\x1b[31mred", ""])
+def test_the_words_of_embeddings_are_shown_in_one_line(tmp_path, params, word):
+    save_file(kohya("lora_unet_") | {f"bundle_emb.{word}.clip_l": array(2, 16)}, tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning, match="holds 1 embeddings") as caught:
+        load_lora(tmp_path / "x.safetensors", params)
+    assert str(caught[0].message).isprintable()
+    assert len(str(caught[0].message)) < 600 + len(str(tmp_path))
+
+
 def test_embeddings_in_a_lora_are_named_and_left_out(tmp_path, params):
     """A1111's bundles: the rest is the LoRA that it would be alone."""
     plain = kohya("lora_unet_", alpha=1.0)
