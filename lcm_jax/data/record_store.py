@@ -2,20 +2,26 @@
 
 The store of one description (networks, size, dtype) is a folder of array_record files, each with a .json that names the
 origins of its records. A source is looked up key by key: its records are those of today's pictures and captions, in
-today's order. What is missing, because it is new or has changed, is made and added in a file of its own. Nothing is
-changed or removed: a source that is again as it was is found again, and no reader loses a file.
+today's order. What is missing, because it is new or has changed, is made and added in a file of its own, and nothing is
+changed: a source that is again as it was is found again. A file of which no record was used for `KEPT_DAYS` days is
+removed, unless another run reads from its store: no reader loses a file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lcm_jax.data.array_cache import (
     Cache,
@@ -30,7 +36,9 @@ from lcm_jax.data.array_cache import (
 )
 
 SHARD = 1024  # records of a file, at most; a process that is killed loses what it has made of one
+KEPT_DAYS = 30  # after which what no run has used is removed
 _VERSION = 1
+_CLEANING, _USE = ".cleaning.lock", ".use"  # held while files are removed or a run begins to read; held by each run
 
 Made = tuple[Origin, Mapping[str, Any]]
 """What a record was made of, and what was made."""
@@ -100,18 +108,93 @@ def stored(
     indices of `keys`, in any order; what it has yielded before an error is kept.
     """
     folder = root / fingerprint({"store": _VERSION, **produced_by})
-    known = _open(folder, produced_by)
-    if any(key not in known for key in keys):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{fingerprint({'keys': list(keys)})}.lock"):  # others with the same work wait for it
-            known = _open(folder, produced_by)
-            first = {key: index for index, key in reversed(list(enumerate(keys)))}
-            missing = sorted(index for key, index in first.items() if key not in known)
-            made = make(missing, known) if missing else iter(())
-            while missing and _write(folder, made, produced_by) == SHARD:
-                pass
+    with _reading(folder) as hold:
         known = _open(folder, produced_by)
-    return known.select(keys)
+        if any(key not in known for key in keys):
+            with FileLock(folder / f".{fingerprint({'keys': list(keys)})}.lock"):  # others with the same work wait
+                known = _open(folder, produced_by)
+                first = {key: index for index, key in reversed(list(enumerate(keys)))}
+                missing = sorted(index for key, index in first.items() if key not in known)
+                made = make(missing, known) if missing else iter(())
+                while missing and _write(folder, made, produced_by) == SHARD:
+                    pass
+            known = _open(folder, produced_by)
+        selected = known.select(keys)
+        hold(selected.source)
+    for store in sorted(root.iterdir()):
+        with contextlib.suppress(OSError, NotImplementedError):
+            _remove_unused(store)
+    return selected
+
+
+_HELD: dict[Path, set[Path]] = {}  # the lock of each source that this process reads -> its files
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[Callable[[Cache], None]]:
+    """Return a context in which no file of a store is removed, and a function that holds those of a cache after it.
+
+    They are held until the cache is no longer referred to, or the process ends. Where a store cannot be written, or its
+    disk has no locks, nothing is held: there nothing is removed either.
+    """
+    lock = FileLock(folder / f".{uuid.uuid4().hex}{_USE}", thread_local=False)
+    path = Path(lock.lock_file)
+
+    def let_go() -> None:
+        _HELD.pop(path, None)
+        if lock.is_locked:
+            lock.release()
+            path.unlink(missing_ok=True)
+
+    def hold(cache: Cache) -> None:
+        files = {cache.folder / shard.file for shard in cache.shards}
+        with contextlib.suppress(OSError):
+            for file in files:
+                os.utime(file)  # the time of its last use
+        _HELD[path] = files
+        weakref.finalize(cache, let_go)
+
+    with contextlib.suppress(OSError, NotImplementedError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / _CLEANING):
+            lock.acquire()
+    try:
+        yield hold
+    except BaseException:
+        let_go()
+        raise
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the files of a store that are old enough, unless another process reads from it; say so in a line."""
+    before = time.time() - KEPT_DAYS * 24 * 3600
+    is_old = any(path.stat().st_mtime < before for path in folder.glob("*.array_record") if _is_file_of_store(path))
+    if not is_old:
+        return
+    with FileLock(folder / _CLEANING):
+        held = {file for lock, files in _HELD.items() if lock.parent == folder for file in files}
+        for path in folder.glob(f".*{_USE}"):
+            if path in _HELD:
+                continue
+            try:
+                with FileLock(path, timeout=0):
+                    pass
+            except Timeout:  # another run reads
+                return
+            path.unlink(missing_ok=True)  # of a run that was killed
+        removed = [path for path in folder.glob("*.array_record") if _is_file_of_store(path) and path not in held]
+        removed = [path for path in removed if path.stat().st_mtime < before]
+        size = sum(path.stat().st_size for path in removed)
+        for path in removed:
+            path.with_suffix(".json").unlink()  # first: a file without it is not looked for
+            path.unlink()
+    if removed:
+        text = "%s: removed %d files (%.1f MB) of which no run has used a record for %d days"
+        logging.getLogger("lcm_jax").info(text, folder, len(removed), size / 1e6, KEPT_DAYS)
+
+
+def _is_file_of_store(path: Path) -> bool:
+    return path.with_suffix(".json").is_file()
 
 
 def _open(folder: Path, produced_by: ProducedBy) -> Known:

@@ -143,6 +143,8 @@ def write_program(
     platform = platform or here
     if platform not in PLATFORMS:
         raise ValueError(f"platform {platform!r} is unknown; known are {', '.join(PLATFORMS)}")
+    if platform == here:
+        pipe.check_memory(pipe.check_size(size), batch)
     header = Header(
         jax=jax.__version__,
         platform=platform,

@@ -218,6 +218,7 @@ class Pipeline:
         strength = real_number("strength", strength)
         model, spacing = self._on_shift(shift, double_shift)
         size = self.check_size(size)
+        self.check_memory(size, len(prompts))
         pictures = None if image is None else check_pictures(image, size, len(prompts))
         redrawn = None
         if mask is not None:
@@ -438,6 +439,30 @@ class Pipeline:
         config = self.model.net.config
         factor = self.model.vae.config.downsample_factor * getattr(config, "patch_size", 1)
         return check_size(self.size if size is None else size, factor, getattr(config, "pos_embed_max_size", None))
+
+    def check_memory(self, size: tuple[int, int], number: int = 1) -> None:
+        """Raise ValueError, before anything is compiled, if pictures of a size can never fit into the device's memory.
+
+        The estimate is a lower bound: what enters and leaves one layer of the network for all `number` pictures, and
+        the last layers of the decoder for one of them.
+        """
+        available = memory_of(jax.devices()[0] if self.mesh is None else self.mesh.local_devices[0])
+        net, vae = self.model.net, self.model.vae
+        pixels = math.prod(size)
+        decoder = sum(getattr(vae.config, "block_out_channels", ())[:2]) * pixels * _itemsize(vae)
+        blocks = getattr(net.config, "block_out_channels", None)
+        heads = [getattr(net.config, name, 0) for name in ("num_attention_heads", "attention_head_dim")]
+        width = blocks[0] if blocks else math.prod(heads) if all(isinstance(n, int) for n in heads) else 0
+        tokens = pixels // (vae.config.downsample_factor * getattr(net.config, "patch_size", 1)) ** 2
+        network = 2 * number * tokens * width * _itemsize(net) // (1 if self.mesh is None else self.mesh.size)
+        needed = max(decoder, network)
+        if available is not None and needed > available:
+            pictures = "a picture" if number == 1 else f"{number} pictures"
+            advice = "give a smaller size" if decoder > available or number == 1 else "give fewer pictures at a time"
+            raise ValueError(
+                f"size {size[0]}x{size[1]}: {pictures} of it would need more than {needed / GIB:.0f} GiB, and "
+                f"{jax.devices()[0].device_kind} has {available / GIB:.0f} GiB: {advice}"
+            )
 
     @cached_property
     def _draw(self) -> Any:

@@ -6,8 +6,11 @@ TPUs: cloud.google.com/tpu/docs (system architecture of each version), and Austi
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 import jax
@@ -63,6 +66,22 @@ def chip_of(kind: str) -> Chip | None:
     if maker == "TPU":
         return CHIPS.get(_KINDS.get(model, ""))
     return next((CHIPS[name] for name in GPUS if maker == "NVIDIA" and name in model.lower()), None)
+
+
+def memory_of(device: jax.Device) -> int | None:
+    """Return the bytes of memory that a program on a device can use at most; None if nobody says.
+
+    Of a CPU it is the machine's memory, or the limit of the container or job if that is less.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    limits = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such names outside of POSIX
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
+            limits.append(int(Path(path).read_text()))
+    return min(limits, default=None)
 
 
 def check_platform() -> None:

@@ -108,6 +108,7 @@ class Stream:
         if frames < 1:
             raise ValueError(f"frames is {frames}: it must be at least 1")
         self.pipe, self.size, self.frames, self.image = pipe, pipe.check_size(size), frames, image
+        pipe.check_memory(self.size)
         self._sampler, self.loras = get_sampler(sampler), {}
         for name, adapters in (loras or {}).items():
             others = set(adapters) - {pipe.folder.denoiser}

@@ -102,7 +102,7 @@ def encode(
     produced_by = {
         **conditioner.produced_by,
         **{"model": model, "scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor},
-        **{"settings": conditioner.settings, "data": data, "split": split, "size": side, "dtype": "float16"},
+        **{"data": data, "split": split, "size": side, "dtype": "float16"},
         **{"shards": number, "synthetic": synthetic},
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -183,7 +183,7 @@ class Conditioner:
     @property
     def produced_by(self) -> dict[str, Any]:
         """The part of a cache's description that the networks and this code determine."""
-        return {"kind": "latents", "version": 1, "weights": self.digest}
+        return {"kind": "latents", "version": 1, "weights": self.digest, "settings": self.settings}
 
     def encode_source(
         self, source: Source, described: dict[str, Any], *, synthetic: bool = False, first: int | None = None
@@ -225,7 +225,7 @@ class Conditioner:
                 yield from encode_records(self.encode, source, keys, missing, known, progressed=bar.update, **options)
 
         keys = record_keys(source, json.dumps(described), count)
-        produced_by = {**self.produced_by, "settings": self.settings, "size": [height, width], "synthetic": synthetic}
+        produced_by = {**self.produced_by, "size": [height, width], "synthetic": synthetic}
         return stored(root, produced_by, keys, make)
 
 

@@ -44,6 +44,7 @@ from mmdit.text import T5Encoder
 NET = "net"  # the denoiser's key among the trained networks
 TOKENS = "tokens_"  # prefix of a record's token ids, before the number of the text encoder
 DRAWN = 16  # class pictures sampled at a time, at most
+CLASS_SEED = 0  # of the class pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ class FinetuneTask:
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
         kinds = [Pictures.of(conditioner, conditioner.encode_source(source, described), captions(source), texts)]
         if self.class_prompt:
-            weights = conditioner.digest + _digest(location.at(part))
+            weights = conditioner.digest + conditioner.settings + _digest(location.at(part))
             drawn = self.class_records(model, base.params, conditioner, scheduler, weights)
             kinds.append(Pictures.of(conditioner, drawn, [self.class_prompt] * len(drawn), texts))
         weights_by_kind = jnp.asarray([1.0, self.prior_weight][: len(kinds)])
@@ -191,9 +192,10 @@ class FinetuneTask:
 
         The latents are of the size of `data`'s pictures, and are read from a cache the next time.
 
-        weights: the digest of all weights that draw them.
+        weights: the digest of all weights, configs and tokenizers that draw them.
         """
-        spec, spacing = get_sampler(sampler_of(scheduler)), Spacing.from_config(followed(scheduler))
+        sampler = sampler_of(scheduler)
+        spec, spacing = get_sampler(sampler), Spacing.from_config(followed(scheduler))
         times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
         parts = batch_parts(conditioner.batched_map.mesh)
         drawn = min(DRAWN, parts * decode_batch((self.data.size, self.data.size)))
@@ -211,7 +213,7 @@ class FinetuneTask:
             record_cond = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}
             starts = range(0, self.class_pictures, drawn)
             for start in progress(starts, f"drawing {self.class_prompt!r}", "batch"):
-                noise, rest = jax.random.split(jax.random.fold_in(jax.random.key(0), start))
+                noise, rest = jax.random.split(jax.random.fold_in(jax.random.key(CLASS_SEED), start))
                 x = noise_sigma * jax.random.normal(noise, (drawn, side, side, vae.latent_channels))
                 latents = conditioner.batched_map(partial(draw, params, rest), (cond, null, x)).astype(np.float16)
                 for latent in latents[: self.class_pictures - start]:
@@ -219,12 +221,16 @@ class FinetuneTask:
 
         produced_by = {
             "kind": "class pictures",
-            "version": 1,
+            "version": 2,
             "weights": weights,
             "prompt": self.class_prompt,
             "count": self.class_pictures,
+            "batch": drawn,  # the noise of a picture depends on it
+            "seed": CLASS_SEED,
+            "dtype": self.dtype,
             "size": self.data.size,
             "scheduler": dict(scheduler),
+            "sampler": sampler,
             "steps": self.class_steps,
             "guidance": guidance,
         }
@@ -304,8 +310,9 @@ class Beside:
 
 
 def _digest(folder: Path) -> str:
+    """Return a digest of a network's weights and its configs."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

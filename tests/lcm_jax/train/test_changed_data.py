@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from lcm_jax.data import InMemory, Source, load_source, open_cache, openmoji
@@ -384,20 +386,78 @@ def test_a_registered_source_may_have_keys_of_its_own(
         np.testing.assert_allclose(records[0]["mean"], alone["mean"], rtol=2e-3, atol=2e-3)
 
 
-def test_openmoji_is_known_by_its_name_as_before(
+def test_openmoji_is_known_by_its_name_and_the_networks(
     conditioner: Conditioner, encoded_captions: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Latents of the library's own drawings, encoded by an earlier version, are found again."""
+    """Latents of the library's own drawings are found by their name, and made again for other weights and configs."""
     source = InMemory(images=in_memory("red", "lime").images, captions=("red", "lime"), is_fixed=True)
     described = {"data": "openmoji", "split": "train", "size": 16}
     conditioner.encode_source(source, described)
     conditioner.encode_source(source, described, first=1)
-    made = {"format": 2, "kind": "latents", "version": 1, "weights": conditioner.digest, **described}
+    made = {"format": 2, "kind": "latents", "version": 1, "weights": conditioner.digest}
+    made |= {"settings": conditioner.settings, **described}
     for folder in (made, made | {"first": 1}):
         assert (cache_dir() / "latents" / fingerprint(folder) / "data.array_record").is_file()
+    encoded_captions.clear()
+    replace(conditioner, settings="another config of the autoencoder").encode_source(source, described)
+    assert encoded_captions == ["red", "lime"]
     few = {split: openmoji.split_items(split)[:2] for split in openmoji.SPLITS}
     monkeypatch.setattr(openmoji, "split_items", few.__getitem__)
     assert all(getattr(load_source(name, "validation", 64), "is_fixed", False) for name in data_sources.OPENMOJI)
+
+
+def test_what_no_run_has_used_for_long_is_removed(
+    conditioner: Conditioner, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Replaced pictures: their files go after a while, but not those that this run, or another one, reads."""
+    caplog.set_level("INFO", "lcm_jax")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+
+    def write(color: str) -> None:
+        (folder / "a.bmp").write_bytes(png(color))
+        (folder / "a.txt").write_text(color)
+
+    def encoded() -> Source:
+        return conditioner.encode_source(load_source(f"folder:{folder}", "train", 16), {"data": "x"})
+
+    def shards() -> set[Path]:
+        return set((cache_dir() / "latents").glob("*/*.array_record"))
+
+    def age() -> None:
+        for path in shards():
+            os.utime(path, (0, 0))
+
+    write("red")
+    (red,) = encoded().source.shards  # type: ignore[attr-defined]
+    write("lime")
+    held = encoded()
+    assert len(shards()) == 2, "what was replaced is kept for a while"
+    store = next(iter(shards())).parent
+    age()
+    write("blue")
+    with FileLock(store / ".another-run.use"):
+        encoded()
+        assert len(shards()) == 3, "another run reads"
+    age()
+    write("white")
+    encoded()
+    assert store / red.file not in shards()
+    assert len(shards()) == 2, "blue is gone too; lime is held by this process"
+    assert not (store / ".another-run.use").exists()
+    assert held[0]["mean"].shape == (8, 8, 4)
+    assert {path.stem for path in store.glob("*.json")} == {path.stem for path in shards()}
+    said = [record.getMessage() for record in caplog.records if "removed" in record.getMessage()]
+    assert len(said) == 1
+    assert "removed 2 files" in said[0]
+    del held
+    gc.collect()
+    age()
+    write("black")
+    encoded()
+    assert len(shards()) == 1
+    gc.collect()
+    assert not list(store.glob(".*.use"))
 
 
 @pytest.mark.slow

@@ -15,17 +15,20 @@ import pytest
 
 import lcm_jax
 from lcm_jax import lora
+from lcm_jax.data.array_cache import fingerprint
 from lcm_jax.diffusion.schedules import DDPM
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import BatchedMap, make_mesh
 from lcm_jax.train.loop import LoopConfig, fit
 from lcm_jax.train.optimizer import OptimizerConfig
 from lcm_jax.train.task import Task
+from lcm_jax.train.tasks import finetune as finetune_task
 from lcm_jax.train.tasks.common import DataConfig
 from lcm_jax.train.tasks.conditioner import Conditioner
 from lcm_jax.train.tasks.finetune import Beside, FinetuneTask
 from lcm_jax.train.tasks.lora_config import LoraConfig
 from lcm_jax.train.train_step import Progress
+from lcm_jax.weights.safetensors_files import load_tensors, save_tensors
 
 LOOP = LoopConfig(steps=2, batch_size=4, log_every=1, save_every=1, preview_every=2, ema=0.5)
 # A high rate, so that two steps are seen in a picture of bytes.
@@ -120,6 +123,48 @@ def test_class_pictures_of_a_flow_are_drawn_from_noise_of_its_own_size(small_sd3
     batch = next(finetune(small_sd3, data, **PRIOR).build().batches(4, 0))
     assert np.isfinite(batch["mean"]).all()
     assert batch["mean"][:, 1].std() > 0.0
+
+
+def test_class_pictures_are_known_by_all_that_draws_them(
+    small_model: Path, data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Found(Exception):
+        pass
+
+    def found(_: Path, produced_by: dict[str, Any], *__: Any, **___: Any) -> None:
+        raise Found(fingerprint(produced_by))
+
+    monkeypatch.setattr(Conditioner, "encode_source", lambda *_, **__: None)
+    monkeypatch.setattr(finetune_task, "cached", found)
+    model = shutil.copytree(small_model, tmp_path / "model")
+
+    def key(**options: Any) -> str:
+        with pytest.raises(Found) as raised:
+            finetune(model, data, **PRIOR | options).build()
+        return str(raised.value)
+
+    keys = [key()]
+    assert key(prior_weight=7.0, preview_steps=3) == keys[0], "what does not draw them does not count"
+    changes = {"class_prompt": "a cat", "class_pictures": 5, "class_steps": 7, "class_guidance": 1.5}
+    keys += [key(**{name: value}) for name, value in {**changes, "dtype": "bfloat16"}.items()]
+    keys.append(key(data=replace(data, size=8)))
+    for name, field, value in (
+        ("unet/config.json", "flip_sin_to_cos", False),
+        ("vae/config.json", "scaling_factor", 0.5),
+        ("text_encoder/config.json", "hidden_act", "gelu"),
+        ("scheduler/scheduler_config.json", "timestep_spacing", "leading"),
+    ):
+        config = json.loads((model / name).read_text())
+        assert config.get(field) != value
+        (model / name).write_text(json.dumps(config | {field: value}))
+        keys.append(key())
+    for name in ("unet", "vae", "text_encoder"):
+        (file,) = (model / name).glob("*.safetensors")
+        tensors = load_tensors(file)
+        first = next(key for key in sorted(tensors) if tensors[key].dtype == np.float32)
+        save_tensors(file, tensors | {first: tensors[first] + 1.0})
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
 
 
 def test_the_loss_is_the_weighted_sum_of_both_kinds(small_model: Path, data: DataConfig) -> None:
