@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from lcm_jax.parallel.sharding import constrain_batch_sharding, gather_to_host, 
 from lcm_jax.precision.context import is_low_precision
 from lcm_jax.precision.quantization import Quantized, check_part, rounder
 from lcm_jax.runtime.compiler_options import compiler_options
+from lcm_jax.runtime.hardware import GIB, memory_of
 from lcm_jax.runtime.messages import LESS_MEMORY, out_of_memory
 from lcm_jax.runtime.progress import phase
 from lcm_jax.typing import Array, Cond, Image, Key, Params
@@ -502,3 +504,8 @@ def _quantized(part: Component, transform: Callable[[str, Array], Any], kind: st
 def _precision(pipe: Pipeline) -> str:
     name = jnp.dtype(getattr(pipe.model.net, "dtype", jnp.float32)).name
     return pipe.rounded.get("denoiser", name)
+
+
+def _itemsize(module: Any) -> int:
+    """Return the bytes of a number that a network computes with; the least that there are if it does not say."""
+    return jnp.dtype(getattr(module, "dtype", jnp.bfloat16)).itemsize

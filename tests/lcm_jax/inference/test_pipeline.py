@@ -18,8 +18,10 @@ import lcm_jax
 from lcm_jax import Pipeline, lora
 from lcm_jax.cli.main import main
 from lcm_jax.diffusion.samplers import get_sampler
+from lcm_jax.inference import pipeline as pipeline_module
 from lcm_jax.nets import RULES_UNET, UNet
 from lcm_jax.runtime.atomic_files import write_json
+from lcm_jax.runtime.hardware import memory_of
 from lcm_jax.weights.diffusers_folder import Component, Folder
 from lcm_jax.weights.lora.files import save_lora
 from lcm_jax.weights.safetensors_files import load_tensors, read_json, save_tensors
@@ -424,3 +426,47 @@ def test_scheduler_values_with_another_result_name_key_value_and_file(
     with pytest.raises(ValueError, match=rf"{file}: {key}.*True.*--scheduler {key}=") as caught:
         lcm_jax.load(copy)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"size": 65536}, r"size 65536x65536: a picture of it would need more than \d+ GiB, and .* has \d+ GiB: give"),
+        ({"size": (16, 2**30)}, "a picture of it would need more than"),
+        ({"prompt": ["x"] * 64, "size": 4096}, r"64 pictures of it .*: give fewer pictures at a time"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_compiled(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], words: str
+) -> None:
+    pipe = lcm_jax.load(tiny_model)
+    monkeypatch.setattr(pipeline_module, "memory_of", lambda _: 2**30 if "prompt" in options else 64 * 2**30)
+    monkeypatch.setattr(Pipeline, "_draw", None)
+    with pytest.raises(ValueError, match=words) as raised:
+        pipe(**{"prompt": "x"} | options)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_lower_bound_of_memory_is_below_what_a_program_takes(tiny_model: Path) -> None:
+    """The bound is never above what XLA says that the program needs, so that nothing that fits is refused."""
+    pipe = lcm_jax.load(tiny_model)
+    size = (64, 64)
+    vae = pipe.model.vae
+    latent = jax.ShapeDtypeStruct((1, *(side // vae.config.downsample_factor for side in size), 4), jnp.float32)
+    program = jax.jit(lambda params, z: vae.apply({"params": params}, z, method="decode"))
+    memory = program.lower(pipe.params["vae"], latent).compile().memory_analysis()
+    needed = []
+    for available in (memory.temp_size_in_bytes, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline_module, "memory_of", lambda _, available=available: available)
+            try:
+                pipe.check_memory(size)
+                needed.append(False)
+            except ValueError:
+                needed.append(True)
+    assert needed == [False, True]
+
+
+def test_the_memory_of_this_machine_is_known() -> None:
+    memory = memory_of(jax.devices()[0])
+    assert memory is None or 2**28 < memory < 2**50

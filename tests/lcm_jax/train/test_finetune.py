@@ -134,17 +134,17 @@ def test_class_pictures_are_known_by_all_that_draws_them(
     def found(_: Path, produced_by: dict[str, Any], *__: Any, **___: Any) -> None:
         raise Found(fingerprint(produced_by))
 
-    monkeypatch.setattr(Conditioner, "encode_source", lambda *_, **__: None)
+    monkeypatch.setattr(Conditioner, "encode_source", lambda *_, **__: [{}])
     monkeypatch.setattr(finetune_task, "cached", found)
     model = shutil.copytree(small_model, tmp_path / "model")
 
-    def key(**options: Any) -> str:
+    def key(data: DataConfig = data, **options: Any) -> str:
         with pytest.raises(Found) as raised:
             finetune(model, data, **PRIOR | options).build()
         return str(raised.value)
 
     keys = [key()]
-    assert key(prior_weight=7.0, preview_steps=3) == keys[0], "what does not draw them does not count"
+    assert key(prior_weight=7.0, preview_guidance=3.0) == keys[0], "what does not draw them does not count"
     changes = {"class_prompt": "a cat", "class_pictures": 5, "class_steps": 7, "class_guidance": 1.5}
     keys += [key(**{name: value}) for name, value in {**changes, "dtype": "bfloat16"}.items()]
     keys.append(key(data=replace(data, size=8)))
