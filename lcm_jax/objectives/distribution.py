@@ -199,6 +199,7 @@ class LatentAdversarialDistillation(AdversarialStudent):
 
     At the first time the latents are pure noise, as where it draws. The discriminator's heads read the teacher's
     features of the result, noised again (hinge loss), to a time whose logit on the flow is N(mean, std^2) (sec. 3.2).
+    Student and heads have no momentum (b1 = 0, b2 = 0.99), as StyleGAN-T's, whose heads these are (2301.09515).
     distillation: weight of alpha(t) |x - x0_teacher(x_t)|^2, the loss against the teacher's prediction, which LADD
     leaves out.
 
@@ -219,6 +220,10 @@ class LatentAdversarialDistillation(AdversarialStudent):
     mean: float = 1.0
     std: float = 1.0
     distillation: float = 0.0
+
+    @property
+    def optimizers(self) -> Mapping[str, Mapping[str, Any]]:
+        return {"student": {"b1": 0.0, "b2": 0.99}, "heads": {"b1": 0.0, "b2": 0.99}}
 
     def critic_times(self, key: Key, since: Float[Array, " b"]) -> Float[Array, " b"]:
         """Draw the logit-normal times of the flow, on the schedule."""

@@ -87,7 +87,8 @@ def run_stream(
     number = restyle(stream, video, target)
     elapsed = time.perf_counter() - start
     saved = "" if stream.filter is None else f"; {100 * stream.filter.saved:.0f} % of them skipped as still"
-    return f"{target}: {number} frames, redrawn {size[0]} high and {size[1]} wide, in {elapsed:.0f} s, with compiling{saved}"
+    drawn = f"redrawn {size[0]} pixels high and {size[1]} wide"
+    return f"{target}: {number} frames, {drawn}, in {elapsed:.0f} s, with compiling{saved}"
 
 
 def parse_controls(pairs: Sequence[str]) -> dict[str, Any]:
