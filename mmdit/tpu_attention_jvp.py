@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from mmdit.tpu_attention import dot_product_attention_tpu_bwd, dot_product_attention_tpu_fwd
 
-QUERIES, KEYS = 256, 512  # of a tile
+TILE, LANES = 512, 128  # the most rows of a tile; the numbers of which their lengths are multiples
 LOWEST = -1e30  # the logit of padding
 
 
@@ -64,31 +64,35 @@ def attend_with_tangent(
     >>> [y.shape for y in jax.eval_shape(lambda q, k: attend_with_tangent(q, k, k, q, k, k, 0.3), q, k)]
     [(2, 5, 3, 8), (2, 5, 3, 8)]
     """
-    return _forward((query, key, value, query_tangent, key_tangent, value_tangent), scale)[0]
+    arrays = (query, key, value, query_tangent, key_tangent, value_tangent)
+    return _forward(arrays, scale, differentiated=False)[0]
 
 
-def _forward(arrays: Sequence[Array], scale: float) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Return (o, o'), and the padded (log-sum-exp of the logits, delta)."""
+def _forward(
+    arrays: Sequence[Array], scale: float, *, differentiated: bool
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    """Return (o, o') and, for a gradient, the padded (log-sum-exp of the logits, delta), one number a query."""
     q, k = arrays[0], arrays[1]
-    padded = [_tiled(x, QUERIES if i % 3 == 0 else KEYS) for i, x in enumerate(arrays)]
-    call = _Tiles(padded[0], padded[1], keys=k.shape[1], scale=scale)
-    rows, row = call.shape(padded[0], q.dtype), call.shape(padded[0][..., :1], jnp.float32)
-    wide = pltpu.VMEM((call.queries, padded[0].shape[-1]), jnp.float32)
+    padded = [_tiled(x) for x in arrays]
+    call = _Tiles(q, k, scale=scale)
+    b, n, width = padded[0].shape
+    rows, row = jax.ShapeDtypeStruct((b, n, width), q.dtype), jax.ShapeDtypeStruct((b, 1, n), jnp.float32)
+    wide = pltpu.VMEM((call.queries, width), jnp.float32)
     narrow = pltpu.VMEM((call.queries, 1), jnp.float32)
-    o, tangent, lse, delta = call(
+    o, tangent, *numbers = call(
         _forward_kernel,
         "flash_tangent_fwd",
         inputs=[(x, "qkkqkk"[i]) for i, x in enumerate(padded)],
-        outputs=[(rows, "q"), (rows, "q"), (row, "q"), (row, "q")],
+        outputs=[(rows, "q"), (rows, "q"), *[(row, "row")] * (2 if differentiated else 0)],
         scratch=[narrow, narrow, narrow, wide, wide],
     )
-    return (_untiled(o, q), _untiled(tangent, q)), (lse, delta)
+    return (_untiled(o, q), _untiled(tangent, q)), tuple(numbers)
 
 
 def _attend_fwd(*arguments: Any) -> tuple[tuple[Array, Array], Any]:
     *primals, scale = arguments
     arrays = [primal.value for primal in primals]
-    outputs, rows = _forward(arrays, scale)
+    outputs, rows = _forward(arrays, scale, differentiated=True)
     return outputs, (arrays, outputs, rows)
 
 
@@ -103,20 +107,21 @@ def _attend_bwd(scale: float, saved: Any, cotangents: tuple[Any, Any]) -> tuple[
     slope = jnp.zeros_like(o) if isinstance(slope, SymbolicZero) else slope
 
     def row(x: Array, y: Array) -> Array:
-        return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+        sums = jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)  # (b, l, h)
+        sums = sums.swapaxes(1, 2).reshape(lse.shape[0], 1, -1)
+        return jnp.pad(sums, ((0, 0), (0, 0), (0, lse.shape[2] - sums.shape[2])))
 
-    gamma = _tiled(row(tangent_slope, o), QUERIES)
-    tau = _tiled(row(slope, o) + row(tangent_slope, tangent), QUERIES) - delta * gamma
-    padded = [_tiled(x, QUERIES if i % 3 == 0 else KEYS) for i, x in enumerate(arrays)]
-    slopes = [_tiled(x, QUERIES) for x in (slope, tangent_slope)]
+    gamma = row(tangent_slope, o)
+    tau = row(slope, o) + row(tangent_slope, tangent) - delta * gamma
+    padded = [_tiled(x) for x in arrays]
     inputs = [(x, "qkkqkk"[i]) for i, x in enumerate(padded)]
-    inputs += [(x, "q") for x in (*slopes, lse, delta, gamma, tau)]
+    inputs += [(_tiled(x), "q") for x in (slope, tangent_slope)] + [(x, "row") for x in (lse, delta, gamma, tau)]
     gradients = {}
     for side, kernel, count in (("q", _query_kernel, 2), ("k", _key_kernel, 4)):
-        call = _Tiles(padded[0], padded[1], keys=k.shape[1], scale=scale, over=side)
+        call = _Tiles(q, k, scale=scale, over=side)
         like = padded[0] if side == "q" else padded[1]
         scratch = [pltpu.VMEM((call.queries if side == "q" else call.keys, like.shape[-1]), jnp.float32)] * count
-        outputs = [(call.shape(like, q.dtype), side)] * count
+        outputs = [(jax.ShapeDtypeStruct(like.shape, q.dtype), side)] * count
         gradients[side] = call(kernel, f"flash_tangent_bwd_{side}", inputs=inputs, outputs=outputs, scratch=scratch)
     of_query, of_query_tangent = (_untiled(x, q) for x in gradients["q"])
     of_key, of_key_tangent, of_value, of_value_tangent = (_untiled(x, k) for x in gradients["k"])
@@ -129,23 +134,25 @@ attend_with_tangent.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 class _Tiles:
     """The grid of a kernel over heads, tiles of one side and, one after the other, tiles of the other side.
 
-    over: the side whose tiles are outputs, "q" for queries or "k" for keys. keys: the number of keys without padding.
+    over: the side whose tiles are outputs, "q" for queries or "k" for keys.
     """
 
-    def __init__(self, q: Array, k: Array, *, keys: int, scale: float, over: str = "q") -> None:
-        self.queries, self.keys = min(QUERIES, q.shape[1]), min(KEYS, k.shape[1])
-        self.over, self.options = over, {"scale": scale, "keys": keys}
-        tiles = {"q": q.shape[1] // self.queries, "k": k.shape[1] // self.keys}
-        other = "k" if over == "q" else "q"
-        self.grid = (q.shape[0], tiles[over], tiles[other])
-
-    def shape(self, like: Array, dtype: Any) -> jax.ShapeDtypeStruct:
-        """Return the shape of an output."""
-        return jax.ShapeDtypeStruct(like.shape, dtype)
+    def __init__(
+        self, q: Float[Array, "b l h d"], k: Float[Array, "b m h d"], *, scale: float, over: str = "q"
+    ) -> None:
+        self.queries, self.keys = _tile(q), _tile(k)
+        self.over, self.options = over, {"scale": scale, "keys": k.shape[1]}
+        tiles = -(-q.shape[1] // self.queries), -(-k.shape[1] // self.keys)
+        self.grid = (q.shape[0] * q.shape[2], *(tiles if over == "q" else tiles[::-1]))
 
     def spec(self, like: Array | jax.ShapeDtypeStruct, side: str) -> pl.BlockSpec:
-        """Return the tile of an array of queries or keys that a point of the grid has."""
-        axis = 1 if side == self.over else 2
+        """Return the tile that a point of the grid has of queries "q" or keys "k", (_, n, d), or of a "row" (_, 1, n).
+
+        A row has a number for each query. As (_, n, 1) each of them would take the 128 lanes of a TPU's memory.
+        """
+        axis = 1 if (self.over == "k") == (side == "k") else 2
+        if side == "row":
+            return pl.BlockSpec((1, 1, self.queries), lambda *index: (index[0], 0, index[axis]))
         block = (1, self.queries if side == "q" else self.keys, like.shape[-1])
         return pl.BlockSpec(block, lambda *index: (index[0], index[axis], 0))
 
@@ -180,16 +187,14 @@ def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b.astype(a.dtype), numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _logits(q: Array, k: Array, q_tangent: Array, k_tangent: Array, tile: Array, scale: float, keys: int) -> Any:
-    """Return (S, S') of a tile; `tile` is the number of the keys' tile. The padding has the lowest logit."""
-    s = scale * _dot(q, k, (1, 1))
-    tangent = scale * (_dot(q_tangent, k, (1, 1)) + _dot(q, k_tangent, (1, 1)))
-    column = tile * s.shape[1] + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-    return jnp.where(column < keys, s, LOWEST), tangent
+def _without_padding(s: Array, axis: int, tile: Array, keys: int) -> Array:
+    """Return logits with the lowest one for keys of padding; axis: of the keys; tile: the number of their tile."""
+    key = tile * s.shape[axis] + jax.lax.broadcasted_iota(jnp.int32, s.shape, axis)
+    return jnp.where(key < keys, s, LOWEST)
 
 
 def _forward_kernel(*refs: Any, scale: float, keys: int) -> None:
-    inputs, (o, tangent, lse, delta), (top, total, mean, sums, tangent_sums) = refs[:6], refs[6:10], refs[10:]
+    inputs, (o, tangent, *rows), (top, total, mean, sums, tangent_sums) = refs[:6], refs[6:-5], refs[-5:]
     tile = pl.program_id(2)
 
     @pl.when(tile == 0)
@@ -199,7 +204,8 @@ def _forward_kernel(*refs: Any, scale: float, keys: int) -> None:
             ref[...] = jnp.zeros_like(ref)
 
     q, k, v, dq, dk, dv = (ref[0] for ref in inputs)
-    s, ds = _logits(q, k, dq, dk, tile, scale, keys)
+    s = _without_padding(scale * _dot(q, k, (1, 1)), 1, tile, keys)
+    ds = scale * (_dot(dq, k, (1, 1)) + _dot(q, dk, (1, 1)))
     highest = jnp.maximum(top[...], jnp.max(s, axis=1, keepdims=True))
     keep, p = jnp.exp(top[...] - highest), jnp.exp(s - highest)
     moved = p * ds
@@ -215,17 +221,22 @@ def _forward_kernel(*refs: Any, scale: float, keys: int) -> None:
         y, shift = sums[...] / total[...], mean[...] / total[...]
         o[0] = y.astype(o.dtype)
         tangent[0] = (tangent_sums[...] / total[...] - shift * y).astype(tangent.dtype)
-        lse[0], delta[0] = top[...] + jnp.log(total[...]), shift
+        for ref, column in zip(rows, (top[...] + jnp.log(total[...]), shift), strict=False):
+            ref[0] = jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
 
 
 def _slopes(refs: Sequence[Any], tile: Array, scale: float, keys: int) -> dict[str, Array]:
-    """Return what both backward kernels need: the tile's inputs, P, and the gradients of S and S'."""
+    """Return what both backward kernels need: the tile's inputs, P, and the gradients of S and S'.
+
+    These matrices have a row for each key, so that a number for each query is a row (1, queries) of the memory.
+    """
     names = ("q", "k", "v", "dq", "dk", "dv", "slope", "tangent_slope", "lse", "delta", "gamma", "tau")
     x = {name: ref[0] for name, ref in zip(names, refs, strict=True)}
-    s, ds = _logits(x["q"], x["k"], x["dq"], x["dk"], tile, scale, keys)
+    s = _without_padding(scale * _dot(x["k"], x["q"], (1, 1)), 0, tile, keys)
+    ds = scale * (_dot(x["k"], x["dq"], (1, 1)) + _dot(x["dk"], x["q"], (1, 1)))
     p = jnp.exp(s - x["lse"])
-    g = _dot(x["tangent_slope"], x["v"], (1, 1))
-    t = _dot(x["slope"], x["v"], (1, 1)) + _dot(x["tangent_slope"], x["dv"], (1, 1))
+    g = _dot(x["v"], x["tangent_slope"], (1, 1))
+    t = _dot(x["v"], x["slope"], (1, 1)) + _dot(x["dv"], x["tangent_slope"], (1, 1))
     t += ds * (g - x["gamma"]) - x["delta"] * g
     s_slope, ds_slope = scale * p * (t - x["tau"]), scale * p * (g - x["gamma"])
     dtype = x["q"].dtype
@@ -238,18 +249,18 @@ def _slopes(refs: Sequence[Any], tile: Array, scale: float, keys: int) -> dict[s
 def _query_kernel(*refs: Any, scale: float, keys: int) -> None:
     inputs, outputs, sums = refs[:12], refs[12:14], refs[14:]
     x = _slopes(inputs, pl.program_id(2), scale, keys)
-    of_query = _dot(x["s_slope"], x["k"], (1, 0)) + _dot(x["ds_slope"], x["dk"], (1, 0))
-    _accumulate(sums, outputs, (of_query, _dot(x["ds_slope"], x["k"], (1, 0))))
+    of_query = _dot(x["s_slope"], x["k"], (0, 0)) + _dot(x["ds_slope"], x["dk"], (0, 0))
+    _accumulate(sums, outputs, (of_query, _dot(x["ds_slope"], x["k"], (0, 0))))
 
 
 def _key_kernel(*refs: Any, scale: float, keys: int) -> None:
     inputs, outputs, sums = refs[:12], refs[12:16], refs[16:]
     x = _slopes(inputs, pl.program_id(1), scale, keys)
     parts = (
-        _dot(x["s_slope"], x["q"], (0, 0)) + _dot(x["ds_slope"], x["dq"], (0, 0)),
-        _dot(x["ds_slope"], x["q"], (0, 0)),
-        _dot(x["p"], x["slope"], (0, 0)) + _dot(x["moved"], x["tangent_slope"], (0, 0)),
-        _dot(x["p"], x["tangent_slope"], (0, 0)),
+        _dot(x["s_slope"], x["q"], (1, 0)) + _dot(x["ds_slope"], x["dq"], (1, 0)),
+        _dot(x["ds_slope"], x["q"], (1, 0)),
+        _dot(x["p"], x["slope"], (1, 0)) + _dot(x["moved"], x["tangent_slope"], (1, 0)),
+        _dot(x["p"], x["tangent_slope"], (1, 0)),
     )
     _accumulate(sums, outputs, parts)
 
@@ -265,11 +276,21 @@ def _accumulate(sums: Sequence[Any], outputs: Sequence[Any], parts: Sequence[Arr
             output[0] = total[...].astype(output.dtype)
 
 
-def _tiled(x: Float[Array, "b l h d"], tile: int) -> Float[Array, "bh n d"]:
-    """Return the heads of all examples as rows, their lengths padded with zeros to a multiple of a tile, or of 128."""
+def _tile(x: Float[Array, "b l h d"]) -> int:
+    """Return the rows of a tile: as many as its kernel has room for in 16 MiB, and the same for all tiles of x.
+
+    A longer tile reads the other side less often.
+    """
+    _, length, _, width = x.shape
+    row = -(-width // LANES) * LANES * x.dtype.itemsize  # bytes
+    most = min(TILE, max(2**18 // row // LANES, 1) * LANES)
+    return -(-length // (-(-length // most) * LANES)) * LANES
+
+
+def _tiled(x: Float[Array, "b l h d"]) -> Float[Array, "bh n d"]:
+    """Return the heads of all examples as rows, their lengths padded with zeros to whole tiles."""
     b, length, heads, width = x.shape
-    step = tile if length > tile else 128
-    padded = jnp.pad(x, ((0, 0), (0, -length % step), (0, 0), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), (0, -length % _tile(x)), (0, 0), (0, 0)))
     return padded.swapaxes(1, 2).reshape(b * heads, -1, width)
 
 

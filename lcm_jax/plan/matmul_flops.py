@@ -47,7 +47,7 @@ def flops_of(op: Instruction, computation: Computation) -> float:
 
 def _library(op: Instruction, inputs: list[Dims]) -> float:
     """Return the FLOPs of a kernel that the compiler calls: jax's flash attention on TPUs, cuBLAS and cuDNN on GPUs."""
-    if kernel := _FLASH_NAME.match(op.name):
+    if kernel := _FLASH_NAME.search(op.name):  # after the names of transformations, as in transpose_jvp_....
         (*batch, queries, width), (*_, keys, _) = inputs
         return 2.0 * _FLASH[kernel[0]] * math.prod(batch) * queries * keys * width
     name, result = op.target, op.shapes[0].dims

@@ -80,8 +80,7 @@ def test_its_derivative_along_a_direction_has_values_and_gradients(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Output and tangent in one pass, and the gradients of both: against XLA's, over several tiles, with padding."""
-    monkeypatch.setattr(tpu_attention_jvp, "QUERIES", 128)
-    monkeypatch.setattr(tpu_attention_jvp, "KEYS", 128)
+    monkeypatch.setattr(tpu_attention_jvp, "TILE", 128)
     directions = [jnp.cos(3.0 * x) for x in arrays(*shape)]
 
     def everything(implementation: str, *six: jax.Array) -> object:
