@@ -21,6 +21,8 @@ from lcm_jax.runtime.messages import HelpFormatter, did_you_mean
 from lcm_jax.runtime.optional_deps import version_of
 from lcm_jax.weights.convert import FORMATS
 
+METHOD = "another few-step method: lcm, tcd, pcm, ctm, ..., or FILE.py:CLASS of your own"
+
 Run = Callable[[argparse.Namespace, Sequence[str]], None]
 
 GROUPS: Mapping[str, Sequence[str]] = {
@@ -45,7 +47,10 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
     ),
     "distill": ("lcm-jax distill --config openmoji_lcm", "lcm-jax distill --config openmoji_lcm --objective tcd"),
     "encode": ("lcm-jax encode --data folder:my-pictures --out encoded",),
-    "plan": ("lcm-jax plan --config sdxl_lcm --topology v5e:8x8",),
+    "plan": (
+        "lcm-jax plan --config sdxl_lcm --topology v5e:8x8",
+        "lcm-jax plan --config sd3_medium_lcm --objective scm --topology v5e:8x8 --mesh fsdp=64",
+    ),
     "evaluate": ("lcm-jax evaluate --model openmoji --steps 1 2 4 8 --out scores.json",),
     "stream": (
         'lcm-jax stream film.mp4 --prompt "cat face" --out redrawn.mp4',
@@ -176,8 +181,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
         sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
         sub.add_argument("--workdir", type=Path, help="checkpoints, logs and result; runs/NAME by default")
         if name == "distill":
-            known = "another few-step method: lcm, tcd, pcm, ctm, ..., or FILE.py:CLASS of your own"
-            sub.add_argument("--objective", metavar="METHOD", help=known)
+            sub.add_argument("--objective", metavar="METHOD", help=METHOD)
         _add_job(sub)
 
     sub = command(
@@ -221,6 +225,7 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub = command("plan", text, add_help=False)
     sub.add_argument("-h", "--help", action=_Help, nargs=0, help="this message, or after --config NAME its keys")
     sub.add_argument("--config", required=True, help="name in lcm_jax.configs, or FILE.py:NAME of your own")
+    sub.add_argument("--objective", metavar="METHOD", help=f"of a distillation: {METHOD}")
     sub.add_argument("--topology", default="v5e:8x8", help="chips to plan for: v5e:8x8, v5p:4x4x4, h100:8")
     sub.add_argument("--search", action="store_true", help="try the meshes, and rank them")
     sub.add_argument("--machine-code", action="store_true", help="run the compiler to its end, with machine code")

@@ -380,7 +380,8 @@ def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         _say_next(f'lcm-jax sample --model {arguments.target} --prompt "a cat"')
 
 
-def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def _config(arguments: argparse.Namespace, overrides: Sequence[str]) -> tuple[Any, str]:
+    """Return the config that --config, --objective and the keys name, and the run's name."""
     require("train")
     import lcm_jax.configs as configs
 
@@ -389,7 +390,11 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if getattr(arguments, "objective", None) is not None:
         config = configs.with_method(config, arguments.objective, name)
         name = f"{name}_{arguments.objective.rpartition(':')[2]}"
-    config = override(config, [*overrides, *asked], arguments.config)
+    return override(config, [*overrides, *asked], arguments.config), name
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    config, name = _config(arguments, overrides)
     workdir = arguments.workdir or Path("runs") / name
     config.run(workdir)
     if distributed.is_main():
@@ -435,14 +440,11 @@ def _completion(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    require("train")
-    import lcm_jax.configs as configs
+    config, name = _config(arguments, overrides)
     from lcm_jax.plan.command import run_plan
 
-    asked = ["--help"] if arguments.help else []
-    config = override(configs.get(arguments.config), [*overrides, *asked], arguments.config)
     options = {"searching": arguments.search, "machine_code": arguments.machine_code, "out": arguments.json}
-    print(run_plan(config, arguments.config, arguments.topology, **options))
+    print(run_plan(config, name, arguments.topology, **options))
 
 
 def _device() -> str:
