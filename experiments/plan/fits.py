@@ -21,11 +21,28 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 
 class Run(NamedTuple):
-    """A run to plan: the name of its config, the topology and the mesh."""
+    """A run to plan: its config, topology and mesh, and where they are not the config's, the method and attention."""
 
     config: str
     topology: str
     mesh: str
+    objective: str = ""
+    attention: str = ""
+
+    @property
+    def key(self) -> str:
+        """The run's name in the results."""
+        return "/".join(filter(None, self))
+
+    def plan(self) -> Plan:
+        """Compile the training step, or read its plan from the cache."""
+        config, name = configs.get(self.config), self.config
+        if self.objective:
+            config, name = configs.with_method(config, self.objective, name), f"{name}_{self.objective}"
+        if self.attention:
+            config = replace(config, task=replace(config.task, attention=self.attention))
+            name = f"{name}, attention {self.attention}"
+        return plan(replace(config, loop=replace(config.loop, mesh=self.mesh)), self.topology, name)
 
 
 RUNS = (
@@ -39,6 +56,12 @@ RUNS = (
     Run("mmdit_d24", "h100:8", "fsdp=8"),
 )
 
+FORWARD_MODE = (
+    Run("sd3_medium_lcm", "v5e:8x8", "fsdp=64", "scm", "xla"),
+    Run("sd3_medium_lcm", "v5e:8x8", "fsdp=64", "scm"),
+    Run("sd3_medium_lcm", "v5e:8x8", "fsdp=64", "meanflow", "xla"),
+    Run("sd3_medium_lcm", "v5e:8x8", "fsdp=64", "meanflow"),
+)
 
 ABOUT = """
 The numbers are those of one chip and one step, by `python experiments/plan/fits.py`. Each row is the training step of a
@@ -56,23 +79,29 @@ temporaries and 1108 GB of traffic in a step of 1520 ms and more (18% MFU), sd35
 sdxl_lcm 2.75, 217 and 515.
 """
 
+ABOUT_FORWARD_MODE = """
+The command of a row is `lcm-jax plan --config CONFIG --objective METHOD --topology v5e:8x8 --mesh fsdp=64`, with
+`--task.attention xla` or without.
+"""
+
 
 def main() -> None:
     """Plan the runs and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="configs or topologies to plan now (default: all)")
+    parser.add_argument("--only", nargs="*", default=[], help="configs, topologies or methods to plan now (default: all)")
     arguments = parser.parse_args()
     file = RESULTS / "plan.json"
     results = read_json(file) if file.is_file() else {}
-    for run in RUNS:
-        if not arguments.only or {run.config, run.topology} & set(arguments.only):
-            config = configs.get(run.config)
-            config = replace(config, loop=replace(config.loop, mesh=run.mesh))
-            results["/".join(run)] = asdict(plan(config, run.topology, run.config))
+    for run in (*RUNS, *FORWARD_MODE):
+        if not arguments.only or {run.config, run.topology, run.objective} & set(arguments.only):
+            results[run.key] = asdict(run.plan())
             write_json(file, results)
-    plans = [Plan(**results["/".join(run)]) for run in RUNS if "/".join(run) in results]
-    (RESULTS / "plan.md").write_text(f"{table(plans)}\n{ABOUT}\n{compilers()}\n")
-    print(table(plans))
+    first, second = (
+        table([Plan(**results[run.key]) for run in runs if run.key in results]) for runs in (RUNS, FORWARD_MODE)
+    )
+    text = f"{first}\n{ABOUT}\n{compilers()}\n\n## Methods with a derivative\n\n{second}{ABOUT_FORWARD_MODE}"
+    (RESULTS / "plan.md").write_text(text)
+    print(first, second, sep="\n")
 
 
 if __name__ == "__main__":

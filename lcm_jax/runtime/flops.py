@@ -37,7 +37,8 @@ def _equation_flops(equation: Any) -> float:
         return 2.0 * math.prod(out) * window / math.prod(params["lhs_dilation"])
     if name == "cond":
         return max(map(flops, params["branches"]))
-    if match := _ATTENTION.fullmatch(str(params.get("name", name))):
+    match = _ATTENTION.fullmatch(str(params.get("name", name)))
+    if match and len(equation.invars) > 1:  # none are there where flax.linen.scan has looked for constants of the loop
         # 2 products of (l, d) by (m, d) for each head, and 5 in the gradient
         (*_, length, heads, width), (_, key_length, _, _) = (operand.aval.shape for operand in equation.invars[:2])
         products = 2 if match["pass"] == "fwd" else 5

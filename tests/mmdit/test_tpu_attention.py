@@ -10,6 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,6 +145,23 @@ def test_the_products_of_the_derivative_are_counted() -> None:
     assert flops(jax.make_jaxpr(both)(*six)) == 6 * once
     gradient = jax.grad(lambda *six: sum(x.sum() for x in both(*six)), range(6))
     assert flops(jax.make_jaxpr(gradient)(*six)) == (6 + 9 + 12) * once
+
+
+def test_products_are_counted_where_flax_scans_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It evaluates what does not depend on the loop, of attention the masks, and leaves a function without arguments."""
+    monkeypatch.setattr(tpu_attention, "LOGITS", 64)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return attention(x, x, x), None
+
+    layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    x = jnp.ones((1, 16, 1, 8))
+    with module.lowering_for("tpu"), module.forward_mode():
+        jaxpr = jax.make_jaxpr(lambda x: jax.jvp(lambda x: layers.apply({}, x, None)[0], (x,), (x,)))(x)
+    assert flops(jaxpr) == 3 * 6 * 2 * 128 * 128 * 8
 
 
 ON_A_MESH = """
