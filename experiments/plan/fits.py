@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,15 +81,20 @@ sdxl_lcm 2.75, 217 and 515.
 """
 
 ABOUT_FORWARD_MODE = """
-The command of a row is `lcm-jax plan --config CONFIG --objective METHOD --topology v5e:8x8 --mesh fsdp=64`, with
-`--task.attention xla` or without.
+sCM and MeanFlow train with the network's derivative along a direction (`jax.jvp`), of which jax's flash kernel has
+none. `attention xla` is XLA's, which stores the logits and their derivatives; without it attention and its derivative
+are one kernel (`mmdit/tpu_attention_jvp.py`), and attention elsewhere is jax's flash kernel. The command of a row is
+`lcm-jax plan --config sd3_medium_lcm --objective METHOD --topology v5e:8x8 --mesh fsdp=64`, with `--task.attention
+xla` or without; all rows at once, `python experiments/plan/fits.py --only scm meanflow`.
+A kernel's operands count once in the traffic. The kernel of the derivative reads the keys once for each of nine tiles
+of queries, which is 11 GB more in a step.
 """
 
 
 def main() -> None:
     """Plan the runs and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[], help="configs, topologies or methods to plan now (default: all)")
+    parser.add_argument("--only", nargs="*", default=[], help="configs, topologies, methods (default: all)")
     arguments = parser.parse_args()
     file = RESULTS / "plan.json"
     results = read_json(file) if file.is_file() else {}
@@ -99,7 +105,10 @@ def main() -> None:
     first, second = (
         table([Plan(**results[run.key]) for run in runs if run.key in results]) for runs in (RUNS, FORWARD_MODE)
     )
-    text = f"{first}\n{ABOUT}\n{compilers()}\n\n## Methods with a derivative\n\n{second}{ABOUT_FORWARD_MODE}"
+    title = "## Methods that need the derivative of attention"
+    text = (
+        f"{first}\n{ABOUT}\n{compilers()}\n\n{title}\n\n{second}{ABOUT_FORWARD_MODE}\n{date.today()}; {compilers()}\n"
+    )
     (RESULTS / "plan.md").write_text(text)
     print(first, second, sep="\n")
 

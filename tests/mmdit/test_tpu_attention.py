@@ -148,7 +148,7 @@ def test_the_products_of_the_derivative_are_counted() -> None:
 
 
 def test_products_are_counted_where_flax_scans_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It evaluates what does not depend on the loop, of attention the masks, and leaves a function without arguments."""
+    """It evaluates what does not depend on the loop (the masks), and leaves functions without arguments."""
     monkeypatch.setattr(tpu_attention, "LOGITS", 64)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
 
