@@ -209,7 +209,10 @@ def test_a_batched_product_written_as_a_convolution() -> None:
 
 
 def test_products_inside_a_tpus_attention() -> None:
-    """jax's kernels, which XLA calls and does not look into: two of attention, three and four of its gradients."""
+    """Kernels, which XLA calls and does not look into: two of attention, three and four of its gradients.
+
+    Transformations of a function stand before the name of its kernel.
+    """
     text = """
     ENTRY %main (q: bf16[2,4,512,64], k: bf16[2,4,256,64]) -> bf16[2,4,512,64] {
       %q = bf16[2,4,512,64]{3,2,1,0} parameter(0)
@@ -217,10 +220,12 @@ def test_products_inside_a_tpus_attention() -> None:
       %flash_mha_bwd_dq_block_q_major_512.1 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k, %k), CALL
       %flash_mha_bwd_dkv_block_q_512.1 = (bf16[2,4,256,64]{3,2,1,0}, u8[]) custom-call(%q, %k, %k), CALL
       %sort.1 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k), CALL
+      %jvp_flash_tangent_fwd_.1 = (bf16[2,4,512,64]{3,2,1,0}, f32[2,1,512]{2,1,0}) custom-call(%q, %k, %k, %q), CALL
+      %transpose_jvp_flash_tangent_bwd_k__.1 = bf16[2,4,256,64]{3,2,1,0} custom-call(%q, %k, %k), CALL
       ROOT %flash_attention.3 = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %k, %k), CALL
     }"""
     text = dedent(text).lstrip().replace("CALL", 'custom_call_target="tpu_custom_call"')
-    assert CompiledProgram(text, 1).flops == (2 + 3 + 4) * 2 * 8 * 512 * 256 * 64
+    assert CompiledProgram(text, 1).flops == (2 + 3 + 4 + 6 + 12) * 2 * 8 * 512 * 256 * 64
 
 
 LIBRARIES = """
