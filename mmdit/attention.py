@@ -19,7 +19,7 @@ from mmdit import cpu_attention, tpu_attention, tpu_attention_jvp
 Implementation = Literal["xla", "cudnn", "cpu", "tpu"]
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 _halved: ContextVar[bool] = ContextVar("halved", default=False)
-_forward_mode: ContextVar[bool] = ContextVar("forward_mode", default=False)
+_forward_mode: ContextVar[Literal["", "frozen", "differentiable"]] = ContextVar("forward_mode", default="")
 _mesh_axes: ContextVar[tuple[Mesh | AbstractMesh, tuple[str, ...], str] | None] = ContextVar("mesh_axes", default=None)
 
 
@@ -57,10 +57,11 @@ def bfloat16_attention() -> Iterator[None]:
 
 
 @contextmanager
-def forward_mode() -> Iterator[None]:
+def forward_mode(*, frozen: bool = False) -> Iterator[None]:
     """Choose kernels that `jax.jvp` can differentiate in everything that is traced inside the `with` block.
 
-    That is `mmdit.tpu_attention_jvp` on a TPU for long sequences, and "xla" elsewhere.
+    That is `mmdit.tpu_attention_jvp` on a TPU for long sequences, and "xla" elsewhere. frozen: the derivative is a
+    target, without a gradient of its own; the kernel, whose gradient is one for both outputs, then computes less.
 
     >>> import jax, jax.numpy as jnp
     >>> from mmdit.attention import attention, forward_mode
@@ -70,7 +71,7 @@ def forward_mode() -> Iterator[None]:
     >>> tangent.shape
     (1, 2, 1, 8)
     """
-    token = _forward_mode.set(True)
+    token = _forward_mode.set("frozen" if frozen else "differentiable")
     try:
         yield
     finally:
@@ -148,8 +149,14 @@ def attention(
         if implementation == "cpu":
             return cpu_attention.attend(query, key, value, scale=scale).astype(dtype)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        attend = tpu_attention_jvp.attend if _forward_mode.get() else tpu_attention.attend
-        return _on_each_device(lambda *qkv: attend(*qkv, scale), query, key, value).astype(dtype)
+        mode = _forward_mode.get()
+
+        def attend(*qkv: Array) -> Array:
+            if mode:
+                return tpu_attention_jvp.attend(*qkv, scale, mode == "frozen")
+            return tpu_attention.attend(*qkv, scale)
+
+        return _on_each_device(attend, query, key, value).astype(dtype)
     options: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
     if implementation == "cudnn" and not _has_gradient(query, key):
         if mask is not None or bias is not None:

@@ -28,20 +28,27 @@ TILE, LANES = 512, 128  # the most rows of a tile; the numbers of which their le
 LOWEST = -1e30  # the logit of padding
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def attend(
-    query: Float[Array, "b l h d"], key: Float[Array, "b m h d"], value: Float[Array, "b m h d"], scale: float
+    query: Float[Array, "b l h d"],
+    key: Float[Array, "b m h d"],
+    value: Float[Array, "b m h d"],
+    scale: float,
+    frozen: bool = False,
 ) -> Float[Array, "b l h d"]:
     """Return softmax(scale q k^T) v per head, for `jax.jvp`; its output there has a gradient.
 
-    A gradient of the function itself, not under `jax.jvp`, is that of `mmdit.tpu_attention.attend`.
+    frozen: tangents have none, so that the gradient of the output is plain attention's. A gradient of the function
+    itself, not under `jax.jvp`, is that of `mmdit.tpu_attention.attend`.
     """
     return dot_product_attention_tpu_fwd(query, key, value, scale=scale)
 
 
 @attend.defjvp
-def _attend_jvp(scale: float, primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
-    return attend_with_tangent(*primals, *tangents, scale)
+def _attend_jvp(scale: float, frozen: bool, primals: Sequence[Array], tangents: Sequence[Array]) -> tuple[Array, Array]:
+    stop = jax.lax.stop_gradient if frozen else tuple
+    o, *tangent = attend_with_tangent(*primals, *stop(tuple(tangents)), scale)
+    return o, stop(tuple(tangent))[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))

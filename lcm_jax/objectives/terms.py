@@ -207,7 +207,7 @@ def frozen(tree: Any) -> Any:
 
 
 def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    """Return `jax.jvp`: the value of a function of networks and its derivative along the tangents.
+    """Return `jax.jvp`: the value of a function of networks and its derivative along the tangents, without gradient.
 
     Their attention is computed by kernels that have a forward mode, which flash attention's usual ones have not.
 
@@ -216,5 +216,6 @@ def jvp(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[
     >>> [float(y) for y in jvp(jnp.square, (3.0,), (1.0,))]
     [9.0, 6.0]
     """
-    with forward_mode():
-        return jax.jvp(function, primals, tangents)
+    with forward_mode(frozen=True):
+        value, derivative = jax.jvp(function, primals, tangents)
+    return value, frozen(derivative)

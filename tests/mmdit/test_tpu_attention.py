@@ -89,9 +89,9 @@ def six_arrays(*shape: int) -> tuple[jax.Array, ...]:
 def along_a_direction(implementation: str, *six: jax.Array) -> object:
     """Values and tangents, and the gradients of a loss of both and of one that has the tangents in its target."""
 
-    def both(*six: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def both(*six: jax.Array, frozen: bool = False) -> tuple[jax.Array, jax.Array]:
         attend = partial(attention, scale=0.3, implementation=implementation)  # type: ignore[arg-type]
-        with module.forward_mode():
+        with module.forward_mode(frozen=frozen):
             return jax.jvp(attend, six[:3], six[3:])
 
     def loss(*six: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def along_a_direction(implementation: str, *six: jax.Array) -> object:
         return jnp.sin(o).sum() + jnp.cos(1.3 * tangent).sum()
 
     def of_a_target(*six: jax.Array) -> jax.Array:
-        o, tangent = both(*six)
+        o, tangent = both(*six, frozen=True)
         return jnp.square(o + jax.lax.stop_gradient(tangent)).sum()
 
     return both(*six), jax.grad(loss, range(6))(*six), jax.grad(of_a_target, range(3))(*six)
