@@ -399,7 +399,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     config.run(workdir)
     if distributed.is_main():
         print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
-        _say_next(_use_of(workdir / "export", getattr(config.task, "model", None)))
+        model = getattr(config.task, "model", None)  # of some tasks a network's config
+        _say_next(_use_of(workdir / "export", model if isinstance(model, str) else None))
 
 
 def _use_of(export: Path, model: str | None) -> str:

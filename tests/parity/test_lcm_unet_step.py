@@ -33,7 +33,7 @@ def test_the_peers_loss_and_gradient_are_ours(lora: LoraConfig | None, tmp_path:
     distilled = training.Distilled.of(options, batch=3, lora=lora)
     theirs = training.torch_distillation(distilled, "float32", "diffusers")
     learner = distilled.learner("float32")
-    params, frozen = distilled.begin("float32", learner)
+    params, frozen = distilled.init_params("float32", learner)
     batch = {"x0": jnp.asarray(distilled.batch["mean"]), "cond": {"context": jnp.asarray(distilled.batch["context"])}}
     key = jax.random.key(3)
 

@@ -135,8 +135,8 @@ def trained(name: str, schedule_name: str) -> tuple[Any, Params]:
     if objective.adversarial:
         others["heads"] = [0.3 * jax.random.normal(jax.random.key(3), (26, 64)), jnp.zeros((64, 4))]
     params = {"student": teacher, "others": others} if others else teacher
-    slow = name in AHEAD and name != "sana-sprint"
-    optimizer = OptimizerConfig(learning_rate=3e-4 if slow else 1e-3, warmup=0, decay="cosine", b1=0.5 if slow else 0.9)
+    rate = 3e-4 if name in AHEAD and name != "sana-sprint" else 1e-3
+    optimizer = OptimizerConfig(learning_rate=rate, warmup=0, decay="cosine", b1=0.5 if name in AHEAD else 0.9)
     make = partial(make_optimizer, optimizer, STEPS)
     tx = student_optimizer(objective, 10.0 if name in AHEAD else 1.0, params)(make)
 
