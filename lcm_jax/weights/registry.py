@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.nets import RULES_UNET, UNet, UNetConfig, example_inputs
+from lcm_jax.nets import RULES_DINOV2, RULES_UNET, Dinov2, Dinov2Config, UNet, UNetConfig, example_inputs
 from lcm_jax.runtime.messages import shown
 from lcm_jax.weights.torch_params import Rules
 from mmdit import (
@@ -61,7 +61,7 @@ def _ids(config: CLIPTextConfig | T5Config) -> Sequence[Any]:
     return (jnp.zeros((1, 2), jnp.int32),)
 
 
-def _pixels(config: CLIPVisionConfig) -> Sequence[Any]:
+def _pixels(config: CLIPVisionConfig | Dinov2Config) -> Sequence[Any]:
     return (jnp.zeros((1, config.image_size, config.image_size, config.num_channels)),)
 
 
@@ -80,6 +80,21 @@ def _text(projection: bool) -> Family:
         library="transformers",
         optional=OPTIONAL_CLIP if projection else (*OPTIONAL_CLIP, r"^text_projection\.weight$"),
         prefix="text_model.",
+    )
+
+
+def _dinov2(*, registers: bool) -> Family:
+    return Family(
+        config=Dinov2Config,
+        build=Dinov2,
+        fits=lambda module: (
+            isinstance(module, Dinov2) and (module.config.num_register_tokens is not None) == registers
+        ),
+        example=_pixels,
+        depth=lambda config: config.num_hidden_layers,
+        rules=RULES_DINOV2,
+        stem="model",
+        library="transformers",
     )
 
 
@@ -157,6 +172,8 @@ FAMILIES: Mapping[str, Family] = {
         optional=OPTIONAL_CLIP,
         prefix="vision_model.",
     ),
+    "Dinov2Model": _dinov2(registers=False),
+    "Dinov2WithRegistersModel": _dinov2(registers=True),
 }
 TOWER = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
