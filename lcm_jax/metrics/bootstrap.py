@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 
 class Interval(NamedTuple):
@@ -29,27 +30,33 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    score: Callable[..., float], sizes: Sequence[int], *, resamples: int = 200, level: float = 0.95, seed: int = 0
+    score: Callable[..., Float[np.ndarray, " r"]],
+    sizes: Sequence[int],
+    *,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """Return a score with its basic bootstrap interval (Davison and Hinkley 1997, Bootstrap Methods, sec. 5.2).
 
     The bounds are 2 v - q, where q are the quantiles of the resampled scores around the value v: so a bias that
-    resampling adds, as it does to a Frechet distance, is taken away from the interval rather than added to it.
+    resampling adds is taken away from the interval rather than added to it.
 
-    score: a function of one array of counts (n,) for each set of samples. sizes: n of each set. level: the probability
-    that the interval holds the true value. ValueError for a level outside (0, 1) or fewer than two resamples.
+    score: a function of one array of counts (r, n) for each set of samples, a resampled set in each row, to r scores.
+    sizes: n of each set. level: the probability that the interval holds the true value. ValueError for a level outside
+    (0, 1) or fewer than two resamples.
 
     >>> import numpy as np
     >>> from lcm_jax.metrics import bootstrap
     >>> x = np.random.default_rng(1).normal(size=400)
-    >>> mean = bootstrap(lambda counts: float(counts @ x / counts.sum()), [400])
+    >>> mean = bootstrap(lambda counts: counts @ x / len(x), [400])
     >>> bool(mean.low < x.mean() < mean.high), 0.15 < mean.high - mean.low < 0.25  # 2 * 1.96 / sqrt(400) = 0.196
     (True, True)
     """
     if not 0.0 < level < 1.0 or resamples < 2:
         raise ValueError(f"level={level} must be between 0 and 1, and resamples={resamples} at least 2")
     rng = np.random.default_rng(seed)
-    value = score(*(np.ones(n) for n in sizes))
-    drawn = [score(*(rng.multinomial(n, np.full(n, 1.0 / n)).astype(float) for n in sizes)) for _ in range(resamples)]
+    value = float(score(*(np.ones((1, n)) for n in sizes))[0])
+    drawn = score(*(rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(float) for n in sizes))
     high, low = np.quantile(drawn, [0.5 - 0.5 * level, 0.5 + 0.5 * level])
     return Interval(value, float(2.0 * value - low), float(2.0 * value - high))

@@ -8,7 +8,6 @@ large by an amount that depends on their number; this is not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -44,47 +43,53 @@ def gaussian_kernel(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) ->
     return np.exp((x @ y.T - 1.0) / 100.0)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Kernels:
-    """The kernel of all pairs among the reals, among the fakes and between them, from which `mmd` is a few sums.
+def mmd(
+    real: Float[np.ndarray, "n d"],
+    fake: Float[np.ndarray, "m d"],
+    kernel: Kernel,
+    real_counts: Float[np.ndarray, "r n"] | None = None,
+    fake_counts: Float[np.ndarray, "r m"] | None = None,
+    *,
+    chunk: int = 1024,
+) -> Float[np.ndarray, " r"]:
+    """Return the estimate of MMD^2 for r sets, in whose row the counts say how often each sample is in it.
+
+    Without counts r is 1 and each sample is in it once. Memory is chunk * max(n, m) numbers; time O((n + m)^2 (d + r)).
+    ValueError for features that do not fit or fewer than two samples of a set.
 
     >>> import numpy as np
-    >>> from lcm_jax.metrics.mmd import Kernels
-    >>> kernels = Kernels.of(np.eye(3), np.eye(3)[:2])
-    >>> kernels.between.shape
-    (3, 2)
+    >>> from lcm_jax.metrics.mmd import cubic_kernel, mmd
+    >>> mmd(np.eye(3), np.eye(3), cubic_kernel).round(3).tolist()  # 2 (1 - (2 * 1 + (4 / 3)^3) / 3)
+    [-0.914]
     """
-
-    real: Float[np.ndarray, "n n"]
-    fake: Float[np.ndarray, "m m"]
-    between: Float[np.ndarray, "n m"]
-
-    @classmethod
-    def of(
-        cls, real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"], kernel: Kernel = cubic_kernel
-    ) -> Kernels:
-        """Evaluate the kernel; memory is (n + m)^2 numbers. ValueError for features that do not fit or are too few."""
-        x, y = as_features(real, "real"), as_features(fake, "fake")
-        if x.shape[1] != y.shape[1]:
-            raise ValueError(f"feature dimensions differ: real {x.shape[1]}, fake {y.shape[1]}")
-        if min(len(x), len(y)) < 2:
-            raise ValueError(f"an estimate without bias needs 2 samples of each, got {len(x)} real and {len(y)} fake")
-        return cls(real=kernel(x, x), fake=kernel(y, y), between=kernel(x, y))
-
-    def mmd(self, real: Float[np.ndarray, " n"] | None = None, fake: Float[np.ndarray, " m"] | None = None) -> float:
-        """Return the estimate of MMD^2; the counts say how often each sample is in the set (None: once)."""
-        n, m = (np.ones(len(k)) if c is None else c for k, c in ((self.real, real), (self.fake, fake)))
-        return _mean_of_pairs(self.real, n) + _mean_of_pairs(self.fake, m) - 2.0 * _mean(self.between, n, m)
+    x, y = as_features(real, "real"), as_features(fake, "fake")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"feature dimensions differ: real {x.shape[1]}, fake {y.shape[1]}")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"an estimate without bias needs 2 samples of each, got {len(x)} real and {len(y)} fake")
+    n, m = (np.ones((1, len(z))) if c is None else c for z, c in ((x, real_counts), (y, fake_counts)))
+    pairs, of_real = _sums(x, x, kernel, n, n, chunk)
+    within = (pairs - (n**2) @ of_real) / (n.sum(axis=1) ** 2 - (n**2).sum(axis=1))
+    pairs, of_fake = _sums(y, y, kernel, m, m, chunk)
+    within = within + (pairs - (m**2) @ of_fake) / (m.sum(axis=1) ** 2 - (m**2).sum(axis=1))
+    return within - 2.0 * _sums(x, y, kernel, n, m, chunk)[0] / (n.sum(axis=1) * m.sum(axis=1))
 
 
-def _mean_of_pairs(kernel: Float[np.ndarray, "n n"], counts: Float[np.ndarray, " n"]) -> float:
-    """Return the mean over the pairs of two different samples."""
-    pairs = counts.sum() ** 2 - (counts**2).sum()
-    return float((counts @ kernel @ counts - (counts**2) @ np.diagonal(kernel)) / pairs)
-
-
-def _mean(kernel: Float[np.ndarray, "n m"], n: Float[np.ndarray, " n"], m: Float[np.ndarray, " m"]) -> float:
-    return float(n @ kernel @ m / (n.sum() * m.sum()))
+def _sums(
+    x: Float[np.ndarray, "n d"],
+    y: Float[np.ndarray, "m d"],
+    kernel: Kernel,
+    a: Float[np.ndarray, "r n"],
+    b: Float[np.ndarray, "r m"],
+    chunk: int,
+) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, " k"]]:
+    """Return sum_ij a_i k(x_i, y_j) b_j for each row of counts, and the kernel's diagonal."""
+    total, diagonal = np.zeros(len(a)), []
+    for start in range(0, len(x), chunk):
+        block = kernel(x[start : start + chunk], y)
+        total = total + ((block @ b.T) * a[:, start : start + chunk].T).sum(axis=0)
+        diagonal.append(np.diagonal(block, offset=start))
+    return total, np.concatenate(diagonal)
 
 
 def kid(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]) -> float:
@@ -99,7 +104,7 @@ def kid(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]) -> float
     >>> kid(x[:50], x[50:]) < 0.1 < kid(x[:50], x[50:] + 1.0)
     True
     """
-    return Kernels.of(real, fake).mmd()
+    return float(mmd(real, fake, cubic_kernel)[0])
 
 
 def cmmd(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]) -> float:
@@ -113,4 +118,4 @@ def cmmd(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m d"]) -> floa
     >>> cmmd(x[:50], x[50:]) < 1.0 < cmmd(x[:50], x[50:] + 1.0)
     True
     """
-    return 1000.0 * Kernels.of(real, fake, gaussian_kernel).mmd()
+    return 1000.0 * float(mmd(real, fake, gaussian_kernel)[0])

@@ -87,9 +87,7 @@ def _dinov2(*, registers: bool) -> Family:
     return Family(
         config=Dinov2Config,
         build=Dinov2,
-        fits=lambda module: (
-            isinstance(module, Dinov2) and (module.config.num_register_tokens is not None) == registers
-        ),
+        fits=lambda module: isinstance(module, Dinov2) and (module.config.num_register_tokens is not None) == registers,
         example=_pixels,
         depth=lambda config: config.num_hidden_layers,
         rules=RULES_DINOV2,

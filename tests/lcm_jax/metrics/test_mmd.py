@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.metrics import Moments, cmmd, density_coverage, frechet_distance, frechet_infinity, kid
-from lcm_jax.metrics.mmd import Kernels, cubic_kernel, gaussian_kernel
+from lcm_jax.metrics.mmd import cubic_kernel, gaussian_kernel, mmd
 
 
 @pytest.fixture
@@ -46,15 +46,20 @@ def test_equal_distributions_have_a_mean_of_zero_at_any_number_of_samples(
     kernel: object, rng: np.random.Generator
 ) -> None:
     for n in (5, 20):
-        drawn = [Kernels.of(*rng.normal(size=(2, n, 8)), kernel).mmd() for _ in range(400)]  # type: ignore[arg-type]
+        drawn = [mmd(*rng.normal(size=(2, n, 8)), kernel)[0] for _ in range(400)]  # type: ignore[arg-type]
         assert abs(np.mean(drawn)) < 4 * np.std(drawn) / 20
 
 
 def test_copies_of_a_sample_are_not_pairs(rng: np.random.Generator) -> None:
     x, y = rng.normal(size=(6, 3)), rng.normal(size=(5, 3))
-    kernels = Kernels.of(x, y)
-    counts = np.array([2.0, 2, 2, 2, 2, 2])
-    assert kernels.mmd(counts, None) == pytest.approx(kernels.mmd(), rel=1e-12)
+    counts = np.stack([np.full(6, 2.0), np.array([3.0, 0, 1, 1, 1, 0])])
+    both = mmd(x, y, cubic_kernel, counts, np.ones((2, 5)), chunk=4)
+    assert both[0] == pytest.approx(kid(x, y), rel=1e-12)
+    repeated = np.repeat(x, counts[1].astype(int), axis=0)
+    different = [(a, b) for a, b in permutations(range(6), 2) if (repeated[a] != repeated[b]).any()]
+    want = np.mean([cubic_kernel(repeated[[a]], repeated[[b]]) for a, b in different])
+    want += np.mean([cubic_kernel(y[[a]], y[[b]]) for a, b in permutations(range(5), 2)])
+    assert both[1] == pytest.approx(want - 2 * cubic_kernel(repeated, y).mean(), rel=1e-9)
 
 
 def test_density_and_coverage_are_the_definitions(rng: np.random.Generator) -> None:
