@@ -24,7 +24,7 @@ import lcm_jax
 from lcm_jax import configs
 from lcm_jax.cli.demo import GUIDANCE
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
-from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics, with_bounds
 from lcm_jax.objectives import METHODS
 from lcm_jax.runtime.image_grid import labelled_grid
 from lcm_jax.train.config import TrainConfig
@@ -94,7 +94,10 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     rows = evaluate(pipe, clip, *captioned(config.task.resolved.prompts.open()), steps=STEPS, seed=seed, **options)
     drawn = {str(n): pipe(PROMPTS, steps=n, seed=0, **options) for n in STEPS}
     np.savez_compressed(workdir / "pictures.npz", **drawn)
-    scores = {f"{key}/{row['steps']}": row[key] for row in rows for key in ("frechet", "clip_score")}
+    scores: dict[str, float] = {}
+    for row in rows:
+        for key in ("frechet", "clip_score"):
+            scores |= with_bounds(row, key, f"{key}/{row['steps']}")
     seconds = next(row["seconds_per_image"] for row in rows if row["steps"] == 4)
     return {**scores, "seconds_per_image": seconds, "memory": cost.memory / 2**20, "gflops": cost.flops / 1e9}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 from ablate import PAIRS, drawn_by, variant
 
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
-from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
+from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics, with_bounds
 from lcm_jax.train.config import TrainConfig
 
 SKIPS = (1, 5, 10, 20, 50, 125)
@@ -71,7 +72,8 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     for steps, scale in settings:
         (row,) = evaluate(pipe, clip, images, captions, steps=[steps], sampler="lcm", guidance=scale, seed=seed)
         names = [f"{steps}/{scale:g}"] + (["4"] if (steps, scale) == (4, guidance) else [])
-        scores |= {f"{key}/{setting}": row[key] for key in ("frechet", "clip_score") for setting in names}
+        for key, setting in product(("frechet", "clip_score"), names):
+            scores |= with_bounds(row, key, f"{key}/{setting}")
     return scores
 
 

@@ -22,6 +22,7 @@ from lcm_jax.configs.sd3_formulations import Formulation
 from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.time_grids import Grid, pad
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate
+from lcm_jax.evaluation.study import with_bounds
 from lcm_jax.objectives import Diffusion, TextEncoders
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
@@ -134,8 +135,9 @@ def score(
     images, captions = captioned(config.task.resolved.prompts.open())
     clip: ClipMetric = ClipMetric.load("openmoji")
     drawer: Any = Drawer(workdir / "export", replace(formulation, objective=config.task.objective))
-    scores = {}
+    scores: dict[str, float] = {}
     for steps, guidance in settings:
         (row,) = evaluate(drawer, clip, images, captions, steps=[steps], guidance=guidance, seed=config.loop.seed)
-        scores |= {f"{name}/{steps}/{guidance:g}": row[name] for name in ("frechet", "clip_score")}
+        for name in ("frechet", "clip_score"):
+            scores |= with_bounds(row, name, f"{name}/{steps}/{guidance:g}")
     return scores

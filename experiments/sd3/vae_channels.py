@@ -16,6 +16,7 @@ import numpy as np
 from lcm_jax import configs
 from lcm_jax.evaluation.evaluate import ClipMetric, captioned, reconstruct, reconstruction
 from lcm_jax.evaluation.study import Cells, Column, Scores, Study, main, statistics
+from lcm_jax.metrics.bootstrap import RESAMPLES
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
@@ -91,7 +92,7 @@ def measure(name: str, config: TrainConfig, workdir: Path) -> Scores:
     """Return the scores of the validation pictures against their reconstructions."""
     images, _ = captioned(config.task.resolved.validation.open())
     vae = load_component(workdir / "export", "vae")
-    return reconstruction(images, reconstruct(vae, images), ClipMetric.load("openmoji"))
+    return reconstruction(images, reconstruct(vae, images), ClipMetric.load("openmoji"), resamples=RESAMPLES)
 
 
 def plot(study: Study, cells: Cells) -> None:

@@ -16,6 +16,7 @@ from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.call_options import DIFFUSERS_OPTIONS
 from lcm_jax.inference.parameters import DTYPES
+from lcm_jax.metrics.bootstrap import RESAMPLES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter, did_you_mean
 from lcm_jax.runtime.optional_deps import version_of
@@ -51,7 +52,10 @@ EXAMPLES: Mapping[str, Sequence[str]] = {
         "lcm-jax plan --config sdxl_lcm --topology v5e:8x8",
         "lcm-jax plan --config sd3_medium_lcm --objective scm --topology v5e:8x8 --mesh fsdp=64",
     ),
-    "evaluate": ("lcm-jax evaluate --model openmoji --steps 1 2 4 8 --out scores.json",),
+    "evaluate": (
+        "lcm-jax evaluate --model openmoji --steps 1 2 4 8 --out scores.json",
+        "lcm-jax evaluate --model my-model --data folder:held-out --features dinov2:facebook/dinov2-large",
+    ),
     "stream": (
         'lcm-jax stream film.mp4 --prompt "cat face" --out redrawn.mp4',
         'lcm-jax stream noise --prompt "red heart" "cat face" --strength 1 --out way.mp4',
@@ -231,16 +235,33 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--machine-code", action="store_true", help="run the compiler to its end, with machine code")
     sub.add_argument("--json", type=Path, help="file to write the plans to; - for standard output")
 
-    sub = command("evaluate", "Frechet distance, CLIP score, precision, recall, seconds; VAE PSNR and SSIM.")
+    sub = command(
+        "evaluate",
+        "Frechet distance, KID, CMMD, CLIP score, precision, recall, density, coverage; VAE PSNR and SSIM. Each has an "
+        "interval of 95 percent: the pictures are drawn again with replacement, --resamples times (basic bootstrap; of "
+        "Frechet distances by the first-order influence of each picture).",
+    )
     _add_model(sub)
     sub.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of solver steps to evaluate")
     sub.add_argument("--data", default="openmoji", help='"openmoji", "openmoji-outline", "folder:PATH" or "tfds:NAME"')
     sub.add_argument("--split", default="validation", help="split of the data")
     sub.add_argument("--limit", type=int, help="number of pictures at most")
-    sub.add_argument("--clip", default="openmoji", help="model with text_encoder and image_encoder")
-    sub.add_argument("--inception", type=Path, help="Inception-v3 weights: Frechet distance on its features instead")
-    sub.add_argument("--batch-size", type=int, default=32)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--clip", default="openmoji", help="model with text_encoder and image_encoder, or a CLIP's folder")
+    known = "distances on other features than the CLIP's: dinov2:FOLDER (FD-DINOv2) or inception:FILE (FID)"
+    sub.add_argument("--features", metavar="KIND:PATH", help=known)
+    sub.add_argument(
+        "--inception",
+        dest="features",
+        type=lambda path: f"inception:{path}",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="the same as --features inception:FILE",
+    )
+    known = "PickScore, a CLIPModel's folder, or HPSv2, a file with OpenCLIP's names; pickscore: or hpsv2: says which"
+    sub.add_argument("--preference", nargs="+", default=[], metavar="[KIND:]PATH", help=known)
+    sub.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0 for no intervals")
+    sub.add_argument("--batch-size", type=int, default=32, help="pictures in a call")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sub.add_argument("--out", type=Path, help="JSON file to write the scores to")
     _add_devices(sub, "")
 

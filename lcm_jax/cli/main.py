@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,22 @@ from lcm_jax import bench
 from lcm_jax.cli import demo, listings, picture_files
 from lcm_jax.cli.arguments import Parser, parser
 from lcm_jax.diffusion.samplers import Sampler, register, sampler_name
-from lcm_jax.evaluation.evaluate import ClipMetric, captioned, evaluate, reconstruct, reconstruction, shard
+from lcm_jax.evaluation.evaluate import (
+    ClipMetric,
+    captioned,
+    evaluate,
+    reconstruct,
+    reconstruction,
+    row_score,
+    score_table,
+    shard,
+)
 from lcm_jax.inference.ahead_of_time import Exported, write_program
 from lcm_jax.inference.loading import load
 from lcm_jax.inference.parameters import DTYPES
 from lcm_jax.inference.pipeline import Pipeline
-from lcm_jax.metrics.inception import inception_features
+from lcm_jax.metrics import Preference, load_features
+from lcm_jax.metrics.bootstrap import LEVEL
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh
 from lcm_jax.precision import quantization
@@ -290,29 +301,36 @@ def _evaluate(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
     if min(arguments.steps) < 1:
         raise ValueError(f"--steps {min(arguments.steps)}: it must be at least 1")
+    if arguments.resamples == 1 or arguments.resamples < 0:
+        raise ValueError(f"--resamples {arguments.resamples}: it must be at least 2, or 0 for no intervals")
     mesh = _mesh(arguments)
     pipe, options = _load(arguments)
     source = load_source(arguments.data, arguments.split, pipe.size[0])
     images, captions = captioned(source, arguments.limit)
     clip = ClipMetric.load(arguments.clip)
-    features = None if arguments.inception is None else inception_features(arguments.inception)
+    features = None if arguments.features is None else load_features(arguments.features, option="--features")
+    preferences = [Preference.load(text, option="--preference") for text in arguments.preference]
     if mesh is not None:
         pipe.shard(mesh)
         clip, features = clip.shard(mesh), None if features is None else shard(features, mesh)
+        preferences = [preference.shard(partial(shard, mesh=mesh)) for preference in preferences]
     rows = evaluate(
-        pipe, clip, images, captions, steps=arguments.steps, features=features,
-        batch_size=arguments.batch_size, seed=arguments.seed, **options,
+        pipe, clip, images, captions, steps=arguments.steps, features=features, preferences=preferences,
+        resamples=arguments.resamples, batch_size=arguments.batch_size, seed=arguments.seed, **options,
     )  # fmt: skip
-    title = f"{arguments.model} {options['sampler']}"
-    named = [{"method": f"{title} {row['steps']}", **row} for row in rows]
-    vae = reconstruction(images, reconstruct(pipe.component("vae"), images, mesh=mesh))
+    again = reconstruct(pipe.component("vae"), images, mesh=mesh)
+    vae = reconstruction(images, again, resamples=arguments.resamples)
     if not distributed.is_main():
         return
-    print(demo.table(named))
-    print(f"VAE reconstruction: PSNR {vae['psnr']:.2f} dB, SSIM {vae['ssim']:.3f} on {len(images)} pictures")
+    print(score_table(f"{arguments.model} {options['sampler']}", rows))
+    scores = f"PSNR {row_score(vae, 'psnr')} dB, SSIM {row_score(vae, 'ssim')}"
+    print(f"VAE reconstruction: {scores} on {len(images)} pictures")
+    if arguments.resamples:
+        print(f"in brackets: {LEVEL:.0%} intervals over pictures, by a bootstrap of {arguments.resamples} resamples")
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"model": arguments.model, "data": arguments.data, "split": arguments.split, **options}
+        names = ("model", "data", "split", "clip", "features", "preference", "seed", "resamples")
+        result = {name: getattr(arguments, name) for name in names} | {"pictures": len(images), **options}
         arguments.out.write_text(json.dumps(result | {"rows": rows, "vae": vae, "device": _device()}, indent=2) + "\n")
 
 

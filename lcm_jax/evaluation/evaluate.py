@@ -1,12 +1,11 @@
-"""Scores of a pipeline on captioned pictures: Frechet distance, CLIP score, precision, recall, seconds per image."""
+"""Scores of a pipeline on captioned pictures, with their confidence intervals, and seconds per image."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,59 +15,36 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from lcm_jax.metrics import (
+    ClipTowers,
     FeatureExtractor,
-    Moments,
+    Interval,
     NetworkFeatures,
-    clip_score,
-    frechet_distance,
+    Preference,
+    clip_scores,
     psnr,
     report,
     ssim,
 )
+from lcm_jax.metrics.bootstrap import RESAMPLES
+from lcm_jax.metrics.frechet import frechet_influence
+from lcm_jax.metrics.preference import TITLES
+from lcm_jax.metrics.report import bounded, mean_bounded
 from lcm_jax.models.latent_diffusion import to_float, to_uint8
 from lcm_jax.parallel.sharding import BatchedMap, batch_parts, batch_sharding, make_mesh, put_on_mesh, replicated
 from lcm_jax.precision.context import precision_context
-from lcm_jax.runtime.progress import progress
+from lcm_jax.runtime.progress import phase, progress
 from lcm_jax.typing import Array, Params
 from lcm_jax.weights.diffusers_folder import Component
-from lcm_jax.weights.hub import locate
-from mmdit.text import Tokenizer, normalize_images
 
 Pictures = UInt8[np.ndarray, "n h w 3"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ClipMetric:
-    """Both towers of a CLIP model, as Frechet distance and CLIP score use them.
+class ClipMetric(ClipTowers):
+    """Both towers of a CLIP model, as Frechet distance, CMMD and CLIP score use them.
 
-    The feature of the Frechet distance is the image tower's pooled state (d numbers); the CLIP score compares the
-    embeddings of picture and text (p numbers).
+    The feature of the Frechet distance is the image tower's pooled state (d numbers); CMMD compares the embeddings of
+    pictures, the CLIP score those of picture and text (p numbers).
     """
-
-    text: Component
-    tokenizer: Tokenizer
-    images: NetworkFeatures  # (n, d + p): pooled state and embedding side by side
-    width: int  # d
-
-    @classmethod
-    def load(cls, name: str | Path = "openmoji") -> ClipMetric:
-        """Load both towers of a model: a folder with image_encoder, text_encoder (with projection) and tokenizer.
-
-        name: a bundled name, a folder or a hub id.
-        """
-        location = locate(name)
-        vision, text = (location.load(part) for part in ("image_encoder", "text_encoder"))
-        side = vision.module.config.image_size
-
-        def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b f"]:
-            if images.shape[1:3] != (side, side):
-                images = jax.image.resize(images, (len(images), side, side, 3), "bicubic", antialias=True)
-            out = vision.module.apply({"params": params}, normalize_images(images))
-            return jnp.concatenate([out.pooled, out.image_embeds], axis=-1)
-
-        features = NetworkFeatures(apply=apply, params=vision.params)
-        tokenizer = Tokenizer.load(location.at("tokenizer"))
-        return cls(text=text, tokenizer=tokenizer, images=features, width=vision.module.config.hidden_size)
 
     def shard(self, mesh: Mesh) -> ClipMetric:
         """Return the same metric with the image tower split over a mesh: each device takes a part of the pictures."""
@@ -78,31 +54,27 @@ class ClipMetric:
         """Return the image tower's pooled state of each picture."""
         return self.images(images)[:, : self.width]
 
-    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n p"]:
-        """Return the text tower's embedding of each text."""
-        length = self.text.module.config.max_position_embeddings
-        ids = jnp.asarray(self.tokenizer(list(texts), length))
-        return np.asarray(self._embed_ids(self.text.params, ids))
-
-    @cached_property
-    def _embed_ids(self) -> Any:
-        module = self.text.module
-        return jax.jit(lambda params, ids: module.apply({"params": params}, ids).text_embeds)
-
     def score(
         self,
         real: Float[np.ndarray, "n d"],
         images: Pictures,
         texts: Sequence[str],
         features: FeatureExtractor | None = None,
+        *,
+        real_embeds: Float[np.ndarray, "n p"] | None = None,
+        preferences: Sequence[Preference] = (),
+        resamples: int = 0,
     ) -> dict[str, float]:
         """Return the scores of `lcm_jax.metrics.report` for pictures and their texts, against the features `real`.
 
-        features: an extractor for the Frechet distance in place of the CLIP's image tower; `real` has to come from it.
+        features: an extractor for the distances in place of the CLIP's image tower; `real` has to come from it.
+        real_embeds: the reals' embeddings, for CMMD. preferences: scores to add, by their kind. resamples: of `report`.
         """
         outputs = self.images(images)
         fake = outputs[:, : self.width] if features is None else features(images)
-        return report(real, fake, outputs[:, self.width :], self.embed_texts(texts))
+        means = {preference.kind: preference(images, texts) for preference in preferences}
+        embeds = outputs[:, self.width :], self.embed_texts(texts)
+        return report(real, fake, *embeds, real_embeds=real_embeds, means=means, resamples=resamples)
 
 
 def shard(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
@@ -159,19 +131,68 @@ def evaluate(
     *,
     steps: Sequence[int] = (1, 2, 4, 8),
     features: FeatureExtractor | None = None,
+    preferences: Sequence[Preference] = (),
+    resamples: int = RESAMPLES,
     **options: Any,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Return one row of scores for each number of steps, drawn from the captions of the real `images`.
 
-    A row holds `steps`, the scores of `ClipMetric.score` and `seconds_per_image`. features: an extractor for the
-    Frechet distance in place of the CLIP's image tower. options: of `generate`.
+    A row holds `steps`, `distance` (the name of its Frechet distance, such as FD-DINOv2), the scores of
+    `ClipMetric.score` with the bounds of their 95 % intervals, and `seconds_per_image`. features: an extractor for the
+    distances in place of the CLIP's image tower. preferences: scores to add. resamples: of the intervals; 0 for none.
+    options: of `generate`.
     """
-    real = clip.features(images) if features is None else features(images)
+    outputs = clip.images(images)
+    real, real_embeds = outputs[:, : clip.width], outputs[:, clip.width :]
+    real = real if features is None else features(images)
+    distance = getattr(clip.images if features is None else features, "distance", "FD")
+    scoring: dict[str, Any] = {"real_embeds": real_embeds, "preferences": preferences, "resamples": resamples}
     rows = []
     for n in steps:
         generated, seconds = generate(pipe, captions, steps=n, title=f"{n} steps", **options)
-        rows.append({"steps": n, **clip.score(real, generated, captions, features), "seconds_per_image": seconds})
+        with phase("scoring"):
+            scores = clip.score(real, generated, captions, features, **scoring)
+        rows.append({"steps": n, "distance": distance, **scores, "seconds_per_image": seconds})
     return rows
+
+
+def score_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows of `evaluate` as text: a column for each number of steps, a line for each score with its interval.
+
+    >>> from lcm_jax.evaluation.evaluate import score_table
+    >>> row = {"steps": 4, "distance": "FID", "frechet": 12.34, "frechet_low": 11.81, "frechet_high": 12.93}
+    >>> print(score_table("openmoji", [row | {"kid": 0.5, "seconds_per_image": 0.25}]))
+    openmoji         4 steps
+    FID              12.3 [11.8, 12.9]
+    KID x 1000       500
+    s/image          0.25
+    """
+    distance = rows[0]["distance"]
+    kernel = "KID" if distance == "FID" else distance.replace("FD", "KD")
+    names = {
+        "frechet": (distance, 1.0),
+        "frechet_infinity": (f"{distance} at infinity", 1.0),
+        "kid": (f"{kernel} x 1000", 1000.0),
+        "cmmd": ("CMMD", 1.0),
+        "clip_score": ("CLIP score", 1.0),
+        **{kind: (name, 1.0) for kind, name in TITLES.items()},
+        **{name: (name, 1.0) for name in ("precision", "recall", "density", "coverage")},
+        "seconds_per_image": ("s/image", 1.0),
+    }
+    lines = [[title, *(f"{row['steps']} steps" for row in rows)]]
+    lines += [
+        [text, *(row_score(row, name, by) for row in rows)] for name, (text, by) in names.items() if name in rows[0]
+    ]
+    widths = [max(map(len, column)) + 3 for column in zip(*lines, strict=True)]
+    widths[0] = max(widths[0], 17)
+    return "\n".join("".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def row_score(row: Mapping[str, Any], name: str, by: float = 1.0) -> str:
+    """Return a score of a row times `by`, with its interval if the row has one."""
+    if f"{name}_low" not in row:
+        return f"{by * row[name]:.4g}"
+    return str(Interval(*(by * row[key] for key in (name, f"{name}_low", f"{name}_high"))))
 
 
 def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh: Mesh | None = None) -> Pictures:
@@ -193,18 +214,22 @@ def reconstruct(vae: Component, images: Pictures, *, batch_size: int = 32, mesh:
     return decoded
 
 
-def reconstruction(images: Pictures, again: Pictures, clip: ClipMetric | None = None) -> dict[str, float]:
+def reconstruction(
+    images: Pictures, again: Pictures, clip: ClipMetric | None = None, *, resamples: int = 0
+) -> dict[str, float]:
     """Return the mean `psnr` (dB) and `ssim` of reconstructed pictures.
 
     With a CLIP also `frechet`, on the features of its image tower, and `clip_distance`, the mean of 1 - cos between the
-    embeddings of a picture and of its reconstruction.
+    embeddings of a picture and of its reconstruction. resamples: as for `lcm_jax.metrics.report`.
     """
     pair = jnp.asarray(images), jnp.asarray(again)
-    scores = {name: float(np.mean(f(*pair, data_range=255.0))) for name, f in (("psnr", psnr), ("ssim", ssim))}
+    scores: dict[str, float] = {}
+    for name, score in (("psnr", psnr), ("ssim", ssim)):
+        scores |= mean_bounded(name, np.asarray(score(*pair, data_range=255.0)), resamples)
     if clip is not None:
         real, fake = clip.images(images), clip.images(again)
-        scores |= {
-            "frechet": frechet_distance(Moments.of(real[:, : clip.width]), Moments.of(fake[:, : clip.width])),
-            "clip_distance": 1.0 - clip_score(real[:, clip.width :], fake[:, clip.width :], weight=1.0),
-        }
+        distance = frechet_influence(real[:, : clip.width], fake[:, : clip.width])
+        scores |= bounded("frechet", distance, [len(real), len(fake)], resamples)
+        away = 1.0 - clip_scores(real[:, clip.width :], fake[:, clip.width :], weight=1.0)
+        scores |= mean_bounded("clip_distance", away, resamples)
     return scores

@@ -21,8 +21,11 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import t
 
-from lcm_jax.metrics import ranks, spearman
+from lcm_jax.metrics import Interval, ranks, spearman
+from lcm_jax.metrics.bootstrap import LEVEL
+from lcm_jax.metrics.report import BOUNDS
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.messages import HelpFormatter
@@ -30,6 +33,10 @@ from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.overrides import override
 from lcm_jax.weights.safetensors_files import read_json
 
+OVER = {
+    "seeds": "over seeds by Student's t",
+    "pictures": "of one seed over its pictures by a bootstrap (other trainings are not in it)",
+}
 SCALES = ("tiny", "gpu", "paper")
 Scores = Mapping[str, float]
 Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]  # variant -> seed -> the content of scores.json
@@ -177,6 +184,39 @@ def statistics(cells: Cells, key: str) -> dict[str, tuple[float, float]]:
     return result
 
 
+def interval(runs: Mapping[int, Mapping[str, Any]], key: str) -> tuple[tuple[float, float], str] | None:
+    """Return the 95 % interval of a score's mean over the seeds of a variant, and what it is taken over.
+
+    Over two seeds or more it is Student's t, mean +- t s / sqrt(n) with n - 1 degrees of freedom, and says how far
+    another training would move the score. Of one seed it is the one over pictures that the cell has stored as KEY_low
+    and KEY_high (`lcm_jax.evaluation.study.with_bounds`), and says nothing of other trainings. None: there is neither.
+
+    >>> from lcm_jax.evaluation.study import interval
+    >>> runs = {seed: {"scores": {"fd": float(seed)}} for seed in (1, 2, 3)}
+    >>> [round(bound, 2) for bound in interval(runs, "fd")[0]]  # 2 +- 4.30 / sqrt(3)
+    [-0.48, 4.48]
+    """
+    scores = [cell["scores"] for cell in runs.values()]
+    values = np.array([score[key] for score in scores])
+    n = len(values)
+    if n > 1:
+        half = t.ppf(0.5 + 0.5 * LEVEL, n - 1) * values.std(ddof=1) / np.sqrt(n)
+        return (float(values.mean() - half), float(values.mean() + half)), "seeds"
+    names = [f"{key}_{end}" for end in BOUNDS]
+    return None if n == 0 or names[0] not in scores[0] else (tuple(scores[0][name] for name in names), "pictures")
+
+
+def with_bounds(row: Scores, name: str, key: str) -> dict[str, float]:
+    """Return the score `name` of a row of `evaluate` under `key`, and its bounds, if it has some, as `interval` reads.
+
+    >>> from lcm_jax.evaluation.study import with_bounds
+    >>> with_bounds({"kid": 2.0, "kid_low": 1.0, "kid_high": 3.0}, "kid", "kid/4")
+    {'kid/4': 2.0, 'kid/4_low': 1.0, 'kid/4_high': 3.0}
+    """
+    ends = [f"_{end}" for end in BOUNDS if f"{name}_{end}" in row]
+    return {f"{key}{end}": row[f"{name}{end}"] for end in ("", *ends)}
+
+
 def report(study: Study, scale: str, out: Path) -> None:
     """Write table.json, table.md and plot.png of the cells that are done."""
     cells = collect(study, out)
@@ -186,7 +226,10 @@ def report(study: Study, scale: str, out: Path) -> None:
         measured, theirs = statistics(cells, column.key), column.paper_ranks
         ours = column.ranks({name: mean for name, (mean, _) in measured.items()})
         for name, (mean, error) in measured.items():
-            entry = {"mean": mean, "standard_error": None if np.isnan(error) else error, "rank": ours[name]}
+            entry: dict[str, Any] = {"mean": mean, "standard_error": None if np.isnan(error) else error}
+            entry["rank"] = ours[name]
+            if (found := interval(cells[name], column.key)) is not None:
+                entry["interval"], entry["interval_over"] = list(found[0]), found[1]
             if name in theirs:
                 entry["paper_rank"] = theirs[name]
             if isinstance(column.paper, Mapping) and name in column.paper:
@@ -205,7 +248,7 @@ def report(study: Study, scale: str, out: Path) -> None:
 
 
 def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Mapping[str, float]) -> str:
-    """Return the table: mean +- standard error over seeds (rank), beside the paper's number (its rank)."""
+    """Return the table: mean [its 95 % interval] (rank), beside the paper's number (its rank)."""
     heads = ["variant", "seeds", "parameters"]
     for column in study.columns:
         heads += [f"{column.title} ({column.best})"] + ["paper"] * (column.paper is not None)
@@ -214,13 +257,17 @@ def markdown(study: Study, cells: Cells, rows: Mapping[str, Any], agreement: Map
         line = [name, str(len(row["seeds"])), f"{next(iter(cells[name].values()))['parameters'] / 1e6:.2f} M"]
         for column in study.columns:
             entry = row[column.key]
-            error = "" if entry["standard_error"] is None else f" ± {entry['standard_error']:.2g}"
-            line.append(f"{entry['mean']:.4g}{error}" + (f" ({entry['rank']:g})" if column.ranked else ""))
+            mean = f"{entry['mean']:.4g}" if "interval" not in entry else Interval(entry["mean"], *entry["interval"])
+            line.append(f"{mean}" + (f" ({entry['rank']:g})" if column.ranked else ""))
             if column.paper is not None:
                 number = f"{entry['paper']:g} " if "paper" in entry else ""
                 line.append(f"{number}({entry['paper_rank']:g})" if "paper_rank" in entry else "")
         lines.append(line)
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    over = {row[column.key].get("interval_over") for row in rows.values() for column in study.columns} - {None}
+    said = [text for kind, text in OVER.items() if kind in over]
+    if said:
+        text += f"\nIn brackets: {LEVEL:.0%} intervals of the mean, {'; '.join(said)}.\n"
     titles = {column.key: column.title for column in study.columns}
     if agreement:
         values = "; ".join(f"{titles[key]} {value:.2f}" for key, value in agreement.items())

@@ -6,19 +6,23 @@ sample are then never taken for different samples, which would make a set look c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+RESAMPLES = 200
+LEVEL = 0.95
+
 
 class Interval(NamedTuple):
-    """A score with the bounds of its confidence interval.
+    """A score with the bounds of its confidence interval, in text to the digits that the interval leaves certain.
 
     >>> from lcm_jax.metrics import Interval
-    >>> str(Interval(2.0, 1.5, 2.75))
-    '2.00 [1.50, 2.75]'
+    >>> str(Interval(12.3456, 11.81, 12.93)), str(Interval(0.1234567, 0.1233, 0.1236))
+    ('12.3 [11.8, 12.9]', '0.1235 [0.1233, 0.1236]')
     """
 
     value: float
@@ -26,15 +30,17 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        half = 0.5 * (self.high - self.low)
+        digits = min(max(-math.floor(math.log10(half)), 0), 8) if 0.0 < half < math.inf else 2
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
 def bootstrap(
     score: Callable[..., Float[np.ndarray, " r"]],
     sizes: Sequence[int],
     *,
-    resamples: int = 200,
-    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
     seed: int = 0,
 ) -> Interval:
     """Return a score with its basic bootstrap interval (Davison and Hinkley 1997, Bootstrap Methods, sec. 5.2).

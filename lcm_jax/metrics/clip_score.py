@@ -8,6 +8,23 @@ from jaxtyping import Float
 from lcm_jax.metrics.frechet import as_features
 
 
+def cosines(image_embeds: Float[np.ndarray, "n d"], text_embeds: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+    """Return cos = x . y / (|x| |y|) of each pair of rows; ValueError as `clip_scores` raises it.
+
+    >>> import numpy as np
+    >>> from lcm_jax.metrics.clip_score import cosines
+    >>> cosines(np.array([[0.0, 2.0]]), np.array([[-3.0, -3.0]])).round(4).tolist()
+    [-0.7071]
+    """
+    image, text = as_features(image_embeds, "image_embeds"), as_features(text_embeds, "text_embeds")
+    if image.shape != text.shape:
+        raise ValueError(f"image_embeds {image.shape} and text_embeds {text.shape} must pair row by row")
+    norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
+    if not norms.all():
+        raise ValueError(f"pair {int(np.argmin(norms))} holds a zero embedding, whose direction is undefined")
+    return (image * text).sum(axis=1) / norms
+
+
 def clip_scores(
     image_embeds: Float[np.ndarray, "n d"], text_embeds: Float[np.ndarray, "n d"], *, weight: float = 100.0
 ) -> Float[np.ndarray, " n"]:
@@ -24,13 +41,7 @@ def clip_scores(
     >>> clip_scores(images, texts).round(1).tolist()
     [100.0, 60.0]
     """
-    image, text = as_features(image_embeds, "image_embeds"), as_features(text_embeds, "text_embeds")
-    if image.shape != text.shape:
-        raise ValueError(f"image_embeds {image.shape} and text_embeds {text.shape} must pair row by row")
-    norms = np.linalg.norm(image, axis=1) * np.linalg.norm(text, axis=1)
-    if not norms.all():
-        raise ValueError(f"pair {int(np.argmin(norms))} holds a zero embedding, whose direction is undefined")
-    return weight * np.maximum((image * text).sum(axis=1) / norms, 0.0)
+    return weight * np.maximum(cosines(image_embeds, text_embeds), 0.0)
 
 
 def clip_score(

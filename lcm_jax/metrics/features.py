@@ -36,7 +36,7 @@ class NetworkFeatures:
 
     apply: (params, images (batch_size, h, w, 3) in [-1, 1]) -> features (batch_size, ...), which are then flattened to
     (batch_size, d). It has to resize and normalise the pictures itself. It is compiled once for each picture size; the
-    last batch is padded with black pictures.
+    last batch is padded with black pictures. distance: the name of the Frechet distance on these features, such as FID.
 
     Raises ValueError if `batch_size` is below 1.
 
@@ -53,6 +53,7 @@ class NetworkFeatures:
     apply: Callable[[Params, Float[Array, "b h w 3"]], Float[Array, "b ..."]]
     params: Params
     batch_size: int = 32
+    distance: str = "FD"
     _run: Callable[[Params, UInt8[np.ndarray, "b h w 3"]], Array] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,3 +80,22 @@ class NetworkFeatures:
             padding = [(0, self.batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
             features.append(np.asarray(self._run(self.params, np.pad(batch, padding)))[: len(batch)])
         return np.concatenate(features)
+
+
+def resize_as_pil(images: Float[Array, "b h w 3"], height: int, width: int) -> Float[Array, "b i j 3"]:
+    """Return pictures in [-1, 1] resized as PIL does it: bicubic, antialiased where smaller, in 256 levels again.
+
+    First the width is changed and then the height, each with Keys' kernel (a = -1/2) and rounded to the levels. (Pillow
+    13 may take the height first, which is another picture only where the first pass leaves the 256 levels.)
+
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.metrics.features import resize_as_pil
+    >>> resize_as_pil(jnp.ones((1, 4, 4, 3)), 2, 2)[0, 0, 0].tolist()
+    [1.0, 1.0, 1.0]
+    """
+    b, h, _, c = images.shape
+    for shape in ((b, h, width, c), (b, height, width, c)):
+        if images.shape != shape:
+            resized = jax.image.resize(images, shape, "bicubic", antialias=True)
+            images = jnp.clip(jnp.round((resized + 1.0) * 127.5), 0.0, 255.0) / 127.5 - 1.0
+    return images

@@ -230,4 +230,4 @@ def inception_features(path: str | Path, *, batch_size: int = 32) -> NetworkFeat
     def apply(params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b 2048"]:
         return jnp.asarray(net.apply({"params": params}, images))
 
-    return NetworkFeatures(apply=apply, params=load_inception(path), batch_size=batch_size)
+    return NetworkFeatures(apply=apply, params=load_inception(path), batch_size=batch_size, distance="FID")

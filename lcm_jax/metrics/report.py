@@ -75,6 +75,9 @@ def report(
     scores: dict[str, float] = {}
     for name, (score, sizes) in weighted.items():
         scores |= bounded(name, score, sizes, resamples)
+    for name in ("precision", "recall", "coverage") if resamples else ():  # fractions, and so are their bounds
+        for end in BOUNDS:
+            scores[f"{name}_{end}"] = min(max(scores[f"{name}_{end}"], 0.0), 1.0)
     return scores
 
 

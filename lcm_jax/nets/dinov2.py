@@ -1,4 +1,4 @@
-"""DINOv2's vision transformer (Oquab et al. 2023, 2304.07193), with or without registers (Darcet et al. 2023, 2309.16588).
+"""DINOv2's vision transformer (Oquab et al. 2023, 2304.07193), also with registers (Darcet et al. 2023, 2309.16588).
 
 The parameters are those of transformers' Dinov2Model and Dinov2WithRegistersModel; `RULES_DINOV2` has the names.
 """
@@ -24,7 +24,7 @@ RULES_DINOV2: tuple[tuple[str, str], ...] = ((r"^encoder/layer_(\d+)/", r"encode
 
 @dataclass(frozen=True, kw_only=True)
 class Dinov2Config:
-    """The architecture of a DINOv2 ViT: its fields are the keys of transformers' config.json. The defaults are ViT-B/14.
+    """The architecture of a DINOv2 ViT, ViT-B/14 by default; its fields are the keys of transformers' config.json.
 
     num_register_tokens: None for a network without registers, which is another class in transformers. Raises ValueError
     unless num_attention_heads divides hidden_size, patch_size divides image_size and hidden_act is "gelu".

@@ -92,7 +92,7 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
     and "x/y" where x is a folder here, unless it has a revision. Files that changed there are downloaded once; without
     a connection, or with HF_HUB_OFFLINE=1, the files downloaded before are used. variant: the precision to download,
     such as "fp16", and the plain files of the components that do not have it. weights: False downloads configs and
-    tokenizers only. what: "model" or "LoRA", for messages. Raises FileNotFoundError if it is in none of these places.
+    tokenizers only. what: "model", "LoRA" or another network, of which none is bundled, for messages. Raises FileNotFoundError if it is in none of these places.
 
     >>> from lcm_jax.weights.hub import locate
     >>> location = locate("openmoji")
@@ -111,8 +111,9 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
         return Location(path=path, subfolders=subfolders)
     match = _HUB_NAME.fullmatch(text)
     if match is None or _looks_like_path(text):
-        known = [name for name, (folder, _) in BUNDLED.items() if folder.endswith("/lora") == (what == "LoRA")]
-        hint = did_you_mean(text, known) or f"; bundled {what}s are {', '.join(known)}"
+        kinds = {"model": False, "LoRA": True}
+        known = [name for name, (folder, _) in BUNDLED.items() if folder.endswith("/lora") == kinds.get(what)]
+        hint = did_you_mean(text, known) or (f"; bundled {what}s are {', '.join(known)}" if known else "")
         on_hub = f" (a repository of the hub by this name is {text}@main)" if match and not match[3] else ""
         raise FileNotFoundError(f"{what} {shown(text)}: no such file or folder{hint}{on_hub}")
     repository, file, revision = match.groups()

@@ -6,6 +6,7 @@ latents) is taken from the published families: heads of 64 channels, but eight h
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 from lcm_jax.nets import UNetConfig
 from lcm_jax.runtime.messages import shown
 from mmdit import MMDiTConfig
-from mmdit.text import CLIPTextConfig, T5Config
+from mmdit.text import CLIPTextConfig, CLIPVisionConfig, T5Config
 from vae16 import AutoencoderConfig
 
 _MOST_LAYERS = 1024  # as in `abstract_params`
@@ -171,6 +172,30 @@ def clip_config(shapes: Shapes, *, source: str) -> CLIPTextConfig:
         num_attention_heads=hidden // 64,
         max_position_embeddings=shapes[position][0],
         hidden_act="quick_gelu" if hidden == 768 else "gelu",
+        projection_dim=projection[-1],
+    )
+
+
+def clip_vision_config(shapes: Shapes, *, source: str) -> CLIPVisionConfig:
+    """Return the config of an image encoder in OpenCLIP's naming (`visual.`), whose heads are those of its ViTs.
+
+    shapes, source: as for `unet_config`. Raises ValueError for an encoder that is incomplete.
+    """
+    names = ("conv1.weight", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight", "proj")
+    patches, positions, first, projection = (shapes.get(f"visual.{name}", ()) for name in names)
+    for name, shape, axes in zip(names, (patches, positions, first, projection), (4, 2, 2, 2), strict=True):
+        if len(shape) != axes:
+            raise ValueError(f"{source}: its image encoder has no visual.{name} of {axes} axes; the file is incomplete")
+    width = patches[0]
+    return CLIPVisionConfig(
+        image_size=math.isqrt(positions[0] - 1) * patches[-1],
+        patch_size=patches[-1],
+        num_channels=patches[1],
+        hidden_size=width,
+        intermediate_size=first[0],
+        num_hidden_layers=_count(shapes, r"visual\.transformer\.resblocks\.(\d+)\."),
+        num_attention_heads=16 if width >= 1280 else width // 64,  # of H, g and bigG; smaller ones have heads of 64
+        hidden_act="gelu",
         projection_dim=projection[-1],
     )
 

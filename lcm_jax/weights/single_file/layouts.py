@@ -135,10 +135,16 @@ def vae_layout(config: AutoencoderConfig) -> Layout:
 
 _OPENCLIP = (
     (r"^text_model\.", ""),
+    (r"^vision_model\.", "visual."),
+    (r"^visual\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^visual\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+    (r"^visual\.embeddings\.", "visual."),
+    (r"^visual\.pre_layrnorm\.", "visual.ln_pre."),
+    (r"^visual\.post_layernorm\.", "visual.ln_post."),
     (r"^embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^embeddings\.token_embedding\.", "token_embedding."),
     (r"^final_layer_norm\.", "ln_final."),
-    (r"^encoder\.layers\.(\d+)\.", r"transformer.resblocks.\1."),
+    (r"^(visual\.|)encoder\.layers\.(\d+)\.", r"\1transformer.resblocks.\2."),
     (r"\.layer_norm([12])\.", r".ln_\1."),
     (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
     (r"\.mlp\.fc1\.", ".mlp.c_fc."),
@@ -147,16 +153,16 @@ _OPENCLIP = (
 
 
 def openclip_layout(name: str) -> Slot:
-    """Return the slot of a tensor in OpenCLIP's text encoder (SD2's H, SDXL's bigG).
+    """Return the slot of a tensor of either encoder in OpenCLIP's files (SD2's H, SDXL's bigG, HPSv2).
 
-    Query, key and value are one matrix there, and the text projection is transposed.
+    Query, key and value are one matrix there, and the projections are transposed.
 
     >>> from lcm_jax.weights.single_file.layouts import openclip_layout
     >>> openclip_layout("text_model.encoder.layers.3.self_attn.k_proj.weight")
     Slot(key='transformer.resblocks.3.attn.in_proj_weight', part=1, parts=3, form='same')
     """
-    if name == "text_projection.weight":
-        return Slot("text_projection", form="transposed")
+    if name in ("text_projection.weight", "visual_projection.weight"):
+        return Slot("text_projection" if name.startswith("text") else "visual.proj", form="transposed")
     key = _rename(name, _OPENCLIP)
     if match := re.match(r"^(.*)\.self_attn\.([qkv])_proj\.(weight|bias)$", key):
         return Slot(f"{match[1]}.attn.in_proj_{match[3]}", "qkv".index(match[2]), 3)

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,14 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from lcm_jax import Pipeline, configs, load
 from lcm_jax.cli import main as cli
 from lcm_jax.cli.arguments import EXAMPLES, parser
+from lcm_jax.nets import RULES_DINOV2, Dinov2, Dinov2Config
 from lcm_jax.train.overrides import flatten, override
+from lcm_jax.weights.component import Part, write_part
+from lcm_jax.weights.safetensors_files import read_json
+from lcm_jax.weights.torch_params import to_torch
 
 
 def test_sample_writes_pictures(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,8 +259,49 @@ def test_evaluate_writes_scores(
     scores = json.loads(out.read_text())
     assert [row["steps"] for row in scores["rows"]] == [1, 2]
     assert all(np.isfinite(row["frechet"]) and row["frechet"] >= 0 for row in scores["rows"])
-    assert scores["vae"]["psnr"] > 0
-    assert "PSNR" in capsys.readouterr().out
+    for row in scores["rows"]:
+        for name in ("frechet", "kid", "cmmd", "clip_score", "precision", "recall", "density", "coverage"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
+    assert scores["vae"]["psnr_low"] <= scores["vae"]["psnr"] <= scores["vae"]["psnr_high"]
+    table = capsys.readouterr().out
+    assert re.search(r"^FD-CLIP +[\d.]+ \[-?[\d.]+, [\d.]+\] +[\d.]+ \[", table, re.MULTILINE)
+    assert re.search(r"PSNR [\d.]+ \[[\d.]+, [\d.]+\] dB", table)
+    assert "95% intervals over pictures, by a bootstrap of 200 resamples" in table
+
+
+def test_evaluate_takes_other_features_and_preferences(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    net = Dinov2(config)
+    params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
+    write_part(tmp_path / "dino", Part("Dinov2Model", config, to_torch(params, RULES_DINOV2), "dino"))
+
+    towers = {name: read_json(tiny_model / name / "config.json") for name in ("text_encoder", "image_encoder")}
+    shutil.copytree(tiny_model / "tokenizer", tmp_path / "pick" / "tokenizer")
+    tensors = {"logit_scale": np.float32([4.0])}
+    for name in towers:
+        tensors |= load_file(tiny_model / name / "model.safetensors")
+    save_file(tensors, tmp_path / "pick" / "model.safetensors")
+    values = {"model_type": "clip", "projection_dim": towers["text_encoder"]["projection_dim"]}
+    values |= {"text_config": towers["text_encoder"], "vision_config": towers["image_encoder"]}
+    (tmp_path / "pick" / "config.json").write_text(json.dumps(values))
+
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", "--model", str(tiny_model), "--clip", str(tmp_path / "pick"), "--out", str(out)]
+    arguments += ["--data", f"folder:{pictures}", "--split", "train", "--steps", "1", "--guidance", "1"]
+    arguments += ["--features", f"dinov2:{tmp_path / 'dino'}", "--preference", str(tmp_path / "pick")]
+    assert cli.main([*arguments, "--resamples", "0", "--batch-size", "4"]) == 0
+    scores = json.loads(out.read_text())
+    (row,) = scores["rows"]
+    assert row["distance"] == "FD-DINOv2"
+    assert scores["features"].startswith("dinov2:")
+    assert row["clip_score"] == pytest.approx(100.0 * max(row["pickscore"] / np.exp(4.0), 0.0), abs=20.0)
+    assert not any(name.endswith("_low") for name in row)
+    table = capsys.readouterr().out
+    assert re.search(r"^FD-DINOv2 +[\d.]+$", table, re.MULTILINE)
+    assert re.search(r"^KD-DINOv2 x 1000 ", table, re.MULTILINE)
+    assert re.search(r"^PickScore +-?[\d.]+$", table, re.MULTILINE)
 
 
 def test_train_passes_overrides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -308,6 +356,17 @@ def test_every_config_takes_overrides(name: str) -> None:
         (["train", "--config", "openmoji_vae", "--mesh", "data=3,fsdp=5"], "data=3"),
         (["evaluate", "--model", "TINY", "--steps", "0"], "--steps 0"),
         (["evaluate", "--model", "TINY", "--inception", "none.safetensors"], "none.safetensors"),
+        (
+            ["evaluate", "--model", "TINY", "--features", "dino:x"],
+            "--features dino:x: give KIND:PATH with a KIND of dino",
+        ),
+        (["evaluate", "--model", "TINY", "--features", "dinov2:none"], "DINOv2 'none': no such file or folder"),
+        (
+            ["evaluate", "--model", "TINY", "--preference", "imagereward:x"],
+            "imagereward is unknown; give pickscore, hps",
+        ),
+        (["evaluate", "--model", "TINY", "--preference", "none"], "none"),
+        (["evaluate", "--model", "TINY", "--resamples", "1"], "--resamples 1: it must be at least 2, or 0"),
     ],
 )
 def test_bad_input(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lcm_jax.data import Loader
-from lcm_jax.evaluation.study import Column, Study, curves, main, points
+from lcm_jax.evaluation.study import Column, Study, curves, main, points, with_bounds
 from lcm_jax.train.config import TrainConfig
 from lcm_jax.train.loop import LoopConfig
 from lcm_jax.train.optimizer import OptimizerConfig
@@ -104,10 +104,13 @@ def test_cells_run_once_and_the_table_has_the_paper_beside_them(tmp_path: Path) 
     assert found["spearman"]["error"] == -1.0
     assert found["rows"]["steep/er"]["error"] == {
         "mean": 3.0, "standard_error": 1.0, "rank": 2.0, "paper_rank": 2.0, "paper": 20.0,
+        "interval": [pytest.approx(3.0 - 12.706, abs=1e-3), pytest.approx(3.0 + 12.706, abs=1e-3)],  # t of 1 degree
+        "interval_over": "seeds",
     }  # fmt: skip
     assert found["cells"]["wall"]["2"]["scores"]["of"] == 3.0
     text = (out / "table.md").read_text()
-    assert "| steep/er | 2 | 0.00 M | 3 ± 1 (2) | 20 (2) | 1 ± 0 |" in text
+    assert "| steep/er | 2 | 0.00 M | 3 [-10, 16] (2) | 20 (2) | 1.00 [1.00, 1.00] |" in text
+    assert "In brackets: 95% intervals of the mean, over seeds by Student's t.\n" in text
     assert "Spearman" in text
     assert (out / "plot.png").is_file()
     assert not list(out.rglob("checkpoints"))
@@ -115,6 +118,22 @@ def test_cells_run_once_and_the_table_has_the_paper_beside_them(tmp_path: Path) 
     assert scores["scores"]["steps"] == 6
     assert scores["scores"]["training_seconds"] > 0
     assert sorted(scores["previews"]) == ["3", "6"]
+
+
+def test_one_seed_has_the_interval_over_pictures_that_its_cell_has_stored(tmp_path: Path) -> None:
+    def measure(name: str, config: TrainConfig, workdir: Path) -> dict[str, float]:
+        row = {"frechet": 2.0, "frechet_low": 1.5, "frechet_high": 2.5}
+        return {**with_bounds(row, "frechet", "error"), "speed": 1.0}
+
+    out = tmp_path / "out"
+    small_study = study(tmp_path / "log", measure=measure)
+    assert main(small_study, ["--variants", "flat", "--out", str(out)]) == 0
+    row = read_json(out / "table.json")["rows"]["flat"]
+    assert (row["error"]["interval"], row["error"]["interval_over"]) == ([1.5, 2.5], "pictures")
+    assert "interval" not in row["speed"]
+    text = (out / "table.md").read_text()
+    assert "| flat | 1 | 0.00 M | 2.0 [1.5, 2.5] (1) | 30 (3) | 1 |" in text
+    assert "of one seed over its pictures by a bootstrap" in text
 
 
 def test_a_cell_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
