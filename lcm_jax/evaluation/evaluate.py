@@ -68,13 +68,22 @@ class ClipMetric(ClipTowers):
         """Return the scores of `lcm_jax.metrics.report` for pictures and their texts, against the features `real`.
 
         features: an extractor for the distances in place of the CLIP's image tower; `real` has to come from it.
-        real_embeds: the reals' embeddings, for CMMD. preferences: scores to add, by their kind. resamples: of `report`.
+        real_embeds: the reals' embeddings, for CMMD. preferences: scores to add, by their kind. resamples: of
+        `report`, over captions where each has a real picture and a drawn one.
         """
         outputs = self.images(images)
         fake = outputs[:, : self.width] if features is None else features(images)
         means = {preference.kind: preference(images, texts) for preference in preferences}
         embeds = outputs[:, self.width :], self.embed_texts(texts)
-        return report(real, fake, *embeds, real_embeds=real_embeds, means=means, resamples=resamples)
+        return report(
+            real,
+            fake,
+            *embeds,
+            real_embeds=real_embeds,
+            means=means,
+            resamples=resamples,
+            paired=len(real) == len(fake),
+        )
 
 
 def shard(features: NetworkFeatures, mesh: Mesh) -> NetworkFeatures:
@@ -179,7 +188,7 @@ def score_table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
         **{name: (name, 1.0) for name in ("precision", "recall", "density", "coverage")},
         "seconds_per_image": ("s/image", 1.0),
     }
-    lines = [[title, *(f"{row['steps']} steps" for row in rows)]]
+    lines = [[title, *(f"{row['steps']} step{'s' * (row['steps'] > 1)}" for row in rows)]]
     lines += [
         [text, *(row_score(row, name, by) for row in rows)] for name, (text, by) in names.items() if name in rows[0]
     ]
@@ -229,7 +238,7 @@ def reconstruction(
     if clip is not None:
         real, fake = clip.images(images), clip.images(again)
         distance = frechet_influence(real[:, : clip.width], fake[:, : clip.width])
-        scores |= bounded("frechet", distance, [len(real), len(fake)], resamples)
+        scores |= bounded("frechet", distance, [len(real), len(fake)], resamples, paired=True)
         away = 1.0 - clip_scores(real[:, clip.width :], fake[:, clip.width :], weight=1.0)
         scores |= mean_bounded("clip_distance", away, resamples)
     return scores

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
 
     >>> from lcm_jax.metrics import Interval
     >>> str(Interval(12.3456, 11.81, 12.93)), str(Interval(0.1234567, 0.1233, 0.1236))
-    ('12.3 [11.8, 12.9]', '0.1235 [0.1233, 0.1236]')
+    ('12.3 [11.8, 12.9]', '0.12346 [0.12330, 0.12360]')
     """
 
     value: float
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
     def __str__(self) -> str:
         half = 0.5 * (self.high - self.low)
-        digits = min(max(-math.floor(math.log10(half)), 0), 8) if 0.0 < half < math.inf else 2
+        digits = min(max(math.ceil(math.log10(3.0 / half)), 0), 8) if 0.0 < half < math.inf else 2
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
@@ -42,6 +42,7 @@ def bootstrap(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
+    paired: bool = False,
 ) -> Interval:
     """Return a score with its basic bootstrap interval (Davison and Hinkley 1997, Bootstrap Methods, sec. 5.2).
 
@@ -49,8 +50,9 @@ def bootstrap(
     resampling adds is taken away from the interval rather than added to it.
 
     score: a function of one array of counts (r, n) for each set of samples, a resampled set in each row, to r scores.
-    sizes: n of each set. level: the probability that the interval holds the true value. ValueError for a level outside
-    (0, 1) or fewer than two resamples.
+    sizes: n of each set. paired: whether sample i of each set belongs together, so that the sets are drawn again as
+    one; their sizes are then equal. level: the probability that the interval holds the true value. ValueError for a
+    level outside (0, 1), fewer than two resamples, or paired sets of different sizes.
 
     >>> import numpy as np
     >>> from lcm_jax.metrics import bootstrap
@@ -61,8 +63,13 @@ def bootstrap(
     """
     if not 0.0 < level < 1.0 or resamples < 2:
         raise ValueError(f"level={level} must be between 0 and 1, and resamples={resamples} at least 2")
+    if paired and len(set(sizes)) != 1:
+        raise ValueError(f"paired sets have the same size, got {' and '.join(map(str, sizes))}")
     rng = np.random.default_rng(seed)
     value = float(score(*(np.ones((1, n)) for n in sizes))[0])
-    drawn = score(*(rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(float) for n in sizes))
+    counts = [
+        rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(float) for n in sizes[: 1 if paired else None]
+    ]
+    drawn = score(*(counts * len(sizes) if paired else counts))
     high, low = np.quantile(drawn, [0.5 - 0.5 * level, 0.5 + 0.5 * level])
     return Interval(value, float(2.0 * value - low), float(2.0 * value - high))

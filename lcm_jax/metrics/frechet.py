@@ -174,7 +174,8 @@ def frechet_distance(real: Moments, fake: Moments) -> float:
     return gaussian_distance(real.mean, real.covariance, fake.mean, fake.covariance)
 
 
-class Influence(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Influence:
     """A score of two sets, and how much each sample moves it: the first-order change as its weight grows.
 
     With counts c and d of a resampled set the score is about value + c . real / n + d . fake / m, so its bootstrap is

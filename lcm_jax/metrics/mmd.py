@@ -50,12 +50,15 @@ def mmd(
     real_counts: Float[np.ndarray, "r n"] | None = None,
     fake_counts: Float[np.ndarray, "r m"] | None = None,
     *,
+    paired: bool = False,
     chunk: int = 1024,
 ) -> Float[np.ndarray, " r"]:
     """Return the estimate of MMD^2 for r sets, in whose row the counts say how often each sample is in it.
 
-    Without counts r is 1 and each sample is in it once. Memory is chunk * max(n, m) numbers; time O((n + m)^2 (d + r)).
-    ValueError for features that do not fit or fewer than two samples of a set.
+    Without counts r is 1 and each sample is in it once. paired: whether the counts of both sets are the same, because
+    real i and fake i belong together; they then weigh the pair of these two as one sample rather than two. Memory is
+    chunk * max(n, m) numbers; time O((n + m)^2 (d + r)). ValueError for features that do not fit or fewer than two
+    samples of a set.
 
     >>> import numpy as np
     >>> from lcm_jax.metrics.mmd import cubic_kernel, mmd
@@ -72,7 +75,13 @@ def mmd(
     within = (pairs - (n**2) @ of_real) / (n.sum(axis=1) ** 2 - (n**2).sum(axis=1))
     pairs, of_fake = _sums(y, y, kernel, m, m, chunk)
     within = within + (pairs - (m**2) @ of_fake) / (m.sum(axis=1) ** 2 - (m**2).sum(axis=1))
-    return within - 2.0 * _sums(x, y, kernel, n, m, chunk)[0] / (n.sum(axis=1) * m.sum(axis=1))
+    pairs, of_both = _sums(x, y, kernel, n, m, chunk)
+    if paired:
+        apart = (pairs - (n**2) @ of_both) / (n.sum(axis=1) ** 2 - (n**2).sum(axis=1))
+        between = apart + (n @ of_both / len(x) - apart) / len(x)  # one pair in n is of these two
+    else:
+        between = pairs / (n.sum(axis=1) * m.sum(axis=1))
+    return within - 2.0 * between
 
 
 def _sums(

@@ -26,6 +26,7 @@ def report(
     real_embeds: Float[np.ndarray, "n e"] | None = None,
     means: Mapping[str, Float[np.ndarray, " m"]] | None = None,
     resamples: int = 0,
+    paired: bool = False,
 ) -> dict[str, float]:
     """Return the scores of the fakes against the reals, and with embeddings their `clip_score`.
 
@@ -36,9 +37,12 @@ def report(
 
     resamples: of `bootstrap`; above 0 each score s comes with `s_low` and `s_high`, the bounds of its 95 % confidence
     interval. Of precision and density the fakes are drawn again, of recall and coverage the reals, of the others both.
+    paired: whether fake i was drawn from the caption of real i; then captions are drawn again, each with both of its
+    pictures, and else the sets each by itself.
     The interval of the Frechet distances is that of their first-order change (`lcm_jax.metrics.frechet.Influence`).
 
-    Raises ValueError if only one of the two embeddings is given, and as these functions do.
+    Raises ValueError if only one of the two embeddings is given, for paired sets of different sizes, and as these
+    functions do.
 
     >>> import numpy as np
     >>> from lcm_jax.metrics import report
@@ -59,10 +63,13 @@ def report(
     weighted: dict[str, tuple[Callable[..., Any], list[int]]] = {"frechet": (plain, [n, m])}
     if m >= FEWEST:
         weighted["frechet_infinity"] = infinity_influence(real, fake, plain), [n, m]
-    weighted["kid"] = lambda a, b: mmd(real, fake, cubic_kernel, a, b), [n, m]
+    weighted["kid"] = lambda a, b: mmd(real, fake, cubic_kernel, a, b, paired=paired), [n, m]
     if real_embeds is not None and image_embeds is not None:
         embeds = real_embeds, image_embeds
-        weighted["cmmd"] = lambda a, b: 1000.0 * mmd(*embeds, gaussian_kernel, a, b), [len(real_embeds), m]
+        weighted["cmmd"] = (
+            lambda a, b: 1000.0 * mmd(*embeds, gaussian_kernel, a, b, paired=paired),
+            [len(real_embeds), m],
+        )
     of_samples: dict[str, Any] = {
         "precision": near.precise, "recall": near.recalled, "density": far.dense, "coverage": far.covered
     }  # fmt: skip
@@ -74,14 +81,16 @@ def report(
         weighted[name] = _mean_of(values), [len(values)]
     scores: dict[str, float] = {}
     for name, (score, sizes) in weighted.items():
-        scores |= bounded(name, score, sizes, resamples)
+        scores |= bounded(name, score, sizes, resamples, paired)
     for name in ("precision", "recall", "coverage") if resamples else ():  # fractions, and so are their bounds
         for end in BOUNDS:
             scores[f"{name}_{end}"] = min(max(scores[f"{name}_{end}"], 0.0), 1.0)
     return scores
 
 
-def bounded(name: str, score: Callable[..., Any], sizes: list[int], resamples: int) -> dict[str, float]:
+def bounded(
+    name: str, score: Callable[..., Any], sizes: list[int], resamples: int, paired: bool = False
+) -> dict[str, float]:
     """Return {name: value}, and with resamples the bounds of its interval, name_low and name_high.
 
     >>> import numpy as np
@@ -92,7 +101,11 @@ def bounded(name: str, score: Callable[..., Any], sizes: list[int], resamples: i
     if not resamples:
         return {name: float(score(*(np.ones((1, n)) for n in sizes))[0])}
     return dict(
-        zip((name, *(f"{name}_{end}" for end in BOUNDS)), bootstrap(score, sizes, resamples=resamples), strict=True)
+        zip(
+            (name, *(f"{name}_{end}" for end in BOUNDS)),
+            bootstrap(score, sizes, resamples=resamples, paired=paired),
+            strict=True,
+        )
     )
 
 

@@ -92,7 +92,8 @@ def locate(name: str | Path, variant: str | None = None, *, weights: bool = True
     and "x/y" where x is a folder here, unless it has a revision. Files that changed there are downloaded once; without
     a connection, or with HF_HUB_OFFLINE=1, the files downloaded before are used. variant: the precision to download,
     such as "fp16", and the plain files of the components that do not have it. weights: False downloads configs and
-    tokenizers only. what: "model", "LoRA" or another network, of which none is bundled, for messages. Raises FileNotFoundError if it is in none of these places.
+    tokenizers only. what: "model", "LoRA" or another network, of which none is bundled, for messages. Raises
+    FileNotFoundError if it is in none of these places.
 
     >>> from lcm_jax.weights.hub import locate
     >>> location = locate("openmoji")

@@ -7,6 +7,7 @@ import pytest
 
 from lcm_jax.metrics import Moments, bootstrap, cmmd, frechet_distance, frechet_infinity, gaussian_distance, report
 from lcm_jax.metrics.frechet import frechet_influence, infinity_influence
+from lcm_jax.metrics.mmd import Kernel, cubic_kernel, gaussian_kernel, mmd
 
 
 @pytest.fixture
@@ -83,6 +84,23 @@ def test_the_extrapolated_distance_has_a_wider_interval(rng: np.random.Generator
         spread.append(found.value)
         widths.append(interval.high - interval.low)
     assert 0.7 < np.mean(widths) / (2 * 1.96 * np.std(spread)) < 1.5
+
+
+@pytest.mark.parametrize("kernel", [cubic_kernel, gaussian_kernel])
+def test_pairs_are_drawn_again_together(kernel: Kernel, rng: np.random.Generator) -> None:
+    """What moves both pictures of a caption in the same way does not move a distance, nor widen its interval."""
+    x = rng.normal(size=(60, 6))
+    y = x + 0.2 * rng.normal(size=x.shape) + 0.3
+    counts = rng.multinomial(60, np.full(60, 1 / 60), size=2000).astype(float)
+    drawn, value = mmd(x, y, kernel, counts, counts, paired=True), mmd(x, y, kernel)[0]
+    ones = np.ones((1, 60))
+    assert mmd(x, y, kernel, ones, ones, paired=True)[0] == pytest.approx(value, rel=1e-9)
+    assert abs(drawn.mean() - value) < 0.3 * drawn.std()  # without bias
+    both = frechet_influence(x, y)
+    apart, together = (bootstrap(both, [60, 60], paired=paired) for paired in (False, True))
+    assert together.high - together.low < 0.7 * (apart.high - apart.low)
+    with pytest.raises(ValueError, match="paired sets have the same size, got 60 and 50"):
+        bootstrap(both, [60, 50], paired=True)
 
 
 def test_bad_numbers_are_one_line() -> None:
