@@ -66,10 +66,10 @@ def bootstrap(
     if paired and len(set(sizes)) != 1:
         raise ValueError(f"paired sets have the same size, got {' and '.join(map(str, sizes))}")
     rng = np.random.default_rng(seed)
-    value = float(score(*(np.ones((1, n)) for n in sizes))[0])
-    counts = [
-        rng.multinomial(n, np.full(n, 1.0 / n), size=resamples).astype(float) for n in sizes[: 1 if paired else None]
-    ]
-    drawn = score(*(counts * len(sizes) if paired else counts))
-    high, low = np.quantile(drawn, [0.5 - 0.5 * level, 0.5 + 0.5 * level])
+    sets = sizes[:1] if paired else sizes
+    # The sets themselves come first, so that one call serves the value and all that is drawn again.
+    counts = [np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1.0 / n), size=resamples)]) for n in sets]
+    scores = score(*(counts * len(sizes) if paired else counts))
+    value = float(scores[0])
+    high, low = np.quantile(scores[1:], [0.5 - 0.5 * level, 0.5 + 0.5 * level])
     return Interval(value, float(2.0 * value - low), float(2.0 * value - high))
