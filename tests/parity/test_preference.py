@@ -69,7 +69,7 @@ def theirs(folder: Path, images: np.ndarray) -> tuple[np.ndarray, float]:
     return np.diagonal(logits.numpy()) / model.logit_scale.exp().item(), model.logit_scale.exp().item()
 
 
-@pytest.mark.parametrize("sides", [(16, 16), (40, 40), (40, 60)], ids=["own size", "shrunk", "cropped"])
+@pytest.mark.parametrize("sides", [(16, 16), (40, 60)], ids=["own size", "cropped"])
 def test_pickscore(folder: Path, sides: tuple[int, int]) -> None:
     images = pictures(*sides)
     cosines, scale = theirs(folder, images)

@@ -19,6 +19,8 @@ from lcm_jax.weights.torch_params import to_torch
 
 CONFIG = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28)
 
+PREPARE = jax.jit(prepare_images)
+
 
 def pictures(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -29,21 +31,21 @@ def test_pictures_are_those_of_pil(sides: tuple[int, int]) -> None:
     images = pictures(1, *sides)
     across = Image.fromarray(images[0]).resize((224, sides[0]), Image.Resampling.BICUBIC)
     theirs = np.asarray(across.resize((224, 224), Image.Resampling.BICUBIC), np.float32)
-    ours = np.asarray(prepare_images(jnp.asarray(images / np.float32(127.5) - 1)))[0] * IMAGE_STD + IMAGE_MEAN
+    ours = np.asarray(PREPARE(jnp.asarray(images / np.float32(127.5) - 1)))[0] * IMAGE_STD + IMAGE_MEAN
     levels = np.abs(ours * 255 - theirs)
     assert levels.max() < 1.01  # PIL's weights have 22 bits
     assert np.mean(levels > 0.5) < 1e-3
     assert np.allclose(ours * 255, np.round(ours * 255), atol=1e-3)
 
 
-@pytest.mark.parametrize("sides", [(40, 60), (60, 40), (50, 50)])
+@pytest.mark.parametrize("sides", [(40, 60), (60, 40)])
 def test_crops_keep_the_middle_and_pads_the_whole(sides: tuple[int, int]) -> None:
     """Of a ramp along each axis: where the middle of the picture lies and how far the rest reaches."""
     h, w = sides
     rows = np.broadcast_to(np.linspace(-1, 1, h)[:, None, None], (h, w, 3)).astype(np.float32)
     columns = np.broadcast_to(np.linspace(-1, 1, w)[None, :, None], (h, w, 3)).astype(np.float32)
     for squared, side in ((crop, 20), (pad, 30)):
-        x, y = (np.asarray(squared(jnp.asarray(ramp[None]), side))[0, :, :, 0] for ramp in (columns, rows))
+        x, y = np.asarray(jax.jit(squared, static_argnums=1)(jnp.stack([columns, rows]), side))[..., 0]
         assert x.shape == y.shape == (side, side)
         assert abs(x[side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1].mean()) < 0.05
         assert abs(y[side // 2 - 1 : side // 2 + 1, side // 2 - 1 : side // 2 + 1].mean()) < 0.05
@@ -62,7 +64,7 @@ def test_features_are_the_class_token(tmp_path: Path) -> None:
     images = pictures(3, 30, 20)
     extract = load_features(f"dinov2:{tmp_path}")
     assert extract.distance == "FD-DINOv2"
-    prepared = prepare_images(jnp.asarray(images / np.float32(127.5) - 1))
+    prepared = PREPARE(jnp.asarray(images / np.float32(127.5) - 1))
     tokens = jax.jit(net.apply)({"params": params}, prepared)
     np.testing.assert_allclose(extract(images), tokens[:, 0], atol=1e-5)
 
