@@ -81,10 +81,10 @@ def plot(study: Study, cells: Cells) -> None:
     """Plot the skipping step for each solver, the guidance scale, and all other variants beside the base."""
     _, (left, middle, right) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
     for solver in SOLVERS:
-        done = {k: cells[f"{solver} k={k}"] for k in SKIPS if f"{solver} k={k}" in cells}
+        done = {str(k): cells[f"{solver} k={k}"] for k in SKIPS if f"{solver} k={k}" in cells}
         if done:
             means, errors = np.array(list(statistics(done, "frechet/4").values())).T
-            left.errorbar(list(done), means, yerr=np.nan_to_num(errors), marker="o", label=solver)
+            left.errorbar([float(k) for k in done], means, yerr=np.nan_to_num(errors), marker="o", label=solver)
     left.set(xscale="log", xlabel="skipping step k", ylabel="Frechet distance, 4 steps")
     left.set_xticks(SKIPS, [str(k) for k in SKIPS])
     left.tick_params(which="minor", bottom=False, labelbottom=False)

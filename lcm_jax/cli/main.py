@@ -382,6 +382,7 @@ def _serve(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:
+    replaced = arguments.target.is_file()
     dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
     options = {"dtype": dtype, "config": arguments.config}
     scheduler = parse_changes(arguments.scheduler)
@@ -393,6 +394,8 @@ def _convert(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     else:
         options |= {"variant": arguments.variant, "scheduler": scheduler}
         summary = convert(arguments.source, arguments.target, arguments.to, **options)
+    if replaced:
+        print(f"lcm-jax: {arguments.target} is replaced", file=sys.stderr)
     print(f"{arguments.target}: {summary}")
     if arguments.to not in LORAS:
         _say_next(f'lcm-jax sample --model {arguments.target} --prompt "a cat"')
@@ -459,8 +462,11 @@ def _completion(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    config, name = _config(arguments, overrides)
     from lcm_jax.plan.command import run_plan
+    from lcm_jax.plan.topologies import check_compiler
+
+    check_compiler(arguments.topology)
+    config, name = _config(arguments, overrides)
 
     options = {"searching": arguments.search, "machine_code": arguments.machine_code, "out": arguments.json}
     print(run_plan(config, name, arguments.topology, **options))

@@ -25,6 +25,7 @@ from lcm_jax.data.records import (
 )
 from lcm_jax.runtime.image_io import SUFFIXES, Size, read_bytes
 from lcm_jax.runtime.json_text import parse_json
+from lcm_jax.runtime.messages import raise_all
 
 _MOST_LINE = 16 * MOST_CAPTION  # characters of a line of metadata.jsonl, which may hold more than captions
 
@@ -123,13 +124,21 @@ def _texts_beside(folder: Path, names: Sequence[Path], files: Mapping[Path, os.s
         first = pictures.setdefault(_stem(name), name)
         if first is not name:
             raise ValueError(f"{folder / name}: shares its caption file with {first.name}; rename one of the two")
-    for stem in sorted(captions.keys() - pictures.keys()):
-        raise ValueError(f"{folder / captions[stem]}: caption file without a picture; remove it or add the picture")
+    problems = [
+        f"{folder / captions[stem]}: caption file without a picture; remove it or add the picture"
+        for stem in sorted(captions.keys() - pictures.keys())
+    ]
+    texts: dict[Path, Texts] = {}
     for stem, name in pictures.items():
         if stem not in captions:
-            raise ValueError(f"{folder / name}: picture without caption; write {name.stem}.txt or a metadata.jsonl")
-    beside = {name: captions[stem] for stem, name in pictures.items()}
-    return {name: {"caption": _read_caption(folder / text, files[text])} for name, text in beside.items()}
+            problems.append(f"{folder / name}: picture without caption; write {name.stem}.txt or a metadata.jsonl")
+            continue
+        try:
+            texts[name] = {"caption": _read_caption(folder / captions[stem], files[captions[stem]])}
+        except ValueError as error:
+            problems.append(str(error))
+    raise_all(problems)
+    return texts
 
 
 def _read_caption(path: Path, found: os.stat_result) -> str:

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 
 from lcm_jax.data.buckets import nearest_bucket
 from lcm_jax.runtime.image_io import Size, check_picture, read_picture
+from lcm_jax.runtime.messages import raise_all
 from lcm_jax.runtime.progress import progress
 
 MOST_CAPTION = 2**16  # bytes of a caption; the longest context of a text encoder has a few thousand
@@ -245,9 +246,14 @@ def by_bucket(sizes: Sequence[Size], items: Sequence[Item], *, check: bool) -> d
     if len(sizes) == 1 and not check:
         return {sizes[0]: list(items)}
     buckets: dict[Size, list[Item]] = {size: [] for size in sizes}
+    problems = []
     for item in progress(items, "reading", "picture"):
-        item.texts()
-        buckets[nearest_bucket(sizes, check_item(item))].append(item)
+        try:
+            item.texts()
+            buckets[nearest_bucket(sizes, check_item(item))].append(item)
+        except ValueError as error:
+            problems.append(str(error))
+    raise_all(problems)
     return {size: items for size, items in buckets.items() if items}
 
 

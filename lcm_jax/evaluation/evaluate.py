@@ -120,7 +120,7 @@ def generate(
     of the progress bar. options: of the pipeline's call.
     """
     pictures: list[np.ndarray] = []
-    seconds = 0.0
+    seconds, batch_size = 0.0, min(batch_size, len(prompts))
     batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     for i, batch in enumerate(progress(batches, title or "drawing", "batch")):
         padded = batch + [""] * (batch_size - len(batch))
@@ -158,7 +158,7 @@ def evaluate(
     scoring: dict[str, Any] = {"real_embeds": real_embeds, "preferences": preferences, "resamples": resamples}
     rows = []
     for n in steps:
-        generated, seconds = generate(pipe, captions, steps=n, title=f"{n} steps", **options)
+        generated, seconds = generate(pipe, captions, steps=n, title=f"{n} step{'s' * (n > 1)}", **options)
         with phase("scoring"):
             scores = clip.score(real, generated, captions, features, **scoring)
         rows.append({"steps": n, "distance": distance, **scores, "seconds_per_image": seconds})

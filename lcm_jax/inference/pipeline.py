@@ -66,12 +66,12 @@ class Pipeline:
     """
 
     adapted = False  # adapters were merged by `load`
+    mesh: Mesh | None = None  # that of `shard`
 
     def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
         """Bind a model's folder. source: the scheduler config's name in errors."""
         self.folder, self.scheduler_source = folder, source
         self.params = Parameters(folder.components)
-        self.mesh: Mesh | None = None
         self.rounded: dict[str, str] = {}  # part -> how it is in 8 bits: `quantized`
         config = dict(folder.scheduler)
         if folder.pipeline in SD and reads(config, "steps_offset"):

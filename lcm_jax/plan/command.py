@@ -10,7 +10,7 @@ import jax
 
 from lcm_jax.plan.planning import plan, search
 from lcm_jax.plan.report import describe, table
-from lcm_jax.plan.topologies import parse
+from lcm_jax.plan.topologies import check_compiler, parse
 from lcm_jax.train.config import TrainConfig
 
 
@@ -25,6 +25,7 @@ def run_plan(
     and `search` do.
     """
     kind, shape = parse(topology)
+    check_compiler(topology)
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu":
         jax.config.update("jax_num_cpu_devices", math.prod(shape))

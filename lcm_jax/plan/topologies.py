@@ -72,7 +72,7 @@ def check_compiler(name: str) -> None:
     if kind in GPUS and not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ModuleNotFoundError(f"--topology {name} needs JAX's CUDA plugin: pip install 'lcm-jax[cuda]'")
     if kind not in (*GPUS, "cpu") and find_spec("libtpu") is None:
-        raise ModuleNotFoundError(f"--topology {name} needs libtpu, but no TPU: pip install libtpu")
+        raise ModuleNotFoundError(f"--topology {name} needs the package libtpu, and no TPU: pip install libtpu")
 
 
 def open_topology(name: str) -> Topology:

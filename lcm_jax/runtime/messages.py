@@ -44,6 +44,22 @@ def few(what: str, items: Sequence[str], shown: int = 10) -> str:
     return f"{len(items)} {what} ({names}{more})"
 
 
+def raise_all(problems: Sequence[str], shown: int = 3) -> None:
+    """Raise ValueError, in one line, with the first problems and the number of the others; none is no error.
+
+    So a folder with many faults is not started again for each of them.
+
+    >>> raise_all(["a.png: no caption", "b.png: no caption"])
+    Traceback (most recent call last):
+    ValueError: a.png: no caption (1 problem more: b.png: no caption)
+    """
+    if problems:
+        first, *rest = problems
+        more = "; ".join(rest[:shown]) + ("; ..." if len(rest) > shown else "")
+        count = f" ({len(rest)} problem{'s' * (len(rest) > 1)} more: {more})" if rest else ""
+        raise ValueError(first + count)
+
+
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean NAME?" with the known name nearest to a word, in upper or lower case, or "" for none.
 

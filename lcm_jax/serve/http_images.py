@@ -163,12 +163,12 @@ class Images:
     def _options(self, body: bytes) -> dict[str, Any]:
         """Return the pipeline's arguments from a request; called in a worker thread, as pictures are decoded."""
         request = parse_object(body, "the request", '{"prompt": "red heart"}')
-        if "prompt" not in request:
-            raise ValueError('the request must be a JSON object with a "prompt"')
         known = [field.name for field in fields(Order)]
         for key in request:
             if key not in known:
                 raise ValueError(f"{key!r:.80} is no key of a request: known are {', '.join(known)}")
+        if "prompt" not in request:
+            raise ValueError('the request must be a JSON object with a "prompt"')
         order, service = Order(**request), self.service
         size = self._size(order.size)
         options = {name: getattr(order, name) for name in ("prompt", "negative_prompt", "steps", "seed", "strength")}

@@ -29,6 +29,14 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", value
 
 
+def _without_examples(config: Any) -> None:
+    """Cut the examples off the docstrings of a config's classes, which a help text shows; the process ends after it."""
+    type(config).__doc__ = (type(config).__doc__ or "").split(">>>")[0].rstrip()
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(getattr(config, field.name)):
+            _without_examples(getattr(config, field.name))
+
+
 def override(config: Any, overrides: Sequence[str], name: str) -> Any:
     """Return `config` with the overrides applied and checked against the types of its fields.
 
@@ -37,6 +45,7 @@ def override(config: Any, overrides: Sequence[str], name: str) -> Any:
     """
     parse = partial(tyro.cli, type(config), default=config, args=list(overrides), config=AS_CONFIGURED)
     if any(text in ("-h", "--help") for text in overrides):
+        _without_examples(config)
         return parse(prog=f"lcm-jax train --config {name}")
     known = {key for key, _ in flatten(config)}
     for text in overrides:

@@ -289,3 +289,17 @@ def test_captions_are_read_without_the_pictures(tmp_path: Path, monkeypatch: pyt
         assert captions(source) == ["picture 0", "picture 1", "picture 2"]
         assert captions(source, 2) == ["picture 0", "picture 1"]
     assert captions(plain) == ["picture 0", "picture 1", "picture 2"]
+
+
+def test_a_folder_s_faults_are_told_together(tmp_path: Path) -> None:
+    """So that a folder with five of them is not opened five times."""
+    for i in range(4):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.txt").write_text("a dot")
+    (tmp_path / "1.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "9.txt").write_text("of nothing")
+    with pytest.raises(
+        ValueError, match=r"9\.txt: caption file without a picture.*\(3 problems more: .*1\.txt.*2\.png"
+    ) as caught:
+        load_source(f"folder:{tmp_path}", "train", 8)
+    assert "\n" not in str(caught.value)

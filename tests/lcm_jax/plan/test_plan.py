@@ -378,7 +378,7 @@ def test_without_the_compiler_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(topologies, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs libtpu, but no TPU: pip install libtpu"):
+    with pytest.raises(ModuleNotFoundError, match=r"needs the package libtpu, and no TPU: pip install libtpu"):
         open_topology("v5e:8x8")
     with pytest.raises(ModuleNotFoundError, match=r"needs JAX's CUDA plugin: pip install 'lcm-jax\[cuda\]'"):
         open_topology("h100:8")

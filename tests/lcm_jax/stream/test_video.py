@@ -169,6 +169,14 @@ def test_folders_and_noise(light_pipe: Pipe, pictures: Path, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "folder", "noise.mp4"]
 
 
+def test_a_film_is_never_written_over_itself(light_pipe: Pipe, tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"the only copy")
+    with pytest.raises(ValueError, match=r"--out .*film\.mp4: is the video to be redrawn; name another file"):
+        call(light_pipe, str(film), tmp_path / "." / "film.mp4")
+    assert film.read_bytes() == b"the only copy"
+
+
 def test_a_folder_is_looked_through_beforehand(light_pipe: Pipe, pictures: Path, tmp_path: Path) -> None:
     """What cannot be read, and what would be written over another, is told before anything is drawn."""
     folder, out = tmp_path / "in", tmp_path / "out"
