@@ -27,7 +27,8 @@ from lcm_jax.typing import Array, Cond, Image, Nets, Params, Schedule
 
 pytestmark = pytest.mark.slow
 
-SCHEDULES = {"flow": RectifiedFlow(), "shift 3": RectifiedFlow(shift=3.0), "table": DDPM()}
+SD = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULES = {"flow": RectifiedFlow(), "shift 3": RectifiedFlow(shift=3.0), "table": SD}
 MODES = jnp.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
 SPREAD, WIDTH = 0.15, 128
 COND = "context"
