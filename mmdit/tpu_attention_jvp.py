@@ -84,14 +84,14 @@ def _forward(
     call = _Tiles(q, k, scale=scale)
     b, n, width = padded[0].shape
     rows, row = jax.ShapeDtypeStruct((b, n, width), q.dtype), jax.ShapeDtypeStruct((b, 1, n), jnp.float32)
-    wide = pltpu.VMEM((call.queries, width), jnp.float32)
-    narrow = pltpu.VMEM((call.queries, 1), jnp.float32)
+    row_scratch = pltpu.VMEM((call.queries, width), jnp.float32)
+    column_scratch = pltpu.VMEM((call.queries, 1), jnp.float32)
     o, tangent, *numbers = call(
         _forward_kernel,
         "flash_tangent_fwd",
         inputs=[(x, "qkkqkk"[i]) for i, x in enumerate(padded)],
         outputs=[(rows, "q"), (rows, "q"), *[(row, "row")] * (2 if differentiated else 0)],
-        scratch=[narrow, narrow, narrow, wide, wide],
+        scratch=[column_scratch, column_scratch, column_scratch, row_scratch, row_scratch],
     )
     return (_untiled(o, q), _untiled(tangent, q)), tuple(numbers)
 

@@ -140,7 +140,7 @@ def _reading(folder: Path) -> Iterator[Callable[[Cache], None]]:
     lock = FileLock(folder / f".{uuid.uuid4().hex}{_USE}", thread_local=False)
     path = Path(lock.lock_file)
 
-    def let_go() -> None:
+    def release() -> None:
         _HELD.pop(path, None)
         if lock.is_locked:
             lock.release()
@@ -152,7 +152,7 @@ def _reading(folder: Path) -> Iterator[Callable[[Cache], None]]:
             for file in files:
                 os.utime(file)  # the time of its last use
         _HELD[path] = files
-        weakref.finalize(cache, let_go)
+        weakref.finalize(cache, release)
 
     with contextlib.suppress(OSError, NotImplementedError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def _reading(folder: Path) -> Iterator[Callable[[Cache], None]]:
     try:
         yield hold
     except BaseException:
-        let_go()
+        release()
         raise
 
 

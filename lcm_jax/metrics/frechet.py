@@ -220,8 +220,8 @@ def frechet_influence(real: Float[np.ndarray, "n d"], fake: Float[np.ndarray, "m
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
     of_x, of_y = _root(x), _root(y)
     u, values, vt = np.linalg.svd(of_x.factor.T @ of_y.factor, full_matrices=False)
-    spread = sum(np.square(z).sum() / (len(z) - 1) for z in (x, y))
-    value = max(float(shift @ shift + spread - 2.0 * values.sum()), 0.0)
+    scatter = sum(np.square(z).sum() / (len(z) - 1) for z in (x, y))
+    value = max(float(shift @ shift + scatter - 2.0 * values.sum()), 0.0)
 
     def influence(
         z: Float[np.ndarray, "k d"], away: Float[np.ndarray, " d"], other: np.ndarray, inverse: np.ndarray
@@ -316,7 +316,7 @@ def _extrapolate(
     centre, rng = x.mean(axis=0), np.random.default_rng(seed)
     x, y = x - centre, y - centre
     mapped = y @ _root(x).factor  # the overlap Tr (S1 S2)^(1/2) is the sum of its centred singular values
-    spread = np.square(x).sum() / (len(x) - 1)
+    scatter = np.square(x).sum() / (len(x) - 1)
     numbers = np.unique(np.linspace(len(y) // 5, len(y), points).astype(int))
     subsets = [rng.permutation(len(y))[:n] for n in numbers]
     distances = []
@@ -324,7 +324,7 @@ def _extrapolate(
         mean, n = y[chosen].mean(axis=0), len(chosen)
         within = np.square(y[chosen] - mean).sum() / (n - 1)
         overlap = _nuclear_norm(mapped[chosen] - mapped[chosen].mean(axis=0)) / np.sqrt(n - 1)
-        distances.append(mean @ mean + spread + within - 2.0 * overlap)
+        distances.append(mean @ mean + scatter + within - 2.0 * overlap)
     line = np.stack([np.ones(len(numbers)), 1.0 / numbers], axis=1)
     weights = np.linalg.pinv(line)[0]
     shares = np.zeros(len(y))

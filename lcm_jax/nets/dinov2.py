@@ -52,8 +52,8 @@ class Dinov2Config:
     num_register_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
-            if getattr(self, whole) % getattr(self, part):
+        for total, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
+            if getattr(self, total) % getattr(self, part):
                 raise ValueError(
                     f"Dinov2Config: {whole}={getattr(self, whole)} is not a multiple of {part}={getattr(self, part)}"
                 )

@@ -133,20 +133,20 @@ class ImprovedMeanFlow(MeanFlow):
         start, end = self.interval(keys.end, t, r)
         x = add_noise(FLOW, draw.x0, draw.eps, t)
         w = jnp.where((start <= t) & (t <= end), draw.w, 0.0)
-        whole = (jnp.zeros_like(t), jnp.ones_like(t))
+        whole_interval = (jnp.zeros_like(t), jnp.ones_like(t))
 
-        def told(cond: Cond, w: Array, start: Array, end: Array) -> Cond:
+        def guided_cond(cond: Cond, w: Array, start: Array, end: Array) -> Cond:
             return {**cond, "guidance": jnp.stack([w, start, end], axis=1)} if self.embed_w else cond
 
         def instant(cond: Cond, w: Array) -> Image:
-            there = draw._replace(student_cond=told(cond, w, *whole))
+            there = draw._replace(student_cond=guided_cond(cond, w, *whole_interval))
             return frozen(velocity(self.student_on(nets, frozen(nets.student), there, FLOW), x, t))
 
         conditional = instant(draw.cond, w)
         without = instant(without_caption(nets.null, draw.cond), jnp.zeros_like(w))
         strength = jnp.where(self.dropped(keys, len(t)), 0.0, w / (1.0 + w))
         target = draw.eps - draw.x0 + expand(strength, x) * (conditional - without)
-        guided = draw._replace(student_cond=told(draw.cond, draw.w, start, end))
+        guided = draw._replace(student_cond=guided_cond(draw.cond, draw.w, start, end))
 
         def u(x: Image, t: Array) -> Image:
             return velocity(self.student_on(nets, nets.student, guided, FLOW), x, t, r)
@@ -196,9 +196,9 @@ class AlphaFlow(MeanFlow):
         v, a = eps - x0, self.alpha(nets.progress)
         s = t - a * (t - r)
         still = self.student_on(nets, frozen(nets.student), draw, FLOW)
-        ahead = frozen(velocity(still, x - expand(t - s, x) * v, s, r))
+        following = frozen(velocity(still, x - expand(t - s, x) * v, s, r))
         instant = expand(r == t, x)
-        target = frozen(jnp.where(instant, v, a * v + (1.0 - a) * ahead))
+        target = frozen(jnp.where(instant, v, a * v + (1.0 - a) * following))
         u = velocity(self.student_on(nets, nets.student, draw, FLOW), x, t, r)
         return self.compare(u, target, jnp.where(r == t, 1.0, a))
 

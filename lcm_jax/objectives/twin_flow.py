@@ -75,10 +75,10 @@ class TwinFlow(Continuous):
     def u(self, nets: Nets, params: Params, draw: Draw, x: Image, t: Time, s: Time, sign: Array | float = 1.0) -> Image:
         """Return the mean velocity from t to s; where `sign` is -1 the network is told -t."""
 
-        def told(params: Params, x: Image, time: Time, cond: Any) -> Image:
+        def signed_apply(params: Params, x: Image, time: Time, cond: Any) -> Image:
             return nets.apply(params, x, jnp.broadcast_to(sign * time, x.shape[:1]), cond)
 
-        return velocity(self.student_on(nets._replace(apply=told), params, draw, FLOW), x, t, s)
+        return velocity(self.student_on(nets._replace(apply=signed_apply), params, draw, FLOW), x, t, s)
 
     def size(self, difference: Image) -> Float[Array, " b"]:
         """Return each example's mean square divided by its own root."""
@@ -110,8 +110,8 @@ class TwinFlow(Continuous):
         loss = jnp.mean(weight * self.size(mean - frozen(target)))
         later = jax.random.uniform(third, (n,), minval=1e-3)
         picture = add_noise(FLOW, frozen(x - expand(t - s, x) * mean), again, later)
-        own, twin = (self.u(nets, still, draw, picture, later, later, side) for side in (1.0, -1.0))
-        gap = frozen(jnp.clip(twin - own, -1.0, 1.0))
+        network_velocity, twin = (self.u(nets, still, draw, picture, later, later, side) for side in (1.0, -1.0))
+        gap = frozen(jnp.clip(twin - network_velocity, -1.0, 1.0))
         steps = jnp.where(part == ONE_STEP, self.size(mean - frozen(mean - gap)), 0.0)
         matching = jnp.sum(steps) / jnp.maximum(jnp.sum(part == ONE_STEP), 1)
         total = loss + self.matching * matching

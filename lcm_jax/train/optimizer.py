@@ -172,8 +172,8 @@ def _every(tx: optax.GradientTransformation, period: int) -> optax.GradientTrans
     inner = optax.with_extra_args_support(tx)
 
     def update(grads: Params, state: Any, params: Params | None = None, *, steps: Any = None, **extra: Any) -> Any:
-        own = {} if steps is None else {"steps": (steps + period - 1) // period}
-        return inner.update(grads, state, params, **own, **extra)
+        length = {} if steps is None else {"steps": (steps + period - 1) // period}
+        return inner.update(grads, state, params, **length, **extra)
 
     own_clock = optax.GradientTransformationExtraArgs(inner.init, update)
     return optax.conditionally_mask(own_clock, lambda step: step % period == 0)

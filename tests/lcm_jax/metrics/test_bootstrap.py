@@ -76,14 +76,14 @@ def test_a_report_bounds_every_score(rng: np.random.Generator) -> None:
 
 
 def test_the_extrapolated_distance_has_a_wider_interval(rng: np.random.Generator) -> None:
-    spread, widths = [], []
+    scatter, widths = [], []
     for _ in range(40):
         x, y = rng.normal(size=(300, 6)), rng.normal(size=(60, 6)) + 0.5
         found = infinity_influence(x, y, frechet_influence(x, y))
         interval = bootstrap(found, [300, 60], resamples=100)
-        spread.append(found.value)
+        scatter.append(found.value)
         widths.append(interval.high - interval.low)
-    assert 0.7 < np.mean(widths) / (2 * 1.96 * np.std(spread)) < 1.5
+    assert 0.7 < np.mean(widths) / (2 * 1.96 * np.std(scatter)) < 1.5
 
 
 @pytest.mark.parametrize("kernel", [cubic_kernel, gaussian_kernel])

@@ -336,10 +336,10 @@ def test_one_phase_is_lcm() -> None:
 
 @pytest.mark.parametrize("name", ["tcd", "ctm"])
 def test_with_the_clean_time_as_end_trajectories_are_lcm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, both = {}, SHARED
+    method_options, both = {}, SHARED
     if name == "ctm":
-        own, both = {"denoising": 0.0, "target": "ema"}, {**SHARED, "pairs": KarrasPairs(), "solver": "heun"}
-    objective, lcm = method(name, **both, **own), method("lcm", **both)
+        method_options, both = {"denoising": 0.0, "target": "ema"}, {**SHARED, "pairs": KarrasPairs(), "solver": "heun"}
+    objective, lcm = method(name, **both, **method_options), method("lcm", **both)
     monkeypatch.setattr(type(objective), "end", type(lcm).end)
     if name == "ctm":
         monkeypatch.setattr(type(objective), "times", type(lcm).times)
@@ -633,8 +633,8 @@ def test_the_recursive_aim_of_an_exact_map_is_the_map() -> None:
     mean = objective.u(nets, EXACT, draw, x, t, s)
     np.testing.assert_allclose(objective.recursive(nets, draw, mean, eps - x0, x, t, s), mean, atol=0.1)
     wrong = objective.u(nets, OFF, draw, x, t, s)
-    aim = objective.recursive(nets, draw, wrong, eps - x0, x, t, s)
-    assert float(jnp.mean(jnp.sign(aim - wrong) == jnp.sign(mean - wrong))) > 0.9
+    recursive = objective.recursive(nets, draw, wrong, eps - x0, x, t, s)
+    assert float(jnp.mean(jnp.sign(recursive - wrong) == jnp.sign(mean - wrong))) > 0.9
 
 
 def test_the_scale_and_the_interval_of_improved_mean_flow_are_inputs() -> None:
@@ -869,8 +869,8 @@ def test_the_stages_of_progressive_distillation_end_at_the_steps_that_are_drawn(
 
 def test_targets_have_decays_of_their_own() -> None:
     decays = {name: method(name, schedule=FLOW).target_decay for name in METHODS}
-    own = {name: float(decay(0, 100)) for name, decay in decays.items() if decay is not None}
-    assert own == pytest.approx({"cd": 0.95, "ct": 0.9, "ctm": 0.999, "twinflow": 0.99, "progressive": 1.0})
+    method_options = {name: float(decay(0, 100)) for name, decay in decays.items() if decay is not None}
+    assert method_options == pytest.approx({"cd": 0.95, "ct": 0.9, "ctm": 0.999, "twinflow": 0.99, "progressive": 1.0})
 
 
 @pytest.mark.parametrize(

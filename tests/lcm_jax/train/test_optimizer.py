@@ -45,8 +45,8 @@ def test_a_student_that_learns_in_some_steps_has_a_clock_of_its_own() -> None:
         moves["fake"].append(-float(updates["others"]["fake"][0]))
     student, fake = np.asarray(moves["student"]), np.asarray(moves["fake"])
     np.testing.assert_array_equal(student[np.arange(STEPS) % 5 != 0], 0.0)
-    own = jax.vmap(learning_rate(CONFIG, STEPS // 5))(jnp.arange(STEPS // 5))
-    np.testing.assert_allclose(student[::5], own, rtol=1e-5)
+    rates = jax.vmap(learning_rate(CONFIG, STEPS // 5))(jnp.arange(STEPS // 5))
+    np.testing.assert_allclose(student[::5], rates, rtol=1e-5)
     np.testing.assert_allclose(fake, jax.vmap(learning_rate(CONFIG, STEPS))(jnp.arange(STEPS)), rtol=1e-5)
     assert float(learning_rate(CONFIG, STEPS // 5)(STEPS // 5)) == pytest.approx(0.0, abs=1e-8)
 

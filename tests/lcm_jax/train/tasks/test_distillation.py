@@ -230,10 +230,10 @@ def test_critics_and_second_averages_resume_exactly(
             monkeypatch.undo()
             monkeypatch.setattr("lcm_jax.train.tasks.distillation.preview", lambda *_, **__: lambda *_: {})
 
-    whole = state(tmp_path / "whole")
+    uninterrupted = state(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         state(tmp_path / "killed", stop_at=4)
     again = state(tmp_path / "killed")
-    for (path, one), other in zip(jax.tree.leaves_with_path(whole), jax.tree.leaves(again), strict=True):
+    for (path, one), other in zip(jax.tree.leaves_with_path(uninterrupted), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one, other, err_msg=jax.tree_util.keystr(path))
     assert (again.target is not None) == (name == "ctm")
