@@ -55,7 +55,7 @@ class Dinov2Config:
         for total, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
             if getattr(self, total) % getattr(self, part):
                 raise ValueError(
-                    f"Dinov2Config: {whole}={getattr(self, whole)} is not a multiple of {part}={getattr(self, part)}"
+                    f"Dinov2Config: {total}={getattr(self, total)} is not a multiple of {part}={getattr(self, part)}"
                 )
         if self.hidden_act != "gelu":
             raise ValueError(f"Dinov2Config: hidden_act={self.hidden_act!r} is not supported; DINOv2 has 'gelu'")
