@@ -119,7 +119,8 @@ WINDOWS = {"perflow": 4}
 # By how much they are nearer to the data than their teacher in as many steps; 0.75 for the others.
 RATIOS = {"guided": 1.1, "lcf": 0.85, **dict.fromkeys(("dmd2", "f-distill", "ladd"), 0.9)}
 # Divided by an example's own size, as latents' losses are, a loss of two numbers is a median's rather than a mean's.
-LARGEST = {"ct": 0.15, **dict.fromkeys(("meanflow", "imf", "alphaflow"), 0.2)}
+# CT's average forgets ever more slowly; ADD's two steps from noise alone are judged as pictures, not as noised latents.
+LARGEST = {"meanflow": 0.3, "imf": 0.2, "alphaflow": 0.2, "ct": 0.15, "add": 0.3}
 # Their heads or fake score are to be ahead of the student: at one rate for both, DMD2 ends at 0.10 to 0.71 by the seed.
 AHEAD = ("dmd2", "f-distill", "rcm", "add", "ladd", "sana-sprint")
 
