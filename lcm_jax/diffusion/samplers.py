@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lcm_jax.diffusion.solvers import DDIM, LCM, TCD, DPMpp2M, DPMSolver2, Euler, Heun
-from lcm_jax.diffusion.time_grids import Spacing, check_strength, even_grid, lcm_grid, spaced_times, truncate
-from lcm_jax.typing import Schedule, Solver
+from lcm_jax.diffusion.multistep_solvers import DEIS, LMS, PLMS, DPMppMultistep, DPMppSinglestep, UniPC
+from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
+from lcm_jax.diffusion.solvers import DDIM, LCM, TCD, DPM2Ancestral, DPMppSDE, DPMSolver2, Euler, Heun
+from lcm_jax.diffusion.time_grids import (
+    ALIGNED,
+    RULES,
+    Spacing,
+    Walk,
+    aligned_levels,
+    check_steps,
+    check_strength,
+    even_grid,
+    lcm_grid,
+    noise_levels,
+    spaced_times,
+    table_network_times,
+    table_times,
+    truncate,
+)
+from lcm_jax.typing import Kind, Schedule, Solver
 
 TableGrid = Callable[[int, Spacing, float], np.ndarray]
 """(steps, spacing, strength) -> the times of a table at which a sampler evaluates the network, and its end."""
+FlowGrid = Callable[[int, RectifiedFlow, Spacing], np.ndarray]
+"""(steps, schedule, spacing) -> the times of a flow where the scheduler config says use_flow_sigmas."""
+Levels = Float[np.ndarray, " n"] | Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +45,20 @@ class Sampler:
     """A solver with the time grid and the starting noise that go with it.
 
     grid: the times on a discrete table; None: the schedule's own (`Schedule.grid`). `time_grid` serves all schedules.
+    flow_grid: the times of a flow where a scheduler config says use_flow_sigmas; None: the flow's own.
+    spacing: the timestep spacing, where the sampler passes over that of a scheduler config.
     spread_start: the noise starts at sigma(t_0), not at 1, unless the spacing is leading (diffusers' Euler and Heun).
     consistency: the denoiser must be a consistency function. ValueError for a solver that lacks one of its facts.
     even: in continuous time its steps are equally long, and all lie below the strength.
-    spaces_sigmas: diffusers' scheduler places its steps by noise levels, and so reads use_karras_sigmas and the like.
+    rules: the sigma rules of a scheduler config that its scheduler in diffusers reads; a call may ask for any
+    (`time_grid`). table_ends: they run over the whole table, not from the first spaced time to the last.
+    rounds: how the network's times between the timesteps are rounded there ("": they are not; "nearest"; "whole", which
+    is nearest for karras and lu, and down otherwise).
+    orders: the highest order of each of N steps, for multistep solvers that lower it.
+    options: fields of the solver that a scheduler config sets, by their names there.
+    repeats_second: the walk visits its second time twice (`PLMS`).
     usual_steps: the number of steps that a picture is drawn in where none is given.
     diffusers: the scheduler classes of diffusers that are this sampler, step by step.
-    replaces: scheduler classes of diffusers that this library lacks: this sampler draws for them, with a warning.
 
     >>> from lcm_jax.diffusion.samplers import get_sampler
     >>> heun = get_sampler("heun")
@@ -43,13 +72,19 @@ class Sampler:
 
     solver: Solver
     grid: TableGrid | None = None
+    flow_grid: FlowGrid | None = None
+    spacing: str | None = None
     spread_start: bool = False
     consistency: bool = False
     even: bool = False
-    spaces_sigmas: bool = False
+    rules: tuple[str, ...] = ()
+    table_ends: bool = False
+    rounds: str = ""
+    orders: Callable[[int, Spacing, Solver], list[int]] | None = None
+    options: tuple[str, ...] = ()
+    repeats_second: bool = False
     usual_steps: int = 25
     diffusers: tuple[str, ...] = ()
-    replaces: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         facts = ("order", "evaluations", "stochastic", "init", "step")
@@ -68,16 +103,25 @@ class Sampler:
         """True if a stream batch can use it: the network is evaluated once for each frame in flight."""
         return self.solver.evaluations == 1
 
-    def at(self, steps: int, spacing: Spacing) -> Sampler:
-        """Return the sampler for a grid of `steps`: to a final sigma above 0 a short DPM++(2M) ends in first order."""
-        lower = spacing.euler_at_final or (spacing.lower_order_final and steps < 15)
-        if isinstance(self.solver, DPMpp2M) and spacing.final_sigmas_type == "sigma_min" and lower:
-            return replace(self, solver=replace(self.solver, lower_final=True))
-        return self
+    def configured(self, spacing: Spacing, kind: Kind) -> Sampler:
+        """Return the sampler with the solver's options of a scheduler config, for networks of an output kind.
+
+        A solver_type that is another solver's is passed over, as in diffusers.
+        """
+        changes: dict[str, Any] = {"kind": kind} if isinstance(self.solver, PLMS) else {}
+        for name in self.options:
+            value = getattr(spacing, name)
+            if value is not None and (name != "solver_type" or value in _solver_types(self.solver)):
+                changes[name] = value
+        return replace(self, solver=replace(self.solver, **changes)) if changes else self  # type: ignore[type-var]
 
     def init_noise_sigma(self, schedule: Schedule, grid: np.ndarray, spacing: Spacing) -> float:
         """Return the factor that makes unit noise x at grid[0]."""
         return float(schedule.sigma(grid[0])) if self.spread_start and spacing.timestep_spacing != "leading" else 1.0
+
+
+def _solver_types(solver: Solver) -> tuple[str, ...]:
+    return ("bh1", "bh2") if isinstance(solver, UniPC) else ("midpoint", "heun")
 
 
 def time_grid(
@@ -98,18 +142,209 @@ def time_grid(
     >>> time_grid(get_sampler("lcm"), RectifiedFlow(), 4).tolist()
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
-    if spacing.sigmas is not None and sampler.spaces_sigmas:
-        raise ValueError(
-            f"the scheduler config sets {spacing.sigmas}, which the sampler {_name(sampler)} reads in diffusers and "
-            f"does not have here: load with scheduler={{{spacing.sigmas!r}: False}} (--scheduler "
-            f"{spacing.sigmas}=false), or name a sampler that passes over it, such as ddim"
-        )
+    if spacing.sigmas in sampler.rules:
+        return walk(sampler, schedule, steps, spacing=spacing, strength=strength).times
+    if sampler.spacing is not None:
+        spacing = replace(spacing, timestep_spacing=sampler.spacing)
     if schedule.timesteps is not None and sampler.grid is not None:
         return sampler.grid(steps, spacing, strength)
     if schedule.timesteps is None and sampler.even:
         check_strength(strength)
         return strength * even_grid(steps, schedule)
-    return truncate(schedule.grid(steps, spacing), strength, up=schedule.keeps_partial_step)
+    if spacing.use_flow_sigmas and sampler.flow_grid is not None and isinstance(schedule, RectifiedFlow):
+        check_steps(steps, spacing.num_train_timesteps)
+        times = sampler.flow_grid(steps, schedule, spacing)
+    else:
+        times = schedule.grid(steps, spacing)
+    return truncate(times, strength, up=schedule.keeps_partial_step)
+
+
+def walk(
+    sampler: Sampler,
+    schedule: Schedule,
+    steps: int,
+    *,
+    spacing: Spacing = Spacing(),
+    strength: float = 1.0,
+    sigmas: str | Levels | None = None,
+    timesteps: Levels | None = None,
+    family: str = "sd1",
+) -> Walk:
+    """Return all that a sampler's N steps are: `time_grid`, with the network's times and the orders of the steps.
+
+    sigmas: a rule of `time_grids.RULES`, or the N noise levels themselves, a last 0 given or not: sigma / alpha of a
+    table, sigma before the shift of a rectified flow, as in diffusers. timesteps: what the network is to be told, N
+    times. Without either the rule is the spacing's, where the sampler reads it. family: whose steps "ays" are, "sd1" or
+    "sdxl". The end is the sampler's own. ValueError for what is not falling, not in the schedule, or both.
+
+    >>> from lcm_jax.diffusion.samplers import get_sampler, walk
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> walk(get_sampler("euler"), DDPM(), 3, sigmas="karras").times.round(1).tolist()
+    [999.0, 521.0, 0.0, -1.0]
+    >>> walk(get_sampler("lcm"), DDPM(), 1, timesteps=[800]).times.tolist()
+    [800.0, -1.0]
+    """
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("sigmas and timesteps are both given, and each places the steps: leave one out")
+    rule = sigmas if sigmas is not None else spacing.sigmas if spacing.sigmas in sampler.rules else None
+    plain = replace(spacing, sigmas=None)
+    if timesteps is not None:
+        times, told = _given_timesteps(sampler, schedule, timesteps, plain)
+    elif rule is None:
+        times = time_grid(sampler, schedule, steps, spacing=plain, strength=strength)
+        told = _network_times(sampler, schedule, times, plain)
+    elif isinstance(rule, str):
+        times, told = _by_rule(sampler, schedule, rule, steps, plain, family)
+    else:
+        times, told = _given_sigmas(sampler, schedule, rule, plain)
+    total = steps if timesteps is None and rule is None else len(times) - 1
+    if timesteps is not None or rule is not None:
+        left = truncate(times, strength, up=schedule.keeps_partial_step)
+        times, told = left, told[-len(left) :]
+    n = len(times) - 1
+    orders = [9] * total if sampler.orders is None else sampler.orders(total, spacing, sampler.solver)
+    made = Walk(times, told, np.asarray(orders[-n:], np.int32))
+    return made.with_second_repeated() if sampler.repeats_second else made
+
+
+def given_steps(sigmas: str | Levels | None, timesteps: Levels | None) -> int | None:
+    """Return the number of steps of given noise levels or timesteps, None where they are not given.
+
+    >>> from lcm_jax.diffusion.samplers import given_steps
+    >>> given_steps([10.0, 1.0, 0.0], None), given_steps(None, [800]), given_steps("karras", None)
+    (2, 1, None)
+    """
+    if timesteps is not None:
+        return len(_numbers("timesteps", timesteps))
+    return None if sigmas is None or isinstance(sigmas, str) else len(_levels(sigmas))
+
+
+def _numbers(name: str, values: Levels) -> np.ndarray:
+    try:
+        row = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        row = np.zeros(0)
+    if row.ndim != 1 or not row.size or not np.isfinite(row).all():
+        raise ValueError(f"{name} is {values!r:.80}: give finite numbers, one for each step")
+    if (np.diff(row) >= 0.0).any():
+        raise ValueError(f"{name} must fall from step to step, from noise to picture, and {values!r:.80} do not")
+    return row
+
+
+def _levels(sigmas: Levels) -> np.ndarray:
+    """Return noise levels without a last 0."""
+    row = _numbers("sigmas", sigmas)
+    row = row[:-1] if row[-1] == 0.0 else row
+    if not row.size or row[-1] <= 0.0:
+        raise ValueError(f"sigmas {sigmas!r:.80} are not above 0: give the noise levels of the steps")
+    return row
+
+
+def _end(sampler: Sampler, schedule: Schedule, spacing: Spacing) -> float:
+    """Return the time at which the sampler delivers."""
+    return float(time_grid(sampler, schedule, 1, spacing=spacing)[-1])
+
+
+def _given_timesteps(
+    sampler: Sampler, schedule: Schedule, timesteps: Levels, spacing: Spacing
+) -> tuple[np.ndarray, np.ndarray]:
+    row = _numbers("timesteps", timesteps)
+    most = spacing.num_train_timesteps - 1 if schedule.timesteps is None else schedule.timesteps - 1
+    most += schedule.timesteps is None
+    if row[0] > most or row[-1] < 0:
+        raise ValueError(f"timesteps {timesteps!r:.80} must lie between 0 and {most}")
+    times = row
+    if isinstance(schedule, RectifiedFlow):
+        times = _unshifted(schedule, row / 1000.0)
+    elif schedule.timesteps is None:
+        times = row / 1000.0 / (float(schedule.network_time(1.0)) / 1000.0)
+    if schedule.timesteps is None and row[-1] == 0.0:
+        raise ValueError("timesteps end at 0, which is the clean picture here: leave it out")
+    end = _end(sampler, schedule, spacing)
+    return np.append(times, min(end, times[-1])), np.append(row, max(end, 0.0))
+
+
+def _given_sigmas(
+    sampler: Sampler, schedule: Schedule, sigmas: Levels, spacing: Spacing
+) -> tuple[np.ndarray, np.ndarray]:
+    levels = _levels(sigmas)
+    if isinstance(schedule, DDPM):
+        high = float(schedule.ratios[-1])
+        if levels[0] > high * 1.001:
+            raise ValueError(f"sigmas begin at {levels[0]:g}, and this model's noise ends at {high:.5g}")
+        times = table_times(levels, schedule.ratios)
+        told = table_network_times(levels, schedule.ratios)
+    elif isinstance(schedule, RectifiedFlow):
+        if levels[0] > 1.0:
+            raise ValueError(f"sigmas begin at {levels[0]:g}: those of a rectified flow are between 0 and 1")
+        times = levels
+        told = np.asarray(schedule.network_time(times.astype(np.float32)))
+    else:
+        times = np.asarray(schedule.time_at(jnp.asarray(-np.log(levels), jnp.float32)), np.float64)
+        told = np.asarray(schedule.network_time(times.astype(np.float32)))
+    end = _end(sampler, schedule, spacing)
+    return np.append(times, min(end, times[-1])), np.append(told, max(end, 0.0))
+
+
+def _by_rule(
+    sampler: Sampler, schedule: Schedule, rule: str, steps: int, spacing: Spacing, family: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the times whose noise levels a rule makes of the ends of the table or of the sampler's grid."""
+    if rule not in RULES:
+        raise ValueError(f"sigmas {rule!r} is unknown: use one of {', '.join(RULES)}, or an array of noise levels")
+    if rule == "ays" and not isinstance(schedule, DDPM):
+        raise ValueError("sigmas 'ays' has steps for Stable Diffusion 1, 2 and XL: this model needs another rule")
+    base = time_grid(sampler, schedule, steps, spacing=spacing)
+    n, end = len(base) - 1, float(base[-1])
+    if isinstance(schedule, DDPM):
+        ratios = schedule.ratios
+        high, low = float(ratios[-1]), float(ratios[0])
+        if not sampler.table_ends:
+            high, low = (float(np.interp(t, np.arange(len(ratios)), ratios)) for t in (base[0], base[-2]))
+        if rule == "ays" and n == 10:
+            times = np.asarray(ALIGNED[family][:-1], np.float64)
+            return np.append(times, end), np.append(times, max(end, 0.0))
+        levels = aligned_levels(family, n, ratios) if rule == "ays" else noise_levels(rule, n, high, low)
+        told = _rounded(table_network_times(levels, ratios), sampler, rule, schedule)
+        return np.append(table_times(levels, ratios), end), np.append(told, max(end, 0.0))
+    if isinstance(schedule, RectifiedFlow):
+        if spacing.use_flow_sigmas:  # diffusers' UniPC: the levels of a table, as those of a flow of the same log-SNR
+            ratios = DDPM().ratios
+            levels = noise_levels(rule, n, float(ratios[-1]), float(ratios[0]))
+            levels = levels / (1.0 + levels)
+            told = np.trunc(1000.0 * levels) if sampler.rounds else 1000.0 * levels
+        else:
+            high, low = (float(schedule.sigma(float(t))) for t in (base[0], base[-2]))
+            levels = noise_levels(rule, n, high, low)
+            told = 1000.0 * levels
+        return np.append(_unshifted(schedule, levels), end), np.append(told, 0.0)
+    levels = noise_levels(rule, n, 80.0, 0.002)
+    times = np.asarray(schedule.time_at(jnp.asarray(-np.log(levels), jnp.float32)), np.float64)
+    return np.append(times, end), np.asarray(schedule.network_time(np.append(times, end).astype(np.float32)))
+
+
+def _rounded(told: np.ndarray, sampler: Sampler, rule: str, schedule: DDPM) -> np.ndarray:
+    near = rule in ("karras", "lu") and not (
+        sampler.rounds == "whole" and schedule.beta_schedule == "squaredcos_cap_v2"
+    )
+    if sampler.rounds and near:
+        return np.round(told)
+    return np.trunc(told) if sampler.rounds == "whole" else told
+
+
+def _unshifted(flow: RectifiedFlow, sigma: np.ndarray) -> np.ndarray:
+    """Return the times at which a flow has these sigmas."""
+    return sigma / (flow.shift - (flow.shift - 1.0) * sigma)
+
+
+def _network_times(sampler: Sampler, schedule: Schedule, times: np.ndarray, spacing: Spacing) -> np.ndarray:
+    """Return what the network is told at the times of a grid without a rule."""
+    if schedule.timesteps is not None:
+        return np.maximum(times, 0.0)
+    if isinstance(schedule, RectifiedFlow) and spacing.use_flow_sigmas and sampler.rounds == "whole":
+        sigma = schedule.shift * times / (1.0 + (schedule.shift - 1.0) * times)
+        return np.trunc(1000.0 * sigma)  # diffusers' DPM solvers
+    return np.asarray(schedule.network_time(times.astype(np.float32)))
 
 
 def _euler_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
@@ -149,6 +384,80 @@ def _table_grid(steps: int, spacing: Spacing, strength: float, *, clean: bool, *
     return truncate(np.append(times, -1.0 if clean else 0.0), strength)
 
 
+def _clean_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _ddim_grid(steps, replace(spacing, set_alpha_to_one=True), strength)
+
+
+def _ddim_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    leading = replace(spacing, timestep_spacing=spacing.timestep_spacing or "leading")
+    return _table_grid(steps, leading, strength, clean=spacing.set_alpha_to_one)
+
+
+def _deis_grid(steps: int, spacing: Spacing, strength: float) -> np.ndarray:
+    return _table_grid(steps, spacing, strength, clean=False, skip_first=True)
+
+
+def _dpm_flow(steps: int, flow: RectifiedFlow, spacing: Spacing) -> np.ndarray:
+    return np.linspace(1.0 - 1.0 / spacing.num_train_timesteps, 0.0, steps + 1)
+
+
+def _deis_flow(steps: int, flow: RectifiedFlow, spacing: Spacing) -> np.ndarray:
+    times = _dpm_flow(steps, flow, spacing)
+    return np.append(times[:-1], times[-2])  # diffusers' DEIS ends where its last step begins
+
+
+def _unipc_flow(steps: int, flow: RectifiedFlow, spacing: Spacing) -> np.ndarray:
+    times = np.linspace(1.0, 1.0 / spacing.num_train_timesteps, steps + 1)[:-1]
+    times[0] = _unshifted(flow, np.float64(1.0 - 1e-6))  # not quite pure noise, whose log-SNR is infinite
+    return np.append(times, 0.0)
+
+
+def _dpm_orders(steps: int, spacing: Spacing, solver: Any) -> list[int]:
+    last = spacing.euler_at_final or spacing.final_sigmas_type == "zero"
+    return _lower_at_the_end(steps, spacing, 1 if last else 3)
+
+
+def _deis_orders(steps: int, spacing: Spacing, solver: Any) -> list[int]:
+    return _lower_at_the_end(steps, spacing, 3)
+
+
+def _lower_at_the_end(steps: int, spacing: Spacing, last: int) -> list[int]:
+    """Return the orders of N steps: fewer than 15 end with a step of second order and one of first."""
+    few = spacing.lower_order_final and steps < 15
+    return [3] * (steps - 2) + [2 if few else 3] * (steps > 1) + [1 if few else last]
+
+
+def _unipc_orders(steps: int, spacing: Spacing, solver: Any) -> list[int]:
+    return [steps - i if spacing.lower_order_final else 3 for i in range(steps)]
+
+
+def _singlestep_orders(steps: int, spacing: Spacing, solver: Any) -> list[int]:
+    """Return 1, 2, 1, 2, ... (1, 2, 3, ...), with the last group cut such that the last step is of first order.
+
+    With final_sigmas_type sigma_min and lower_order_final false the groups stay whole where the number of steps allows.
+    """
+    order = solver.solver_order
+    whole = list(range(1, order + 1))
+    if spacing.lower_order_final or spacing.final_sigmas_type == "zero" or steps % order:
+        short = {1: [1], 2: [1, 1], 3: [1, 2, 1]}[order] if steps % order == 0 else {1: [1], 2: [1, 2]}[steps % order]
+        orders = whole * ((steps - len(short)) // order) + short
+    else:
+        orders = whole * (steps // order)
+    if spacing.final_sigmas_type == "zero":
+        orders[-1] = 1
+    return orders
+
+
+_RULES = ("karras", "exponential", "beta")
+_DPM: dict[str, Any] = {
+    "grid": _dpm_grid,
+    "flow_grid": _dpm_flow,
+    "rules": (*_RULES, "lu"),
+    "table_ends": True,
+    "rounds": "whole",
+    "orders": _dpm_orders,
+}
+
 SAMPLERS: dict[str, Sampler] = {
     "lcm": Sampler(
         solver=LCM(),
@@ -160,17 +469,16 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "tcd": Sampler(solver=TCD(), grid=_tcd_grid, even=True, usual_steps=4, diffusers=("TCDScheduler",)),
     "flow_map": Sampler(solver=TCD(gamma=0.0), grid=_trailing_grid, even=True, usual_steps=4),
-    "ddim": Sampler(
-        solver=DDIM(), usual_steps=50, diffusers=("DDIMScheduler",), replaces=("DDPMScheduler", "PNDMScheduler")
-    ),
+    "ddim": Sampler(solver=DDIM(), usual_steps=50, diffusers=("DDIMScheduler",)),
+    "ddpm": Sampler(solver=DDIM(eta=1.0), grid=_clean_grid, usual_steps=50, diffusers=("DDPMScheduler",)),
+    "pndm": Sampler(solver=PLMS(), grid=_ddim_grid, repeats_second=True, usual_steps=50, diffusers=("PNDMScheduler",)),
     "euler": Sampler(
         solver=Euler(),
         grid=_euler_grid,
         spread_start=True,
-        spaces_sigmas=True,
+        rules=_RULES,
         usual_steps=28,
         diffusers=("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-        replaces=("LMSDiscreteScheduler",),
     ),
     "euler_a": Sampler(  # ancestral: DDPM's noise
         solver=DDIM(eta=1.0),
@@ -183,21 +491,65 @@ SAMPLERS: dict[str, Sampler] = {
         solver=Heun(),
         grid=_heun_grid,
         spread_start=True,
-        spaces_sigmas=True,
+        rules=_RULES,
         diffusers=("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-        replaces=("KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    ),
+    "lms": Sampler(solver=LMS(), grid=_heun_grid, spread_start=True, rules=_RULES, diffusers=("LMSDiscreteScheduler",)),
+    "dpm2": Sampler(
+        solver=DPMSolver2(),
+        grid=_heun_grid,
+        spread_start=True,
+        rules=_RULES,
+        rounds="nearest",
+        diffusers=("KDPM2DiscreteScheduler",),
+    ),
+    "dpm2_a": Sampler(
+        solver=DPM2Ancestral(),
+        grid=_heun_grid,
+        spread_start=True,
+        rules=_RULES,
+        rounds="nearest",
+        diffusers=("KDPM2AncestralDiscreteScheduler",),
+    ),
+    "dpm++2s": Sampler(
+        solver=DPMppSinglestep(),
+        grid=_dpm_grid,
+        flow_grid=_dpm_flow,
+        spacing="linspace",
+        rules=_RULES,
+        table_ends=True,
+        rounds="whole",
+        orders=_singlestep_orders,
+        options=("solver_order",),
+        diffusers=("DPMSolverSinglestepScheduler",),
     ),
     "dpm++2m": Sampler(
-        solver=DPMpp2M(),
-        grid=_dpm_grid,
-        spaces_sigmas=True,
+        solver=DPMppMultistep(),
+        **_DPM,
+        options=("solver_order", "solver_type"),
         diffusers=("DPMSolverMultistepScheduler",),
-        replaces=(
-            *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"),
-            *("DEISMultistepScheduler", "UniPCMultistepScheduler"),
-        ),
     ),
-    "dpm2": Sampler(solver=DPMSolver2(), grid=_dpm_grid),
+    "dpm++2m_sde": Sampler(solver=DPMppMultistep(sde=True), **_DPM, options=("solver_type",)),
+    "dpm++3m_sde": Sampler(solver=DPMppMultistep(sde=True, solver_order=3), **_DPM),
+    "dpm++sde": Sampler(
+        solver=DPMppSDE(),
+        grid=_heun_grid,
+        spread_start=True,
+        rules=_RULES,
+        diffusers=("DPMSolverSDEScheduler",),
+    ),
+    "unipc": Sampler(
+        solver=UniPC(),
+        **_DPM | {"rules": _RULES, "flow_grid": _unipc_flow, "orders": _unipc_orders},
+        options=("solver_order", "solver_type"),
+        diffusers=("UniPCMultistepScheduler",),
+    ),
+    "deis": Sampler(
+        solver=DEIS(),
+        **_DPM | {"rules": _RULES, "grid": _deis_grid, "flow_grid": _deis_flow, "orders": _deis_orders},
+        options=("solver_order",),
+        diffusers=("DEISMultistepScheduler",),
+    ),
 }
 """Every sampler by its name; `register` adds one."""
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lcm_jax.diffusion.schedules import OnGrid
 from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.typing import Denoiser, Image, Key, Schedule, Solver
 
@@ -52,6 +53,8 @@ def sample(
         return solver.step(denoise, schedule, x, grid.times[i], grid.times[i + 1], carry, source)
 
     x = jnp.asarray(x, jnp.float32)
+    if grid.orders is not None:
+        schedule = OnGrid(schedule, grid)  # tells a multistep solver the order of each step
     return jax.lax.fori_loop(0, grid.steps, body, (x, solver.init(x)))[0]
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lcm_jax.diffusion.time_grids import Spacing, check_steps, even_grid, spaced_times
+from lcm_jax.diffusion.time_grids import Grid, Spacing, check_steps, even_grid, spaced_times
 from lcm_jax.typing import Kind, Schedule, Time
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -89,6 +89,22 @@ class DDPM:
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         times = np.arange(-1, self.num_train_timesteps, dtype=np.float32)
         return jnp.interp(jnp.exp(-jnp.asarray(log_snr, jnp.float32)), _tables(self).ratio, times)
+
+    def log_time(self, t: Time) -> Float[Array, "*b"]:
+        """Return the time between two timesteps as diffusers places it: by the logarithm of sigma/alpha at t."""
+        t = jnp.clip(jnp.asarray(t, jnp.float32), 0.0, self.t_max)
+        low = jnp.minimum(jnp.floor(t), max(self.t_max - 1.0, 0.0))
+        ratio, index = jnp.asarray(_tables(self).ratio), low.astype(jnp.int32) + 1
+        below, above = ratio[index], ratio[jnp.minimum(index + 1, self.num_train_timesteps)]
+        part = t - low
+        between = (part > 0.0) & (part < 1.0)
+        weight = jnp.log1p(part * (above - below) / below) / jnp.log(jnp.where(between, above / below, 2.0))
+        return low + jnp.where(between, weight, part)
+
+    @property
+    def ratios(self) -> Float[np.ndarray, " n"]:
+        """sigma / alpha at the timesteps 0, 1, ..., from data to noise; a zero terminal SNR counts as 4096."""
+        return np.asarray(_tables(self).ratio)[1:]
 
     def grid(self, steps: int, spacing: Spacing = Spacing()) -> Float[np.ndarray, " n_plus_1"]:
         """Return DDIM's grid: N timesteps, leading unless `spacing` says otherwise, and the clean end.
@@ -265,6 +281,81 @@ class TrigFlow(_Continuous):
 
     def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
         return jnp.arctan(jnp.exp(-jnp.asarray(log_snr, jnp.float32)) / self.sigma_data)
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """A schedule on which a sampler walks one grid: it knows the network's times there, and the orders of the steps.
+
+    At a time of the grid the network receives that of the grid, which a sampler of diffusers may have rounded. At a
+    time between, where solvers of two evaluations ask, it is interpolated in log(sigma / alpha) as diffusers does. All
+    else is the schedule's. It holds arrays, so make it inside the jitted function.
+
+    >>> from lcm_jax.diffusion.schedules import DDPM, OnGrid
+    >>> from lcm_jax.diffusion.time_grids import Walk, pad
+    >>> import numpy as np
+    >>> walk = Walk(times=np.array([900.4, -1.0]), network_times=np.array([900.0, -1.0]), orders=np.array([1]))
+    >>> float(OnGrid(DDPM(), pad(walk)).network_time(np.float32(900.4)))
+    900.0
+    """
+
+    schedule: Schedule
+    walk: Grid
+
+    @property
+    def timesteps(self) -> int | None:
+        return self.schedule.timesteps
+
+    @property
+    def keeps_partial_step(self) -> bool:
+        return self.schedule.keeps_partial_step
+
+    @property
+    def usual_kind(self) -> Kind:
+        return self.schedule.usual_kind
+
+    @property
+    def usual_sampler(self) -> str:
+        return self.schedule.usual_sampler
+
+    @property
+    def t_min(self) -> float:
+        return self.schedule.t_min
+
+    @property
+    def t_max(self) -> float:
+        return self.schedule.t_max
+
+    @property
+    def gauge(self) -> float:
+        return self.schedule.gauge
+
+    def alpha(self, t: Time) -> Float[Array, "*b"]:
+        return self.schedule.alpha(t)
+
+    def sigma(self, t: Time) -> Float[Array, "*b"]:
+        return self.schedule.sigma(t)
+
+    def time_at(self, log_snr: Time) -> Float[Array, "*b"]:
+        return self.schedule.time_at(log_snr)
+
+    def network_time(self, t: Time) -> Float[Array, "*b"]:
+        found, index = self._find(t)
+        between = self.schedule.log_time(t) if isinstance(self.schedule, DDPM) else self.schedule.network_time(t)
+        return jnp.where(found, self.walk.network_times[index], between)
+
+    def order_at(self, t: Time) -> Float[Array, "*b"]:
+        """Return the order that the step of the grid from t may have; infinite at other times."""
+        found, index = self._find(t)
+        return jnp.where(found, self.walk.orders[index].astype(jnp.float32), jnp.inf)
+
+    def grid(self, steps: int, spacing: Any) -> Float[np.ndarray, " n_plus_1"]:
+        return self.schedule.grid(steps, spacing)
+
+    def _find(self, t: Time) -> tuple[Array, Array]:
+        """Return whether t is a time of the grid, and the first step from it."""
+        equal = jnp.asarray(t, jnp.float32)[..., None] == self.walk.times[:-1]
+        return equal.any(-1), jnp.argmax(equal, -1)
 
 
 def log_snr(schedule: Schedule, t: Time) -> Float[Array, "*b"]:

@@ -4,6 +4,8 @@ Each is written in alpha, sigma and the two predictions, in a form that stays fi
 for outputs that define x0 there (v_prediction, flow), at pure noise (alpha_t = 0). Where the formula needs a neighbour
 at an infinite log-SNR the step falls back to first order, which is exact there in the limit.
 
+Those that remember the steps before are in `multistep_solvers`, and are named here too.
+
 A solver of your own is a frozen dataclass with `order`, `evaluations`, `stochastic`, `init` and `step` (see
 `lcm_jax.typing.Solver`); `lcm_jax.diffusion.samplers.register` gives it a name.
 """
@@ -17,39 +19,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lcm_jax.diffusion.multistep_solvers import DEIS, LMS, PLMS, DPMpp2M, DPMppMultistep, DPMppSinglestep, UniPC
 from lcm_jax.diffusion.parameterization import add_noise, expand, flow_map, noise_further
 from lcm_jax.diffusion.schedules import floor_to_timestep, log_snr
-from lcm_jax.typing import Carry, Denoiser, Image, Key, Prediction, Schedule, Solver, Time
+from lcm_jax.diffusion.solver_steps import midpoint, move, scales, unit_noise
+from lcm_jax.typing import Carry, Denoiser, Image, Key, Schedule, Solver, Time
 
-
-def unit_noise(key: Key | Image, x: Image) -> Image:
-    """Return unit normal noise of x's shape drawn from a key, or the noise itself if that is what was passed.
-
-    >>> import jax
-    >>> import jax.numpy as jnp
-    >>> from lcm_jax.diffusion.solvers import unit_noise
-    >>> x = jnp.zeros((1, 2, 2, 4))
-    >>> unit_noise(jax.random.key(0), x).shape, bool(unit_noise(x, x) is x)
-    ((1, 2, 2, 4), True)
-    """
-    return jax.random.normal(key, x.shape, x.dtype) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-
-
-def move(prediction: Prediction, alpha: Array, sigma: Array) -> Image:
-    """Return alpha x0 + sigma eps: the straight line of a prediction at another time (DDIM, Euler, DPM-Solver-1).
-
-    >>> import jax.numpy as jnp
-    >>> from lcm_jax.diffusion.solvers import move
-    >>> from lcm_jax.typing import Prediction
-    >>> x0, eps = jnp.full((1, 1, 1, 1), 1.0), jnp.full((1, 1, 1, 1), 3.0)
-    >>> float(move(Prediction(x0, eps), jnp.float32(0.5), jnp.float32(0.5)).squeeze())
-    2.0
-    """
-    return alpha * prediction.x0 + sigma * prediction.eps
-
-
-def _scales(schedule: Schedule, t: Time, x: Image) -> tuple[Array, Array]:
-    return expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+__all__ = ["DDIM", "DEIS", "LCM", "LMS", "PLMS", "TCD", "DPM2Ancestral", "DPMSolver2", "DPMpp2M", "DPMpp2S"]
+__all__ += ["DPMppMultistep", "DPMppSDE", "DPMppSinglestep", "Euler", "Heun", "Inpaint", "InpaintTarget", "UniPC"]
+__all__ += ["move", "unit_noise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +66,10 @@ class DDIM:
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
         prediction = denoise(x, t)
-        alpha_s, sigma_s = _scales(schedule, s, x)
+        alpha_s, sigma_s = scales(schedule, s, x)
         if self.eta == 0.0:
             return move(prediction, alpha_s, sigma_s), carry
-        alpha_t, sigma_t = _scales(schedule, t, x)
+        alpha_t, sigma_t = scales(schedule, t, x)
         shrink = jnp.clip(alpha_t * sigma_s / (alpha_s * sigma_t), 0.0, 1.0)
         std = self.eta * sigma_s * jnp.sqrt(1.0 - shrink**2)
         drift = move(prediction, alpha_s, jnp.sqrt(jnp.maximum(sigma_s**2 - std**2, 0.0)))
@@ -127,7 +105,7 @@ class Euler:
     def step(
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
-        return move(denoise(x, t), *_scales(schedule, s, x)), carry
+        return move(denoise(x, t), *scales(schedule, s, x)), carry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +139,7 @@ class Heun:
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
         k = schedule.gauge
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(schedule, t, x), _scales(schedule, s, x)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(schedule, t, x), scales(schedule, s, x)
         first = denoise(x, t)
         euler = move(first, alpha_s, sigma_s)
         # at the clean end an eps-prediction network is asked again at t instead: any finite answer does
@@ -202,8 +180,8 @@ class DPMSolver2:
     def step(
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
-        first, second, finite = _midpoint(denoise, schedule, x, t, s)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(schedule, t, x), _scales(schedule, s, x)
+        first, second, finite = midpoint(denoise, schedule, x, t, s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(schedule, t, x), scales(schedule, s, x)
         # (alpha_s / alpha_t) x = alpha_s x0 + sigma_s e^h eps, so the rule bends the straight line by eps(u) - eps(x)
         span = sigma_s - alpha_s * sigma_t / jnp.where(finite, alpha_t, 1.0)
         straight = move(first, alpha_s, sigma_s)
@@ -239,61 +217,119 @@ class DPMpp2S:
     def step(
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
-        first, second, finite = _midpoint(denoise, schedule, x, t, s)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(schedule, t, x), _scales(schedule, s, x)
+        first, second, finite = midpoint(denoise, schedule, x, t, s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(schedule, t, x), scales(schedule, s, x)
         span = alpha_s - sigma_s * alpha_t / sigma_t
         straight = move(first, alpha_s, sigma_s)
         return jnp.where(finite, straight + span * (second.x0 - first.x0), straight), carry
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMpp2M:
-    """DPM-Solver++(2M) (Lu 2022b, 2211.01095, Alg. 2): the data prediction extrapolated from the last two steps,
+class DPM2Ancestral:
+    """DPM-Solver-2 with ancestral noise (KDPM2AncestralDiscreteScheduler, k-diffusion's DPM2 a).
 
-    x_s = (sigma_s / sigma_t) x - alpha_s (e^-h - 1) (x0 + (h / 2 h_prev) (x0 - x0_prev)), one evaluation a step.
+    The midpoint rule in log-SNR from sigma / alpha at t to that at s squared over it, which is what is left of it when
+    the ancestral noise comes on top. Halfway there is the noise level of s, so the second evaluation is at s:
 
-    The carry is (x0_prev, lambda_prev). The first step and a step to sigma_s = 0 are first order: there h_prev or h is
-    infinite. So is h_prev after alpha_t = 0, where lambda_prev counts as diffusers' -log 4096. lower_final: the step to
-    timestep 0 is first order as well (diffusers, in fewer than 15 steps that end there).
+        u = DDIM from t to s;  x_s = alpha_s (x / alpha_t - (sigma_t / alpha_t - q sigma_s / alpha_s) eps(u, s))
+                                     + sigma_s sqrt(1 - q^2) z,    q = alpha_t sigma_s / (alpha_s sigma_t).
+
+    Two evaluations a step; where alpha_t = 0 or sigma_s = 0 it is DDIM with eta 1.
 
     >>> import jax
     >>> import jax.numpy as jnp
     >>> from lcm_jax.diffusion.schedules import RectifiedFlow
-    >>> from lcm_jax.diffusion.solvers import DPMpp2M
+    >>> from lcm_jax.diffusion.solvers import DPM2Ancestral
     >>> from lcm_jax.typing import Prediction
     >>> x = jnp.full((1, 1, 1, 1), 2.0)
     >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
-    >>> solver = DPMpp2M()
-    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.25, solver.init(x), jax.random.key(0))
-    >>> round(float(x.squeeze()), 4), len(carry)
-    (1.5, 2)
+    >>> solver = DPM2Ancestral()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.0, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.0
     """
 
-    order: ClassVar[int] = 2
-    evaluations: ClassVar[int] = 1
-    stochastic: ClassVar[bool] = False
-
-    lower_final: bool = False
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = True
 
     def init(self, x: Image) -> Carry:
-        return jnp.zeros_like(x), jnp.full(x.shape[:1], -jnp.inf, jnp.float32)
+        return ()
 
     def step(
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
-        previous, lambda_prev = carry
-        prediction = denoise(x, t)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(schedule, t, x), _scales(schedule, s, x)
-        lambda_t, lambda_s = (jnp.broadcast_to(log_snr(schedule, u), x.shape[:1]) for u in (t, s))
-        lambda_t = jnp.where(lambda_t == -jnp.inf, -jnp.log(4096.0), lambda_t)
-        finite = jnp.isfinite(lambda_prev) & jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
-        if self.lower_final:
-            finite &= s > 0.0
-        ratio = (lambda_s - lambda_t) / jnp.where(finite, lambda_t - lambda_prev, 1.0)
-        slope = 0.5 * expand(jnp.where(finite, ratio, 0.0), x)
-        bend = slope * (prediction.x0 - previous)
-        span = alpha_s - sigma_s * alpha_t / sigma_t
-        return move(prediction, alpha_s, sigma_s) + span * bend, (prediction.x0, lambda_t)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = scales(schedule, t, x), scales(schedule, s, x)
+        first = denoise(x, t)
+        inner = (alpha_t > 0.0) & (sigma_s > 0.0)
+        # not quite s: the network's time is that of an inner point, which diffusers does not round
+        near = jnp.where(schedule.sigma(s) > 0.0, jnp.nextafter(jnp.asarray(s, jnp.float32), jnp.float32(jnp.inf)), t)
+        second = denoise(move(first, alpha_s, sigma_s), near)
+        shrink = jnp.clip(alpha_t * sigma_s / (alpha_s * sigma_t), 0.0, 1.0)
+        drift = move(first, alpha_s, sigma_s * shrink)
+        span = sigma_s * shrink - alpha_s * sigma_t / jnp.where(inner, alpha_t, 1.0)
+        drift = jnp.where(inner, drift + span * (second.eps - first.eps), drift)
+        return drift + sigma_s * jnp.sqrt(1.0 - shrink**2) * unit_noise(key, x), carry
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPMppSDE:
+    """DPM-Solver++ (SDE) (k-diffusion's dpmpp_sde with r = 1/2; DPMSolverSDEScheduler): the midpoint rule with noise.
+
+    u is DDIM with eta 1 from t to the time m halfway to s in log-SNR. From x again, with q = e^-h,
+
+        x_s = alpha_s (x0(u) + q^2 (x0(x) - x0(u))) + sigma_s (q eps(x) + sqrt(1 - q^2) z).
+
+    Two evaluations and two noises a step, which are independent here (in k-diffusion both are of one Brownian path);
+    given noise is (2, b, h, w, c). Where lambda_t or lambda_s is infinite it is DDIM with eta 1.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solvers import DPMppSDE
+    >>> from lcm_jax.typing import Prediction
+    >>> x = jnp.full((1, 1, 1, 1), 2.0)
+    >>> perfect = lambda x, t, s=None: Prediction(jnp.ones_like(x), 3.0 * jnp.ones_like(x))  # x0 1, eps 3
+    >>> solver = DPMppSDE()
+    >>> x, carry = solver.step(perfect, RectifiedFlow(), x, 0.5, 0.0, solver.init(x), jax.random.key(0))
+    >>> float(x.squeeze())
+    1.0
+    """
+
+    order: ClassVar[int] = 1
+    evaluations: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = True
+
+    def init(self, x: Image) -> Carry:
+        return ()
+
+    def step(
+        self,
+        denoise: Denoiser,
+        schedule: Schedule,
+        x: Image,
+        t: Time,
+        s: Time,
+        carry: Carry,
+        key: Key | Float[Array, "2 b h w c"],
+    ) -> tuple[Image, Carry]:
+        is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        noises = [unit_noise(part, x) for part in (jax.random.split(key) if is_key else key)]
+        lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
+        finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
+        middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)
+        first, (alpha_t, sigma_t) = denoise(x, t), scales(schedule, t, x)
+
+        def shrink_to(time: Time) -> tuple[Array, Array, Array]:
+            alpha, sigma = scales(schedule, time, x)
+            return alpha, sigma, jnp.clip(alpha_t * sigma / (alpha * sigma_t), 0.0, 1.0)
+
+        alpha, sigma, shrink = shrink_to(middle)
+        inner = move(first, alpha, sigma * shrink) + sigma * jnp.sqrt(1.0 - shrink**2) * noises[0]
+        second = denoise(inner, middle)
+        alpha, sigma, shrink = shrink_to(s)
+        x0 = jnp.where(expand(finite, x), second.x0 + shrink**2 * (first.x0 - second.x0), first.x0)
+        return alpha * x0 + sigma * (shrink * first.eps + jnp.sqrt(1.0 - shrink**2) * noises[1]), carry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +362,7 @@ class LCM:
     def step(
         self, denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time, carry: Carry, key: Key | Image
     ) -> tuple[Image, Carry]:
-        alpha_s, sigma_s = _scales(schedule, s, x)
+        alpha_s, sigma_s = scales(schedule, s, x)
         return alpha_s * denoise(x, t).x0 + sigma_s * unit_noise(key, x), carry
 
 
@@ -436,15 +472,3 @@ class Inpaint:
         x, carry = self.solver.step(denoise, schedule, x, t, s, carry, key)
         mask, x0, eps = self.target
         return mask * x + (1.0 - mask) * add_noise(schedule, x0, eps, s), carry
-
-
-def _midpoint(
-    denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time
-) -> tuple[Prediction, Prediction, Array]:
-    """Return the predictions at t and at the time halfway to s in log-SNR, and where that time exists."""
-    lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
-    finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
-    middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)
-    first = denoise(x, t)
-    second = denoise(move(first, *_scales(schedule, middle, x)), middle)
-    return first, second, expand(finite, x)

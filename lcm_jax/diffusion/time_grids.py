@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from scipy.special import betaincinv
 
 from lcm_jax.typing import Schedule
 
@@ -17,17 +18,53 @@ CAPACITY = 1000
 """The number of steps that a padded grid holds: as many as the longest table has entries."""
 
 SPACINGS = ("leading", "trailing", "linspace")
-SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+SIGMAS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "lu",
+}
+"""The keys of a scheduler config that place the steps by their noise levels -> the rule (`noise_levels`)."""
+RULES = (*SIGMAS.values(), "ays")
+"""The rules that place the steps of any sampler by their noise levels."""
+
+
+class Walk(NamedTuple):
+    """The N steps of a sampler: the times of a grid, the times that the network is told, and the steps' highest orders.
+
+    The network's time differs from the schedule's where a scheduler of diffusers rounds it for noise levels that are
+    between the timesteps. An order is the highest that a multistep solver may take there.
+    """
+
+    times: Float[np.ndarray, " n_plus_1"]
+    network_times: Float[np.ndarray, " n_plus_1"]
+    orders: Int[np.ndarray, " n"]
+
+    def last(self, steps: int) -> Walk:
+        """Return the last steps."""
+        first = len(self.orders) - steps
+        return Walk(self.times[first:], self.network_times[first:], self.orders[first:])
+
+    def with_second_repeated(self) -> Walk:
+        """Return the steps with one of no length after the first, in which `PLMS` mends it."""
+        if len(self.orders) < 2:
+            return self
+        return Walk(*(np.insert(row, 1, row[1]) for row in self))
 
 
 class Grid(NamedTuple):
-    """A grid padded to a fixed length, so that its number of steps is data, not a shape: `pad` -> Grid."""
+    """A grid padded to a fixed length, so that its number of steps is data, not a shape: `pad` -> Grid.
+
+    network_times and orders are those of a `Walk`; None: the schedule's own, and no limit.
+    """
 
     times: Float[Array, " capacity_plus_1"]
     steps: Int[Array, ""]
+    network_times: Float[Array, " capacity_plus_1"] | None = None
+    orders: Int[Array, " capacity"] | None = None
 
 
-def pad(grid: Float[np.ndarray, " n_plus_1"], capacity: int = CAPACITY) -> Grid:
+def pad(grid: Float[np.ndarray, " n_plus_1"] | Walk, capacity: int = CAPACITY) -> Grid:
     """Return the grid with its last time repeated up to `capacity` steps, so that all lengths share one compilation.
 
     >>> from lcm_jax.diffusion.time_grids import lcm_grid, pad
@@ -35,25 +72,33 @@ def pad(grid: Float[np.ndarray, " n_plus_1"], capacity: int = CAPACITY) -> Grid:
     >>> padded.times.shape, int(padded.steps)
     ((1001,), 4)
     """
-    steps = len(grid) - 1
+    walk = isinstance(grid, Walk)
+    times = grid.times if isinstance(grid, Walk) else grid
+    steps = len(times) - 1
     check_steps(steps, capacity)
-    times = np.concatenate([grid, np.full(capacity - steps, grid[-1])]).astype(np.float32)
-    return Grid(jnp.asarray(times), jnp.asarray(steps, jnp.int32))
+
+    def longer(row: np.ndarray, dtype: Any) -> Array:
+        return jnp.asarray(np.append(row, np.full(capacity - steps, row[-1])).astype(dtype))
+
+    padded = Grid(longer(times, np.float32), jnp.asarray(steps, jnp.int32))
+    if not walk:
+        return padded
+    return padded._replace(network_times=longer(grid.network_times, np.float32), orders=longer(grid.orders, np.int32))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spacing:
-    """The keys of a diffusers scheduler_config.json that place timesteps; names and meanings are diffusers'.
+    """The keys of a diffusers scheduler_config.json that place timesteps or choose a solver; the names are diffusers'.
 
     timestep_spacing None leaves each sampler its own default: leading for DDIM, linspace for the others.
     set_alpha_to_one is read by DDIM, final_sigmas_type by Euler and the DPM solvers, original_inference_steps by LCM,
-    lower_order_final and euler_at_final by DPM++(2M) where the final sigma is above 0.
+    lower_order_final and euler_at_final by multistep solvers, solver_order and solver_type by solvers that have them.
 
     On a rectified flow use_flow_sigmas spaces as diffusers' DPM solvers do, and double_shift, which is no key of
     diffusers', as its flow-matching schedulers do (`RectifiedFlow.grid`).
 
-    sigmas is the key in `SIGMAS` that asks for other noise levels, such as Karras'. No sampler has them: `time_grid`
-    raises ValueError for the samplers that read the key in diffusers; the others pass over it there and here.
+    sigmas is the rule of `RULES` that the config asks for; the samplers read it that read its key in diffusers, and the
+    others pass over it there and here.
 
     >>> from lcm_jax.diffusion.time_grids import Spacing
     >>> Spacing.from_config({"timestep_spacing": "trailing", "beta_start": 0.00085}).timestep_spacing
@@ -71,6 +116,8 @@ class Spacing:
     use_flow_sigmas: bool = False
     double_shift: bool = True
     sigmas: str | None = None
+    solver_order: int | None = None
+    solver_type: str | None = None
 
     def __post_init__(self) -> None:
         if self.timestep_spacing not in (None, *SPACINGS):
@@ -81,7 +128,7 @@ class Spacing:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Spacing:
         """Read the keys that are known; ValueError for a value that is unsupported."""
-        sigmas = next((key for key in SIGMAS if config.get(key)), None)
+        sigmas = next((rule for key, rule in SIGMAS.items() if config.get(key)), None)
         values = {field.name: config[field.name] for field in fields(cls) if field.name in config}
         try:
             return cls(**values | {"sigmas": sigmas})
@@ -166,6 +213,70 @@ def lcm_grid(
     else:
         times = origin[np.floor(np.linspace(0, len(origin), steps, endpoint=False)).astype(int)]
     return np.append(times, -1.0)
+
+
+def noise_levels(rule: str, steps: int, high: float, low: float) -> Float[np.ndarray, " n"]:
+    """Return N noise levels that fall from high to low: sigma / alpha of a table, sigma of a flow.
+
+    karras: even in their 7th root (2206.00364 eq. 5). exponential: even in the logarithm, and so is lu (2206.00927).
+    beta: quantiles of Beta(0.6, 0.6) (2407.12173). All as diffusers has them. ValueError for an unknown rule.
+
+    >>> from lcm_jax.diffusion.time_grids import noise_levels
+    >>> for rule in ("karras", "exponential", "beta"):
+    ...     print(noise_levels(rule, 3, 10.0, 0.1).round(3).tolist())
+    [10.0, 1.474, 0.1]
+    [10.0, 1.0, 0.1]
+    [10.0, 5.05, 0.1]
+    """
+    check_steps(steps, CAPACITY)
+    ramp = np.linspace(0.0, 1.0, steps)
+    if rule == "karras":
+        return (high ** (1.0 / 7.0) + ramp * (low ** (1.0 / 7.0) - high ** (1.0 / 7.0))) ** 7.0
+    if rule == "exponential":
+        return np.exp(np.linspace(math.log(high), math.log(low), steps))
+    if rule == "lu":
+        first, last = (float(np.log(np.float32(level))) for level in (high, low))
+        return np.exp(first + ramp * (last - first))
+    if rule == "beta":
+        return low + betaincinv(0.6, 0.6, 1.0 - ramp) * (high - low)
+    raise ValueError(f"sigmas {rule!r} is unknown: use one of {', '.join(RULES)}, or an array of noise levels")
+
+
+# Align Your Steps (2404.14507): the timesteps of ten steps, and the first timestep, where they end.
+ALIGNED = {
+    "sd1": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24, 0),
+    "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13, 0),
+}
+
+
+def aligned_levels(family: str, steps: int, ratios: Float[np.ndarray, " t"]) -> Float[np.ndarray, " n"]:
+    """Return the noise levels of Align Your Steps for N steps: its ten for ten, else log-linear between them.
+
+    family: "sd1" or "sdxl". ratios: sigma / alpha at the timesteps 0, 1, ... of the table, of which it needs 1000.
+
+    >>> from lcm_jax.diffusion.schedules import DDPM
+    >>> from lcm_jax.diffusion.time_grids import aligned_levels
+    >>> table = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").ratios
+    >>> aligned_levels("sd1", 10, table).round(2).tolist()
+    [14.61, 6.47, 3.86, 2.7, 1.89, 1.4, 0.96, 0.65, 0.4, 0.15]
+    """
+    if len(ratios) != 1000:
+        raise ValueError(f"sigmas 'ays' is made for tables of 1000 timesteps, and this one has {len(ratios)}")
+    levels = np.log(np.asarray(ratios, np.float64)[list(ALIGNED[family])])
+    return np.exp(np.interp(np.linspace(0.0, 10.0, steps + 1), np.arange(11), levels))[:-1]
+
+
+def table_times(levels: Float[np.ndarray, " n"], ratios: Float[np.ndarray, " t"]) -> Float[np.ndarray, " n"]:
+    """Return the times at which a table has these sigma / alpha, which is linear between its timesteps."""
+    return np.interp(levels, np.append(0.0, ratios.astype(np.float64)), np.arange(-1.0, len(ratios)))
+
+
+def table_network_times(levels: Float[np.ndarray, " n"], ratios: Float[np.ndarray, " t"]) -> Float[np.ndarray, " n"]:
+    """Return the timesteps that diffusers tells the network for these sigma / alpha: linear in the logarithm."""
+    logs, log_levels = np.log(ratios), np.log(np.maximum(levels, 1e-10))
+    low = np.clip(np.searchsorted(logs, log_levels, side="right") - 1, 0, len(logs) - 2)
+    weight = np.clip((logs[low] - log_levels) / (logs[low] - logs[low + 1]), 0.0, 1.0)
+    return (1.0 - weight) * low + weight * (low + 1)
 
 
 def even_grid(steps: int, schedule: Schedule) -> Float[np.ndarray, " n_plus_1"]:

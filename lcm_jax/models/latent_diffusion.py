@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from lcm_jax.diffusion.guidance import cfg, skip_layer_guidance
 from lcm_jax.diffusion.parameterization import bind
 from lcm_jax.diffusion.samplers import Sampler
 from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.schedules import OnGrid
 from lcm_jax.diffusion.solvers import Inpaint, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid
 from lcm_jax.lora import Adapted, branches
@@ -158,7 +159,8 @@ class LatentDiffusion:
         inpaint_target: InpaintTarget | None = None,
     ) -> Image:
         """Return the clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]."""
-        denoise = self.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
+        walked = self if grid.network_times is None else replace(self, schedule=OnGrid(self.schedule, grid))
+        denoise = walked.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
         if sampler.consistency:
             denoise = consistency(denoise, self.schedule)
         if inpaint_target is None:

@@ -21,9 +21,9 @@ CONTINUOUS = "ContinuousScheduler"
 """The class name written for models that no scheduler of diffusers draws; diffusers refuses it (`from_config`)."""
 
 SCHEDULERS: Mapping[str, str] = {
-    name: sampler for sampler, spec in SAMPLERS.items() for name in (*spec.diffusers, *spec.replaces)
+    name: sampler for sampler, spec in SAMPLERS.items() for name in spec.diffusers
 } | {CONTINUOUS: "euler"}
-"""The scheduler classes that can be read, each with the sampler that is it or stands in for it."""
+"""The scheduler classes that can be read, each with the sampler that is it."""
 
 CONTINUOUS_SCHEDULES: Mapping[str, type[Any]] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
 
@@ -36,6 +36,8 @@ _CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"),
         _LATENT | {"beta_schedule": "linear"},
     ),
+    "PNDMScheduler": {"set_alpha_to_one": False, "skip_prk_steps": False},
+    "DPMSolverSinglestepScheduler": {"lower_order_final": False},
 }
 _FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
 
@@ -74,7 +76,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
 
 # Keys our samplers have no choice about, with every value that leaves their pictures unchanged.
 _FIXED: Mapping[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++", "deis"),
+    "algorithm_type": ("dpmsolver++", "deis", "sde-dpmsolver++"),
     "clip_sample": (False, None),
     "interpolation_type": ("linear",),
     "invert_sigmas": (False, None),
@@ -82,8 +84,11 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
     "predict_epsilon": (True, None),
     "scale_factors": (None,),
     "shift_terminal": (None,),
-    "solver_order": (2,),
-    "solver_type": ("midpoint", "bh1", "bh2", "logrho"),  # DPMSolverMultistepScheduler reads the others as midpoint
+    "predict_x0": (True, None),
+    "disable_corrector": ([], None),
+    "solver_p": (None,),
+    "solver_order": (1, 2, 3, None),
+    "solver_type": ("midpoint", "heun", "bh1", "bh2", "logrho", None),  # a solver passes over the type of another
     "stochastic_sampling": (False, None),
     "thresholding": (False, None),
     "timestep_scaling": (10.0,),
@@ -133,9 +138,9 @@ _READ = {field.name for field in (*fields(DDPM), *fields(Spacing))} | {
 }
 # Read by nothing while the keys above have those values, or by no sampler of ours.
 _IDLE = {
-    *("base_image_seq_len", "base_shift", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio"),
-    *("max_image_seq_len", "max_shift", "noise_sampler_seed", "predict_x0", "sample_max_value", "sigma_max"),
-    *("sigma_min", "skip_prk_steps", "solver_p", "time_shift_type", "upscale_mode"),
+    *("base_image_seq_len", "base_shift", "clip_sample_range", "dynamic_thresholding_ratio"),
+    *("max_image_seq_len", "max_shift", "noise_sampler_seed", "sample_max_value", "sigma_max"),
+    *("sigma_min", "skip_prk_steps", "time_shift_type", "upscale_mode"),
 }
 
 
@@ -280,6 +285,17 @@ def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.js
         raise ValueError(f"{source}: {error}") from None
 
 
+def read_spacing(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Spacing:
+    """Return the spacing and the solver's options of a scheduler_config.json, with its class's defaults.
+
+    >>> from lcm_jax.weights.scheduler_config import read_spacing
+    >>> read_spacing({"_class_name": "PNDMScheduler"}).set_alpha_to_one
+    False
+    """
+    defaults = _CLASS_DEFAULTS.get(str(config.get("_class_name", "")), {})
+    return Spacing.from_config({**defaults, **config}, source=source)
+
+
 def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> tuple[Schedule, Kind]:
     """Return the schedule and the prediction type of a scheduler_config.json; ValueError for what is not supported.
 
@@ -339,11 +355,19 @@ def sampler_of(config: Mapping[str, Any], *, source: str = "scheduler_config.jso
     if config.get("sampler"):
         return sampler_name(str(config["sampler"]))
     scheduler = config.get("_class_name", "")
-    sampler = SCHEDULERS.get(scheduler, "ddim")
-    if scheduler in SAMPLERS[sampler].replaces:
+    sampler, other = SCHEDULERS.get(scheduler, "ddim"), None
+    if scheduler == "DPMSolverMultistepScheduler" and config.get("algorithm_type") == "sde-dpmsolver++":
+        order = config.get("solver_order") or 2
+        sampler = "dpm++3m_sde" if order == 3 else "dpm++2m_sde"
+        other = "solver_order 1" if order == 1 else None
+    if scheduler == "PNDMScheduler" and not config.get("skip_prk_steps"):
+        other = "skip_prk_steps false"
+    if scheduler == "DDPMScheduler" and config.get("variance_type") not in (None, "fixed_small", "fixed_small_log"):
+        other = f"variance_type {config['variance_type']}"
+    if other is not None:
         warnings.warn(
-            f"{source} asks for {scheduler}, for which this library has no sampler: {sampler!r} "
-            f"({SAMPLERS[sampler].diffusers[0]}) draws in its place; name a sampler to choose another",
+            f"{source} asks for {scheduler} with {other}, for which this library has no sampler: {sampler!r} draws in "
+            "its place; name a sampler to choose another",
             stacklevel=3,
         )
     return sampler
