@@ -408,7 +408,7 @@ def _deis_flow(steps: int, flow: RectifiedFlow, spacing: Spacing) -> np.ndarray:
 
 def _unipc_flow(steps: int, flow: RectifiedFlow, spacing: Spacing) -> np.ndarray:
     times = np.linspace(1.0, 1.0 / spacing.num_train_timesteps, steps + 1)[:-1]
-    times[0] = _unshifted(flow, np.float64(1.0 - 1e-6))  # not quite pure noise, whose log-SNR is infinite
+    times[:1] = _unshifted(flow, np.array([1.0 - 1e-6]))  # not quite pure noise, whose log-SNR is infinite
     return np.append(times, 0.0)
 
 

@@ -26,11 +26,12 @@ def sample(
     x: Image,
     key: Key,
     *,
-    noise: Float[Array, "n b h w c"] | None = None,
+    noise: Float[Array, "n ..."] | None = None,
 ) -> Image:
     """Walk x from grid.times[0] to grid.times[grid.steps]. Under jit, grids of any length share one compilation.
 
-    Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given (for parity with others).
+    Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given, as (n, b, h, w, c) or as the
+    solver wants it (for parity with others).
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -66,7 +67,7 @@ def trajectory(
     x: Image,
     key: Key,
     *,
-    noise: Float[Array, "n b h w c"] | None = None,
+    noise: Float[Array, "n ..."] | None = None,
 ) -> Float[Array, "n_plus_1 b h w c"]:
     """Return all states of `sample`, the first being x: a scan over the unpadded grid, so each length compiles anew.
 
