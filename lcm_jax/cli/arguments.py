@@ -13,6 +13,7 @@ from lcm_jax import bench
 from lcm_jax.cli import demo
 from lcm_jax.cli.listings import SHELLS
 from lcm_jax.diffusion.samplers import SAMPLERS
+from lcm_jax.diffusion.time_grids import RULES, SPACINGS
 from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.call_options import DIFFUSERS_OPTIONS
 from lcm_jax.inference.parameters import DTYPES
@@ -152,6 +153,10 @@ def parser(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     sub.add_argument("--prompt", nargs="+", required=True, help="one or more texts")
     sub.add_argument("--negative-prompt", default="", help="text to guide away from")
     sub.add_argument("--steps", type=int, help="solver steps; the sampler's usual number by default, 4 for a student")
+    text = f"rule for the steps' noise levels, of {', '.join(RULES)}, or the levels themselves, such as 14,3,0.5"
+    sub.add_argument("--sigmas", metavar="RULE|LIST", help=text)
+    sub.add_argument("--timesteps", metavar="LIST", help="timesteps of the steps, such as 999,759,499,259")
+    sub.add_argument("--spacing", choices=SPACINGS, help="spacing of the timesteps; the model's own by default")
     sub.add_argument("--seed", type=int, default=0, help="seed of the noise")
     sub.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
     _add_size(sub)

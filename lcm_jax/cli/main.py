@@ -26,6 +26,7 @@ from lcm_jax import bench
 from lcm_jax.cli import demo, listings, picture_files
 from lcm_jax.cli.arguments import Parser, parser
 from lcm_jax.diffusion.samplers import Sampler, register, sampler_name
+from lcm_jax.diffusion.time_grids import RULES
 from lcm_jax.evaluation.evaluate import (
     ClipMetric,
     captioned,
@@ -184,6 +185,22 @@ def _lora_part(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def parse_steps(option: str, text: str | None) -> str | list[float] | None:
+    """Return the numbers of a list such as 999,759,499, or --sigmas' rule; ValueError for another text.
+
+    >>> from lcm_jax.cli.main import parse_steps
+    >>> parse_steps("--timesteps", "999,759"), parse_steps("--sigmas", "karras")
+    ([999.0, 759.0], 'karras')
+    """
+    if text is None or (option == "--sigmas" and text in RULES):
+        return text
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        rules = f" one of {', '.join(RULES)}, or" if option == "--sigmas" else ""
+        raise ValueError(f"{option} {text}: give{rules} numbers with commas between them") from None
+
+
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     """Return the keys and values of --scheduler KEY=VALUE ...; a value is JSON, or else a text."""
     changes = {}
@@ -225,7 +242,8 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         num_images=arguments.num_images, size=size, image=image, strength=arguments.strength, mask=mask,
         t5_tokens=arguments.t5_tokens, shift=arguments.shift, double_shift=False if arguments.single_shift else None,
         skip_layers=arguments.skip_layers, skip_scale=arguments.skip_scale,
-        skip_interval=tuple(arguments.skip_interval), **options,
+        skip_interval=tuple(arguments.skip_interval), sigmas=parse_steps("--sigmas", arguments.sigmas),
+        timesteps=parse_steps("--timesteps", arguments.timesteps), spacing=arguments.spacing, **options,
     )  # fmt: skip
     if distributed.is_main():
         _write_pictures(arguments, paths, pictures)
@@ -235,7 +253,8 @@ def _sample_compiled(
     arguments: argparse.Namespace, pipe: Pipeline, size: tuple[int, int] | None, options: dict[str, Any]
 ) -> np.ndarray:
     exported = Exported(pipe, arguments.compiled)
-    for name in ("image", "mask", "strength", "t5_tokens", "shift", "single_shift", "skip_layers", "mesh"):
+    names = ("image", "mask", "strength", "t5_tokens", "shift", "single_shift", "skip_layers", "mesh")
+    for name in (*names, "sigmas", "timesteps", "spacing"):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is no option of --compiled: leave one of them out")
     for name, asked, compiled_for in (

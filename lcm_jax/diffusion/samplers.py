@@ -168,14 +168,16 @@ def walk(
     strength: float = 1.0,
     sigmas: str | Levels | None = None,
     timesteps: Levels | None = None,
+    timestep_spacing: str | None = None,
     family: str = "sd1",
 ) -> Walk:
     """Return all that a sampler's N steps are: `time_grid`, with the network's times and the orders of the steps.
 
     sigmas: a rule of `time_grids.RULES`, or the N noise levels themselves, a last 0 given or not: sigma / alpha of a
     table, sigma before the shift of a rectified flow, as in diffusers. timesteps: what the network is to be told, N
-    times. Without either the rule is the spacing's, where the sampler reads it. family: whose steps "ays" are, "sd1" or
-    "sdxl". The end is the sampler's own. ValueError for what is not falling, not in the schedule, or both.
+    times. Without either the rule is the spacing's, where the sampler reads it. timestep_spacing: in place of the
+    spacing's. family: whose steps "ays" are, "sd1" or "sdxl". The end is the sampler's own. ValueError for rules that
+    contradict one another, and for steps that do not fall or are not in the schedule.
 
     >>> from lcm_jax.diffusion.samplers import get_sampler, walk
     >>> from lcm_jax.diffusion.schedules import DDPM
@@ -186,6 +188,8 @@ def walk(
     """
     if sigmas is not None and timesteps is not None:
         raise ValueError("sigmas and timesteps are both given, and each places the steps: leave one out")
+    if timestep_spacing is not None:
+        sampler, spacing = _respaced(sampler, schedule, spacing, timestep_spacing, sigmas, timesteps)
     rule = sigmas if sigmas is not None else spacing.sigmas if spacing.sigmas in sampler.rules else None
     plain = replace(spacing, sigmas=None)
     if timesteps is not None:
@@ -207,6 +211,26 @@ def walk(
     return made.with_second_repeated() if sampler.repeats_second else made
 
 
+def _respaced(
+    sampler: Sampler, schedule: Schedule, spacing: Spacing, asked: str, sigmas: Any, timesteps: Any
+) -> tuple[Sampler, Spacing]:
+    """Return the sampler and the spacing of a call that asks for a timestep spacing; ValueError where it has none."""
+    changed = replace(spacing, timestep_spacing=asked)
+    name = _name(sampler)
+    if given_steps(sigmas, timesteps) is not None:
+        given = "sigmas" if timesteps is None else "timesteps"
+        raise ValueError(f"spacing {asked!r} and {given} are both given, and each places the steps: leave one out")
+    if schedule.timesteps is None:
+        raise ValueError(f"spacing {asked!r} places timesteps of a table, and this model's time is continuous")
+    if sampler.even:
+        raise ValueError(f"sampler {name} takes its own timesteps: leave spacing {asked!r} out, or give timesteps")
+    if sampler.table_ends and isinstance(sigmas, str) and sigmas != "ays":
+        raise ValueError(
+            f"sampler {name} spreads sigmas {sigmas!r} over the whole table, whatever the spacing: leave spacing out"
+        )
+    return replace(sampler, spacing=None), changed
+
+
 def given_steps(sigmas: str | Levels | None, timesteps: Levels | None) -> int | None:
     """Return the number of steps of given noise levels or timesteps, None where they are not given.
 
@@ -217,6 +241,20 @@ def given_steps(sigmas: str | Levels | None, timesteps: Levels | None) -> int | 
     if timesteps is not None:
         return len(_numbers("timesteps", timesteps))
     return None if sigmas is None or isinstance(sigmas, str) else len(_levels(sigmas))
+
+
+def check_given_steps(steps: int | None, sigmas: str | Levels | None, timesteps: Levels | None) -> int | None:
+    """Return the number of steps that is given, by itself or as a list; ValueError where the two differ.
+
+    >>> from lcm_jax.diffusion.samplers import check_given_steps
+    >>> check_given_steps(None, None, [800]), check_given_steps(4, "karras", None)
+    (1, 4)
+    """
+    given = given_steps(sigmas, timesteps)
+    if given is not None and steps is not None and steps != given:
+        name = "sigmas" if timesteps is None else "timesteps"
+        raise ValueError(f"steps is {steps!r:.80}, and {name} are those of {given} steps: leave steps out")
+    return steps if given is None else given
 
 
 def _numbers(name: str, values: Levels) -> np.ndarray:

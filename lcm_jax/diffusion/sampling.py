@@ -30,8 +30,8 @@ def sample(
 ) -> Image:
     """Walk x from grid.times[0] to grid.times[grid.steps]. Under jit, grids of any length share one compilation.
 
-    Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given, as (n, b, h, w, c) or as the
-    solver wants it (for parity with others).
+    Step i draws its noise from fold_in(key, i), or takes noise[i] where unit noise is given (for parity with others),
+    of x's shape or as the solver wants it.
 
     >>> import jax
     >>> import jax.numpy as jnp

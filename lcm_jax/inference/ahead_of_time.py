@@ -88,7 +88,7 @@ class Call(NamedTuple):
     ids: Ids  # prompts, for each encoder
     negative: Ids
     empty: Array  # () bool, whether there is no negative prompt
-    grid: tuple[Array, Array]  # a `Grid`
+    grid: tuple[Array, ...]  # a `Grid`
     noise_sigma: Array  # () factor of the unit noise
     guidance: Array  # ()
     key: Array  # (2,) words of the noise's key
@@ -258,18 +258,14 @@ def _call(
     seed: int,
 ) -> Call:
     spec = get_sampler(header.sampler)
-    if spec.at(steps, pipe.spacing) != spec.at(4, pipe.spacing):
-        raise ValueError(
-            f"sampler {header.sampler}: {steps} steps need another program than a file holds; sample without"
-        )
-    times = pipe.times(pipe.model, spec, steps, pipe.spacing, 1.0)
+    walked = pipe.walk(pipe.model, spec.configured(pipe.spacing, pipe.model.kind), steps, pipe.spacing, 1.0)
     texts = pipe.folder.prompts
     return Call(
         ids=texts.tokenize(prompts),
         negative=texts.tokenize(negatives or [""] * len(prompts)),
         empty=jnp.asarray(negatives is None),
-        grid=pad(times),
-        noise_sigma=jnp.float32(spec.init_noise_sigma(pipe.model.schedule, times, pipe.spacing)),
+        grid=pad(walked),
+        noise_sigma=jnp.float32(spec.init_noise_sigma(pipe.model.schedule, walked.times, pipe.spacing)),
         guidance=jnp.float32(guidance),
         key=jax.random.key_data(jax.random.key(seed)),
     )
@@ -283,7 +279,8 @@ def _leaves(call: Call) -> tuple[Any, ...]:
 def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tuple[Any, ...]], Array]:
     """Return the function (parameters, `Call`) -> uint8 (b, h, w, 3) that does what `Pipeline.__call__` does."""
     model, texts, net = pipe.model, pipe.folder.prompts, pipe.folder.denoiser
-    sampler, sizes = get_sampler(header.sampler).at(4, pipe.spacing), pipe.size_conditioning(header.size)
+    sizes = pipe.size_conditioning(header.size)
+    sampler = get_sampler(header.sampler).configured(pipe.spacing, model.kind)
 
     def encode(params: dict[str, Params], ids: Ids, size: Any) -> dict[str, Array]:
         rows = None if size is None else jnp.tile(jnp.asarray(size, jnp.float32), (header.batch, 1))

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image as PILImage
 
 from lcm_jax.diffusion.parameterization import add_noise
-from lcm_jax.diffusion.samplers import Sampler, get_sampler, time_grid
+from lcm_jax.diffusion.samplers import Sampler, check_given_steps, get_sampler, walk
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, InpaintTarget
-from lcm_jax.diffusion.time_grids import Grid, Spacing, pad, truncate
+from lcm_jax.diffusion.time_grids import Grid, Spacing, Walk, pad, truncate
 from lcm_jax.inference.call_options import GUIDANCE, Settings, real_number, refuse, two_numbers, whole_number
 from lcm_jax.inference.parameters import Parameters, named_dtype
 from lcm_jax.lora import Adapters, merge
@@ -43,7 +43,7 @@ from lcm_jax.weights.diffusers_folder import LCM, SD, Component, Folder, save_fo
 from lcm_jax.weights.lora.modules import Network
 from lcm_jax.weights.model_files import lora_networks
 from lcm_jax.weights.registry import class_name
-from lcm_jax.weights.scheduler_config import followed, read_scheduler, reads, sampler_of
+from lcm_jax.weights.scheduler_config import read_scheduler, read_spacing, reads, sampler_of
 from mmdit.text import zero_prompt
 from mmdit.text.conditioning import size_pair
 
@@ -77,7 +77,7 @@ class Pipeline:
         if folder.pipeline in SD and reads(config, "steps_offset"):
             config["steps_offset"] = 1  # as diffusers corrects it: SD was trained on timesteps that begin at 1
         schedule, kind = read_scheduler(config, source=source)
-        self.spacing = Spacing.from_config(followed(config), source=source)
+        self.spacing = read_spacing(config, source=source)
         net, vae = folder.components[folder.denoiser].module, folder.components["vae"].module
         embeds = net.config.time_cond_proj_dim is not None
         spans = getattr(net.config, "span_embedding", False)
@@ -162,6 +162,9 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | Sampler | None = None,
+        sigmas: str | Float[Array | np.ndarray, " n"] | Sequence[float] | None = None,
+        timesteps: Float[Array | np.ndarray, " n"] | Int[Array | np.ndarray, " n"] | Sequence[float] | None = None,
+        spacing: str | None = None,
         gamma: float | None = None,
         seed: int = 0,
         size: int | Sequence[int] | None = None,
@@ -186,9 +189,12 @@ class Pipeline:
         prompt, negative_prompt: one text or a list. steps, guidance, sampler: the model's own for None, which
         `settings` returns. steps: solver steps, each of as many network evaluations as the sampler's solver declares.
         guidance: classifier-free guidance scale, 1 for none; a network with a w-embedding receives w = guidance - 1.
-        sampler: a name in `diffusion.samplers.SAMPLERS`, or a `Sampler`. gamma: for tcd, the share of a step that is
-        noise, 0.3 by default. seed: the seed of the noise, from 0 to 2**32 - 1. size: (height, width) in pixels, or one
-        number for a square; the model's own by default. latents: the initial unit noise, for parity with other systems.
+        sampler: a name in `diffusion.samplers.SAMPLERS`, or a `Sampler`. sigmas: the rule that places the steps by
+        noise levels, "karras", "exponential", "beta", "lu" or "ays", or the levels themselves; timesteps: what the
+        network is told at each step; spacing: "leading", "trailing" or "linspace" (`diffusion.samplers.walk`).
+        gamma: for tcd, the share of a step that is noise, 0.3 by default. seed: the seed of the noise, from 0 to
+        2**32 - 1. size: (height, width) in pixels, or one number for a square; the model's own by default. latents: the
+        initial unit noise, for parity with other systems.
         image, strength: image-to-image; the image (uint8 or of PIL, scaled to `size` and cut to its middle) is noised
         up to `strength` (0.6 by default) of the way and redrawn. mask: inpainting; only white (128 and above) or true
         pixels are redrawn, from pure noise without a strength.
@@ -208,6 +214,7 @@ class Pipeline:
             refuse("pipe", unknown, CALL_OPTIONS)
         prompts, negatives = pair_texts(prompt, negative_prompt, whole_number("num_images", num_images))
         seed = whole_number("seed", seed, 0, 2**32 - 1)  # jax.random.key wraps larger ones around
+        steps = check_given_steps(steps, sigmas, timesteps)
         steps, guidance, sampler = self.settings(steps=steps, guidance=guidance, sampler=sampler)
         spec = get_sampler(sampler)
         for name, value in (("strength", strength), ("mask", mask)):
@@ -218,7 +225,7 @@ class Pipeline:
         if strength is None:
             strength = 0.6 if image is not None and mask is None else 1.0
         strength = real_number("strength", strength)
-        model, spacing = self._on_shift(shift, double_shift)
+        model, rules = self._on_shift(shift, double_shift)
         size = self.check_size(size)
         self.check_memory(size, len(prompts))
         pictures = None if image is None else check_pictures(image, size, len(prompts))
@@ -226,12 +233,13 @@ class Pipeline:
         if mask is not None:
             redrawn = latent_mask(fit_masks(mask, size), size, len(prompts), model.vae.config.downsample_factor)
         sizes = self.size_conditioning(size, original_size=original_size, crop=crop, aesthetic_score=aesthetic_score)
-        spec = spec.at(steps, spacing)
+        spec = spec.configured(rules, model.kind)
         if gamma is not None:
             if sampler != "tcd":
                 raise ValueError(f"gamma is an option of the sampler tcd, and this is {sampler}: leave it out")
             spec = replace(spec, solver=TCD(gamma=real_number("gamma", gamma)))
-        times = self.times(model, spec, steps, spacing, strength)
+        walked = self.walk(model, spec, steps, rules, strength, sigmas=sigmas, timesteps=timesteps, spacing=spacing)
+        times, rules = walked.times, rules if spacing is None else replace(rules, timestep_spacing=spacing)
         guided = (guidance != 1.0 or bool(skip_layers)) and not model.embeds_guidance
         skip = None
         if skip_layers:
@@ -245,7 +253,7 @@ class Pipeline:
         with out_of_memory(f"{what} in {_precision(self)}", LESS_MEMORY):
             with phase("reading the weights and encoding the prompts"):
                 cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
-                x, inpaint_target = noise * spec.init_noise_sigma(model.schedule, times, spacing), None
+                x, inpaint_target = noise * spec.init_noise_sigma(model.schedule, times, rules), None
                 if pictures is not None:
                     x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
                     if redrawn is not None:
@@ -255,7 +263,7 @@ class Pipeline:
                 if self.mesh is not None:
                     cond, null, x, inpaint_target = shard_batch((cond, null, x, inpaint_target), self.mesh)
                 params = self.net_params, self.params["vae"]
-            parts = (*params, cond, null, x, pad(times), jnp.float32(guidance), sample_key)
+            parts = (*params, cond, null, x, pad(walked), jnp.float32(guidance), sample_key)
             with phase(f"compiling the program for {what}"):  # returns once the device has begun
                 made = self._draw(*parts, skip, inpaint_target, model=model, sampler=spec, guided=guided)
             with phase(f"drawing {what} in {steps} step{'s' * (steps > 1)}"):
@@ -381,16 +389,29 @@ class Pipeline:
             raise ValueError(f"skip_layers={indices}: this model has the layers 0 to {depth - 1}")
         return indices
 
-    def times(
-        self, model: LatentDiffusion, spec: Sampler, steps: int, spacing: Spacing, strength: float
-    ) -> Float[np.ndarray, " n_plus_1"]:
-        """Return the time grid: LCM's pipeline spends all steps below the strength, the others drop the first ones."""
-        schedule = model.schedule
-        below_strength = schedule.timesteps is None or self.folder.pipeline in LCM
-        times = time_grid(spec, schedule, steps, spacing=spacing, strength=strength if below_strength else 1.0)
-        times = times if below_strength else truncate(times, strength)
-        model.check_start(float(times[0]))
-        return times
+    def walk(
+        self,
+        model: LatentDiffusion,
+        spec: Sampler,
+        steps: int,
+        rules: Spacing,
+        strength: float,
+        *,
+        sigmas: Any = None,
+        timesteps: Any = None,
+        spacing: str | None = None,
+    ) -> Walk:
+        """Return the steps: LCM's pipeline spends all of them below the strength, the others drop the first ones.
+
+        sigmas, timesteps, spacing: what places them in place of the folder's `rules` (`diffusion.samplers.walk`).
+        """
+        below = not spec.even or model.schedule.timesteps is None or self.folder.pipeline in LCM
+        placed: dict[str, Any] = {"sigmas": sigmas, "timesteps": timesteps, "timestep_spacing": spacing}
+        placed |= {"spacing": rules, "family": "sdxl" if self.folder.is_sdxl else "sd1"}
+        walked = walk(spec, model.schedule, steps, strength=strength if below else 1.0, **placed)
+        walked = walked if below else walked.last(len(truncate(walked.times, strength)) - 1)
+        model.check_start(float(walked.times[0]))
+        return walked
 
     def noise(self, key: Key, n: int, size: tuple[int, int], latents: Any = None) -> Image:
         """Return unit noise of the latents' shape, or the given latents; ValueError if those do not fit."""

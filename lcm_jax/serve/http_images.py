@@ -157,7 +157,8 @@ class Images:
 
     def _key(self, options: dict[str, Any]) -> Hashable:
         """Return what the program depends on that draws such a picture."""
-        sampler = get_sampler(options["sampler"]).at(options["steps"], self.service.pipe.spacing)
+        pipe = self.service.pipe
+        sampler = get_sampler(options["sampler"]).configured(pipe.spacing, pipe.model.kind)
         return options["size"], "image" in options, "mask" in options, options["guidance"] != 1.0, sampler
 
     def _options(self, body: bytes) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Controls:
         >>> [round(t, 2) for t in times.tolist()]
         [1.0, 0.49, 0.0]
         """
-        grid = time_grid(sampler.at(GRID, spacing), schedule, GRID, spacing=spacing)
+        grid = time_grid(sampler, schedule, GRID, spacing=spacing)
         index = self.t_index
         if index is None:
             start = GRID - max(int(GRID * self.strength), self.steps)

@@ -346,7 +346,7 @@ class Stream:
                     self.filter.drawn, self.filter.skipped = old.drawn, old.skipped
         program = StreamProgram(
             model=self.pipe.model,
-            sampler=self._sampler.at(now.steps, self.pipe.spacing),
+            sampler=self._sampler.configured(self.pipe.spacing, self.pipe.model.kind),
             steps=now.steps,
             frames=self.frames,
             guidance={"self": "residual", "onetime": "residual"}.get(now.guidance, now.guidance),

@@ -20,9 +20,9 @@ from lcm_jax.typing import Kind, Schedule
 CONTINUOUS = "ContinuousScheduler"
 """The class name written for models that no scheduler of diffusers draws; diffusers refuses it (`from_config`)."""
 
-SCHEDULERS: Mapping[str, str] = {
-    name: sampler for sampler, spec in SAMPLERS.items() for name in spec.diffusers
-} | {CONTINUOUS: "euler"}
+SCHEDULERS: Mapping[str, str] = {name: sampler for sampler, spec in SAMPLERS.items() for name in spec.diffusers} | {
+    CONTINUOUS: "euler"
+}
 """The scheduler classes that can be read, each with the sampler that is it."""
 
 CONTINUOUS_SCHEDULES: Mapping[str, type[Any]] = {"cosine": Cosine, "rectified_flow": RectifiedFlow}
@@ -256,7 +256,7 @@ def with_zero_terminal_snr(config: Mapping[str, Any]) -> dict[str, Any]:
 def from_config(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> Schedule:
     """Return the schedule that a diffusers scheduler_config.json describes by its betas or its flow shift.
 
-    `Spacing.from_config` reads the spacing, `read_scheduler` the prediction type. The key `schedule`, which diffusers
+    `read_spacing` reads the spacing, `read_scheduler` the prediction type. The key `schedule`, which diffusers
     does not have, names one of CONTINUOUS_SCHEDULES. Raises ValueError for betas given as a list, for
     resolution-dependent shifting and for an unknown beta_schedule.
     """
@@ -293,7 +293,7 @@ def read_spacing(config: Mapping[str, Any], *, source: str = "scheduler_config.j
     False
     """
     defaults = _CLASS_DEFAULTS.get(str(config.get("_class_name", "")), {})
-    return Spacing.from_config({**defaults, **config}, source=source)
+    return Spacing.from_config({**defaults, **followed(config)}, source=source)
 
 
 def read_scheduler(config: Mapping[str, Any], *, source: str = "scheduler_config.json") -> tuple[Schedule, Kind]:

@@ -1,7 +1,7 @@
 """Every sampler under every sigma rule against diffusers' scheduler of the same config, under one nonlinear network.
 
-The network's output is of unit size and depends on the time as fast as an embedding does, so that a time that is rounded
-otherwise shows.
+The network's output is of unit size and depends on the time as fast as an embedding does: a time that is rounded in
+another way shows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lcm_jax.diffusion.parameterization import bind
 from lcm_jax.diffusion.samplers import SAMPLERS, walk
 from lcm_jax.diffusion.sampling import sample
 from lcm_jax.diffusion.schedules import OnGrid
-from lcm_jax.diffusion.time_grids import SIGMAS, Grid, Spacing, pad
+from lcm_jax.diffusion.time_grids import SIGMAS, Grid, pad
 from lcm_jax.typing import Kind, Schedule, Solver
 from lcm_jax.weights.scheduler_config import read_scheduler, read_spacing, sampler_of
 

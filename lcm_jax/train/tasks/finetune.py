@@ -15,9 +15,9 @@ import numpy as np
 
 from lcm_jax import lora
 from lcm_jax.data import Cache, Source, cached
-from lcm_jax.diffusion.samplers import get_sampler, time_grid
+from lcm_jax.diffusion.samplers import get_sampler, walk
 from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.diffusion.time_grids import Spacing, pad
+from lcm_jax.diffusion.time_grids import pad
 from lcm_jax.models.latent_diffusion import LatentDiffusion, as_apply
 from lcm_jax.objectives import Diffusion
 from lcm_jax.parallel.sharding import BatchedMap, batch_parts, param_sharding
@@ -37,7 +37,7 @@ from lcm_jax.weights.lora.files import save_loras
 from lcm_jax.weights.model_files import lora_networks
 from lcm_jax.weights.registry import DENOISERS, class_name
 from lcm_jax.weights.safetensors_files import read_json
-from lcm_jax.weights.scheduler_config import followed, read_scheduler, sampler_of
+from lcm_jax.weights.scheduler_config import read_scheduler, read_spacing, sampler_of
 from mmdit.blocks import Remat
 from mmdit.text import T5Encoder
 
@@ -194,20 +194,23 @@ class FinetuneTask:
 
         weights: the digest of all weights, configs and tokenizers that draw them.
         """
+        spacing = read_spacing(scheduler)
         sampler = sampler_of(scheduler)
-        spec, spacing = get_sampler(sampler), Spacing.from_config(followed(scheduler))
-        times = time_grid(spec, model.schedule, self.class_steps, spacing=spacing)
+        spec = get_sampler(sampler).configured(spacing, model.kind)
+        walked = walk(spec, model.schedule, self.class_steps, spacing=spacing)
         parts = batch_parts(conditioner.batched_map.mesh)
         drawn = min(DRAWN, parts * decode_batch((self.data.size, self.data.size)))
         cond, null = conditioner.encode_text([self.class_prompt] * drawn), conditioner.empty(drawn)
         vae, guidance = conditioner.vae.module.config, self.class_guidance
         side = self.data.size // vae.downsample_factor
-        noise_sigma = spec.init_noise_sigma(model.schedule, times, spacing)  # outside jit: it needs concrete arrays
+        noise_sigma = spec.init_noise_sigma(
+            model.schedule, walked.times, spacing
+        )  # outside jit: it needs concrete arrays
 
         @jax.jit
         def draw(params: Params, key: Key, inputs: tuple[Cond, Cond, Image]) -> Array:
             options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
-            return model.latents(params, *inputs, pad(times), guidance, key, **options)
+            return model.latents(params, *inputs, pad(walked), guidance, key, **options)
 
         def produce() -> Iterator[dict[str, Any]]:
             record_cond = {name: np.asarray(leaf[0], np.float16) for name, leaf in cond.items()}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax.data import Source
-from lcm_jax.diffusion.samplers import get_sampler, time_grid
+from lcm_jax.diffusion.samplers import get_sampler, walk
 from lcm_jax.diffusion.time_grids import Spacing, pad
 from lcm_jax.models.latent_diffusion import LatentDiffusion
 from lcm_jax.parallel.sharding import BatchedMap
@@ -79,24 +79,24 @@ def preview(
     The noise is the same every time. texts: parameters of the text encoders, if these are trained; None: the
     conditioner's own.
     """
-    n, spec = len(captions), get_sampler(sampler)
+    n, spec = len(captions), get_sampler(sampler).configured(Spacing(), model.kind)
 
     def encode(learned: Learned | None = None) -> tuple[Mapping[str, np.ndarray], Cond]:
         return conditioner.encode_text(captions, learned=learned), conditioner.empty(n, learned)
 
     frozen_cond = encode()
     spacing = Spacing(timestep_spacing="trailing")
-    times = time_grid(spec, model.schedule, steps, spacing=spacing)
+    walked = walk(spec, model.schedule, steps, spacing=spacing)
     vae = conditioner.vae.module.config
     side = vae.sample_size // vae.downsample_factor
-    noise_sigma = spec.init_noise_sigma(model.schedule, times, spacing)
+    noise_sigma = spec.init_noise_sigma(model.schedule, walked.times, spacing)
     noise = noise_sigma * jax.random.normal(jax.random.key(0), (n, side, side, vae.latent_channels))
     most = decode_batch((vae.sample_size, vae.sample_size))
 
     @jax.jit
     def run(params: Params, vae_params: Params, inputs: tuple[Cond, Cond, Image]) -> Array:
         options: dict[str, Any] = {"sampler": spec, "guided": guidance != 1.0}
-        x = model.latents(params, *inputs, pad(times), guidance, jax.random.key(1), **options)
+        x = model.latents(params, *inputs, pad(walked), guidance, jax.random.key(1), **options)
         return model.decode(vae_params, x)
 
     def show(
