@@ -185,17 +185,15 @@ def _lora_part(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def parse_steps(option: str, text: str | None) -> str | list[float] | None:
-    """Return the numbers of a list such as 999,759,499, or --sigmas' rule; ValueError for another text.
+def parse_numbers(option: str, text: str | None) -> list[float] | None:
+    """Return the numbers of a list such as 999,759,499; ValueError, which names the option, for another text.
 
-    >>> from lcm_jax.cli.main import parse_steps
-    >>> parse_steps("--timesteps", "999,759"), parse_steps("--sigmas", "karras")
-    ([999.0, 759.0], 'karras')
+    >>> from lcm_jax.cli.main import parse_numbers
+    >>> parse_numbers("--timesteps", "999,759")
+    [999.0, 759.0]
     """
-    if text is None or (option == "--sigmas" and text in RULES):
-        return text
     try:
-        return [float(number) for number in text.split(",")]
+        return None if text is None else [float(number) for number in text.split(",")]
     except ValueError:
         rules = f" one of {', '.join(RULES)}, or" if option == "--sigmas" else ""
         raise ValueError(f"{option} {text}: give{rules} numbers with commas between them") from None
@@ -229,6 +227,8 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
     paths = picture_files.names(arguments.out, arguments.prompt, arguments.num_images, arguments.seed)
     image = None if arguments.image is None else read_image(arguments.image)
     mask = None if arguments.mask is None else read_image(arguments.mask, "--mask").mean(axis=-1).astype(np.uint8)
+    ruled, timesteps = arguments.sigmas in RULES, parse_numbers("--timesteps", arguments.timesteps)
+    sigmas = arguments.sigmas if ruled else parse_numbers("--sigmas", arguments.sigmas)
     mesh = _mesh(arguments)
     pipe, options = _load(arguments)
     if mesh is not None:
@@ -242,8 +242,8 @@ def _sample(arguments: argparse.Namespace, _: Sequence[str]) -> None:
         num_images=arguments.num_images, size=size, image=image, strength=arguments.strength, mask=mask,
         t5_tokens=arguments.t5_tokens, shift=arguments.shift, double_shift=False if arguments.single_shift else None,
         skip_layers=arguments.skip_layers, skip_scale=arguments.skip_scale,
-        skip_interval=tuple(arguments.skip_interval), sigmas=parse_steps("--sigmas", arguments.sigmas),
-        timesteps=parse_steps("--timesteps", arguments.timesteps), spacing=arguments.spacing, **options,
+        skip_interval=tuple(arguments.skip_interval), sigmas=sigmas,
+        timesteps=timesteps, spacing=arguments.spacing, **options,
     )  # fmt: skip
     if distributed.is_main():
         _write_pictures(arguments, paths, pictures)
@@ -253,8 +253,8 @@ def _sample_compiled(
     arguments: argparse.Namespace, pipe: Pipeline, size: tuple[int, int] | None, options: dict[str, Any]
 ) -> np.ndarray:
     exported = Exported(pipe, arguments.compiled)
-    names = ("image", "mask", "strength", "t5_tokens", "shift", "single_shift", "skip_layers", "mesh")
-    for name in (*names, "sigmas", "timesteps", "spacing"):
+    refused = ["image", "mask", "strength", "t5_tokens", "shift", "single_shift", "skip_layers", "mesh"]
+    for name in (*refused, "sigmas", "timesteps", "spacing"):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is no option of --compiled: leave one of them out")
     for name, asked, compiled_for in (

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from lcm_jax.diffusion.multistep_solvers import DEIS, LMS, PLMS, DPMppMultistep, DPMppSinglestep, UniPC
 from lcm_jax.diffusion.schedules import DDPM, RectifiedFlow
@@ -37,7 +37,8 @@ TableGrid = Callable[[int, Spacing, float], np.ndarray]
 """(steps, spacing, strength) -> the times of a table at which a sampler evaluates the network, and its end."""
 FlowGrid = Callable[[int, RectifiedFlow, Spacing], np.ndarray]
 """(steps, schedule, spacing) -> the times of a flow where the scheduler config says use_flow_sigmas."""
-Levels = Float[np.ndarray, " n"] | Sequence[float]
+Levels = Float[Array | np.ndarray, " n"] | Int[Array | np.ndarray, " n"] | Sequence[float]
+"""Noise levels or timesteps, one for each step."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -342,11 +342,15 @@ class OnGrid:
     def network_time(self, t: Time) -> Float[Array, "*b"]:
         found, index = self._find(t)
         between = self.schedule.log_time(t) if isinstance(self.schedule, DDPM) else self.schedule.network_time(t)
+        if self.walk.network_times is None:
+            return self.schedule.network_time(t)
         return jnp.where(found, self.walk.network_times[index], between)
 
     def order_at(self, t: Time) -> Float[Array, "*b"]:
         """Return the order that the step of the grid from t may have; infinite at other times."""
         found, index = self._find(t)
+        if self.walk.orders is None:
+            return jnp.full(found.shape, jnp.inf)
         return jnp.where(found, self.walk.orders[index].astype(jnp.float32), jnp.inf)
 
     def grid(self, steps: int, spacing: Any) -> Float[np.ndarray, " n_plus_1"]:

@@ -72,7 +72,6 @@ def pad(grid: Float[np.ndarray, " n_plus_1"] | Walk, capacity: int = CAPACITY) -
     >>> padded.times.shape, int(padded.steps)
     ((1001,), 4)
     """
-    walk = isinstance(grid, Walk)
     times = grid.times if isinstance(grid, Walk) else grid
     steps = len(times) - 1
     check_steps(steps, capacity)
@@ -81,7 +80,7 @@ def pad(grid: Float[np.ndarray, " n_plus_1"] | Walk, capacity: int = CAPACITY) -
         return jnp.asarray(np.append(row, np.full(capacity - steps, row[-1])).astype(dtype))
 
     padded = Grid(longer(times, np.float32), jnp.asarray(steps, jnp.int32))
-    if not walk:
+    if not isinstance(grid, Walk):
         return padded
     return padded._replace(network_times=longer(grid.network_times, np.float32), orders=longer(grid.orders, np.int32))
 

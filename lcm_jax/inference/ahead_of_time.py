@@ -264,7 +264,7 @@ def _call(
         ids=texts.tokenize(prompts),
         negative=texts.tokenize(negatives or [""] * len(prompts)),
         empty=jnp.asarray(negatives is None),
-        grid=pad(walked),
+        grid=pad(walked),  # type: ignore[arg-type]
         noise_sigma=jnp.float32(spec.init_noise_sigma(pipe.model.schedule, walked.times, pipe.spacing)),
         guidance=jnp.float32(guidance),
         key=jax.random.key_data(jax.random.key(seed)),
@@ -273,7 +273,7 @@ def _call(
 
 def _leaves(call: Call) -> tuple[Any, ...]:
     """Return the call as tuples, which every version of jax.export can write."""
-    return tuple(call._replace(grid=tuple(call.grid)))  # type: ignore[arg-type]
+    return tuple(call._replace(grid=tuple(call.grid)))
 
 
 def _program(pipe: Pipeline, header: Header) -> Callable[[dict[str, Params], tuple[Any, ...]], Array]:

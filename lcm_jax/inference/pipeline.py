@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image as PILImage
 
 from lcm_jax.diffusion.parameterization import add_noise
-from lcm_jax.diffusion.samplers import Sampler, check_given_steps, get_sampler, walk
+from lcm_jax.diffusion.samplers import Levels, Sampler, check_given_steps, get_sampler, walk
 from lcm_jax.diffusion.schedules import RectifiedFlow
 from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, Walk, pad, truncate
@@ -162,8 +162,8 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         sampler: str | Sampler | None = None,
-        sigmas: str | Float[Array | np.ndarray, " n"] | Sequence[float] | None = None,
-        timesteps: Float[Array | np.ndarray, " n"] | Int[Array | np.ndarray, " n"] | Sequence[float] | None = None,
+        sigmas: str | Levels | None = None,
+        timesteps: Levels | None = None,
         spacing: str | None = None,
         gamma: float | None = None,
         seed: int = 0,

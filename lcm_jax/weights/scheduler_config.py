@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from lcm_jax.diffusion.samplers import SAMPLERS, sampler_name
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
-from lcm_jax.diffusion.time_grids import Spacing
+from lcm_jax.diffusion.time_grids import SIGMAS, Spacing
 from lcm_jax.runtime.config_values import MOST_LETTERS, check_values
 from lcm_jax.runtime.messages import shortened, shown
 from lcm_jax.typing import Kind, Schedule
@@ -59,6 +59,7 @@ READERS: Mapping[str, tuple[str, ...]] = {
     ),
     "scale_factors": ("FlowMatchLCMScheduler",),
     "shift_terminal": (*_FLOWS, "UniPCMultistepScheduler"),
+    **dict.fromkeys(("disable_corrector", "predict_x0", "solver_p"), ("UniPCMultistepScheduler",)),
     "solver_order": _SOLVER_ORDER,
     "solver_type": _SOLVER_ORDER,
     "steps_offset": tuple(name for name in _NOT_FLOW if name != "DPMSolverSinglestepScheduler"),
@@ -168,6 +169,7 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
             sampler_name(str(config["sampler"]))
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
+    _check_contradictions(config, source=source)
     for key, value in config.items():
         if key in _FIXED and value not in _FIXED[key]:
             if key == "clip_sample":  # no pixels, which have a range, but latents; StableDiffusionPipeline corrects it
@@ -184,6 +186,19 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
             warnings.warn(text, stacklevel=2)
         if key not in _FIXED and key not in _READ | _IDLE and not key.startswith("_"):
             warnings.warn(f"{source}: {shortened(key, 160)}={shown(value)} is not known and is ignored", stacklevel=2)
+
+
+def _check_contradictions(config: Mapping[str, Any], *, source: str) -> None:
+    """Raise ValueError for two rules of sigmas, and for an algorithm that the class does not have."""
+    name = str(config.get("_class_name", ""))
+    spec = SAMPLERS[SCHEDULERS.get(name, "ddim")]
+    asked = [key for key, rule in SIGMAS.items() if config.get(key) and rule in spec.rules]
+    if len(asked) > 1:
+        raise ValueError(f"{source}: {' and '.join(asked)} are both set, and each places the steps: set one of them")
+    noisy = config.get("algorithm_type") == "sde-dpmsolver++" and reads(config, "algorithm_type")
+    if noisy and name != "DPMSolverMultistepScheduler":
+        hint = _instead("algorithm_type", _FIXED["algorithm_type"][0])
+        raise ValueError(f"{source}: algorithm_type='sde-dpmsolver++' is not supported for {name}; {hint}")
 
 
 def reads(config: Mapping[str, Any], key: str) -> bool:
@@ -360,6 +375,8 @@ def sampler_of(config: Mapping[str, Any], *, source: str = "scheduler_config.jso
         order = config.get("solver_order") or 2
         sampler = "dpm++3m_sde" if order == 3 else "dpm++2m_sde"
         other = "solver_order 1" if order == 1 else None
+    if scheduler == "DPMSolverSinglestepScheduler" and config.get("solver_type") == "heun":
+        other = "solver_type heun"
     if scheduler == "PNDMScheduler" and not config.get("skip_prk_steps"):
         other = "skip_prk_steps false"
     if scheduler == "DDPMScheduler" and config.get("variance_type") not in (None, "fixed_small", "fixed_small_log"):
