@@ -320,7 +320,7 @@ class UniPC:
 
     @property
     def order(self) -> int:
-        return self.solver_order
+        return max(self.solver_order, 2)  # the corrector's, where a single D has half a weight
 
     def init(self, x: Image) -> Carry:
         last = (x, jnp.ones(x.shape[:1]), jnp.ones(x.shape[:1]), jnp.ones(x.shape[:1]))  # x, alpha, sigma, order
@@ -533,8 +533,9 @@ class PLMS:
         start, alpha, sigma = (
             jnp.where(expand(again, new), old, new) for old, new in ((x_0, x), (alpha_0, alpha_t), (sigma_0, sigma_t))
         )
-        moved = move(to_prediction(self.kind, mean, start, alpha, sigma), alpha_s, sigma_s)
         began = count == 0.0
+        averaged = move(to_prediction(self.kind, mean, start, alpha, sigma), alpha_s, sigma_s)
+        moved = jnp.where(expand(began, x), move(prediction, alpha_s, sigma_s), averaged)
         first = tuple(
             jnp.where(expand(began, new), new, old) for old, new in ((x_0, x), (alpha_0, alpha_t), (sigma_0, sigma_t))
         )

@@ -345,7 +345,7 @@ def _by_rule(
             return np.append(times, end), np.append(times, max(end, 0.0))
         levels = aligned_levels(family, n, ratios) if rule == "ays" else noise_levels(rule, n, high, low)
         told = _rounded(table_network_times(levels, ratios), sampler, rule, schedule)
-        return np.append(table_times(levels, ratios), end), np.append(told, max(end, 0.0))
+        return np.append(np.maximum(table_times(levels, ratios), end), end), np.append(told, max(end, 0.0))
     if isinstance(schedule, RectifiedFlow):
         if spacing.use_flow_sigmas:  # diffusers' UniPC: the levels of a table, as those of a flow of the same log-SNR
             ratios = DDPM().ratios

@@ -43,12 +43,12 @@ def move(prediction: Prediction, alpha: Array, sigma: Array) -> Image:
 
 
 def scales(schedule: Schedule, t: Time, x: Image) -> tuple[Array, Array]:
-    """Return alpha(t) and sigma(t), ready to multiply x."""
+    """Return alpha(t) and sigma(t), scalars or (b,) -> (b, 1, 1, 1), ready to multiply x."""
     return expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
 
 
 def midpoint(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) -> tuple[Prediction, Prediction, Array]:
-    """Return the predictions at t and at the time halfway to s in log-SNR, and where that time exists."""
+    """Return the predictions at t and at m, lambda_m = (lambda_t + lambda_s) / 2, and where that time exists."""
     lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
     finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
     middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)
@@ -58,13 +58,13 @@ def midpoint(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) 
 
 
 def finite_log_snr(schedule: Schedule, t: Time, x: Image) -> Float[Array, " b"]:
-    """Return lambda(t) for each row of x; pure noise counts as `LOWEST_LOG_SNR`, and the clean end is +inf."""
+    """Return lambda(t) -> (b,) for the rows of x; pure noise counts as `LOWEST_LOG_SNR`, and the clean end is +inf."""
     value = jnp.broadcast_to(log_snr(schedule, t), x.shape[:1])
     return jnp.where(value == -jnp.inf, LOWEST_LOG_SNR, value)
 
 
 def highest_order(schedule: Schedule, t: Time, x: Image, order: int) -> Float[Array, " b"]:
-    """Return the order that each row's step from t may have: at most `order`, and that of the grid if it names one."""
+    """Return the order -> (b,) that each row's step from t may have: `order`, or that of the grid where it is lower."""
     named = schedule.order_at(t) if isinstance(schedule, OnGrid) else order
     return jnp.broadcast_to(jnp.minimum(jnp.asarray(named, jnp.float32), order), x.shape[:1])
 

@@ -281,7 +281,7 @@ class DPMppSDE:
         x_s = alpha_s (x0(u) + q^2 (x0(x) - x0(u))) + sigma_s (q eps(x) + sqrt(1 - q^2) z).
 
     Two evaluations and two noises a step, which are independent here (in k-diffusion both are of one Brownian path);
-    given noise is (2, b, h, w, c). Where lambda_t or lambda_s is infinite it is DDIM with eta 1.
+    given noise is (2, b, h, w, c), or one for both. Where lambda_t or lambda_s is infinite it is DDIM with eta 1.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -311,10 +311,11 @@ class DPMppSDE:
         t: Time,
         s: Time,
         carry: Carry,
-        key: Key | Float[Array, "2 b h w c"],
+        key: Key | Float[Array, "*2 b h w c"],
     ) -> tuple[Image, Carry]:
         is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        noises = [unit_noise(part, x) for part in (jax.random.split(key) if is_key else key)]
+        pair = jax.random.split(key) if is_key else jnp.broadcast_to(key, (2, *x.shape))
+        noises = [unit_noise(part, x) for part in pair]
         lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
         finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
         middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)

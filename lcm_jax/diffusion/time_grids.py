@@ -34,6 +34,12 @@ class Walk(NamedTuple):
 
     The network's time differs from the schedule's where a scheduler of diffusers rounds it for noise levels that are
     between the timesteps. An order is the highest that a multistep solver may take there.
+
+    >>> import numpy as np
+    >>> from lcm_jax.diffusion.time_grids import Walk
+    >>> walk = Walk(np.array([750.0, 500.0, -1.0]), np.array([750.0, 500.0, 0.0]), np.array([9, 9]))
+    >>> walk.with_second_repeated().times.tolist(), walk.last(1).times.tolist()
+    ([750.0, 500.0, 500.0, -1.0], [500.0, -1.0])
     """
 
     times: Float[np.ndarray, " n_plus_1"]
@@ -266,15 +272,28 @@ def aligned_levels(family: str, steps: int, ratios: Float[np.ndarray, " t"]) -> 
 
 
 def table_times(levels: Float[np.ndarray, " n"], ratios: Float[np.ndarray, " t"]) -> Float[np.ndarray, " n"]:
-    """Return the times at which a table has these sigma / alpha, which is linear between its timesteps."""
+    """Return the times at which a table has these sigma / alpha, which is linear between its timesteps.
+
+    >>> import numpy as np
+    >>> from lcm_jax.diffusion.time_grids import table_times
+    >>> table_times(np.array([4.0, 1.5, 0.0]), np.array([1.0, 2.0, 4.0])).tolist()
+    [2.0, 0.5, -1.0]
+    """
     return np.interp(levels, np.append(0.0, ratios.astype(np.float64)), np.arange(-1.0, len(ratios)))
 
 
 def table_network_times(levels: Float[np.ndarray, " n"], ratios: Float[np.ndarray, " t"]) -> Float[np.ndarray, " n"]:
-    """Return the timesteps that diffusers tells the network for these sigma / alpha: linear in the logarithm."""
+    """Return the timesteps that diffusers tells the network for these sigma / alpha: linear in the logarithm.
+
+    >>> import numpy as np
+    >>> from lcm_jax.diffusion.time_grids import table_network_times
+    >>> table_network_times(np.array([4.0, 2.0**0.5]), np.array([1.0, 2.0, 4.0])).round(3).tolist()
+    [2.0, 0.5]
+    """
     logs, log_levels = np.log(ratios), np.log(np.maximum(levels, 1e-10))
     low = np.clip(np.searchsorted(logs, log_levels, side="right") - 1, 0, len(logs) - 2)
-    weight = np.clip((logs[low] - log_levels) / (logs[low] - logs[low + 1]), 0.0, 1.0)
+    gap = logs[low + 1] - logs[low]  # 0 where two entries count as the same noise, beside a zero terminal SNR
+    weight = np.clip(np.divide(log_levels - logs[low], gap, out=np.ones_like(log_levels), where=gap > 0.0), 0.0, 1.0)
     return (1.0 - weight) * low + weight * (low + 1)
 
 

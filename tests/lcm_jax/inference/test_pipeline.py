@@ -17,7 +17,8 @@ from PIL import Image
 import lcm_jax
 from lcm_jax import Pipeline, lora
 from lcm_jax.cli.main import main
-from lcm_jax.diffusion.samplers import get_sampler
+from lcm_jax.diffusion.samplers import get_sampler, time_grid
+from lcm_jax.diffusion.time_grids import Spacing
 from lcm_jax.inference import pipeline as pipeline_module
 from lcm_jax.nets import RULES_UNET, UNet
 from lcm_jax.runtime.atomic_files import write_json
@@ -391,15 +392,16 @@ def test_the_folders_sampler(tiny_components: dict[str, Component], scheduler: s
 
 
 def test_a_scheduler_that_another_sampler_stands_in_for_is_a_warning(tiny_components) -> None:
-    with pytest.warns(
-        UserWarning, match=r"scheduler_config.json asks for PNDMScheduler.*'ddim' \(DDIMScheduler\) draws"
-    ):
-        assert bare(tiny_components, _class_name="PNDMScheduler").default_sampler == "ddim"
+    with pytest.warns(UserWarning, match=r"asks for PNDMScheduler with skip_prk_steps false.*'pndm' draws in its"):
+        assert bare(tiny_components, _class_name="PNDMScheduler").default_sampler == "pndm"
 
 
 def test_a_missing_steps_offset_is_corrected_where_the_class_has_one(tiny_components: dict[str, Component]) -> None:
     assert bare(tiny_components, _class_name="DDIMScheduler").spacing.steps_offset == 1  # diffusers' default, 0, too
     assert bare(tiny_components, _class_name="DPMSolverSinglestepScheduler").spacing.steps_offset == 0
+
+
+KARRAS = Spacing(timestep_spacing="trailing", sigmas="karras")
 
 
 def test_a_wrong_scheduler_value_is_overridden(tiny_model: Path, tmp_path: Path) -> None:
@@ -408,10 +410,10 @@ def test_a_wrong_scheduler_value_is_overridden(tiny_model: Path, tmp_path: Path)
     write_json(file, read_json(file) | {"thresholding": True, "use_karras_sigmas": True})
     pipe = lcm_jax.load(copy, scheduler={"thresholding": False, "prediction_type": "v_prediction"})
     assert pipe.model.kind == "v_prediction"
-    times = pipe.times(pipe.model, get_sampler("ddim"), 2, pipe.spacing, 1.0)  # as diffusers' DDIM, without Karras
-    assert times.tolist() == [999.0, 499.0, -1.0]
-    with pytest.raises(ValueError, match=r"use_karras_sigmas, which the sampler euler reads"):
-        pipe("dog face", sampler="euler", steps=1)
+    walked = pipe.walk(pipe.model, get_sampler("ddim"), 2, pipe.spacing, 1.0)  # as diffusers' DDIM, without Karras
+    assert walked.times.tolist() == [999.0, 499.0, -1.0]
+    walked = pipe.walk(pipe.model, get_sampler("euler"), 3, pipe.spacing, 1.0)  # which reads them
+    assert walked.times.tolist() == time_grid(get_sampler("euler"), pipe.model.schedule, 3, spacing=KARRAS).tolist()
     with pytest.raises(ValueError, match=r"scheduler: 'predicton_type' is no key .*, did you mean prediction_type\?"):
         lcm_jax.load(copy, scheduler={"predicton_type": "sample"})
 
