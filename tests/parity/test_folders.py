@@ -17,14 +17,15 @@ import pytest
 import lcm_jax
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.parameterization import bind
-from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, time_grid
-from lcm_jax.diffusion.schedules import DDPM
-from lcm_jax.diffusion.time_grids import Spacing
+from lcm_jax.diffusion.samplers import SAMPLERS, Sampler, walk
+from lcm_jax.diffusion.sampling import sample
+from lcm_jax.diffusion.schedules import DDPM, OnGrid
+from lcm_jax.diffusion.time_grids import Grid, pad
 from lcm_jax.typing import Kind, Schedule
 from lcm_jax.weights.abstract_params import abstract_params
 from lcm_jax.weights.diffusers_folder import Component, Folder, load_component, save_folder
 from lcm_jax.weights.registry import FAMILIES
-from lcm_jax.weights.scheduler_config import read_scheduler, scheduler_config
+from lcm_jax.weights.scheduler_config import read_scheduler, read_spacing, scheduler_config
 from mmdit.text import Tokenizer
 
 torch = pytest.importorskip("torch")
@@ -118,6 +119,9 @@ def test_diffusers_draws_what_we_save(tiny_model: Path) -> None:
 # The published scheduler configs, and what else they may say.
 SCHEDULERS = {
     "lcm": diffusers.LCMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
     "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
     "euler_a": diffusers.EulerAncestralDiscreteScheduler,
@@ -147,20 +151,21 @@ def network(xp: Any, x: Any, t: Any) -> Any:
 
 @functools.cache
 def compiled(sampler: Sampler, schedule: Schedule, kind: Kind) -> Callable:
-    denoise = bind(lambda params, x, t, cond: network(jnp, x, t), None, {}, schedule, kind)
-    denoise = consistency(denoise, schedule) if sampler.consistency else denoise
-    return jax.jit(lambda x, t, s, carry, noise: sampler.solver.step(denoise, schedule, x, t, s, carry, noise))
+    def run(grid: Grid, x: jax.Array) -> jax.Array:
+        on_grid = OnGrid(schedule, grid)
+        denoise = bind(lambda params, x, t, cond: network(jnp, x, t), None, {}, on_grid, kind)
+        denoise = consistency(denoise, on_grid) if sampler.consistency else denoise
+        return sample(denoise, schedule, sampler.solver, grid, x, jax.random.key(0), noise=NOISE)
+
+    return jax.jit(run)
 
 
 def our_sample(config: dict[str, Any], name: str, steps: int) -> np.ndarray:
-    (schedule, kind), spacing = read_scheduler(config), Spacing.from_config(config)
-    sampler = SAMPLERS[name].at(steps, spacing)
-    grid = time_grid(sampler, schedule, steps, spacing=spacing)
-    step, x = compiled(sampler, schedule, kind), jnp.asarray(sampler.init_noise_sigma(schedule, grid, spacing) * X)
-    carry = sampler.solver.init(x)
-    for t, s, noise in zip(grid[:-1], grid[1:], NOISE, strict=False):
-        x, carry = step(x, np.float32(t), np.float32(s), carry, noise)
-    return np.asarray(x)
+    (schedule, kind), spacing = read_scheduler(config), read_spacing(config)
+    sampler = SAMPLERS[name].configured(spacing, kind)
+    walked = walk(sampler, schedule, steps, spacing=spacing)
+    x = jnp.asarray(sampler.init_noise_sigma(schedule, walked.times, spacing) * X)
+    return np.asarray(compiled(sampler, schedule, kind)(pad(walked), x))
 
 
 def their_sample(config: dict[str, Any], name: str, steps: int, folder: Path) -> np.ndarray:
