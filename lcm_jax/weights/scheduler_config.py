@@ -98,6 +98,9 @@ _FIXED: Mapping[str, tuple[Any, ...]] = {
 }
 # Keys that are followed where the class reads them, with the values that change nothing where it does not.
 _FOLLOWED: Mapping[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "solver_order": (2, None),
+    "solver_type": ("midpoint", "bh1", "bh2", "logrho", None),
     "prediction_type": ("flow", "flow_prediction", None),
     "rescale_betas_zero_snr": (False, None),
     "timestep_spacing": ("linspace", None),
@@ -179,7 +182,7 @@ def check_config(config: Mapping[str, Any], *, source: str) -> None:
                 warnings.warn(f"{source}: {key}={shown(value)} is passed over, as by diffusers' {name}", stacklevel=2)
             else:
                 raise ValueError(f"{source}: {key}={shown(value)} is not supported; {_instead(key, _FIXED[key][0])}")
-        if key in _FOLLOWED and value not in _FOLLOWED[key] and not reads(config, key):
+        elif key in _FOLLOWED and value not in _FOLLOWED[key] and not reads(config, key):
             text = f"{source}: {key}={shown(value)} is passed over, as by diffusers' {name}"
             if key == "rescale_betas_zero_snr":
                 text += f"; to follow it {_with('_class_name', 'DDIMScheduler')}"

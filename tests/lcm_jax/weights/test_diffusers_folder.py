@@ -17,7 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcm_jax.diffusion.samplers import SAMPLERS
 from lcm_jax.diffusion.schedules import DDPM, Cosine, RectifiedFlow
+from lcm_jax.diffusion.solvers import (
+    DDIM,
+    DEIS,
+    LMS,
+    PLMS,
+    DPM2Ancestral,
+    DPMppMultistep,
+    DPMppSDE,
+    DPMppSinglestep,
+    UniPC,
+)
 from lcm_jax.runtime.atomic_files import write_json
 from lcm_jax.typing import Kind, Schedule
 from lcm_jax.weights.abstract_params import abstract_params
@@ -25,7 +37,14 @@ from lcm_jax.weights.diffusers_folder import Component, Folder, load_folder, sav
 from lcm_jax.weights.hub import Location
 from lcm_jax.weights.registry import FAMILIES
 from lcm_jax.weights.safetensors_files import read_json
-from lcm_jax.weights.scheduler_config import CONTINUOUS, SCHEDULERS, read_scheduler, scheduler_config
+from lcm_jax.weights.scheduler_config import (
+    CONTINUOUS,
+    SCHEDULERS,
+    read_scheduler,
+    read_spacing,
+    sampler_of,
+    scheduler_config,
+)
 from mmdit.text import Tokenizer
 from vae16 import AutoencoderTiny, TinyConfig, unscale
 
@@ -320,8 +339,8 @@ def test_published_scheduler_configs_are_read_without_a_word(name: str) -> None:
         ("interpolation_type", "log_linear"),
         ("timestep_type", "continuous"),
         ("algorithm_type", "sde-dpmsolver++"),
-        ("solver_order", 3),
-        ("solver_type", "heun"),
+        ("solver_order", 4),
+        ("solver_type", "logsnr"),
         ("lambda_min_clipped", -5.1),
         ("variance_type", "learned_range"),
         ("timestep_scaling", 1.0),
@@ -354,6 +373,79 @@ def test_keys_that_the_class_does_not_read_are_passed_over_with_a_warning(name: 
     with pytest.warns(UserWarning, match=rf"^a/scheduler_config.json: {key}.* passed over"):
         schedule, kind = read_scheduler(config, source="a/scheduler_config.json")
     assert (schedule, kind) == (DDPM(**LATENT), "epsilon")
+
+
+BH1 = UniPC(solver_order=3, solver_type="bh1")
+DPM, SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+
+
+@pytest.mark.parametrize(
+    ("config", "sampler", "solver"),
+    [
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "pndm", PLMS(kind="v_prediction")),
+        ({"_class_name": "UniPCMultistepScheduler"}, "unipc", UniPC()),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_order": 3, "solver_type": "bh1"}, "unipc", BH1),
+        ({"_class_name": "DEISMultistepScheduler", "solver_order": 3}, "deis", DEIS(solver_order=3)),
+        ({"_class_name": "LMSDiscreteScheduler"}, "lms", LMS()),
+        ({"_class_name": "KDPM2AncestralDiscreteScheduler"}, "dpm2_a", DPM2Ancestral()),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "dpm++sde", DPMppSDE()),
+        ({"_class_name": "DDPMScheduler"}, "ddpm", DDIM(eta=1.0)),
+        ({"_class_name": SINGLE}, "dpm++2s", DPMppSinglestep()),
+        ({"_class_name": DPM}, "dpm++2m", DPMppMultistep()),
+        ({"_class_name": DPM, "solver_order": 3}, "dpm++2m", DPMppMultistep(solver_order=3)),
+        ({"_class_name": DPM, "solver_type": "heun"}, "dpm++2m", DPMppMultistep(solver_type="heun")),
+        ({"_class_name": DPM, "algorithm_type": "sde-dpmsolver++"}, "dpm++2m_sde", DPMppMultistep(sde=True)),
+        (
+            {"_class_name": DPM, "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "dpm++3m_sde",
+            DPMppMultistep(sde=True, solver_order=3),
+        ),
+    ],
+)
+def test_a_scheduler_config_picks_the_very_same_sampler(config: dict[str, Any], sampler: str, solver: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_scheduler(config)
+        assert sampler_of(config) == sampler
+        assert SAMPLERS[sampler].configured(read_spacing(config), "v_prediction").solver == solver
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "PNDMScheduler"}, r"PNDMScheduler with skip_prk_steps false.*'pndm' draws in its place"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large"}, r"variance_type fixed_large.*'ddpm' draws"),
+        (
+            {"_class_name": DPM, "algorithm_type": "sde-dpmsolver++", "solver_order": 1},
+            r"order 1.*'dpm\+\+2m_sde' draws",
+        ),
+        ({"_class_name": SINGLE, "solver_type": "heun"}, r"solver_type heun.*'dpm\+\+2s' draws"),
+    ],
+)
+def test_what_another_sampler_draws_is_a_warning_with_both_names(config: dict[str, Any], words: str) -> None:
+    with pytest.warns(UserWarning, match=words):
+        sampler_of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas are both set"),
+        (
+            {"algorithm_type": "sde-dpmsolver++", "_class_name": SINGLE},
+            "'sde-dpmsolver\\+\\+' is not supported for DPM",
+        ),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0=False is not supported"),
+        (
+            {"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]},
+            r"disable_corrector=\[0\] is not supported",
+        ),
+    ],
+)
+def test_contradictory_schedulers_are_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^a/scheduler_config.json: {words}") as caught:
+        read_scheduler({"_class_name": "EulerDiscreteScheduler", **config}, source="a/scheduler_config.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_flow_does_not_read_betas() -> None:
