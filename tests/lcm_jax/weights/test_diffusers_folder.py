@@ -433,7 +433,7 @@ def test_what_another_sampler_draws_is_a_warning_with_both_names(config: dict[st
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas are both set"),
         (
             {"algorithm_type": "sde-dpmsolver++", "_class_name": SINGLE},
-            "'sde-dpmsolver\\+\\+' is not supported for DPM",
+            r"algorithm_type='sde-dpmsolver\+\+' is not supported for DPM",
         ),
         ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0=False is not supported"),
         (
