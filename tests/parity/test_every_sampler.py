@@ -131,7 +131,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "rule", "kind"), CASES)
+def in_gate(name: str, options: dict[str, Any], rule: str | None, kind: str) -> bool:
+    """One of each in the gate, and each rule once."""
+    rules = {
+        "DPMSolverMultistepScheduler": RULED,
+        "EulerDiscreteScheduler": RULED[:1],
+        "UniPCMultistepScheduler": RULED[2:],
+    }
+    return not options and kind == "sd1" and rule in (None, *rules.get(name, ()))
+
+
+RULED = tuple(SIGMAS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rule", "kind"), [case if in_gate(*case) else pytest.param(*case, marks=SLOW) for case in CASES]
+)
 def test_a_table(name: str, options: dict[str, Any], rule: str | None, kind: str) -> None:
     config = LATENT | KINDS[kind] | options | {"_class_name": name} | ({rule: True} if rule else {})
     # one step of DEIS by a rule does nothing in diffusers: it ends where it begins
@@ -158,7 +174,10 @@ FLOWS = {
 }
 
 
-@pytest.mark.parametrize("title", FLOWS)
+@pytest.mark.parametrize(
+    "title",
+    [title if title in ("euler karras", "unipc", "deis") else pytest.param(title, marks=SLOW) for title in FLOWS],
+)
 def test_a_flow(title: str) -> None:
     for steps in (2, 6, 20):
         # beside pure noise, where the log-SNR of UniPC's first step is of a difference in the last bits
@@ -168,8 +187,8 @@ def test_a_flow(title: str) -> None:
 ZERO_SNR = LATENT | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 
-@pytest.mark.parametrize("rule", [None, "use_karras_sigmas"])
-@pytest.mark.parametrize("options", [{}, {"solver_order": 3}])
+@pytest.mark.parametrize("rule", [pytest.param(None, marks=SLOW), "use_karras_sigmas"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=SLOW), {"solver_order": 3}])
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"])
 def test_zero_terminal_snr(name: str, options: dict[str, Any], rule: str | None) -> None:
     config = ZERO_SNR | options | {"_class_name": name, "timestep_spacing": "trailing"} | ({rule: True} if rule else {})
@@ -189,8 +208,10 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("title", STOCHASTIC)
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=SLOW)])
+@pytest.mark.parametrize(
+    "title", [t if t in ("dpm++3m_sde", "dpm2_a", "dpm++sde") else pytest.param(t, marks=SLOW) for t in STOCHASTIC]
+)
 def test_with_their_noise(title: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = STOCHASTIC[title]["_class_name"]
     modules = [getattr(schedulers, module) for module in dir(schedulers) if module.startswith("scheduling_")]
@@ -206,6 +227,7 @@ def test_with_their_noise(title: str, kind: str, monkeypatch: pytest.MonkeyPatch
             close(ours(config, steps, NOISE.reshape(30, 2, *SHAPE) if two else NOISE), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("name", ["LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "UniPCMultistepScheduler"])
 def test_spacings(name: str, spacing: str) -> None:

@@ -318,6 +318,40 @@ def test_same_picture(
     compare(families(name), monkeypatch, **wanted, **sizes)
 
 
+CLASSES = {
+    "pndm": "PNDM",
+    "unipc": "UniPCMultistep",
+    "deis": "DEISMultistep",
+    "lms": "LMSDiscrete",
+    "heun": "HeunDiscrete",
+    "dpm2": "KDPM2Discrete",
+    "dpm++2s": "DPMSolverSinglestep",
+    "dpm++2m": "DPMSolverMultistep",
+}
+RULES = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+PLACED = [
+    (name, sampler, rule)
+    for name, sampler, rule in itertools.product(("sd15", "sd21", "sdxl"), CLASSES, (None, *RULES))
+    if sampler != "pndm" or rule is None
+]
+QUICK = [("sd15", "pndm", None), ("sdxl", "dpm++2m", "karras")]
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "rule"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in PLACED if case not in QUICK)],
+)
+def test_every_sampler_and_sigma_rule(
+    families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch, name: str, sampler: str, rule: str | None
+) -> None:
+    family = families(name)
+    monkeypatch.setitem(SCHEDULERS, sampler, getattr(diffusers, f"{CLASSES[sampler]}Scheduler"))
+    ruled = replace(family, config=family.config | ({RULES[rule]: True} if rule else {}))
+    ours = family.ours(PROMPTS, steps=6, guidance=4.0, sampler=sampler, sigmas=rule, latents=NOISE)
+    options = {"num_inference_steps": 6, "guidance_scale": 4.0}
+    assert_same(ours, oracle_picture(ruled, monkeypatch, sampler=sampler, image=False, options=options))
+
+
 @pytest.mark.parametrize(
     ("name", "sampler"), [("lcm_lora", "lcm"), pytest.param("turbo", "euler_a", marks=pytest.mark.slow)]
 )

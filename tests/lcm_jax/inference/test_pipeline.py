@@ -174,6 +174,8 @@ def test_steps_guidance_and_prompt_do_not_recompile(pipe: Pipeline) -> None:
     pipe("dog face", steps=1, sampler="ddim", guidance=2.0)
     before = pipe._draw._cache_size()
     pipe("cat face", steps=7, sampler="ddim", guidance=3.0)
+    for placed in ({"sigmas": "karras"}, {"sigmas": [9.0, 2.0]}, {"timesteps": [800, 20]}, {"spacing": "trailing"}):
+        pipe("cat face", sampler="ddim", guidance=3.0, seed=1, **{"steps": 2} | placed)
     assert pipe._draw._cache_size() == before
 
 
