@@ -229,7 +229,7 @@ def noise_levels(rule: str, steps: int, high: float, low: float) -> Float[np.nda
     >>> from lcm_jax.diffusion.time_grids import noise_levels
     >>> for rule in ("karras", "exponential", "beta"):
     ...     print(noise_levels(rule, 3, 10.0, 0.1).round(3).tolist())
-    [10.0, 1.474, 0.1]
+    [10.0, 1.451, 0.1]
     [10.0, 1.0, 0.1]
     [10.0, 5.05, 0.1]
     """
@@ -263,7 +263,7 @@ def aligned_levels(family: str, steps: int, ratios: Float[np.ndarray, " t"]) -> 
     >>> from lcm_jax.diffusion.time_grids import aligned_levels
     >>> table = DDPM(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").ratios
     >>> aligned_levels("sd1", 10, table).round(2).tolist()
-    [14.61, 6.47, 3.86, 2.7, 1.89, 1.4, 0.96, 0.65, 0.4, 0.15]
+    [14.61, 6.47, 3.86, 2.69, 1.88, 1.39, 0.96, 0.65, 0.4, 0.15]
     """
     if len(ratios) != 1000:
         raise ValueError(f"sigmas 'ays' is made for tables of 1000 timesteps, and this one has {len(ratios)}")
