@@ -41,7 +41,7 @@ def list_samplers() -> str:
 
     >>> from lcm_jax.cli.listings import list_samplers
     >>> print(list_samplers().splitlines()[0])
-    lcm       4 steps, 1 evaluation a step; LCMScheduler, FlowMatchLCMScheduler
+    lcm          4 steps, 1 evaluation a step; LCMScheduler, FlowMatchLCMScheduler
     """
     rows = []
     for name, sampler in SAMPLERS.items():
