@@ -420,7 +420,7 @@ def test_a_wrong_scheduler_value_is_overridden(tiny_model: Path, tmp_path: Path)
         lcm_jax.load(copy, scheduler={"predicton_type": "sample"})
 
 
-@pytest.mark.parametrize("key", ["solver_order", "thresholding"])
+@pytest.mark.parametrize("key", ["lambda_min_clipped", "thresholding"])
 def test_scheduler_values_with_another_result_name_key_value_and_file(
     tiny_model: Path, tmp_path: Path, key: str
 ) -> None:
