@@ -45,6 +45,7 @@ from lcm_jax.metrics import Preference, load_features
 from lcm_jax.metrics.bootstrap import LEVEL
 from lcm_jax.parallel import distributed
 from lcm_jax.parallel.sharding import make_mesh
+from lcm_jax.plan.topologies import check_compiler
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.cache import use_compilation_cache
 from lcm_jax.runtime.hardware import check_platform
@@ -482,7 +483,6 @@ def _completion(arguments: argparse.Namespace, _: Sequence[str]) -> None:
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     from lcm_jax.plan.command import run_plan
-    from lcm_jax.plan.topologies import check_compiler
 
     check_compiler(arguments.topology)
     config, name = _config(arguments, overrides)
