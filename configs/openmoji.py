@@ -16,6 +16,7 @@ from lcm_jax.train.tasks.diffusion import DiffusionTask
 from lcm_jax.train.tasks.distillation import DistillationTask
 from lcm_jax.train.tasks.finetune import FinetuneTask
 from lcm_jax.train.tasks.lora_config import LoraConfig
+from lcm_jax.train.tasks.textual_inversion import TextualInversionTask
 from mmdit.text import CLIPTextConfig, CLIPVisionConfig
 from vae16 import AutoencoderConfig, LossConfig, PictureLossConfig, TinyConfig
 
@@ -187,4 +188,26 @@ def openmoji_dreambooth() -> TrainConfig:
         task=task,
         loop=LoopConfig(steps=200, batch_size=4, ema=0.98, ema_warmup=True, save_every=100, preview_every=100),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup=20, b2=0.99),
+    )
+
+
+@register
+def openmoji_textual_inversion() -> TrainConfig:
+    """A word for a style: "cat face <outline>" asks the teacher for black lines alone.
+
+    The word stands behind the caption, whose tokens it leaves as they are: CLIP reads from left to right.
+    """
+    objective = Diffusion(schedule=SCHEDULE, caption_dropout=0.0, min_snr_gamma=5.0)
+    task = TextualInversionTask(
+        data=DataConfig(name="openmoji-outline"),
+        objective=objective,
+        word="<outline>",
+        initializer="black",
+        templates=("{caption} {word}",),
+        preview_prompts=tuple(f"{text} <outline>" for text in ("cat face", "dog face", "red heart", "pizza")),
+    )
+    return TrainConfig(
+        task=task,
+        loop=LoopConfig(steps=400, batch_size=32, ema=0.98, ema_warmup=True, save_every=100, preview_every=100),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup=20, decay="cosine", b2=0.99),
     )

@@ -18,6 +18,7 @@ from lcm_jax.inference.ahead_of_time import PLATFORMS
 from lcm_jax.inference.call_options import DIFFUSERS_OPTIONS
 from lcm_jax.inference.parameters import DTYPES
 from lcm_jax.metrics.bootstrap import RESAMPLES
+from lcm_jax.models.prompt_syntax import SYNTAXES
 from lcm_jax.precision import quantization
 from lcm_jax.runtime.messages import HelpFormatter, did_you_mean
 from lcm_jax.runtime.optional_deps import version_of
@@ -400,6 +401,13 @@ def _add_model(command_parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--tiny-vae", metavar="PATH", help="a TAESD in place of the autoencoder")
     sub.add_argument("--no-t5", dest="t5", action="store_false", help="SD3: leave out the third text encoder")
     sub.add_argument("--lora", nargs="+", default=[], metavar="PATH[:WEIGHT]", help="adapters to merge")
+    text = "textual inversions; WORD stands for one in a prompt, by default its own or the file's name"
+    sub.add_argument("--embeddings", nargs="+", default=[], metavar="FILE[:WORD]", help=text)
+    text = "prompts with weights and of any length: (word:1.2) of a1111 and comfyui, (word)1.2 of compel"
+    sub.add_argument("--prompt-syntax", choices=sorted(SYNTAXES), help=text)
+    sub.add_argument(
+        "--clip-skip", type=int, metavar="LAYERS", help="last layers of the CLIPs to leave out, as in diffusers"
+    )
     known = ", ".join(sorted(SAMPLERS))
     sub.add_argument("--sampler", help=f"the model's own by default; {known}, or FILE.py:NAME of your own")
     sub.add_argument(

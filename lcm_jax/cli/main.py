@@ -154,11 +154,14 @@ def _load(arguments: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     parts = [_lora_part(text) for text in arguments.lora]
     options = {name: getattr(arguments, name) for name in ("dtype", "variant", "config", "tiny_vae", "t5")}
     options["scheduler"] = parse_changes(arguments.scheduler)
+    options["embeddings"] = [_embedding(text) for text in arguments.embeddings] or None
     kinds = quantization.parse(arguments.quantize)
     with phase(f"loading {arguments.model}"):
         pipe = load(arguments.model, lora=parts or None, **options)
         for part, kind in kinds.items():
             pipe = pipe.quantized(kind, part)
+    pipe.prompt_syntax, pipe.clip_skip = arguments.prompt_syntax, arguments.clip_skip
+    pipe.check_prompt_options()
     _, guidance, sampler = pipe.settings(guidance=arguments.guidance, sampler=_sampler(arguments.sampler))
     return pipe, {"sampler": sampler, "guidance": guidance}
 
@@ -174,6 +177,12 @@ def _sampler(text: str | None) -> str | None:
         )
     register(text, sampler)
     return text
+
+
+def _embedding(text: str) -> str | tuple[str, str]:
+    path, colon, word = text.rpartition(":")
+    is_pair = bool(colon and word) and not text.endswith(".safetensors") and not Path(text).exists()
+    return (path, word) if is_pair else text
 
 
 def _lora_part(text: str) -> tuple[str, float]:
@@ -441,15 +450,18 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     if distributed.is_main():
         print(f"{workdir / 'export'}: the result; {workdir / 'tensorboard'}: scalars and pictures")
         model = getattr(config.task, "model", None)  # of some tasks a network's config
-        _say_next(_use_of(workdir / "export", model if isinstance(model, str) else None))
+        model, word = model if isinstance(model, str) else None, getattr(config.task, "word", None)
+        _say_next(_use_of(workdir / "export", model, word))
 
 
-def _use_of(export: Path, model: str | None) -> str:
+def _use_of(export: Path, model: str | None, word: str | None = None) -> str:
     """Return the command that draws with the export of a training, or shows its curves where it does not draw."""
     if (export / "model_index.json").is_file():
         return f'lcm-jax sample --model {export} --prompt "red heart"'
     if any(export.glob("*lora*.safetensors")) and model is not None:
         return f'lcm-jax sample --model {model} --lora {export} --prompt "red heart"'
+    if word is not None and model is not None:
+        return f'lcm-jax sample --model {model} --embeddings {export} --prompt "red heart {word}"'
     return f"tensorboard --logdir {export.parent / 'tensorboard'}"
 
 

@@ -257,6 +257,8 @@ def _call(
     guidance: float,
     seed: int,
 ) -> Call:
+    if pipe.prompt_syntax is not None or pipe.clip_skip is not None:
+        raise ValueError("prompt_syntax and clip_skip are no options of a compiled program: leave them out")
     spec = get_sampler(header.sampler)
     walked = pipe.walk(pipe.model, spec.configured(pipe.spacing, pipe.model.kind), steps, pipe.spacing, 1.0)
     texts = pipe.folder.prompts

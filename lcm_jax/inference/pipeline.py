@@ -27,6 +27,15 @@ from lcm_jax.diffusion.solvers import TCD, InpaintTarget
 from lcm_jax.diffusion.time_grids import Grid, Spacing, Walk, pad, truncate
 from lcm_jax.inference.call_options import GUIDANCE, Settings, real_number, refuse, two_numbers, whole_number
 from lcm_jax.inference.parameters import Parameters, named_dtype
+from lcm_jax.inference.prompt_conditioning import (
+    Conditions,
+    PromptOptions,
+    check_prompts,
+    encode,
+    given_embeds,
+    same_length,
+    weighted_conditions,
+)
 from lcm_jax.lora import Adapters, merge
 from lcm_jax.models.image_inputs import check_pictures, check_size, fit_masks, latent_mask
 from lcm_jax.models.latent_diffusion import BoundDenoiser, LatentDiffusion, SkipLayers
@@ -67,6 +76,8 @@ class Pipeline:
 
     adapted = False  # adapters were merged by `load`
     mesh: Mesh | None = None  # that of `shard`
+    prompt_syntax: str | None = None  # of calls that do not name one
+    clip_skip: int | None = None  # likewise
 
     def __init__(self, folder: Folder, *, source: str = "scheduler_config.json") -> None:
         """Bind a model's folder. source: the scheduler config's name in errors."""
@@ -156,7 +167,7 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = "",
         steps: int | None = None,
@@ -182,6 +193,10 @@ class Pipeline:
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         aesthetic_score: float | None = None,
+        prompt_syntax: str | None = None,
+        clip_skip: int | None = None,
+        prompt_embeds: Mapping[str, Any] | Any = None,
+        negative_prompt_embeds: Mapping[str, Any] | Any = None,
         **unknown: Any,
     ) -> UInt8[np.ndarray, "n h w 3"]:
         """Draw images of the prompts, `num_images` for each, as uint8.
@@ -199,6 +214,11 @@ class Pipeline:
         up to `strength` (0.6 by default) of the way and redrawn. mask: inpainting; only white (128 and above) or true
         pixels are redrawn, from pure noise without a strength.
 
+        prompt_syntax: "a1111", "compel" or "comfyui" for prompts with weights and of any length (docs/prompts.md); None
+        is plain text of 77 tokens. clip_skip: the number of the text encoders' last layers to leave out, as diffusers
+        counts; not for negative prompts. prompt_embeds, negative_prompt_embeds: in place of the texts, what
+        `encode_prompt` returns, or for one text encoder its array (n, l, d).
+
         For SD3: t5_tokens of a prompt (256 by default, at most 512). shift of the noise levels, the folder's by
         default, and double_shift, whether it is applied twice as in both references (it is by default). skip_layers
         such as (7, 8, 9): skip-layer guidance of scale skip_scale, in the steps between the fractions skip_interval.
@@ -212,7 +232,11 @@ class Pipeline:
         """
         if unknown:
             refuse("pipe", unknown, CALL_OPTIONS)
-        prompts, negatives = pair_texts(prompt, negative_prompt, whole_number("num_images", num_images))
+        options = self._prompt_options(prompt_syntax, clip_skip, t5_tokens)
+        num_images = whole_number("num_images", num_images)
+        given, given_null = self._given(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds, num_images)
+        texts: Any = prompt if given is None else [""] * (len(given["context"]) // max(num_images, 1))
+        prompts, negatives = pair_texts(texts, negative_prompt, num_images)
         seed = whole_number("seed", seed, 0, 2**32 - 1)  # jax.random.key wraps larger ones around
         steps = check_given_steps(steps, sigmas, timesteps)
         steps, guidance, sampler = self.settings(steps=steps, guidance=guidance, sampler=sampler)
@@ -249,10 +273,14 @@ class Pipeline:
         noise_key, sample_key = jax.random.split(jax.random.key(seed))
         noise = self.noise(noise_key, len(prompts), size, latents)
         empty = negative_prompt is None or negative_prompt == ""
+        check_prompts([*prompts, *negatives], options.syntax, len(times) - 1)
         what = f"{len(prompts)} picture{'s' * (len(prompts) > 1)} of {size[0]}x{size[1]} pixels"
         with out_of_memory(f"{what} in {_precision(self)}", LESS_MEMORY):
             with phase("reading the weights and encoding the prompts"):
-                cond, null = self.conditions(prompts, negatives, sizes, empty=empty, guided=guided, t5_tokens=t5_tokens)
+                cond, null, parts_of_steps = self._conditions(
+                    prompts, negatives, sizes, options, empty=empty, guided=guided, steps=len(times) - 1,
+                    given=given, given_null=given_null,
+                )  # fmt: skip
                 x, inpaint_target = noise * spec.init_noise_sigma(model.schedule, times, rules), None
                 if pictures is not None:
                     x0 = jnp.repeat(self.encode_image(pictures), len(noise) // len(pictures), axis=0)
@@ -265,7 +293,9 @@ class Pipeline:
                 params = self.net_params, self.params["vae"]
             parts = (*params, cond, null, x, pad(walked), jnp.float32(guidance), sample_key)
             with phase(f"compiling the program for {what}"):  # returns once the device has begun
-                made = self._draw(*parts, skip, inpaint_target, model=model, sampler=spec, guided=guided)
+                made = self._draw(
+                    *parts, skip, inpaint_target, parts_of_steps, model=model, sampler=spec, guided=guided
+                )
             with phase(f"drawing {what} in {steps} step{'s' * (steps > 1)}"):
                 return gather_to_host(made)[: len(prompts)]
 
@@ -275,20 +305,23 @@ class Pipeline:
         *,
         sizes: Float[Array | np.ndarray, " n"] | None = None,
         t5_tokens: int | None = None,
+        clip_skip: int | None = None,
+        prompt_syntax: str | None = None,
+        most_chunks: int | None = None,
     ) -> dict[str, Array]:
         """Encode texts as conditioning: {"context": (n, l, d)}, for SDXL and SD3 "pooled" (n, p), for SDXL "time_ids".
 
         sizes: SDXL's size conditioning in pixels (`mmdit.text.size_ids`); that of the model's own size by default.
-        t5_tokens: length for SD3's third encoder, 256 by default. A text that is too long for an encoder is a warning.
+        t5_tokens: length for SD3's third encoder, 256 by default. clip_skip, prompt_syntax: as of a call. most_chunks:
+        the number of chunks of 75 tokens after which a prompt with a syntax is cut off; None is none. A text that is
+        too long for an encoder is a warning.
         """
-        texts = self._prompts(t5_tokens)
-        for line in texts.too_long(prompts):
-            warnings.warn(line, stacklevel=2)
+        options = self._prompt_options(prompt_syntax, clip_skip, t5_tokens)._replace(most_chunks=most_chunks)
+        rows = None
         if self.folder.is_sdxl:
             sizes = self.size_conditioning(self.size)[0] if sizes is None else sizes
             rows = np.tile(np.asarray(sizes, np.float32), (len(prompts), 1))
-            return texts(self.params, prompts, rows)
-        return texts(self.params, prompts)
+        return encode(self._prompts(t5_tokens, options.clip_skip), self.params, prompts, rows, options)
 
     def encode_image(self, image: UInt8[np.ndarray, "n h2 w2 3"]) -> Image:
         """Encode images as latents in the denoiser's units (the posterior's mean)."""
@@ -445,17 +478,88 @@ class Pipeline:
         empty: bool,
         guided: bool,
         t5_tokens: int | None = None,
+        most_chunks: int | None = None,
     ) -> tuple[Cond, Cond]:
         """Return the conditioning of the prompts and of the negative prompts.
 
-        empty: no negative prompt was given. guided: without guidance the second is not computed.
+        empty: no negative prompt was given. guided: without guidance the second is not computed. most_chunks: as for
+        `encode_prompt`.
         """
-        cond = self.encode_prompt(prompts, sizes=sizes[0], t5_tokens=t5_tokens)
+        options = self._prompt_options(None, None, t5_tokens)._replace(most_chunks=most_chunks)
+        check_prompts([*prompts, *negatives], options.syntax, None)
+        return self._conditions(prompts, negatives, sizes, options, empty=empty, guided=guided)[:2]
+
+    def _conditions(
+        self,
+        prompts: list[str],
+        negatives: list[str],
+        sizes: tuple[Any, Any],
+        options: PromptOptions,
+        *,
+        empty: bool,
+        guided: bool,
+        steps: int = 1,
+        given: dict[str, Array] | None = None,
+        given_null: dict[str, Array] | None = None,
+    ) -> Conditions:
+        """Return the conditioning of a call. given, given_null: what stands in place of the texts, see `_given`."""
+        texts = self._prompts(options.t5_tokens, options.clip_skip)
+        plain = self._prompts(options.t5_tokens, None)  # of negative prompts no layer is skipped, as in diffusers
+        zeros = empty and self.folder.zeros_for_empty_prompt
+        if options.syntax is not None and given is None and given_null is None:
+            parts = ((texts, plain), self.params, prompts, negatives, sizes, options)
+            return weighted_conditions(*parts, zeros=zeros, guided=guided, steps=steps)
+
+        def encoded(own: Prompts, prompts: list[str], leaves: dict[str, Array] | None, row: Any) -> dict[str, Array]:
+            rows = None if row is None else np.tile(np.asarray(row, np.float32), (len(prompts), 1))
+            if leaves is not None:
+                return leaves if rows is None else leaves | {"time_ids": jnp.asarray(rows)}
+            return encode(own, self.params, prompts, rows, options)
+
+        cond = encoded(texts, prompts, given, sizes[0])
         if not guided:
-            return cond, cond
-        if empty and self.folder.zeros_for_empty_prompt:
-            return cond, zero_prompt(cond | {"time_ids": jnp.tile(sizes[1], (len(prompts), 1))})
-        return cond, self.encode_prompt(negatives, sizes=sizes[1], t5_tokens=t5_tokens)
+            return Conditions(cond, cond)
+        if zeros and given_null is None:
+            return Conditions(cond, zero_prompt(cond | {"time_ids": jnp.tile(sizes[1], (len(prompts), 1))}))
+        null = encoded(plain, negatives, given_null, sizes[1])
+        return same_length(cond, null, repeats=self.folder.family != "sd3")
+
+    def check_prompt_options(self) -> None:
+        """Raise ValueError for a `prompt_syntax` or `clip_skip` of this pipeline that does not fit its model."""
+        self._prompt_options(None, None, None)
+
+    def _prompt_options(self, syntax: str | None, clip_skip: int | None, t5_tokens: int | None) -> PromptOptions:
+        """Return how the prompts of a call are read, checked against the model."""
+        clip_skip = self.clip_skip if clip_skip is None else clip_skip
+        clip_skip = None if clip_skip is None else whole_number("clip_skip", clip_skip)
+        options = PromptOptions(self.prompt_syntax if syntax is None else syntax, clip_skip, t5_tokens)
+        check_prompts([], options.syntax, None)
+        self._prompts(t5_tokens, clip_skip)
+        return options
+
+    def _given(
+        self, prompt: Any, embeds: Any, negative_prompt: Any, negative_embeds: Any, num_images: int
+    ) -> tuple[dict[str, Array] | None, dict[str, Array] | None]:
+        """Return the conditioning that was given in place of texts, one row for each picture; None for texts."""
+        pair: list[dict[str, Array] | None] = []
+        for name, value, text in (
+            ("prompt_embeds", embeds, prompt),
+            ("negative_prompt_embeds", negative_embeds, negative_prompt),
+        ):
+            if value is not None and text not in (None, ""):
+                raise ValueError(f"{name} stands in place of {name.removesuffix('_embeds')}: give one of them")
+            leaves = None if value is None else given_embeds(name, value, self._prompts(None, None))
+            pair.append(None if leaves is None else {n: jnp.repeat(a, num_images, axis=0) for n, a in leaves.items()})
+        given, null = pair
+        rows = None if given is None else len(given["context"])
+        if rows is None and null is not None and prompt is not None:
+            rows = len(pair_texts(prompt, "", num_images)[0])
+        if null is not None and rows is not None and len(null["context"]) != rows:
+            if len(null["context"]) != num_images:
+                count = len(null["context"]) // num_images
+                raise ValueError(f"negative_prompt_embeds has {count} rows, and there are {rows // num_images} prompts")
+            null = {n: jnp.repeat(a[:1], rows, axis=0) for n, a in null.items()}
+        return given, null
 
     def check_size(self, size: int | Sequence[int] | None) -> tuple[int, int]:
         """Return a size in pixels that fits the network's patches and position grid; ValueError for another."""
@@ -494,20 +598,20 @@ class Pipeline:
         @partial(jax.jit, static_argnames=("model", "sampler", "guided"), compiler_options=options)
         def draw(
             net: Params, vae: Params, cond: Cond, null: Cond, x: Image, grid: Grid, guidance: Array, key: Key,
-            skip: SkipLayers | None, inpaint_target: InpaintTarget | None,
+            skip: SkipLayers | None, inpaint_target: InpaintTarget | None, parts: Array | None,
             *, model: LatentDiffusion, sampler: Sampler, guided: bool,
         ) -> Array:  # fmt: skip
             options: dict[str, Any] = {"sampler": sampler, "guided": guided, "skip": skip}
-            options["inpaint_target"] = inpaint_target
+            options |= {"inpaint_target": inpaint_target, "parts": parts}
             with contextlib.nullcontext() if mesh is None else constrain_batch_sharding(mesh):
                 return model.decode(vae, model.latents(net, cond, null, x, grid, guidance, key, **options))
 
         return draw
 
     @cached_property
-    def _prompts(self) -> Callable[[int | None], Prompts]:
-        """The text encoders for a number of T5's tokens; compiled once for each number."""
-        return cache(lambda t5_tokens: replace(self.folder.prompts, t5_tokens=t5_tokens))
+    def _prompts(self) -> Callable[[int | None, int | None], Prompts]:
+        """The text encoders for a number of T5's tokens and a clip_skip; compiled once for each pair."""
+        return cache(lambda t5, clip_skip: replace(self.folder.prompts, t5_tokens=t5, clip_skip=clip_skip))
 
     @cached_property
     def _encode_image(self) -> Any:

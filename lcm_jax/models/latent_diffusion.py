@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from lcm_jax.diffusion.consistency_function import consistency
 from lcm_jax.diffusion.guidance import cfg, skip_layer_guidance
@@ -157,10 +158,20 @@ class LatentDiffusion:
         guided: bool,
         skip: SkipLayers | None = None,
         inpaint_target: InpaintTarget | None = None,
+        parts: Int[Array, " steps"] | None = None,
     ) -> Image:
-        """Return the clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0]."""
+        """Return the clean latents (b, h, w, c) that the sampler reaches from x at grid.times[0].
+
+        parts: where the prompts change with the step, the number of each step's part; all leaves of cond and null have
+        the parts on their second axis then, (b, p, ...).
+        """
+
         walked = self if grid.network_times is None else replace(self, schedule=OnGrid(self.schedule, grid))
-        denoise = walked.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
+
+        def bound(cond: Cond, null: Cond) -> Denoiser:
+            return walked.denoiser(params, cond, null, guidance, guided=guided, skip=skip)
+
+        denoise = bound(cond, null) if parts is None else by_step(bound, cond, null, grid, parts)
         if sampler.consistency:
             denoise = consistency(denoise, self.schedule)
         if inpaint_target is None:
@@ -194,6 +205,36 @@ class LatentDiffusion:
         vae: Any = self.vae
         with precision_context(vae_params) as params:
             return to_uint8(vae.apply({"params": params}, unscale(latents, vae.config), method="decode"))
+
+
+def by_step(
+    bound: Callable[[Cond, Cond], Denoiser], cond: Cond, null: Cond, grid: Grid, parts: Int[Array, " steps"]
+) -> Denoiser:
+    """Return a denoiser whose conditioning is that of the step in which it is called, known by the time.
+
+    cond, null: leaves (b, p, ...) of p parts. parts: the part of each step of the grid. A time between those of two
+    steps belongs to the first of them.
+
+    >>> import jax.numpy as jnp, numpy as np
+    >>> from lcm_jax.diffusion.time_grids import pad
+    >>> from lcm_jax.models.latent_diffusion import by_step
+    >>> from lcm_jax.typing import Prediction
+    >>> bound = lambda cond, null: lambda x, t, s=None: Prediction(x + cond["context"], x)
+    >>> cond = {"context": jnp.asarray([[7.0, 9.0]]).reshape(1, 2, 1, 1, 1)}
+    >>> grid = pad(np.asarray([3.0, 2.0, 1.0]))
+    >>> denoise = by_step(bound, cond, cond, grid, jnp.asarray([0, 1]))
+    >>> [float(denoise(jnp.zeros((1, 1, 1, 1)), t).x0.squeeze()) for t in (3.0, 2.5, 2.0)]
+    [7.0, 7.0, 9.0]
+    """
+
+    def denoise(x: Image, t: Time, s: Time | None = None) -> Prediction:
+        step = jnp.sum(grid.times > jnp.max(jnp.asarray(t, jnp.float32)))
+        is_between = jnp.max(jnp.asarray(t, jnp.float32)) > grid.times[jnp.minimum(step, len(grid.times) - 1)]
+        part = parts[jnp.clip(step - is_between, 0, len(parts) - 1)]
+        now = [{name: leaf[:, part] for name, leaf in leaves.items()} for leaves in (cond, null)]
+        return bound(*now)(x, t, *(() if s is None else (s,)))
+
+    return denoise
 
 
 @partial(

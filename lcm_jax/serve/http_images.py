@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from lcm_jax.diffusion.samplers import get_sampler
 from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.inference.prompt_conditioning import check_prompts
 from lcm_jax.serve.codec import decode, encode, from_base64
 from lcm_jax.serve.engine import Busy
 from lcm_jax.serve.protocol import parse_object
@@ -173,6 +174,7 @@ class Images:
         order, service = Order(**request), self.service
         size = self._size(order.size)
         options = {name: getattr(order, name) for name in ("prompt", "negative_prompt", "steps", "seed", "strength")}
+        check_prompts([order.prompt, order.negative_prompt], service.pipe.prompt_syntax, order.steps)
         options |= {"size": size, "sampler": service.config.sampler}
         options["guidance"] = float(service.config.guidance if order.guidance is None else order.guidance)
         for name, text in (("image", order.image), ("mask", order.mask)):

@@ -68,6 +68,8 @@ class PromptCache:
     def __init__(self, pipe: Pipeline, size: tuple[int, int]) -> None:
         self.pipe, self.sizes = pipe, pipe.size_conditioning(size)
         self.encoded = 0
+        # All texts of a stream have one shape: of one with a syntax the first chunk of 75 tokens is read.
+        self._one_chunk: dict[str, Any] = {} if pipe.prompt_syntax is None else {"most_chunks": 1}
         self._texts: OrderedDict[str, Cond] = OrderedDict()
 
     def __call__(self, net: Params, prompts: Weighted, how: Blend = "lerp") -> Cond:
@@ -84,7 +86,7 @@ class PromptCache:
 
     def negative(self, net: Params, text: str) -> Cond:
         """Return the conditioning of a negative prompt, with the denoiser's keys and values of it."""
-        options: dict[str, Any] = {"empty": text == "", "guided": True}
+        options: dict[str, Any] = {"empty": text == "", "guided": True, **self._one_chunk}
         return _precomputing(self.pipe.model)(net, self.pipe.conditions([""], [text], self.sizes, **options)[1])
 
     def forget(self) -> None:
@@ -93,7 +95,7 @@ class PromptCache:
 
     def _encode(self, text: str) -> Cond:
         if text not in self._texts:
-            self._texts[text] = self.pipe.encode_prompt([text], sizes=self.sizes[0])
+            self._texts[text] = self.pipe.encode_prompt([text], sizes=self.sizes[0], **self._one_chunk)
             self.encoded += 1
             if len(self._texts) > REMEMBERED:
                 self._texts.popitem(last=False)

@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 from lcm_jax.diffusion.samplers import SAMPLERS, get_sampler
 from lcm_jax.inference.pipeline import Pipeline
+from lcm_jax.inference.prompt_conditioning import check_prompts
 from lcm_jax.lora import Adapters, merge_all
 from lcm_jax.models.image_inputs import latent_mask
 from lcm_jax.precision.context import is_low_precision
@@ -278,6 +279,8 @@ class Stream:
         """Raise ValueError if this pipeline and its adapters cannot follow some controls."""
         times = controls.times(self._sampler, self.pipe.model.schedule, self.pipe.spacing)
         self.pipe.model.check_start(float(times[0]))
+        texts = [controls.negative_prompt, *(text for text, _ in controls.prompts)]
+        check_prompts(texts, self.pipe.prompt_syntax, None)
         for name, _ in controls.loras:
             if name not in self.loras:
                 known = ", ".join(self.loras) or "none"

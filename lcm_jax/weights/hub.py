@@ -80,6 +80,7 @@ def wanted(variant: str | None = None) -> list[str]:
         f"*model{dot}-?????-of-?????.safetensors",
         f"*model-?????-of-?????{dot}.safetensors",  # as older diffusers named the shards of a variant
         "*pytorch_lora_weights.safetensors",
+        "*learned_embeds.safetensors",
         *_BESIDE_WEIGHTS,
     ]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mmdit.text.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmdit.text.clip_layers import Encoder, TextEmbeddings, VisionEmbeddings
@@ -67,7 +67,7 @@ class TextTower(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"]) -> tuple[Array, Array, Array]:
+    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> tuple[Array, Array, Array]:
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = TextEmbeddings(self.config, name="embeddings", **types)(ids)
         last, hidden = Encoder(
@@ -78,7 +78,7 @@ class TextTower(nn.Module):
             remat=self.remat,
             name="encoder",
             **types,
-        )(x)
+        )(x, mask)
         norm = nn.LayerNorm(
             epsilon=self.config.layer_norm_eps, use_fast_variance=False, name="final_layer_norm", **types
         )
@@ -119,8 +119,8 @@ class CLIPTextModel(nn.Module):
     """CLIP's text encoder; with `projection` it is transformers' CLIPTextModelWithProjection.
 
     `hidden_layer` chooses TextOutput.hidden (-1 is the last layer, -2 the penultimate), and `final_norm` applies the
-    final norm to it. `scan` stacks the layers' parameters under encoder/layers; else they are encoder/layers_i.
-    `remat` recomputes the layers in the backward pass.
+    final norm to it. mask: True where a token may be attended to; None is everywhere. `scan` stacks the layers'
+    parameters under encoder/layers; else they are encoder/layers_i. `remat` recomputes the layers in the backward pass.
 
     >>> import jax, jax.numpy as jnp
     >>> from mmdit.text import CLIPTextConfig, CLIPTextModel
@@ -142,7 +142,9 @@ class CLIPTextModel(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "b l"]) -> TextOutput:
+    def __call__(self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None) -> TextOutput:
+        if mask is not None and mask.shape != ids.shape:
+            raise ValueError(f"mask has shape {mask.shape}, the ids {ids.shape}: give one entry for each token")
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         last, hidden, pooled = TextTower(
             self.config,
@@ -152,7 +154,7 @@ class CLIPTextModel(nn.Module):
             remat=self.remat,
             name="text_model",
             **types,
-        )(ids)
+        )(ids, mask)
         embeds = None
         if self.projection:
             embeds = nn.Dense(

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mmdit.attention import attention
 from mmdit.blocks import linear, sow
@@ -33,7 +33,10 @@ def _linear(block: SelfAttention | MLP, width: int, name: str, std: float) -> nn
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; causal: a token attends only to itself and earlier tokens."""
+    """Multi-head self-attention; causal: a token attends only to itself and earlier tokens.
+
+    mask: True where a token may be attended to; None is everywhere.
+    """
 
     config: CLIPTextConfig | CLIPVisionConfig
     causal: bool
@@ -41,14 +44,15 @@ class SelfAttention(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None) -> Float[Array, "b l d"]:
         c = self.config
         std_in = (2 * c.num_hidden_layers * c.hidden_size) ** -0.5
         q, k, v = (
             rearrange(_linear(self, c.hidden_size, name, std_in)(x), "b l (h d) -> b l h d", h=c.num_attention_heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        out = rearrange(attention(q, k, v, causal=self.causal), "b l h d -> b l (h d)")
+        keys = None if mask is None else mask[:, None, None]
+        out = rearrange(attention(q, k, v, causal=self.causal, mask=keys), "b l h d -> b l (h d)")
         return _linear(self, c.hidden_size, "out_proj", c.hidden_size**-0.5)(out)
 
 
@@ -79,12 +83,14 @@ class EncoderLayer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Array], keep: Array) -> tuple[tuple[Array, Array], None]:
+    def __call__(
+        self, carry: tuple[Array, Array], keep: Array, mask: Array | None = None
+    ) -> tuple[tuple[Array, Array], None]:
         x, selected = carry
         types = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = dict(epsilon=self.config.layer_norm_eps, use_fast_variance=False, **types)
         h = nn.LayerNorm(name="layer_norm1", **norm)(x)
-        x = x + SelfAttention(self.config, self.causal, name="self_attn", **types)(h)
+        x = x + SelfAttention(self.config, self.causal, name="self_attn", **types)(h, mask)
         h = nn.LayerNorm(name="layer_norm2", **norm)(x)
         x = x + MLP(self.config, name="mlp", **types)(h)
         sow(self, "tokens", x)
@@ -107,7 +113,9 @@ class Encoder(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+    def __call__(
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
         n = self.config.num_hidden_layers
         if not -n - 1 <= self.hidden_layer <= n:
             raise ValueError(f"hidden_layer={self.hidden_layer} is outside [{-n - 1}, {n}] for {n} layers")
@@ -117,11 +125,17 @@ class Encoder(nn.Module):
         layer = nn.remat(EncoderLayer, prevent_cse=not self.scan) if self.remat else EncoderLayer
         carry = (x, x)
         if self.scan:
-            stack = nn.scan(layer, variable_axes={"params": 0, "features": 0}, split_rngs={"params": True}, length=n)
-            carry, _ = stack(name="layers", **options)(carry, keep)
+            stack = nn.scan(
+                layer,
+                variable_axes={"params": 0, "features": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=n,
+            )
+            carry, _ = stack(name="layers", **options)(carry, keep, mask)
         else:
             for i in range(n):
-                carry, _ = layer(name=f"layers_{i}", **options)(carry, keep[i])
+                carry, _ = layer(name=f"layers_{i}", **options)(carry, keep[i], mask)
         return carry
 
 

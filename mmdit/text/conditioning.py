@@ -11,23 +11,27 @@ from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mmdit.text.clip import CLIPTextModel, TextOutput
 from mmdit.text.t5 import T5Encoder
 
 
 class Encoding(NamedTuple):
-    """A text encoder, its parameters, and the token ids of a batch from its own tokenizer."""
+    """A text encoder, its parameters, and the token ids of a batch from its own tokenizer.
+
+    mask: True where a token may be attended to; None is everywhere.
+    """
 
     module: CLIPTextModel | T5Encoder
     params: Any
     ids: Int[Array, "b l"]
+    mask: Bool[Array, "b l"] | None = None
 
 
 def _encode(encoding: Encoding, hidden_layer: int, final_norm: bool) -> TextOutput:
     module = encoding.module.clone(hidden_layer=hidden_layer, final_norm=final_norm)
-    return cast(TextOutput, module.apply({"params": encoding.params}, encoding.ids))
+    return cast(TextOutput, module.apply({"params": encoding.params}, encoding.ids, encoding.mask))
 
 
 def stable_diffusion(encoding: Encoding, *, clip_skip: int = 0) -> dict[str, Array]:
@@ -113,7 +117,7 @@ def sd3(
     if t5 is None:
         states = jnp.zeros((len(hidden), t5_tokens, width), hidden.dtype)
     else:
-        states = cast(Array, t5.module.apply({"params": t5.params}, t5.ids))
+        states = cast(Array, t5.module.apply({"params": t5.params}, t5.ids, t5.mask))
         if states.shape[1:] != (t5_tokens, width):
             raise ValueError(f"sd3: T5 gives (tokens, width) = {states.shape[1:]}, not {(t5_tokens, width)}")
     context = jnp.concatenate([hidden, states.astype(hidden.dtype)], axis=1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from tokenizers import models, pre_tokenizers, trainers
 _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _before = os.environ.get(_QUIET)
 os.environ[_QUIET] = "1"
-from transformers import CLIPTokenizer, T5Tokenizer  # noqa: E402
+from transformers import AddedToken, CLIPTokenizer, T5Tokenizer  # noqa: E402
 from transformers.utils import is_protobuf_available, is_sentencepiece_available  # noqa: E402
 
 if _before is None:
@@ -68,7 +71,9 @@ def _check_files(folder: Path, kind: type[CLIPTokenizer] | type[T5Tokenizer]) ->
 class Tokenizer:
     """The tokenizer of CLIP or T5: texts -> int32 ids (b, length).
 
-    The ids are BOS (CLIP only), the text's tokens truncated to fit, EOS, then padding.
+    The ids are BOS (CLIP only), the text's tokens truncated to fit, EOS, then padding. A word of several tokens that
+    was added to the vocabulary (a textual inversion of several vectors) has them under the names word, word_1, word_2
+    as in diffusers, and takes as many places.
     """
 
     backend: CLIPTokenizer | T5Tokenizer
@@ -144,6 +149,59 @@ class Tokenizer:
             raise ValueError(f"this tokenizer has no {SENTINEL}; use a T5 tokenizer")
         return int(number)
 
+    @cached_property
+    def runs(self) -> Mapping[int, tuple[int, ...]]:
+        """The ids of added words of several tokens, by the id of the first."""
+        added = self.backend.get_added_vocab()
+        found = {}
+        for word, first in added.items():
+            run = [first]
+            while (number := added.get(f"{word}_{len(run)}")) is not None:
+                run.append(number)
+            if len(run) > 1:
+                found[int(first)] = tuple(map(int, run))
+        return found
+
+    def with_words(self, words: Mapping[str, int]) -> tuple[Tokenizer, dict[str, list[int]]]:
+        """Return the tokenizer with new words of some number of tokens each, and the ids of those tokens.
+
+        ValueError for a word that is in the vocabulary already, or that a tokenizer cannot find in a text.
+        """
+        backend = copy.deepcopy(self.backend)
+        ids: dict[str, list[int]] = {}
+        for word, count in words.items():
+            if not word or not word.isprintable() or re.search(r"\s", word):
+                raise ValueError(f"the word {word!r:.80} for an embedding: give one word without spaces")
+            tokens = [word, *(f"{word}_{i}" for i in range(1, count))]
+            vocabulary = backend.get_vocab()
+            known = next((token for token in tokens if token in vocabulary or token + SUFFIX in vocabulary), None)
+            if known is not None:
+                raise ValueError(f"the word {word!r:.80} for an embedding is in the vocabulary: give another")
+            # A word of letters must stand alone: "art" is not meant in "party".
+            alone = re.fullmatch(r"\w+", word) is not None
+            backend.add_tokens([AddedToken(token, single_word=alone, normalized=True) for token in tokens])
+            vocabulary = backend.get_vocab()
+            ids[word] = [int(vocabulary[token]) for token in tokens]
+        return Tokenizer(backend), ids
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text alone, of any length, without begin, end and padding."""
+        if not texts:
+            return []
+        encoded = self.backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        runs = self.runs
+        return [[part for i in ids for part in runs.get(i, (i,))] for ids in encoded]
+
+    @property
+    def begin(self) -> list[int]:
+        """The ids before a text: BOS for CLIP, none for T5."""
+        return [] if self.backend.bos_token_id is None else [self.bos_token_id]
+
+    def wrap(self, ids: Sequence[int], length: int) -> list[int]:
+        """Return the ids of a text with begin and end, truncated and padded to `length`."""
+        kept = [*self.begin, *ids[: length - 1 - len(self.begin)], self.eos_token_id]
+        return kept + [self.pad_token_id] * (length - len(kept))
+
     def __call__(self, texts: str | Sequence[str], length: int | None = None) -> Int[np.ndarray, "b l"]:
         """Return the ids of one text or several, padded and truncated to `length`, by default `max_length`.
 
@@ -155,6 +213,8 @@ class Tokenizer:
         batch = [texts] if isinstance(texts, str) else list(texts)
         if not batch:
             return np.zeros((0, length), np.int32)
+        if self.runs:
+            return np.asarray([self.wrap(ids, length) for ids in self.pieces(batch)], np.int32)
         encoded = self.backend(batch, padding="max_length", truncation=True, max_length=length)
         return np.asarray(encoded["input_ids"], np.int32)
 

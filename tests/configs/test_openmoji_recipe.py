@@ -50,6 +50,12 @@ def test_every_config_in_a_chain(pictures: Path, tmp_path: Path, monkeypatch: py
         assert cli.main(drawing) == 0
         assert out.is_file()
         done.add(name)
+    inversion = train("openmoji_textual_inversion", tmp_path, pictures, "--task.model", str(teacher))
+    out = tmp_path / "inversion.png"
+    drawing = ["sample", "--model", str(teacher), "--embeddings", str(inversion), "--prompt", "cat <outline>"]
+    assert cli.main([*drawing, "--steps", "2", "--out", str(out)]) == 0
+    assert out.is_file()
+    done.add("openmoji_textual_inversion")
     done |= mini_sd3(vae, clip, pictures, tmp_path, shown, prompts)
     registered = {name for name in configs.CONFIGS if name.startswith("openmoji")}
     assert done == registered, "a registered config is missing from this chain"

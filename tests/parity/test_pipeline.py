@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import lcm_jax
+from lcm_jax.weights.safetensors_files import save_tensors
 from mmdit.text import train_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -428,3 +429,101 @@ def test_prompt_embeddings(families: Callable[[str], Family]) -> None:
             pairs.append(family.ours.encode_prompt(PROMPTS)["pooled"])
         for ours, want in zip(pairs, wanted, strict=True):
             assert np.abs(np.asarray(ours) - want.numpy()).max() <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "negative"),
+    [
+        ("sd15", "ddim", "dog face"),
+        pytest.param("sdxl", "euler", "dog face", marks=pytest.mark.slow),
+        pytest.param("sd21", "ddim", "", marks=pytest.mark.slow),
+    ],
+)
+def test_clip_skip(
+    families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch, name: str, sampler: str, negative: str
+) -> None:
+    """Of the prompt alone, as in diffusers."""
+    family = families(name)
+    encoder = family.draw.text_encoder
+    if not hasattr(encoder, "text_model"):  # diffusers 0.42 asks for what transformers 5 no longer has
+        monkeypatch.setitem(encoder.__dict__, "text_model", encoder)
+    options: dict[str, Any] = {"negative_prompt": negative, "sampler": sampler, "latents": NOISE, "steps": 4}
+    ours = family.ours(PROMPTS, guidance=4.0, clip_skip=1, **options)
+    assert np.abs(ours - family.ours(PROMPTS, guidance=4.0, **options).astype(int)).mean() > 1.0
+    theirs: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "clip_skip": 1}
+    theirs |= {"negative_prompt": [negative] * len(PROMPTS)} if negative else {}
+    assert_same(ours, oracle_picture(family, monkeypatch, sampler=sampler, image=False, options=theirs))
+
+
+INVERTED = ["a <new> heart", "woman farmer (<new>), medium skin tone, red heart"]  # the second is too long
+
+
+@pytest.mark.filterwarnings("ignore:text_encoder")
+@pytest.mark.parametrize(("name", "sampler"), [("sd15", "ddim"), ("sdxl", "euler")])
+def test_textual_inversion(
+    families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, sampler: str
+) -> None:
+    """A word of three vectors: the same tokens, and the same picture as of diffusers with the same file."""
+    family = families(name)
+    folder, random = family.index["_name_or_path"], np.random.default_rng(2)
+    widths = {"": 16} if name == "sd15" else {"clip_l": 16, "clip_g": 24}
+    vectors = {key: random.standard_normal((3, width)).astype(np.float32) for key, width in widths.items()}
+    file = tmp_path / "learned_embeds.safetensors"
+    save_tensors(file, {key or "<new>": array for key, array in vectors.items()})
+    ours = lcm_jax.load(folder, embeddings=file if name == "sd15" else (file, "<new>"))
+    oracle = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    oracle.set_progress_bar_config(disable=True)
+    if name == "sd15":
+        oracle.load_textual_inversion(str(file))
+    else:
+        for key, suffix in (("clip_l", ""), ("clip_g", "_2")):
+            part, tokenizer = getattr(oracle, f"text_encoder{suffix}"), getattr(oracle, f"tokenizer{suffix}")
+            oracle.load_textual_inversion(
+                torch.from_numpy(vectors[key]), token="<new>", text_encoder=part, tokenizer=tokenizer
+            )
+            # It would pool at the largest id, which is a new word's.
+            getattr(part, "text_model", part).eos_token_id = tokenizer.eos_token_id
+    for encoder, tokenizer in ours.folder.tokenizers.items():
+        theirs = getattr(oracle, encoder.replace("text_encoder", "tokenizer"))
+        texts = oracle.maybe_convert_prompt(INVERTED, theirs)
+        want = theirs(texts, padding="max_length", truncation=True, max_length=LENGTH)["input_ids"]
+        assert tokenizer(INVERTED, LENGTH).tolist() == want
+    options: dict[str, Any] = {"sampler": sampler, "latents": NOISE, "steps": 4, "guidance": 4.0}
+    drawn = ours(INVERTED, **options)
+    assert np.abs(drawn - family.ours(INVERTED, **options).astype(int)).mean() > 1.0
+    monkeypatch.setattr(sys.modules[__name__], "PROMPTS", INVERTED)
+    theirs = {"num_inference_steps": 4, "guidance_scale": 4.0}
+    pair = replace(family, draw=oracle)
+    assert_same(drawn, oracle_picture(pair, monkeypatch, sampler=sampler, image=False, options=theirs))
+    if name == "sd15":  # and what is saved has the word
+        ours.save(tmp_path / "saved")
+        again = lcm_jax.load(tmp_path / "saved")
+        np.testing.assert_array_equal(again(INVERTED, **options), drawn)
+
+
+def test_prompt_embeds_are_the_prompt(families: Callable[[str], Family]) -> None:
+    for name in ("sd15", "sdxl"):
+        ours, options = families(name).ours, {"steps": 2, "guidance": 3.0, "latents": NOISE}
+        given = {"prompt_embeds": ours.encode_prompt(PROMPTS)}
+        negative = {"negative_prompt_embeds": ours.encode_prompt(["dog face"] * 2)}
+        want = ours(PROMPTS, negative_prompt="dog face", **options)
+        np.testing.assert_array_equal(ours(**given, **negative, **options), want)
+        np.testing.assert_array_equal(ours(**given, negative_prompt="dog face", **options), want)
+
+
+@pytest.mark.parametrize("name", ["sdxl", pytest.param("refiner", marks=pytest.mark.slow)])
+def test_a_syntax_without_weights_draws_the_same(families: Callable[[str], Family], name: str) -> None:
+    """Sizes, zeros for the empty prompt, and the pooled vector go the same way."""
+    ours = families(name).ours
+    options: dict[str, Any] = {"steps": 4, "guidance": 3.0, "latents": NOISE, "sampler": "euler"}
+    options |= {"image": IMAGES} if name == "refiner" else {}
+    for negative in ("", "dog face"):
+        want = ours(PROMPTS, negative_prompt=negative, **options)
+        got = ours(PROMPTS, negative_prompt=negative, prompt_syntax="a1111", **options)
+        assert np.abs(got - want.astype(int)).max() <= 1
+    beside = ours([PROMPTS[0], "red heart BREAK dog face"], prompt_syntax="a1111", negative_prompt=negative, **options)
+    assert np.abs(beside[0] - got[0].astype(int)).max() <= 1, "a longer prompt beside it changes nothing"
+    switched = ours(["[red heart:dog:1]", PROMPTS[1]], prompt_syntax="a1111", **options)
+    plain = ours(PROMPTS, **options)
+    assert np.abs(switched[1] - plain[1].astype(int)).max() <= 1
+    assert np.any(switched[0] != plain[0])

@@ -74,7 +74,7 @@ def is_lora(path: Path) -> bool:
 
 def lora_components(path: str | Path) -> tuple[str, ...]:
     """Return the components that a LoRA file or folder has adapters for; empty if the keys do not say."""
-    keys = read_safetensors(_find(path))
+    keys = read_safetensors(find_lora(path))
     components = {component_of(key)[0] for key in keys if not key.startswith(EMBEDDING)}
     return tuple(component for component in COMPONENTS if component in components)
 
@@ -107,7 +107,7 @@ def load_lora(
     """
     if component is not None:
         _check_component(component)
-    path = _find(path)
+    path = find_lora(path)
     groups = split(read_safetensors(path), path)
     if component is None:
         component = "transformer" if "transformer" in groups and "unet" not in groups else "unet"
@@ -118,15 +118,15 @@ def load_lora(
     return _fit(group, read_config(path, component), Network(like, rules, layout), path)
 
 
-def load_loras(path: str | Path, networks: Mapping[str, Network]) -> dict[str, Adapters]:
+def load_loras(path: str | Path, networks: Mapping[str, Network], *, embeddings: bool = False) -> dict[str, Adapters]:
     """Return component -> adapters for every component in a LoRA file.
 
     Keys without a component's name belong to the UNet or MMDiT. networks: component -> (like, rules, layout) as for
     `load_lora`; it may hold components that the file has no adapters for. Raises ValueError if the file has adapters
-    for a component that is not in `networks`, or adapters that do not fit.
+    for a component that is not in `networks`, or adapters that do not fit. embeddings: as for `names.split`.
     """
-    path = _find(path)
-    groups = split(read_safetensors(path), path)
+    path = find_lora(path)
+    groups = split(read_safetensors(path), path, embeddings=embeddings)
     if None in groups:
         groups = {next((name for name in DENOISERS if name in networks), "unet"): groups[None]}
     absent = [str(name) for name in groups if name not in networks]
@@ -150,7 +150,7 @@ def _and(names: Collection[str | None]) -> str:
     return ", ".join(sorted(str(name) for name in names))
 
 
-def _find(path: str | Path) -> Path:
+def find_lora(path: str | Path) -> Path:
     """Return the path itself if it is no folder, else the LoRA file in it; FileNotFoundError if there is none."""
     path = Path(path)
     if not path.is_dir():

@@ -6,7 +6,7 @@ kohya       lora_unet_mid_block_attentions_0_proj_in.lora_down.weight   .lora_up
 
 Read as well: the prefixes of PEFT alone, ComfyUI and LyCORIS (`COMPONENTS`), LyCORIS' learned `.scalar`, A1111's
 `.scale`, which goes before alpha, and the oldest spellings of diffusers. The textual inversions that A1111 reads from a
-LoRA's file (`bundle_emb.*`) are left out.
+LoRA's file (`bundle_emb.*`) are not adapters: `weights.embeddings` reads them.
 """
 
 from __future__ import annotations
@@ -115,20 +115,23 @@ def suffixes(format: Format, component: str, module: str) -> tuple[str, str]:
     return down, up
 
 
-def split(tensors: Mapping[str, np.ndarray], source: Path) -> dict[str | None, dict[str, Group]]:
+def split(
+    tensors: Mapping[str, np.ndarray], source: Path, *, embeddings: bool = False
+) -> dict[str | None, dict[str, Group]]:
     """Return {component (None if the keys do not say): {module name in the file: its tensors}}, all checked.
 
     Raises ValueError for other kinds of adapters, for keys that no LoRA has, and for tensors that are given twice, are
-    not finite or floating, or have a shape that no LoRA has. A warning names the textual inversions in the file, which
-    are left out. source: the file that the messages name.
+    not finite or floating, or have a shape that no LoRA has. source: the file that the messages name. embeddings:
+    whether the caller reads the textual inversions in the file; otherwise a warning says that they are left out.
     """
-    embeddings = sorted({key.split(".")[1] for key in tensors if key.startswith(EMBEDDING)})
-    if embeddings:
-        warnings.warn(
-            f"{source}: holds {few('embeddings', embeddings)} ({EMBEDDING}*), which are left out: their words in a "
-            "prompt are plain text here",
-            stacklevel=3,
-        )
+    words = sorted({key.split(".")[1] for key in tensors if key.startswith(EMBEDDING)})
+    if words:
+        if not embeddings:
+            warnings.warn(
+                f"{source}: holds {few('embeddings', words)} ({EMBEDDING}*), which are left out: their words in a "
+                "prompt are plain text here",
+                stacklevel=3,
+            )
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(EMBEDDING)}
     for pattern, kind in _OTHER_KINDS:
         keys = sorted(key for key in tensors if re.search(pattern, key))

@@ -183,3 +183,14 @@ def test_one_step_of_the_published_size() -> None:
     assert x.dtype == np.float32
     assert np.isfinite(x).all()
     assert np.abs(x - noise).max() > 1e-3
+
+
+def test_a_syntax_without_weights_draws_the_same(tiny_sd3: Path) -> None:
+    pipe = lcm_jax.load(tiny_sd3)
+    options = {"steps": 2, "guidance": 3.0, "negative_prompt": "cat", "t5_tokens": 6}
+    want, got = (pipe("dog face", prompt_syntax=syntax, **options) for syntax in (None, "a1111"))
+    assert np.abs(got - want.astype(int)).max() <= 1
+    long = ", ".join(["red heart"] * 8)  # the negative prompt is filled up with chunks of the empty prompt
+    assert pipe(long, prompt_syntax="a1111", **options).shape == (1, 16, 16, 3)
+    context = pipe.encode_prompt([long, "cat"], prompt_syntax="a1111", t5_tokens=6)["context"]
+    assert context.shape == (2, 3 * 12 + 6, 32)
