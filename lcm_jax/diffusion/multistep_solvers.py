@@ -361,11 +361,11 @@ class UniPC:
             used = (count == n) & _all_there(others[:n])
             r = [jnp.where(used, (node[1] - base[1]) / h, float(i + 1)) for i, node in enumerate(others[:n])]
             weights = [half] if n == 1 else _vandermonde(r, moments[:n])
-            each = [
+            bends = [
                 expand(w / r_i, base[0]) * (node[0] - base[0])
                 for w, r_i, node in zip(weights, r, others[:n], strict=True)
             ]
-            bend = jnp.where(expand(used, base[0]), sum(each[1:], each[0]), bend)
+            bend = jnp.where(expand(used, base[0]), sum(bends[1:], bends[0]), bend)
         return bend
 
 

@@ -194,21 +194,21 @@ def walk(
     rule = sigmas if sigmas is not None else spacing.sigmas if spacing.sigmas in sampler.rules else None
     plain = replace(spacing, sigmas=None)
     if timesteps is not None:
-        times, told = _given_timesteps(sampler, schedule, timesteps, plain)
+        times, network_times = _given_timesteps(sampler, schedule, timesteps, plain)
     elif rule is None:
         times = time_grid(sampler, schedule, steps, spacing=plain, strength=strength)
-        told = _network_times(sampler, schedule, times, plain)
+        network_times = _network_times(sampler, schedule, times, plain)
     elif isinstance(rule, str):
-        times, told = _by_rule(sampler, schedule, rule, steps, plain, family)
+        times, network_times = _by_rule(sampler, schedule, rule, steps, plain, family)
     else:
-        times, told = _given_sigmas(sampler, schedule, rule, plain)
+        times, network_times = _given_sigmas(sampler, schedule, rule, plain)
     total = steps if timesteps is None and rule is None else len(times) - 1
     if timesteps is not None or rule is not None:
         left = truncate(times, strength, up=schedule.keeps_partial_step)
-        times, told = left, told[-len(left) :]
+        times, network_times = left, network_times[-len(left) :]
     n = len(times) - 1
     orders = [9] * total if sampler.orders is None else sampler.orders(total, spacing, sampler.solver)
-    made = Walk(times, told, np.asarray(orders[-n:], np.int32))
+    made = Walk(times, network_times, np.asarray(orders[-n:], np.int32))
     return made.with_second_repeated() if sampler.repeats_second else made
 
 
@@ -312,17 +312,17 @@ def _given_sigmas(
         if levels[0] > high * 1.001:
             raise ValueError(f"sigmas begin at {levels[0]:g}, and this model's noise ends at {high:.5g}")
         times = table_times(levels, schedule.ratios)
-        told = table_network_times(levels, schedule.ratios)
+        network_times = table_network_times(levels, schedule.ratios)
     elif isinstance(schedule, RectifiedFlow):
         if levels[0] > 1.0:
             raise ValueError(f"sigmas begin at {levels[0]:g}: those of a rectified flow are between 0 and 1")
         times = levels
-        told = np.asarray(schedule.network_time(times.astype(np.float32)))
+        network_times = np.asarray(schedule.network_time(times.astype(np.float32)))
     else:
         times = np.asarray(schedule.time_at(jnp.asarray(-np.log(levels), jnp.float32)), np.float64)
-        told = np.asarray(schedule.network_time(times.astype(np.float32)))
+        network_times = np.asarray(schedule.network_time(times.astype(np.float32)))
     end = _end(sampler, schedule, spacing)
-    return np.append(times, min(end, times[-1])), np.append(told, max(end, 0.0))
+    return np.append(times, min(end, times[-1])), np.append(network_times, max(end, 0.0))
 
 
 def _by_rule(
@@ -344,31 +344,31 @@ def _by_rule(
             times = np.asarray(ALIGNED[family][:-1], np.float64)
             return np.append(times, end), np.append(times, max(end, 0.0))
         levels = aligned_levels(family, n, ratios) if rule == "ays" else noise_levels(rule, n, high, low)
-        told = _rounded(table_network_times(levels, ratios), sampler, rule, schedule)
-        return np.append(np.maximum(table_times(levels, ratios), end), end), np.append(told, max(end, 0.0))
+        network_times = _rounded(table_network_times(levels, ratios), sampler, rule, schedule)
+        return np.append(np.maximum(table_times(levels, ratios), end), end), np.append(network_times, max(end, 0.0))
     if isinstance(schedule, RectifiedFlow):
         if spacing.use_flow_sigmas:  # diffusers' UniPC: the levels of a table, as those of a flow of the same log-SNR
             ratios = DDPM().ratios
             levels = noise_levels(rule, n, float(ratios[-1]), float(ratios[0]))
             levels = levels / (1.0 + levels)
-            told = np.trunc(1000.0 * levels) if sampler.rounds else 1000.0 * levels
+            network_times = np.trunc(1000.0 * levels) if sampler.rounds else 1000.0 * levels
         else:
             high, low = (float(schedule.sigma(float(t))) for t in (base[0], base[-2]))
             levels = noise_levels(rule, n, high, low)
-            told = 1000.0 * levels
-        return np.append(_unshifted(schedule, levels), end), np.append(told, 0.0)
+            network_times = 1000.0 * levels
+        return np.append(_unshifted(schedule, levels), end), np.append(network_times, 0.0)
     levels = noise_levels(rule, n, 80.0, 0.002)
     times = np.asarray(schedule.time_at(jnp.asarray(-np.log(levels), jnp.float32)), np.float64)
     return np.append(times, end), np.asarray(schedule.network_time(np.append(times, end).astype(np.float32)))
 
 
-def _rounded(told: np.ndarray, sampler: Sampler, rule: str, schedule: DDPM) -> np.ndarray:
+def _rounded(network_times: np.ndarray, sampler: Sampler, rule: str, schedule: DDPM) -> np.ndarray:
     near = rule in ("karras", "lu") and not (
         sampler.rounds == "whole" and schedule.beta_schedule == "squaredcos_cap_v2"
     )
     if sampler.rounds and near:
-        return np.round(told)
-    return np.trunc(told) if sampler.rounds == "whole" else told
+        return np.round(network_times)
+    return np.trunc(network_times) if sampler.rounds == "whole" else network_times
 
 
 def _unshifted(flow: RectifiedFlow, sigma: np.ndarray) -> np.ndarray:
@@ -476,12 +476,12 @@ def _singlestep_orders(steps: int, spacing: Spacing, solver: Any) -> list[int]:
     With final_sigmas_type sigma_min and lower_order_final false the groups stay whole where the number of steps allows.
     """
     order = solver.solver_order
-    whole = list(range(1, order + 1))
+    group = list(range(1, order + 1))
     if spacing.lower_order_final or spacing.final_sigmas_type == "zero" or steps % order:
         short = {1: [1], 2: [1, 1], 3: [1, 2, 1]}[order] if steps % order == 0 else {1: [1], 2: [1, 2]}[steps % order]
-        orders = whole * ((steps - len(short)) // order) + short
+        orders = group * ((steps - len(short)) // order) + short
     else:
-        orders = whole * (steps // order)
+        orders = group * (steps // order)
     if spacing.final_sigmas_type == "zero":
         orders[-1] = 1
     return orders

@@ -64,7 +64,7 @@ def load(
     model = read_model(name, config=config, variant=variant, t5=t5, scheduler=scheduler)
     folder = to_folder(model, dtype=kind)
     found = [read_embedding(path, folder, word) for path, word in words]
-    found += [each for path, _ in adapters for each in bundled_embeddings(find_lora(path), folder)]
+    found += [embedding for path, _ in adapters for embedding in bundled_embeddings(find_lora(path), folder)]
     folder = with_embeddings(folder, found)
     if tiny_vae is not None:
         tiny = load_tiny(locate(tiny_vae).path, dtype=kind)

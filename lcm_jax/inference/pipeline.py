@@ -510,11 +510,13 @@ class Pipeline:
             parts = ((texts, plain), self.params, prompts, negatives, sizes, options)
             return weighted_conditions(*parts, zeros=zeros, guided=guided, steps=steps)
 
-        def encoded(own: Prompts, prompts: list[str], leaves: dict[str, Array] | None, row: Any) -> dict[str, Array]:
+        def encoded(
+            encoders: Prompts, prompts: list[str], leaves: dict[str, Array] | None, row: Any
+        ) -> dict[str, Array]:
             rows = None if row is None else np.tile(np.asarray(row, np.float32), (len(prompts), 1))
             if leaves is not None:
                 return leaves if rows is None else leaves | {"time_ids": jnp.asarray(rows)}
-            return encode(own, self.params, prompts, rows, options)
+            return encode(encoders, self.params, prompts, rows, options)
 
         cond = encoded(texts, prompts, given, sizes[0])
         if not guided:

@@ -133,7 +133,7 @@ def weighted_conditions(
     parts_of_steps = np.asarray([parts.index(column) for column in columns], np.int32)
     if len(parts) > 1:  # the number of parts is a shape
         parts += [parts[-1]] * (next((n for n in COUNTS if n >= len(parts)), len(parts)) - len(parts))
-    first, second = (_Encoder(own, params, options) for own in texts)
+    first, second = (_Encoder(encoders, params, options) for encoders in texts)
     n = len(prompts)
     encoded = [first[text] for part in parts for text in part[:n]]
     encoded += [second[text] for part in parts for text in part[n:]]

@@ -203,10 +203,10 @@ def join(prompts: Sequence[Chunks], *, repeats: bool) -> dict[str, Array]:
     counts = [len(prompt.chunks) for prompt in prompts]
     count = count_of(*counts) if repeats else next(c for c in COUNTS if c >= max(counts))
     rows = []
-    for prompt, own in zip(prompts, counts, strict=True):
-        fits = repeats and count % own == 0
-        empties = jnp.broadcast_to(prompt.empty, (0 if fits else count - own, *prompt.empty.shape))
-        chunks = jnp.tile(prompt.chunks, (count // own if fits else 1, 1, 1))
+    for prompt, length in zip(prompts, counts, strict=True):
+        fits = repeats and count % length == 0
+        empties = jnp.broadcast_to(prompt.empty, (0 if fits else count - length, *prompt.empty.shape))
+        chunks = jnp.tile(prompt.chunks, (count // length if fits else 1, 1, 1))
         context = jnp.concatenate([chunks, empties]).reshape(-1, prompt.empty.shape[-1])
         rows.append(context if prompt.tail is None else jnp.concatenate([context, prompt.tail]))
     cond = {"context": jnp.stack(rows)}

@@ -161,17 +161,17 @@ def _comfyui(text: str) -> Sections:
             walk(inner, weight)
 
     def close(inner: list[str], weight: float) -> None:
-        own, last = weight * UP, inner[-1] if inner else ""
+        factor_here, last = weight * UP, inner[-1] if inner else ""
         before, colon, number = last.rpartition(":")
         if colon and last not in ("(", ")") and (before or len(inner) > 1):
             try:
-                own, is_weight = float(number), True
+                factor_here, is_weight = float(number), True
             except ValueError:
                 is_weight = False
             if is_weight:
-                own = _number(number, text)
+                factor_here = _number(number, text)
                 inner = [*inner[:-1], *([before] if before else [])]
-        walk(inner, own)
+        walk(inner, factor_here)
 
     walk(_COMFYUI.findall(text), 1.0)
     return (_merged(fragments) or (Fragment("", 1.0),),)
@@ -206,13 +206,13 @@ def _compel(text: str) -> Sections:
         while at < end:
             if at in partners:
                 close = partners[at]
-                own, after = factor(close + 1, bracketed=True)
-                if text[at] == '"' and own == 1.0 and after == close + 1:
+                factor_here, after = factor(close + 1, bracketed=True)
+                if text[at] == '"' and factor_here == 1.0 and after == close + 1:
                     fragments.append(('"', weight))
                     walk(at + 1, close, weight)
                     fragments.append(('"', weight))
                 else:
-                    walk(at + 1, close, weight * own)
+                    walk(at + 1, close, weight * factor_here)
                 at = after
             elif (word := _WORD.match(text, at, end)) is not None:
                 base = re.match(r"(?:\\.|[^\\])*?(?=(?:\++|-+)?$)", word[0])
@@ -224,10 +224,10 @@ def _compel(text: str) -> Sections:
                     and text[at : call.start()] == word[0].partition(".attend")[0]
                 ):
                     stop = call.start()
-                own, after = factor(stop, bracketed=False)
+                factor_here, after = factor(stop, bracketed=False)
                 if after == stop:
                     stop = after = word.end()
-                fragments.append((re.sub(r"\\(.)", r"\1", text[at:stop]), weight * own))
+                fragments.append((re.sub(r"\\(.)", r"\1", text[at:stop]), weight * factor_here))
                 at = after
             else:
                 if not text[at].isspace():

@@ -124,7 +124,7 @@ class Prompts:
             tokenizer = self.tokenizers[name]
             special = len(tokenizer.begin) + 1
             ids = tokenizer.pieces(texts)
-            longest, text = max((len(own) + special, text) for own, text in zip(ids, texts, strict=True))
+            longest, text = max((len(row) + special, text) for row, text in zip(ids, texts, strict=True))
             if longest > length:
                 lines.append(f"{name} reads {length} tokens and leaves out the rest of the {longest} of {text!r:.80}")
         return lines
@@ -188,22 +188,24 @@ class Prompts:
         with contextlib.ExitStack() as stack:
             clips: list[Encoding] = []
             t5: Encoding | None = None
-            for name, tree, own, hidden in zip(self.modules, params, ids, masked, strict=True):
-                length = own.shape[1]
-                empty = jnp.asarray([self.tokenizers[name].wrap([], length)], own.dtype)
-                rows = jnp.concatenate([jnp.tile(own, (variants, 1)), empty])
-                seen = None
+            for name, tree, row, hidden in zip(self.modules, params, ids, masked, strict=True):
+                length = row.shape[1]
+                empty = jnp.asarray([self.tokenizers[name].wrap([], length)], row.dtype)
+                rows = jnp.concatenate([jnp.tile(row, (variants, 1)), empty])
+                attention_mask = None
                 if hidden is not None:
-                    every = jnp.ones((1, len(own), length), bool)
-                    seen = jnp.concatenate([every, hidden]).reshape(-1, length)
-                    seen = jnp.concatenate([seen, every[0, :1]])
-                encoding = Encoding(self._module(name), stack.enter_context(precision_context(tree)), rows, seen)
+                    every = jnp.ones((1, len(row), length), bool)
+                    attention_mask = jnp.concatenate([every, hidden]).reshape(-1, length)
+                    attention_mask = jnp.concatenate([attention_mask, every[0, :1]])
+                encoding = Encoding(
+                    self._module(name), stack.enter_context(precision_context(tree)), rows, attention_mask
+                )
                 clips, t5 = (clips, encoding) if name == self._t5 else ([*clips, encoding], t5)
             cond = self._clips(clips, np.zeros((len(clips[0].ids), 6), np.float32))
             context, width = cond["context"], cond["context"].shape[-1]
             per_channel = [
-                jnp.repeat(own[..., None], module.config.hidden_size, axis=-1)
-                for (name, module), own in zip(self.modules.items(), weights, strict=True)
+                jnp.repeat(row[..., None], module.config.hidden_size, axis=-1)
+                for (name, module), row in zip(self.modules.items(), weights, strict=True)
                 if name != self._t5
             ]
             joined = jnp.concatenate(per_channel, axis=-1)
@@ -215,8 +217,8 @@ class Prompts:
             tail = None
             if t5 is not None:
                 z: Any = t5.module.apply({"params": t5.params}, t5.ids, t5.mask)
-                own = next(w for name, w in zip(self.modules, weights, strict=True) if name == self._t5)
-                tail = weigh(z[:-1, None], z[-1], jnp.broadcast_to(own[..., None], z[:1].shape), shares, rule)[0]
+                row = next(w for name, w in zip(self.modules, weights, strict=True) if name == self._t5)
+                tail = weigh(z[:-1, None], z[-1], jnp.broadcast_to(row[..., None], z[:1].shape), shares, rule)[0]
                 tail = tail.astype(chunks.dtype)
             elif self.family == "sd3":
                 tail = jnp.zeros((self.lengths["t5"], width), chunks.dtype)
@@ -263,7 +265,7 @@ class Prompts:
         with contextlib.ExitStack() as stack:
             trees = [stack.enter_context(precision_context(tree)) for tree in params]
             parts = zip(self.modules, trees, ids, strict=True)
-            encodings = [Encoding(self._module(name), tree, own) for name, tree, own in parts]
+            encodings = [Encoding(self._module(name), tree, row) for name, tree, row in parts]
             skip = self.clip_skip or 0
             if self.family == "sd":
                 return stable_diffusion(encodings[0], clip_skip=skip)

@@ -62,12 +62,12 @@ def read_embedding(path: str | Path, folder: Folder, word: str | None = None) ->
     _warn_of_outputs(tensors, path)
     if len(tensors) > 1:
         tensors = {key: tensor for key, tensor in tensors.items() if not _BESIDE.match(key)}
-    own = path.stem
+    name = path.stem
     if len(tensors) == 1 and (key := next(iter(tensors))) not in _KNOWN:
-        own, tensors = key, {"": tensors[key]}
+        name, tensors = key, {"": tensors[key]}
     elif (named := read_metadata(path).get("name")) is not None and named.strip():
-        own = named.strip()
-    return _fitted(word or own, tensors, folder, str(path))
+        name = named.strip()
+    return _fitted(word or name, tensors, folder, str(path))
 
 
 def bundled_embeddings(path: str | Path, folder: Folder) -> list[Embedding]:

@@ -94,7 +94,9 @@ class TextualInversionTask:
         described = {"data": self.data.name, "split": self.data.split, "size": self.data.size}
         records = original.encode_source(source, described)
         tokens = [prompts.tokenize([self.prompt(t, caption) for caption in texts]) for t in self.templates]
-        pictures = _Pictures(records=records, tokens=[[np.asarray(own) for own in one] for one in tokens])
+        pictures = _Pictures(
+            records=records, tokens=[[np.asarray(ids_of_encoder) for ids_of_encoder in one] for one in tokens]
+        )
 
         def init(key: Key) -> Params:
             return {name: _vectors(text, ids[name], jax.random.fold_in(key, i), self._start(conditioner, name))
@@ -111,10 +113,10 @@ class TextualInversionTask:
         ) -> tuple[Array, Metrics]:
             draw, rest = jax.random.split(key)
             latents = draw_latents(draw, {name: batch[name] for name in ("mean", "std")})
-            own = [batch[name] for name in sorted(batch) if name.startswith(TOKENS)]
+            ids_of_encoder = [batch[name] for name in sorted(batch) if name.startswith(TOKENS)]
             sizes = batch.get("time_ids")
             sizes = None if sizes is None else sizes.astype(jnp.float32)
-            latents["cond"] = prompts.encode(trees(params, frozen["texts"]), own, sizes)
+            latents["cond"] = prompts.encode(trees(params, frozen["texts"]), ids_of_encoder, sizes)
             return objective(Nets(as_apply(net), frozen["net"], null=frozen["null"]), latents, rest)
 
         shown = list(self.preview_prompts) or [self.prompt(self.templates[0], text) for text in texts[:16]]
@@ -148,10 +150,10 @@ class TextualInversionTask:
         tokenizers, texts, ids = dict(conditioner.prompts.tokenizers), dict(conditioner.texts), {}
         for name, text in conditioner.texts.items():
             try:
-                tokenizers[name], own = tokenizers[name].with_words({self.word: self.vectors})
+                tokenizers[name], ids_of_encoder = tokenizers[name].with_words({self.word: self.vectors})
             except ValueError as error:
                 raise ValueError(f"task.word: {error}") from None
-            ids[name] = own[self.word]
+            ids[name] = ids_of_encoder[self.word]
             width = getattr(text.module.config, "hidden_size", None) or text.module.config.d_model
             texts[name] = with_rows(text, ids[name], np.zeros((self.vectors, width), np.float32))
         modules = {name: text.module for name, text in texts.items()}

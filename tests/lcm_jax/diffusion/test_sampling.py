@@ -290,9 +290,9 @@ def test_given_levels_and_timesteps_are_the_steps() -> None:
 
 
 def test_strength_and_rules_go_together() -> None:
-    whole, part = (walk(SAMPLERS["dpm++3m_sde"], SCHEDULE, 20, sigmas="karras", strength=s) for s in (1.0, 0.4))
+    complete, part = (walk(SAMPLERS["dpm++3m_sde"], SCHEDULE, 20, sigmas="karras", strength=s) for s in (1.0, 0.4))
     assert len(part.times) == 9
-    for row, rest in zip(whole, part, strict=True):
+    for row, rest in zip(complete, part, strict=True):
         np.testing.assert_array_equal(row[12:], rest)
     mended = walk(SAMPLERS["pndm"], SCHEDULE, 4, strength=0.5).times
     np.testing.assert_array_equal(mended, [250.0, 0.0, 0.0, -1.0])  # the second of the steps that are left, again
