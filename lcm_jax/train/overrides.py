@@ -31,7 +31,7 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _without_examples(config: Any) -> None:
     """Cut the examples off the docstrings of a config's classes, which a help text shows; the process ends after it."""
-    type(config).__doc__ = (type(config).__doc__ or "").split(">>>")[0].rstrip()
+    type(config).__doc__ = (type(config).__doc__ or "").split(3 * ">")[0].rstrip()
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(getattr(config, field.name)):
             _without_examples(getattr(config, field.name))

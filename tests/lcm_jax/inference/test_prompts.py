@@ -63,7 +63,7 @@ def test_a_prompt_draws_the_same_beside_a_longer_one(pipe: Pipeline) -> None:
 def test_a_schedule_switches_within_one_program(pipe: Pipeline) -> None:
     """The picture of a schedule is that of its parts drawn one after another, and another one compiles nothing."""
     options: dict[str, Any] = {"prompt_syntax": "a1111", **DRAW, "guidance": 3.0}
-    times = pipe.times(pipe.model, get_sampler("ddim").at(4, pipe.spacing), 4, pipe.spacing, 1.0)
+    times = pipe.walk(pipe.model, get_sampler("ddim"), 4, pipe.spacing, 1.0).times
     x = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     drawn = pipe("a [dog:cat:0.5]", latents=x, **options)
     programs = pipe._draw._cache_size()
