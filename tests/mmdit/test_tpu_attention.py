@@ -105,7 +105,7 @@ def along_a_direction(implementation: str, *six: jax.Array) -> object:
     return both(*six), jax.grad(loss, range(6))(*six), jax.grad(of_a_target, range(3))(*six)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 7, 2, 8), (1, 150, 270, 1, 16)])
+@pytest.mark.parametrize("shape", [pytest.param((2, 5, 7, 2, 8), marks=pytest.mark.slow), (1, 150, 270, 1, 16)])
 def test_its_derivative_along_a_direction_has_values_and_gradients(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,7 +210,7 @@ STOCHASTIC = {
 
 @pytest.mark.parametrize("kind", ["sd1", pytest.param("sd2", marks=SLOW)])
 @pytest.mark.parametrize(
-    "title", [t if t in ("dpm++3m_sde", "dpm2_a", "dpm++sde") else pytest.param(t, marks=SLOW) for t in STOCHASTIC]
+    "title", [t if t in ("dpm++3m_sde", "dpm++sde") else pytest.param(t, marks=SLOW) for t in STOCHASTIC]
 )
 def test_with_their_noise(title: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = STOCHASTIC[title]["_class_name"]

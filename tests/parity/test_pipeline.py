@@ -459,7 +459,7 @@ INVERTED = ["a <new> heart", "woman farmer (<new>), medium skin tone, red heart"
 
 
 @pytest.mark.filterwarnings("ignore:text_encoder")
-@pytest.mark.parametrize(("name", "sampler"), [("sd15", "ddim"), ("sdxl", "euler")])
+@pytest.mark.parametrize(("name", "sampler"), [pytest.param("sd15", "ddim", marks=pytest.mark.slow), ("sdxl", "euler")])
 def test_textual_inversion(
     families: Callable[[str], Family], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, sampler: str
 ) -> None:
@@ -511,7 +511,8 @@ def test_prompt_embeds_are_the_prompt(families: Callable[[str], Family]) -> None
         np.testing.assert_array_equal(ours(**given, negative_prompt="dog face", **options), want)
 
 
-@pytest.mark.parametrize("name", ["sdxl", pytest.param("refiner", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "refiner"])
 def test_a_syntax_without_weights_draws_the_same(families: Callable[[str], Family], name: str) -> None:
     """Sizes, zeros for the empty prompt, and the pooled vector go the same way."""
     ours = families(name).ours

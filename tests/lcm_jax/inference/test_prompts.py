@@ -83,6 +83,7 @@ def test_a_schedule_switches_within_one_program(pipe: Pipeline) -> None:
     assert np.abs(unchanged - pipe("a dog", latents=x, **DRAW).astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_schedules_of_several_prompts(pipe: Pipeline) -> None:
     options: dict[str, Any] = {"prompt_syntax": "a1111", **DRAW}
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)

@@ -140,7 +140,7 @@ def test_adversarial_students_learn_at_the_times_and_from_the_noise_they_draw_wi
     np.testing.assert_array_equal(objective.start(noise), first)
 
 
-@pytest.mark.parametrize("name", ["dmd2", "ladd", "add"])
+@pytest.mark.parametrize("name", ["dmd2", "ladd", pytest.param("add", marks=pytest.mark.slow)])
 def test_the_first_input_of_an_adversarial_student_knows_nothing_of_the_data(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

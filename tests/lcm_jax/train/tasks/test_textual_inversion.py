@@ -40,6 +40,7 @@ def task(small_model: Path, pictures: Path) -> Task:
     return inversion(small_model, data, preview_prompts=("dog face <new>",)).build()
 
 
+@pytest.mark.slow
 def test_resume_export_and_what_the_word_draws(task: Task, small_model: Path, tmp_path: Path) -> None:
     state = fit(replace(task, preview=lambda *_: {}), LOOP, OPTIMIZER, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
