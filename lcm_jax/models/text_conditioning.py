@@ -176,8 +176,8 @@ class Prompts:
     def _weighted(
         self,
         params: Sequence[Params],
-        ids: Ids,
-        weights: tuple[Float[Array, "c _"], ...],
+        ids: tuple[Int[Array, "_ _"], ...],  # T5 has one row, and a CLIP has one per chunk
+        weights: tuple[Float[Array, "_ _"], ...],
         masked: tuple[Array | None, ...],
         shares: Float[Array, " v"],
         *,
