@@ -62,6 +62,11 @@ class Grid(NamedTuple):
     """A grid padded to a fixed length, so that its number of steps is data, not a shape: `pad` -> Grid.
 
     network_times and orders are those of a `Walk`; None: the schedule's own, and no limit.
+
+    >>> from lcm_jax.diffusion.time_grids import lcm_grid, pad
+    >>> grid = pad(lcm_grid(4), 6)
+    >>> grid.times.tolist(), int(grid.steps)
+    ([999.0, 759.0, 499.0, 259.0, -1.0, -1.0, -1.0], 4)
     """
 
     times: Float[Array, " capacity_plus_1"]

@@ -122,7 +122,8 @@ def weighted_conditions(
     texts: the encoders of the prompts, and those of the negative prompts. sizes: rows of SDXL's size conditioning for
     both. zeros: whether the negative prompt is SDXL's empty one. guided: without guidance there is none. A step whose
     texts are those of another one has its part: n steps -> p parts, of which the last is repeated up to a number of
-    `COUNTS`, so that schedules of as many parts are one program.
+    `COUNTS`, so that schedules of as many parts are one program. In 4 steps "a [cat:dog:0.5]" has two parts: steps 0
+    and 1 have "a cat", steps 2 and 3 "a dog", and parts_of_steps is (0, 0, 1, 1).
     """
     alone = zeros or not guided
     by_step = [texts_by_step(text, options.syntax, steps) for text in prompts]
