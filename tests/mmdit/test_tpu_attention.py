@@ -173,8 +173,8 @@ from mmdit import attention as module, tpu_attention
 from tests.mmdit.test_tpu_attention import arrays, everything, near
 
 def plain(q, k, v, *, segment_ids, sm_scale, block_sizes):  # interpreted, several devices wait for one another forever
-    seen = segment_ids.q[:, None, :, None] == segment_ids.kv[:, None, None, :]
-    weights = jax.nn.softmax(jnp.where(seen, sm_scale * jnp.einsum("bhld,bhmd->bhlm", q, k), -1e30))
+    visible = segment_ids.q[:, None, :, None] == segment_ids.kv[:, None, None, :]
+    weights = jax.nn.softmax(jnp.where(visible, sm_scale * jnp.einsum("bhld,bhmd->bhlm", q, k), -1e30))
     return jnp.einsum("bhlm,bhmd->bhld", weights, v)
 
 tpu_attention.flash_attention = plain
