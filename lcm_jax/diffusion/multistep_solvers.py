@@ -25,7 +25,7 @@ from lcm_jax.diffusion.solver_steps import finite_log_snr, highest_order, move, 
 from lcm_jax.typing import Carry, Denoiser, Image, Key, Kind, Schedule, Time
 
 Node = tuple[Image, Float[Array, " b"]]
-"""What is remembered of one step: a value, and its place on the axis of interpolation; infinite where there is none."""
+"""One step that is remembered: a value, and its place on the axis of interpolation; infinite where there is none."""
 
 
 def _nodes(x: Image, count: int) -> tuple[Node, ...]:
@@ -39,6 +39,25 @@ def _there(node: Node) -> Bool[Array, " b"]:
 def _safe(value: Array, where: Array) -> Array:
     """Return a value that nothing is divided by where it means nothing."""
     return jnp.where(where, value, 1.0)
+
+
+def _difference(h: Float[Array, " b"], newer: Node, older: Node, where: Bool[Array, " b"]) -> Image:
+    """Return the change of the value per h between two nodes, for the rows that have both."""
+    return expand(h / _safe(newer[1] - older[1], where), newer[0]) * (newer[0] - older[0])
+
+
+def _second_differences(
+    h: Float[Array, " b"],
+    now: Node,
+    before: tuple[Node, ...],
+    d_0: Image,
+    second: Bool[Array, " b"],
+    third: Bool[Array, " b"],
+) -> tuple[Image, Image]:
+    """Return D1 and D2 of the parabola through three nodes; d_0: the difference of the newer two."""
+    h_0, h_1 = _safe(now[1] - before[0][1], second), _safe(before[0][1] - before[1][1], third)
+    change = d_0 - _difference(h, before[0], before[1], third)
+    return d_0 + expand(h_0 / (h_0 + h_1), d_0) * change, expand(h / (h_0 + h_1), d_0) * change
 
 
 def _check_order(order: int, most: int) -> None:
@@ -124,18 +143,14 @@ class DPMppMultistep:
         second = _there(carry[0]) & jnp.isfinite(lambda_s) & (order >= 2)
         h = jnp.where(second, lambda_s - lambda_t, 1.0)
         k = 2.0 * h if self.sde else h
-        h_0 = _safe(lambda_t - carry[0][1], second)
-        d_0 = expand(h / h_0, x0) * (x0 - carry[0][0])
+        d_0 = _difference(h, now, carry[0], second)
         curved = k * phi(2, -k)  # 1 - a / k
         slope = -0.5 * jnp.expm1(-k) if self.solver_type == "midpoint" else curved
         bend = jnp.where(expand(second, x0), expand(slope, x0) * d_0, bend)
         if self.solver_order == 2:
             return bend
         third = second & _there(carry[1]) & (order >= 3)
-        h_1 = _safe(carry[0][1] - carry[1][1], third)
-        d_1 = expand(h / h_1, x0) * (carry[0][0] - carry[1][0])
-        d1 = d_0 + expand(h_0 / (h_0 + h_1), x0) * (d_0 - d_1)
-        d2 = expand(h / (h_0 + h_1), x0) * (d_0 - d_1)
+        d1, d2 = _second_differences(h, now, carry, d_0, second, third)
         curvature = k * phi(3, -k) - (1.0 if self.sde else 0.0)
         return jnp.where(expand(third, x0), expand(curved, x0) * d1 + expand(curvature, x0) * d2, bend)
 
@@ -267,15 +282,12 @@ class DEIS:
         order = highest_order(schedule, t, x, self.solver_order)
         second = _there(carry[0]) & jnp.isfinite(lambda_s) & (order >= 2)
         h = jnp.where(second, lambda_s - lambda_t, 1.0)
-        h_0 = _safe(lambda_t - carry[0][1], second)
-        d_0 = expand(h / h_0, x) * (eps - carry[0][0])
+        now = (eps, lambda_t)
+        d_0 = _difference(h, now, carry[0], second)
         bend = expand(h * phi(2, h), x) * d_0
         if self.solver_order == 3:
             third = second & _there(carry[1]) & (order >= 3)
-            h_1 = _safe(carry[0][1] - carry[1][1], third)
-            d_1 = expand(h / h_1, x) * (carry[0][0] - carry[1][0])
-            d1 = d_0 + expand(h_0 / (h_0 + h_1), x) * (d_0 - d_1)
-            d2 = expand(h / (h_0 + h_1), x) * (d_0 - d_1)
+            d1, d2 = _second_differences(h, now, carry, d_0, second, third)
             curved = expand(h * phi(2, h), x) * d1 + expand(2.0 * h * phi(3, h), x) * d2
             bend = jnp.where(expand(third, x), curved, bend)
         return jnp.where(expand(second, x), straight - sigma_s * bend, straight), after

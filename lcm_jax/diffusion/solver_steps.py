@@ -1,4 +1,4 @@
-"""What solvers are made of: the straight line of a prediction, its midpoint, unit noise, exponential integrals."""
+"""The parts of solvers: the straight line of a prediction, its midpoint, unit noise, exponential integrals."""
 
 from __future__ import annotations
 
@@ -47,11 +47,16 @@ def scales(schedule: Schedule, t: Time, x: Image) -> tuple[Array, Array]:
     return expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
 
 
-def midpoint(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) -> tuple[Prediction, Prediction, Array]:
-    """Return the predictions at t and at m, lambda_m = (lambda_t + lambda_s) / 2, and where that time exists."""
+def middle_time(schedule: Schedule, t: Time, s: Time) -> tuple[Time, Array]:
+    """Return the time halfway from t to s in log-SNR, and where it exists; elsewhere it is t."""
     lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
     finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
-    middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)
+    return jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t), finite
+
+
+def midpoint(denoise: Denoiser, schedule: Schedule, x: Image, t: Time, s: Time) -> tuple[Prediction, Prediction, Array]:
+    """Return the predictions at t and at m, lambda_m = (lambda_t + lambda_s) / 2, and where that time exists."""
+    middle, finite = middle_time(schedule, t, s)
     first = denoise(x, t)
     second = denoise(move(first, *scales(schedule, middle, x)), middle)
     return first, second, expand(finite, x)

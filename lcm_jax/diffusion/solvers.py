@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 
 from lcm_jax.diffusion.multistep_solvers import DEIS, LMS, PLMS, DPMpp2M, DPMppMultistep, DPMppSinglestep, UniPC
 from lcm_jax.diffusion.parameterization import add_noise, expand, flow_map, noise_further
-from lcm_jax.diffusion.schedules import floor_to_timestep, log_snr
-from lcm_jax.diffusion.solver_steps import midpoint, move, scales, unit_noise
+from lcm_jax.diffusion.schedules import floor_to_timestep
+from lcm_jax.diffusion.solver_steps import middle_time, midpoint, move, scales, unit_noise
 from lcm_jax.typing import Carry, Denoiser, Image, Key, Schedule, Solver, Time
 
 __all__ = ["DDIM", "DEIS", "LCM", "LMS", "PLMS", "TCD", "DPM2Ancestral", "DPMSolver2", "DPMpp2M", "DPMpp2S"]
@@ -316,9 +316,7 @@ class DPMppSDE:
         is_key = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         pair = jax.random.split(key) if is_key else jnp.broadcast_to(key, (2, *x.shape))
         noises = [unit_noise(part, x) for part in pair]
-        lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
-        finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
-        middle = jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t)
+        middle, finite = middle_time(schedule, t, s)
         first, (alpha_t, sigma_t) = denoise(x, t), scales(schedule, t, x)
 
         def shrink_to(time: Time) -> tuple[Array, Array, Array]:

@@ -23,8 +23,8 @@ BACKTRACK = 20  # tokens that A1111 moves to the next chunk at most, so that a c
 SMALLEST = 1e-5  # of compel's weights: that of 0 would be infinite
 
 Rule = Literal["scale", "scale_keep_mean", "interpolate"]
-"""What a weight w does to a state z, with e the state of the empty prompt at the same place: w z; w z, and then the
-mean of the chunk is what it was; e + w (z - e)."""
+"""The rule by which a weight w changes a state z: w z; w z, after which the chunk gets its mean back; e + w (z - e),
+with e the state of the empty prompt at the same place."""
 
 
 class Tokens(NamedTuple):

@@ -262,7 +262,7 @@ def test_bad_tars_are_refused(tmp_path, spoil, words):
 
 
 def test_captions_are_read_without_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of folders, tables, tars, OpenMoji, parts of them and sources with `texts` of their own; others read records."""
+    """Folders, tables, tars, OpenMoji, their parts and sources with `texts` decode no picture; others read records."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(3):

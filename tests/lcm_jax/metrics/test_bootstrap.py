@@ -88,7 +88,7 @@ def test_the_extrapolated_distance_has_a_wider_interval(rng: np.random.Generator
 
 @pytest.mark.parametrize("kernel", [cubic_kernel, gaussian_kernel])
 def test_pairs_are_drawn_again_together(kernel: Kernel, rng: np.random.Generator) -> None:
-    """What moves both pictures of a caption in the same way does not move a distance, nor widen its interval."""
+    """A change of both pictures of a caption in the same way moves no distance, and widens no interval."""
     x = rng.normal(size=(60, 6))
     y = x + 0.2 * rng.normal(size=x.shape) + 0.3
     counts = rng.multinomial(60, np.full(60, 1 / 60), size=2000).astype(float)

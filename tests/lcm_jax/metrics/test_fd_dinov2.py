@@ -40,7 +40,7 @@ def test_pictures_are_those_of_pil(sides: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("sides", [(40, 60), (60, 40)])
 def test_crops_keep_the_middle_and_pads_the_whole(sides: tuple[int, int]) -> None:
-    """Of a ramp along each axis: where the middle of the picture lies and how far the rest reaches."""
+    """A ramp along each axis shows where the middle of the picture lies and how far the rest reaches."""
     h, w = sides
     rows = np.broadcast_to(np.linspace(-1, 1, h)[:, None, None], (h, w, 3)).astype(np.float32)
     columns = np.broadcast_to(np.linspace(-1, 1, w)[None, :, None], (h, w, 3)).astype(np.float32)

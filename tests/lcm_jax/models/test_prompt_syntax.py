@@ -1,4 +1,4 @@
-"""What A1111, compel and ComfyUI make of a prompt: tables of texts with their fragments, and what is refused."""
+"""The prompt syntax of A1111, compel and ComfyUI: tables of texts with their fragments, and what is refused."""
 
 from __future__ import annotations
 

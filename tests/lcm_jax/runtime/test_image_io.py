@@ -146,7 +146,7 @@ def test_damaged_metadata_prints_nothing(tmp_path: Path) -> None:
 
 
 def test_an_orientation_beside_damaged_metadata_counts_where_it_can_be_read() -> None:
-    """What is damaged behind the orientation does not matter."""
+    """Damage behind the orientation does not matter."""
     entries = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHII", 0x8769, 4, 1, 0x7FFFFFFF)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     for form in ("PNG", "JPEG", "WEBP"):
