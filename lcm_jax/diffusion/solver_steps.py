@@ -48,7 +48,14 @@ def scales(schedule: Schedule, t: Time, x: Image) -> tuple[Array, Array]:
 
 
 def middle_time(schedule: Schedule, t: Time, s: Time) -> tuple[Time, Array]:
-    """Return the time halfway from t to s in log-SNR, and where it exists; elsewhere it is t."""
+    """Return the time halfway from t to s in log-SNR, and where it exists; elsewhere it is t.
+
+    >>> from lcm_jax.diffusion.schedules import RectifiedFlow
+    >>> from lcm_jax.diffusion.solver_steps import middle_time
+    >>> time, exists = middle_time(RectifiedFlow(), 0.8, 0.2)
+    >>> round(float(time), 4), bool(exists)
+    (0.5, True)
+    """
     lambda_t, lambda_s = log_snr(schedule, t), log_snr(schedule, s)
     finite = jnp.isfinite(lambda_t) & jnp.isfinite(lambda_s)
     return jnp.where(finite, schedule.time_at(jnp.where(finite, 0.5 * (lambda_t + lambda_s), 0.0)), t), finite
